@@ -1,0 +1,69 @@
+"""The model card of a result: what was done to which model, and the measured effect."""
+
+from typing import TYPE_CHECKING
+
+from . import hub
+
+if TYPE_CHECKING:
+    from .report import Report
+
+NAMES = {"q": "Q", "k": "K", "v": "V", "p": "P"}
+
+
+def effect(report: "Report") -> list[str]:
+    """The measured effect, a sentence each."""
+    lines = [
+        f"{report.params_before:,} weights before, {report.params_after:,} after "
+        f"({1 - report.params_after / report.params_before:.1%} fewer); "
+        f"{report.bytes_before / 1e6:,.1f} MB before, {report.bytes_after / 1e6:,.1f} MB after.",
+        f"Decoding one token reads {report.speedup_from_bytes:.2f} times fewer bytes of weights "
+        "than without the removals, in the same number format.",
+    ]
+    if (check := report.verification) is not None:
+        lines.append(
+            f"Against the source on {check.tokens} tokens ({check.text}): worst relative logit "
+            f"error {check.max_rel_logit_error:.1e}, KL {check.kl:.2e} nats per token, the same "
+            f"greedy token at {check.greedy_match:.1%}."
+        )
+    return lines
+
+
+def text(report: "Report", name: str) -> str:
+    """The card, Markdown with the Hub's header."""
+    header = ["---", "library_name: mlx", "pipeline_tag: text-generation", "tags:", "- mlx"]
+    header += [] if report.stock else ["- mlx-skipless"]
+    if hub.HUB_ID.fullmatch(report.source):
+        header.append(f"base_model: {report.source}")
+    header += ["---", ""]
+    body = [f"# {name}", "", f"Made by mlx-skipless from `{report.source}`.", ""]
+    body += [f"**{warning}**\n" for warning in report.warnings]
+    body += ["## What was done", ""]
+    for letter, layers in report.removed.items():
+        body.append(f"- {NAMES[letter]} removed from layers {', '.join(map(str, layers))}.")
+    if report.folded:
+        body.append(f"- Gains of these norms folded into the matrices: {', '.join(report.folded)}.")
+    if report.packing:
+        body.append(f"- The source was quantized ({report.packing}) and dequantized first.")
+    if report.quantization:
+        q = report.quantization
+        body.append(f"- Quantized: {q['mode']}, {q['bits']} bits, groups of {q['group_size']}.")
+    body += [f"- {note[0].upper()}{note[1:]}." for note in report.notes]
+    body += ["", "## Effect, measured on this model", ""]
+    body += [f"- {line}" for line in effect(report)]
+    trust = "" if report.stock else ", trust_remote_code=True"
+    flag = "" if report.stock else " --trust-remote-code"
+    body += [
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from mlx_lm import load, generate",
+        "",
+        f'model, tokenizer = load("{name}"{trust})',
+        'print(generate(model, tokenizer, prompt="Once upon a time"))',
+        "```",
+        "",
+        f"or `mlx_lm.generate --model {name}{flag} --prompt 'Once upon a time'`.",
+        "",
+    ]
+    return "\n".join([*header, *body])

@@ -1,0 +1,265 @@
+"""The commands: arguments in, printing out. All work is done elsewhere."""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from . import __version__, card, chat, conversion, generation
+from .errors import UserError
+from .loading import load
+from .plan import REMOVALS
+from .report import Report
+
+
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--hf-path", "--model", metavar="SRC", dest="model",
+        help="Hub id, Hugging Face folder or .gguf file; with --dry-run a config.json will do",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mlx-path", default="mlx_model", metavar="OUT",
+        help="folder to write; must not exist (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--remove", default="auto", choices=REMOVALS,
+        help="matrices to merge into their neighbours; auto: all that pays (default)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--skipless", action="store_true",
+        help="first make the skipless network of a pretrained model; it needs training to speak",
+    )  # fmt: skip
+    parser.add_argument(
+        "--fold-norms", action="store_true",
+        help="put every norm's gain into the matrices behind it (exact)",
+    )  # fmt: skip
+    parser.add_argument("-q", "--quantize", action="store_true", help="quantize the result")
+    parser.add_argument("--q-bits", type=int, help="bits per weight (default: the mode's own)")
+    parser.add_argument("--q-group-size", type=int, help="weights that share a scale")
+    parser.add_argument(
+        "--q-mode", default="affine", choices=["affine", "mxfp4", "nvfp4", "mxfp8"],
+        help="quantization mode (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--calibration", metavar="TEXT_FILE",
+        help="text whose end is used for the check (default: text sampled from the model)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=["float16", "bfloat16", "float32"],
+        help="type of the weights that are not quantized (default: the source's)",
+    )  # fmt: skip
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    parser.add_argument(
+        "--upload-repo", metavar="REPO", help="Hub repository to upload the result to"
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="let the source's tokenizer run its code"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the sampled text (default: 0)")
+    parser.add_argument("--dry-run", action="store_true", help="show the plan, write nothing")
+    parser.add_argument("--no-verify", action="store_true", help="skip the check at the end")
+    parser.add_argument("--json", metavar="FILE", help="write the report there")
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", default="mlx_model", metavar="DIR_OR_REPO",
+        help="model folder or Hub id (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prompt", help="text to answer; - reads it from stdin; none, in a terminal: chat"
+    )
+    parser.add_argument("--max-tokens", type=int, default=256, help="per answer (default: 256)")
+    parser.add_argument("--temp", type=float, default=0.0, help="temperature (default: 0, greedy)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default: off)")
+    parser.add_argument("--min-p", type=float, default=0.0, help="min-p sampling (default: off)")
+    parser.add_argument("--seed", type=int, help="of the sampling")
+    parser.add_argument("--max-kv-size", type=int, help="tokens that the KV cache keeps at most")
+    parser.add_argument("--kv-bits", type=int, help="quantize the KV cache to so many bits")
+    parser.add_argument("--compare", metavar="OTHER", help="run this model too and print the ratio")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="let a model of another kind run its code"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the measurements there")
+
+
+def _run_convert(options: dict[str, Any]) -> None:
+    json_file = options.pop("json")
+    options["verify"] = not options.pop("no_verify")
+    with _json_file(json_file) as write_json:
+        with _progress() as progress:
+            report = conversion.convert(**options, progress=progress)
+        _print_report(report, Console(highlight=False))
+        write_json(report.as_dict())
+
+
+def _print_report(report: Report, console: Console) -> None:
+    if report.packing:
+        console.print(f"source is quantized ({report.packing}): dequantized first")
+    table = Table("part", "goes", box=None, pad_edge=False)
+    for title in ("weights", "after", "MB", "after", "condition"):
+        table.add_column(title, justify="right")
+    for row in report.rows:
+        condition = "" if row.condition is None else f"{row.condition:.1e}"
+        table.add_row(
+            row.name, row.goes, f"{row.weights_before:,}", f"{row.weights_after:,}",
+            f"{row.bytes_before / 1e6:.2f}", f"{row.bytes_after / 1e6:.2f}", condition,
+        )  # fmt: skip
+    console.print(table)
+    for note in report.notes:
+        console.print(f"note: {note}")
+    if report.stock and not report.removed:
+        console.print(
+            "note: exact for this model: norm gains folded"
+            if report.folded
+            else "note: nothing to remove: a copy",
+            f"(runs in plain mlx-lm). To study the skipless network of it: "
+            f"--model {report.source} --skipless --remove qp",
+        )
+    for line in card.effect(report):
+        console.print(line)
+    for warning in report.warnings:
+        console.print(f"WARNING: {warning}", style="bold red")
+    where = f"wrote {report.output}" if report.output else "dry run: nothing written"
+    console.print(
+        f"{where}; {report.seconds:.1f} s, peak memory {report.peak_memory_bytes / 1e9:.2f} GB"
+    )
+
+
+def _run_generate(options: dict[str, Any]) -> None:
+    json_file, other = options.pop("json"), options.pop("compare")
+    name, prompt = options.pop("model"), options.pop("prompt")
+    trust = options.pop("trust_remote_code")
+    if name == "mlx_model" and not Path(name).exists():
+        raise UserError(
+            "no mlx_model here, and no model is bundled yet: run convert.py, or --model"
+        )
+    if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
+        prompt = sys.stdin.read()
+    with _json_file(json_file) as write_json:
+        model, tokenizer = load(name, trust_remote_code=trust)
+        if prompt is None:
+            if other or json_file:
+                raise UserError("--compare and --json need a --prompt")
+            chat.chat(model, tokenizer, **options)
+            return
+        if other is not None:
+            second = load(other, trust_remote_code=trust)
+            result = generation.compare([(model, tokenizer), second], prompt, **options)
+            _print_comparison(result, name, other)
+            write_json(result.as_dict())
+            return
+        stream = generation.stream(model, tokenizer, prompt, **options)
+        for piece in stream:
+            print(piece, end="", flush=True)
+        print()
+        print(generation.summary(stream.answer), file=sys.stderr)
+        write_json(stream.answer.as_dict())
+
+
+def _print_comparison(result: Any, name: str, other: str) -> None:
+    table = Table("", name, other, "ratio", box=None, pad_edge=False)
+    for label, key in (
+        ("prompt tokens/s", "prompt_tps"),
+        ("generation tokens/s", "generation_tps"),
+    ):
+        a, b = getattr(result.first, key), getattr(result.second, key)
+        table.add_row(label, f"{a:.1f}", f"{b:.1f}", f"{a / b:.2f}")
+    Console(highlight=False).print(table)
+
+
+COMMANDS = {
+    "convert": (_convert_arguments, _run_convert, "remove weights from a model"),
+    "generate": (
+        _generate_arguments,
+        _run_generate,
+        "chat with a model, measure tokens per second",
+    ),
+}
+
+
+@contextlib.contextmanager
+def _json_file(name: str | None) -> Iterator[Any]:
+    """A function that writes the JSON file; an impossible path is refused before the work."""
+    if name is None:
+        yield lambda content: None
+        return
+    path = Path(name)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"--json {name}: no file can be written there")
+
+    def write(content: dict[str, Any]) -> None:
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+
+    yield write
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[conversion.Progress]:
+    """A bar a stage on stderr, if that is a terminal."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    )  # fmt: skip
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done)
+
+        yield show
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``mlx-skipless COMMAND``; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="mlx-skipless", description=__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (arguments, _, help_text) in COMMANDS.items():
+        arguments(commands.add_parser(name, help=help_text, description=help_text))
+    options = vars(parser.parse_args(argv))
+    return _run(COMMANDS[options.pop("command")][1], options)
+
+
+def command(name: str) -> int:
+    """``python NAME.py``: one command with its own help; returns the exit code."""
+    arguments, run, help_text = COMMANDS[name]
+    parser = argparse.ArgumentParser(description=help_text)
+    arguments(parser)
+    return _run(run, vars(parser.parse_args()))
+
+
+def _run(run: Any, options: dict[str, Any]) -> int:
+    def terminate(signum: int, frame: Any) -> None:
+        raise SystemExit(128 + signum)  # unwinds, so that nothing is left behind
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,304 @@
+"""The way through: read, plan, merge layer by layer, quantize, write, verify."""
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.utils import load_tokenizer
+
+from . import card, hub
+from . import model as model_module
+from . import verify as verification
+from .checkpoint import FLOAT_NAMES, Checkpoint, open_checkpoint
+from .errors import UserError
+from .layout import Layout, Quantization, dtype_name
+from .loading import quiet_transformers
+from .merge import Merger
+from .plan import REMOVALS, Conditioning, Plan, make_plan, measurable
+from .report import Report, make_report
+from .verify import Verification
+from .writer import Writer, carry_tokenizer, check_free
+
+MODEL_FILE = "model.py"
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+def convert(
+    model: str | Path | None = None,
+    mlx_path: str | Path = "mlx_model",
+    *,
+    remove: str = "auto",
+    skipless: bool = False,
+    fold_norms: bool = False,
+    quantize: bool = False,
+    q_bits: int | None = None,
+    q_group_size: int | None = None,
+    q_mode: str = "affine",
+    calibration: str | Path | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    upload_repo: str | None = None,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+    dry_run: bool = False,
+    verify: bool = True,
+    progress: Progress = lambda stage, done, total: None,
+) -> Report:
+    """Remove weights from a model and write one that mlx-lm runs.
+
+    Args:
+        model: a Hub id, a Hugging Face folder, a .gguf file, or with ``dry_run`` a config.json.
+        mlx_path: the folder to write; must not exist.
+        remove: "auto", "none", or letters to remove: "qp", "kp", "vp", "q", "k", "v", "p".
+        skipless: first make the skipless network of a pretrained one.
+        fold_norms: put every norm's gain into the matrices behind it; what a pretrained model gets
+            in any case.
+        quantize: quantize the result, by mlx-lm's modes: ``q_mode``, ``q_bits``, ``q_group_size``.
+        calibration: a text file whose end serves as the check's text; default: text sampled from
+            the model.
+        dtype: "float16", "bfloat16" or "float32"; default: the source's.
+        revision: of a Hub id.
+        upload_repo: upload the result there.
+        trust_remote_code: let the source's tokenizer run its code.
+        seed: of the sampled text.
+        dry_run: plan only; nothing is written.
+        verify: compare source and result when done.
+        progress: called with (stage, done, total).
+
+    Raises:
+        UserError: for anything the user can mend; nothing is left at ``mlx_path`` then.
+    """
+    started = time.perf_counter()
+    mx.reset_peak_memory()
+    quantization = _quantization(quantize, q_bits, q_group_size, q_mode)
+    if remove not in REMOVALS:
+        raise UserError(f"--remove {remove}: choose one of {', '.join(REMOVALS)}")
+    if dtype is not None and dtype not in FLOAT_NAMES:
+        raise UserError(f"--dtype {dtype}: choose one of {', '.join(FLOAT_NAMES)}")
+    if model is None:
+        raise UserError("no model is bundled yet: name one with --model")
+    out = Path(mlx_path)
+    if not dry_run:
+        check_free(out)
+    checkpoint = open_checkpoint(model, revision=revision, config_only=dry_run)
+    if checkpoint.store is None and not dry_run:
+        raise UserError(f"{model} is a config without weights: add --dry-run, or give the model")
+    target = getattr(mx, dtype) if dtype else checkpoint.dtype
+    args = checkpoint.args
+    exact = args.norm == "pre" and not skipless and remove in ("auto", "none")
+    options: dict[str, Any] = {
+        "remove": remove,
+        "skipless": skipless,
+        "fold_norms": fold_norms or (exact and remove == "auto"),
+        "dtype": target,
+        "quantized": quantization is not None,
+    }
+    plan = make_plan(args, **options)
+    if checkpoint.store is not None:
+        conditioning = _measure(checkpoint, plan, remove, target, progress)
+        plan = make_plan(args, **options, conditioning=conditioning)
+    else:
+        conditioning = {}
+    stock = checkpoint.family.stock and plan.before == args
+    if stock:  # mlx-lm's own architecture wants every gain: folded ones are written as ones
+        plan = replace(plan, after=replace(plan.after, gains=args.gains))
+    layout = Layout(plan.after, target, quantization)
+    report = make_report(checkpoint, plan, layout, stock, conditioning)
+    if not dry_run:
+        _check_memory(plan, layout)
+        check = _write(
+            checkpoint, plan, layout, out, stock, report,
+            calibration=Path(calibration) if calibration else None,
+            trust_remote_code=trust_remote_code, seed=seed, verifying=verify, progress=progress,
+        )  # fmt: skip
+        report = replace(report, output=str(out), verification=check)
+        if upload_repo is not None:
+            hub.upload(out, upload_repo)
+    return replace(
+        report, seconds=time.perf_counter() - started, peak_memory_bytes=peak_memory_bytes()
+    )
+
+
+def _quantization(
+    quantize: bool, bits: int | None, group_size: int | None, mode: str
+) -> Quantization | None:
+    if not quantize:
+        if bits or group_size or mode != "affine":
+            raise UserError("--q-bits, --q-group-size and --q-mode need -q")
+        return None
+    if mode not in ("affine", "mxfp4", "nvfp4", "mxfp8"):
+        raise UserError(f"--q-mode {mode}: choose affine, mxfp4, nvfp4 or mxfp8")
+    known_bits = (2, 3, 4, 5, 6, 8) if mode == "affine" else (8,) if mode == "mxfp8" else (4,)
+    known_sizes = {"affine": (32, 64, 128), "nvfp4": (16,)}.get(mode, (32,))
+    if bits not in (None, *known_bits) or group_size not in (None, *known_sizes):
+        raise UserError(
+            f"--q-mode {mode} has --q-bits {', '.join(map(str, known_bits))} and --q-group-size "
+            f"{', '.join(map(str, known_sizes))}"
+        )
+    return Quantization(bits, group_size, mode)
+
+
+def _measure(
+    checkpoint: Checkpoint, plan: Plan, remove: str, dtype: mx.Dtype, progress: Progress
+) -> dict[str, Conditioning]:
+    wanted = measurable(plan.before, remove)
+    merger = Merger(checkpoint, plan, dtype)
+    measured = {}
+    for done, where in enumerate(wanted):
+        progress("measuring", done, len(wanted))
+        measured[where] = merger.conditioning(where)
+    progress("measuring", len(wanted), len(wanted))
+    return measured
+
+
+def _check_memory(plan: Plan, layout: Layout) -> None:
+    """Refuse what cannot fit: three bases and the largest matrix in float64, a shard, the check."""
+    args = plan.before
+    hidden, ffn = args.hidden_size, args.intermediate_size
+    width = args.num_attention_heads * args.head_dim
+    float64 = 8 * (6 * hidden * max(hidden, width) + 3 * max(hidden, width) * ffn)
+    largest = max(array.nbytes for array in layout.tensors.values())
+    needed = float64 + (1 << 30) + 4 * layout.count("model.layers.0.") + 3 * largest
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > available:
+        raise UserError(
+            f"converting this model takes about {needed / 1e9:.0f} GB of memory and this machine "
+            f"has {available / 1e9:.0f} GB: use a larger one"
+        )
+
+
+def _write(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    layout: Layout,
+    out: Path,
+    stock: bool,
+    report: Report,
+    *,
+    calibration: Path | None,
+    trust_remote_code: bool,
+    seed: int,
+    verifying: bool,
+    progress: Progress,
+) -> Verification | None:
+    layers = plan.before.num_hidden_layers
+    merger = Merger(checkpoint, plan, layout.dtype)
+    with Writer(out, layout.nbytes()) as writer:
+        writer.add(quantized(merger.embedding(), layout))
+        for layer in range(layers):
+            progress("converting", layer, layers)
+            writer.add(quantized(merger.layer(layer), layout))
+        writer.add(quantized(merger.head(), layout))
+        writer.finish_weights(layout.count())
+        progress("converting", layers, layers)
+
+        config = output_config(checkpoint, layout, stock)
+        writer.write_json("config.json", config)
+        if not stock:
+            code = Path(str(model_module.__file__)).read_text(encoding="utf-8")
+            writer.write_text(MODEL_FILE, code)
+        has_tokenizer = carry_tokenizer(
+            checkpoint, writer.folder, stock=stock, trust_remote_code=trust_remote_code
+        )
+        check = None
+        if verifying:
+            tokenizer = None
+            if has_tokenizer:
+                trust = {"trust_remote_code": trust_remote_code}
+                with quiet_transformers():
+                    tokenizer = load_tokenizer(writer.folder, trust)
+            check = _verify(
+                checkpoint, plan, layout, writer.folder, tokenizer, calibration, seed, progress
+            )
+        writer.write_text("README.md", card.text(replace(report, verification=check), out.name))
+        writer.commit()
+    return check
+
+
+def quantized(tensors: Mapping[str, mx.array], layout: Layout) -> dict[str, mx.array]:
+    """The tensors as the layout stores them, evaluated."""
+    done: dict[str, mx.array] = {}
+    for name, array in tensors.items():
+        where = name.removesuffix(".weight")
+        if f"{where}.scales" not in layout.tensors:
+            done[name] = array
+            continue
+        module = layout.modules[where]
+        parts = mx.quantize(array, module.group_size, module.bits, mode=module.mode)
+        done |= {
+            f"{where}.{part}": a
+            for part, a in zip(("weight", "scales", "biases"), parts, strict=False)
+        }
+    expected = layout.tensors
+    for name, array in done.items():
+        assert array.shape == expected[name].shape, f"{name}: {array.shape}"
+    mx.eval(done)
+    return done
+
+
+def output_config(checkpoint: Checkpoint, layout: Layout, stock: bool) -> dict[str, Any]:
+    """config.json of the result."""
+    if stock:
+        config = dict(checkpoint.config)
+        config.pop("quantization_config", None)
+        config.pop("quantization", None)
+    else:
+        keep = ("bos_token_id", "eos_token_id", "pad_token_id")
+        config = {key: checkpoint.config[key] for key in keep if key in checkpoint.config}
+        config |= {k: v for k, v in asdict(layout.args).items() if v is not None}
+        config |= {"model_file": MODEL_FILE, "architectures": ["SkiplessForCausalLM"]}
+    config["torch_dtype"] = dtype_name(layout.dtype)
+    config.pop("dtype", None)
+    if layout.settings is not None:
+        config["quantization"] = config["quantization_config"] = layout.settings
+    return dict(sorted(config.items()))
+
+
+def _verify(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    layout: Layout,
+    folder: Path,
+    tokenizer: Any,
+    calibration: Path | None,
+    seed: int,
+    progress: Progress,
+) -> Verification:
+    # The source runs in float32 from the weights it has; the result as it will run.
+    stripped = tuple(gain for gain in plan.folded if gain not in plan.before.gains)
+    start = replace(plan, identity={}, folded=stripped, after=plan.before)
+    parts = Merger(checkpoint, start, mx.float32)
+    fits = 4 * Layout(plan.before, mx.float32).count() < _half_of_memory()
+    source = verification.StreamedNetwork(plan.before, parts, resident=fits)
+    progress("checking", 0, 2)
+    if calibration is not None:
+        if tokenizer is None:
+            raise UserError("--calibration needs a tokenizer and the source has none: drop it")
+        tokens, text = verification.text_tokens(calibration, tokenizer.encode), str(calibration)
+    else:
+        begin = None if tokenizer is None else tokenizer.bos_token_id
+        tokens, text = verification.sample(source, seed=seed, start=begin), "sampled from the model"
+    progress("checking", 1, 2)
+    result = verification.StreamedNetwork(
+        layout.args, verification.WrittenParts(folder), layout.settings
+    )
+    check = verification.compare(source, result, tokens, text)
+    progress("checking", 2, 2)
+    return check
+
+
+def _half_of_memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has held so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return max(resident, mx.get_peak_memory())

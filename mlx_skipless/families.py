@@ -1,0 +1,261 @@
+"""Source architectures: how a model's config and tensor names map to this package's blocks.
+
+To add one, add a ``Family`` to ``FAMILIES``. The canonical tensor names are those of
+``docs/checkpoint.md`` (Hugging Face's for Llama). Knows nothing of files or arrays.
+"""
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import UserError
+from .model import ModelArgs
+
+Config = dict[str, Any]
+
+PROJECTIONS = {
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "o_proj": "self_attn.o_proj",
+    "gate_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "down_proj": "mlp.down_proj",
+}
+EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens", "lm_head", "model.norm"
+# Learned gains by the norm they belong to; the last part of a tensor's name before ".weight".
+GAINS = {
+    "qkv": {
+        "q": "self_attn.q_norm",
+        "k": "self_attn.k_norm",
+        "v": "self_attn.v_norm",
+        "hidden": "mlp.hidden_norm",
+    },
+    "pre": {"attention": "input_layernorm", "ffn": "post_attention_layernorm"},
+    "none": {},
+}
+LINEAR_PATHS = {"gate_offset": "mlp.gate_offset", "value_skip": "self_attn.value_skip"}
+
+# Largest sizes that are believed; anything above is a broken or hostile config.
+LIMITS = {
+    "num_hidden_layers": 2048,
+    "hidden_size": 1 << 18,
+    "intermediate_size": 1 << 20,
+    "num_attention_heads": 1 << 14,
+    "num_key_value_heads": 1 << 14,
+    "head_dim": 1 << 13,
+    "vocab_size": 1 << 23,
+    "max_position_embeddings": 1 << 31,
+    "sliding_window": 1 << 31,
+}
+
+
+def path(layer: int, projection: str) -> str:
+    """The module path of a layer's projection: ``path(3, "q_proj")``."""
+    return f"model.layers.{layer}.{PROJECTIONS[projection]}"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One source architecture.
+
+    ``settings`` turns a Hugging Face config into the format's own keys. ``names`` rewrites source
+    tensor names (regular expression to replacement, ``re.sub``) into canonical ones. ``stock``
+    families run in mlx-lm itself, so an output that keeps skips and norms needs no code of ours.
+    """
+
+    settings: Callable[[Config], Config]
+    names: Mapping[str, str] = field(default_factory=dict)
+    stock: bool = True
+
+    def canonical(self, name: str) -> str:
+        for pattern, replacement in self.names.items():
+            name = re.sub(pattern, replacement, name)
+        return name
+
+
+def _prenorm(config: Config) -> Config:
+    """Llama: serial blocks, both skips, an RMS norm before each sub-layer and before the head."""
+    bias = {"attention_bias": config.get("attention_bias"), "mlp_bias": config.get("mlp_bias")}
+    window = config.get("sliding_window") if config.get("layer_types") else None
+    return {"skip": "both", "norm": "pre", "final_norm": True, "sliding_window": window, **bias}
+
+
+def _mistral(config: Config) -> Config:
+    """As Llama; a sliding window without ``layer_types`` holds for every layer (transformers)."""
+    return {**_prenorm(config), "sliding_window": config.get("sliding_window")}
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(_prenorm),
+    "mistral": Family(_mistral),
+    "skipless": Family(dict, stock=False),
+}
+
+
+def family_of(config: Config) -> Family:
+    """The family of a config.
+
+    Raises:
+        UserError: for an architecture that is not known.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise UserError(
+            f"model_type {model_type!r} in config.json is not supported; "
+            f"supported: {', '.join(sorted(FAMILIES))}"
+        )
+    return FAMILIES[model_type]
+
+
+def _whole(config: Config, key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= LIMITS[key]:
+        raise UserError(
+            f'"{key}" in config.json is {value!r}; it must be a whole number '
+            f"from 1 to {LIMITS[key]:,}"
+        )
+    return value
+
+
+def _real(config: Config, key: str, default: float) -> float:
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
+        raise UserError(f'"{key}" in config.json is {value!r}; it must be a positive number')
+    return float(value)
+
+
+def _removed(config: Config, layers: int) -> dict[str, list[int]]:
+    removed = config.get("removed") or {}
+    if not isinstance(removed, dict) or not all(
+        part in ("q", "k", "v", "p", "attention")
+        and isinstance(where, list)
+        and all(type(i) is int and 0 <= i < layers for i in where)
+        for part, where in removed.items()
+    ):
+        raise UserError(
+            f'"removed" in config.json is {removed!r}; it must map q, k, v, p or attention to '
+            f"lists of layers from 0 to {layers - 1}"
+        )
+    return removed
+
+
+def _layers_with(names: Iterable[str], suffix: str) -> list[int]:
+    pattern = re.compile(rf"model\.layers\.(\d+)\.{re.escape(suffix)}$")
+    return sorted(int(m[1]) for name in names if (m := pattern.match(name)))
+
+
+def _rope(config: Config) -> tuple[float, Config | None]:
+    """Base and scaling, from Hugging Face's old keys or its new ``rope_parameters``."""
+    new = config.get("rope_parameters")
+    scaling = config.get("rope_scaling")
+    scaling = new if scaling is None else scaling
+    if scaling is not None and not isinstance(scaling, dict):
+        raise UserError(f'"rope_scaling" in config.json is {scaling!r}; it must be an object')
+    theta = _real({**config, **(new or {})}, "rope_theta", 10000.0)
+    scaling = {k: v for k, v in (scaling or {}).items() if k != "rope_theta"}
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    return theta, None if kind == "default" else {**scaling, "rope_type": kind}
+
+
+def model_args(config: Config, tensors: Collection[str] | None = None) -> ModelArgs:
+    """The network that a config describes.
+
+    Args:
+        config: a Hugging Face ``config.json`` of a known family.
+        tensors: the checkpoint's canonical tensor names; they decide what the config leaves open
+            (biases, gains, linear paths, a tied head). None: the config alone is believed.
+
+    Raises:
+        UserError: for an unknown architecture or a size that is missing, malformed or absurd.
+    """
+    own = {**config, **family_of(config).settings(config)}
+    layers = _whole(own, "num_hidden_layers")
+    hidden, heads = _whole(own, "hidden_size"), _whole(own, "num_attention_heads")
+    kv_heads = _whole(own, "num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise UserError(
+            f"{heads} attention heads cannot share {kv_heads} key-value heads: correct "
+            '"num_key_value_heads" in config.json'
+        )
+    if own.get("head_dim") is None and hidden % heads:
+        raise UserError(
+            f'"hidden_size" {hidden} is no multiple of {heads} heads: config.json needs "head_dim"'
+        )
+    norm = own.get("norm") or "none"
+    theta, scaling = _rope(own)
+    window = own.get("sliding_window")
+    try:
+        args = ModelArgs(
+            model_type="skipless",
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            intermediate_size=_whole(own, "intermediate_size"),
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=_whole(own, "head_dim", hidden // heads),
+            vocab_size=_whole(own, "vocab_size"),
+            block=own.get("block") or "serial",
+            skip=own.get("skip") or "none",
+            norm=norm,
+            final_norm=bool(own.get("final_norm", False)),
+            rms_norm_eps=_real(own, "rms_norm_eps", 1e-6),
+            hidden_act=own.get("hidden_act") or "silu",
+            rope_theta=theta,
+            rope_scaling=scaling,
+            max_position_embeddings=_whole(own, "max_position_embeddings", 2048),
+            sliding_window=None if window is None else _whole(own, "sliding_window"),
+            layer_types=own.get("layer_types") or [],
+            tie_word_embeddings=bool(own.get("tie_word_embeddings") or False),
+            removed=_removed(own, layers),
+            extra_bits=own.get("extra_bits") or {},
+        )
+    except ValueError as error:
+        raise UserError(f"config.json: {error}") from error
+    if args.head_dim % 2:
+        raise UserError(f"head_dim {args.head_dim} is odd; RoPE needs pairs: correct config.json")
+    kinds = args.layer_types
+    known = {"full_attention", "sliding_attention"}
+    if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= known:
+        raise UserError(
+            f'"layer_types" in config.json must name one of {sorted(known)} for each of '
+            f"{layers} layers"
+        )
+    if "sliding_attention" in kinds and not args.sliding_window:
+        raise UserError('"layer_types" in config.json asks for a window: give "sliding_window" too')
+    if tensors is None:
+        _complete_from_config(args, own)
+    else:
+        _complete_from_tensors(args, own, tensors)
+    return args
+
+
+def _complete_from_config(args: ModelArgs, config: Config) -> None:
+    everywhere = list(range(args.num_hidden_layers))
+    for flag, names in (
+        ("attention_bias", ("q_proj", "k_proj", "v_proj", "o_proj")),
+        ("mlp_bias", ("gate_proj", "up_proj", "down_proj")),
+    ):
+        if config.get(flag):
+            args.biases |= dict.fromkeys(names, everywhere)
+    args.biases = config.get("biases") or args.biases
+    default = [*GAINS["pre"], "final"] if args.norm == "pre" else ["final"]
+    args.gains = list(config.get("gains") or default)
+    args.gate_offset = bool(config.get("gate_offset"))
+    args.value_skip = bool(config.get("value_skip"))
+
+
+def _complete_from_tensors(args: ModelArgs, config: Config, tensors: Collection[str]) -> None:
+    if config.get("tie_word_embeddings") is None:
+        args.tie_word_embeddings = f"{HEAD}.weight" not in tensors
+    biases = {p: _layers_with(tensors, f"{full}.bias") for p, full in PROJECTIONS.items()}
+    args.biases = {p: layers for p, layers in biases.items() if layers}
+    gains = {g: _layers_with(tensors, f"{name}.weight") for g, name in GAINS[args.norm].items()}
+    args.gains = [g for g, layers in gains.items() if layers]
+    if args.final_norm and f"{FINAL_NORM}.weight" in tensors:
+        args.gains.append("final")
+    args.gate_offset = bool(_layers_with(tensors, LINEAR_PATHS["gate_offset"]))
+    args.value_skip = bool(_layers_with(tensors, LINEAR_PATHS["value_skip"]))

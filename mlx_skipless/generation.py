@@ -1,0 +1,362 @@
+"""Text from a model: streaming, the key-value cache, and two models side by side.
+
+mlx-lm does the sampling and the decoding. Nothing here prints or parses arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_reduce
+from mlx_lm.generate import GenerationResponse, stream_generate
+from mlx_lm.models.cache import (
+    ArraysCache,
+    ChunkedKVCache,
+    KVCache,
+    QuantizedKVCache,
+    RotatingKVCache,
+    make_prompt_cache,
+)
+from mlx_lm.sample_utils import make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from .errors import UserError
+from .loading import load
+
+KV_BITS = (2, 3, 4, 6, 8)
+KEEP = 4  # a rotating cache never drops the first tokens: attention leans on them
+
+Source: TypeAlias = "str | Path | tuple[nn.Module, TokenizerWrapper]"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said and what it took.
+
+    `prompt_tokens` counts the tokens processed, without those already in a given cache. Speeds are
+    tokens per second: `prompt_tps` up to the first generated token, `generation_tps` over those
+    after it (0 if there are none). `peak_memory_bytes` is the most that MLX held during the
+    answer, weights included. `generation_tokens` counts the end token too. `finish_reason` is
+    "stop" (end token), "length" (max_tokens), or None (left early).
+    """
+
+    text: str
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    peak_memory_bytes: int
+    finish_reason: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two answers to one prompt; a ratio above 1 means that the first model is faster.
+
+    A ratio is None where a model's only token was its first, so that there was nothing to time.
+    """
+
+    first: Answer
+    second: Answer
+    prompt_tps_ratio: float | None
+    generation_tps_ratio: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+class Stream(Iterator[str]):
+    """The pieces of an answer, one a token (a piece may be empty).
+
+    `tokens` are the generated ids so far, the end token included: all of them are in the cache
+    between two pieces. `text` is what they say.
+    """
+
+    def __init__(self, responses: Generator[GenerationResponse, None, None]):
+        self._responses = responses
+        self._last: GenerationResponse | None = None
+        self.tokens: list[int] = []
+        self.text = ""
+
+    def __next__(self) -> str:
+        response = self._last = next(self._responses)
+        self.tokens.append(response.token)
+        self.text += response.text
+        return response.text
+
+    def close(self) -> None:
+        """Stop the answer here."""
+        self._responses.close()
+
+    @property
+    def answer(self) -> Answer:
+        """The answer so far, whole when the stream has ended; RuntimeError before a first piece."""
+        if self._last is None:
+            raise RuntimeError("no piece has been taken from this stream yet")
+        last = self._last
+        # mlx-lm divides n tokens by the time of the n - 1 steps after the first.
+        steps = (last.generation_tokens - 1) / last.generation_tokens
+        return Answer(
+            text=self.text,
+            prompt_tokens=last.prompt_tokens,
+            prompt_tps=last.prompt_tps,
+            generation_tokens=last.generation_tokens,
+            generation_tps=last.generation_tps * steps,
+            peak_memory_bytes=mx.get_peak_memory(),
+            finish_reason=last.finish_reason,
+        )
+
+
+def stream(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    prompt: str | list[int],
+    *,
+    max_tokens: int = 256,
+    temp: float = 0.0,
+    top_p: float = 0.0,
+    min_p: float = 0.0,
+    seed: int | None = None,
+    max_kv_size: int | None = None,
+    kv_bits: int | None = None,
+    prompt_cache: list[Any] | None = None,
+) -> Stream:
+    """Start an answer to `prompt`; iterate for its text, then read `.answer`.
+
+    Text goes through `prompt_tokens` first (so through the chat template, if there is one); ids are
+    taken as they are. `top_p` 0 or 1 and `min_p` 0 are off. `max_kv_size` and `kv_bits` are
+    `make_cache`'s; `prompt_cache` is a cache to go on from, and is extended in place. `seed` seeds
+    MLX's random state and MLX's peak memory is reset when the first piece is asked for.
+    Raises UserError for options and prompts that cannot be.
+    """
+    check_options(max_tokens=max_tokens, temp=temp, top_p=top_p, min_p=min_p, seed=seed)
+    ids = prompt_tokens(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
+    if not ids:
+        raise UserError("the prompt is empty: give at least one token")
+    if prompt_cache is None:
+        prompt_cache = make_cache(model, max_kv_size=max_kv_size, kv_bits=kv_bits)
+    elif max_kv_size is not None or kv_bits is not None:
+        raise UserError("max_kv_size and kv_bits shape a new cache: give them to make_cache")
+
+    def responses() -> Generator[GenerationResponse, None, None]:
+        if seed is not None:
+            mx.random.seed(seed)
+        mx.reset_peak_memory()
+        yield from stream_generate(
+            model,
+            tokenizer,
+            ids,
+            max_tokens=max_tokens,
+            sampler=make_sampler(temp, top_p, min_p),
+            prompt_cache=prompt_cache,
+        )
+
+    return Stream(responses())
+
+
+def generate(
+    model: nn.Module | str | Path,
+    tokenizer: TokenizerWrapper | None,
+    prompt: str | list[int],
+    **options: Any,
+) -> Answer:
+    """The whole answer; `options` are `stream`'s.
+
+    `model` may be a folder or a repository, which is loaded with its tokenizer if none is given.
+    """
+    if isinstance(model, str | Path):
+        model, own = load(model)
+        tokenizer = tokenizer or own
+    if tokenizer is None:
+        raise UserError("a loaded model needs its tokenizer: give both, or the model's folder")
+    pieces = stream(model, tokenizer, prompt, **options)
+    for _ in pieces:
+        pass
+    return pieces.answer
+
+
+def compare(
+    models: Sequence[Source], prompt: str | list[int], *, repeats: int = 3, **options: Any
+) -> Comparison:
+    """Ask two models (each a folder, a repository or (model, tokenizer)) the same, in turn.
+
+    After a warm-up each they take turns `repeats` times; speeds are medians over these. Both are in
+    memory at the same time; `peak_memory_bytes` counts only the model that answers.
+    `options` are `stream`'s.
+    """
+    if len(models) != 2:
+        raise UserError(f"a comparison takes two models, not {len(models)}")
+    pair = [source if isinstance(source, tuple) else load(source) for source in models]
+    if pair[0][0] is pair[1][0]:
+        raise UserError("a comparison takes two models, not one twice: load it twice instead")
+    few = options | {"max_tokens": min(8, options.get("max_tokens", 8))}
+    for model, tokenizer in pair:
+        generate(model, tokenizer, prompt, **few)
+
+    runs: tuple[list[Answer], list[Answer]] = ([], [])
+    for _ in range(repeats):
+        for answers, (model, tokenizer) in zip(runs, pair, strict=True):
+            answers.append(generate(model, tokenizer, prompt, **options))
+
+    first, second = (
+        dataclasses.replace(
+            answers[0],
+            prompt_tps=statistics.median(a.prompt_tps for a in answers),
+            generation_tps=statistics.median(a.generation_tps for a in answers),
+            peak_memory_bytes=max(a.peak_memory_bytes for a in answers) - _nbytes(other),
+        )
+        for answers, (other, _) in zip(runs, reversed(pair), strict=True)
+    )
+    return Comparison(
+        first,
+        second,
+        _ratio(first.prompt_tps, second.prompt_tps),
+        _ratio(first.generation_tps, second.generation_tps),
+    )
+
+
+def _nbytes(model: nn.Module) -> int:
+    return tree_reduce(lambda total, weight: total + weight.nbytes, model.parameters(), 0)
+
+
+def _ratio(a: float, b: float) -> float | None:
+    return a / b if a and b else None
+
+
+def prompt_tokens(tokenizer: TokenizerWrapper, text: str, *, chat: bool | None = None) -> list[int]:
+    """Token ids that ask `text`: through the chat template, or plain with the start token.
+
+    `chat` None takes the template where the tokenizer has one. Raises UserError for an empty
+    prompt, for text that is not Unicode, and for `chat` True without a template.
+    """
+    if not text.strip():
+        raise UserError("the prompt is empty: give some text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise UserError(f"the prompt is not valid Unicode at character {e.start}") from None
+    if chat and not tokenizer.has_chat_template:
+        raise UserError(
+            "this model's tokenizer has no chat template: send the prompt as plain text"
+        )
+    if chat or (chat is None and tokenizer.has_chat_template):
+        message = {"role": "user", "content": text}
+        return list(tokenizer.apply_chat_template([message], add_generation_prompt=True))
+    start = tokenizer.bos_token
+    return list(
+        tokenizer.encode(text, add_special_tokens=start is None or not text.startswith(start))
+    )
+
+
+def check_options(
+    *,
+    max_tokens: int = 256,
+    temp: float = 0.0,
+    top_p: float = 0.0,
+    min_p: float = 0.0,
+    seed: int | None = None,
+) -> None:
+    """Raise UserError for sampling options that cannot be."""
+    if max_tokens < 1:
+        raise UserError(f"--max-tokens {max_tokens}: must be at least 1")
+    if not (math.isfinite(temp) and temp >= 0):
+        raise UserError(f"--temp {temp}: must be at least 0 (0 takes the likeliest token)")
+    if not 0 <= top_p <= 1:
+        raise UserError(f"--top-p {top_p}: must lie between 0 and 1 (0 or 1 turns it off)")
+    if not 0 <= min_p <= 1:
+        raise UserError(f"--min-p {min_p}: must lie between 0 and 1 (0 turns it off)")
+    if seed is not None and not 0 <= seed < 2**64:
+        raise UserError(f"--seed {seed}: must be at least 0 and fit 64 bits")
+
+
+def make_cache(
+    model: nn.Module, *, max_kv_size: int | None = None, kv_bits: int | None = None
+) -> list[Any]:
+    """A fresh cache for `model`: at most `max_kv_size` tokens a layer, or of `kv_bits` a value.
+
+    mlx-lm ignores the first for models that define make_cache. A bounded cache keeps the first 4
+    tokens and drops the oldest after them; a layer with a smaller sliding window keeps it. While a
+    prompt is read, each chunk of it (2,048 tokens) is held on top.
+    Raises UserError for sizes that cannot be and for both at once.
+    """
+    cache = make_prompt_cache(model)
+    if max_kv_size is not None:
+        if max_kv_size <= KEEP:
+            raise UserError(
+                f"--max-kv-size {max_kv_size}: must exceed {KEEP}, as the first {KEEP} tokens stay"
+            )
+        cache = [_bounded(c, max_kv_size) for c in cache]
+    if kv_bits is not None:
+        if kv_bits not in KV_BITS:
+            raise UserError(f"--kv-bits {kv_bits}: must be one of {', '.join(map(str, KV_BITS))}")
+        if max_kv_size is not None:
+            raise UserError(
+                "--kv-bits with --max-kv-size: mlx-lm cannot quantize a bounded cache; drop one"
+            )
+        group_size = _group_size(model)
+        cache = [_quantized(c, kv_bits, group_size) for c in cache]
+    return cache
+
+
+def _bounded(cache: Any, size: int) -> Any:
+    if type(cache) is KVCache:
+        return RotatingKVCache(max_size=size, keep=KEEP)
+    if isinstance(cache, RotatingKVCache):
+        return RotatingKVCache(max_size=min(size, cache.max_size), keep=cache.keep)
+    if isinstance(cache, ArraysCache | ChunkedKVCache):  # do not grow
+        return cache
+    raise UserError(
+        f"--max-kv-size: a {type(cache).__name__} cannot be bounded; drop --max-kv-size"
+    )
+
+
+def _quantized(cache: Any, bits: int, group_size: int) -> Any:
+    if type(cache) is KVCache:
+        return _QuantizedKVCache(group_size=group_size, bits=bits)
+    if isinstance(cache, ArraysCache):  # a state, no keys and values
+        return cache
+    if isinstance(cache, RotatingKVCache):
+        raise UserError(
+            "--kv-bits: mlx-lm cannot quantize a sliding window's cache, which this model has; "
+            "drop --kv-bits"
+        )
+    raise UserError(f"--kv-bits: a {type(cache).__name__} cannot be quantized; drop --kv-bits")
+
+
+def _group_size(model: nn.Module) -> int:
+    """The values that share a scale, along a head; where the head's size is unknown MLX decides."""
+    args = getattr(model, "args", None)
+    hidden, heads = (getattr(args, key, 0) for key in ("hidden_size", "num_attention_heads"))
+    head_dim = getattr(args, "head_dim", None) or (hidden // heads if heads else 0)
+    for size in (64, 32):
+        if head_dim % size == 0:
+            return size
+    raise UserError(
+        f"--kv-bits: heads of {head_dim} values cannot be quantized in groups of 64 or 32; "
+        "drop --kv-bits"
+    )
+
+
+class _QuantizedKVCache(QuantizedKVCache):
+    """mlx-lm's, starting from rows of the right width: its own are too wide for some bits.
+
+    head_dim // (32 // bits) words a row is one too many for 6 bits and a head_dim of 128.
+    """
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
+        if self.keys is None:
+            width, bits = self.group_size, self.bits
+            self.keys = mx.quantize(keys[..., :0, :], width, bits)  # type: ignore[assignment]
+            self.values = mx.quantize(values[..., :0, :], width, bits)  # type: ignore[assignment]
+        return super().update_and_fetch(keys, values)

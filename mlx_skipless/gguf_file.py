@@ -1,0 +1,170 @@
+"""GGUF files: metadata as a Hugging Face config, tensors dense and in Hugging Face's names."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import mlx.core as mx
+import numpy as np
+
+from .errors import UserError
+
+NAMES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+ROPE_FACTORS = "rope_freqs.weight"
+DENSE = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+
+
+class GGUFStore:
+    """A GGUF file of the llama architecture (Llama, Mistral, SmolLM2 and their like).
+
+    Raises:
+        UserError: for another architecture, a corrupt file or an unknown RoPE scaling.
+    """
+
+    def __init__(self, path: Path):
+        try:
+            self._reader = gguf.GGUFReader(path)
+            self._tensors = {t.name: t for t in self._reader.tensors}
+        except (ValueError, OSError, IndexError, KeyError, TypeError, OverflowError) as error:
+            raise UserError(
+                f"{path} is truncated or no GGUF file ({error}): download it again"
+            ) from error
+        architecture = self._field("general.architecture")
+        if architecture != "llama":
+            raise UserError(f"{path} holds the architecture {architecture!r}; supported: llama")
+        self._path = path
+        self._original = {_name(n): n for n in self._tensors if n != ROPE_FACTORS}
+        self.config = self._config()
+        self.shapes = {
+            name: tuple(int(n) for n in reversed(self._tensors[original].shape))
+            for name, original in self._original.items()
+        }
+        kinds = [self._tensors[o].tensor_type.name for o in self._original.values()]
+        packed = sorted({kind for kind in kinds if kind not in DENSE})
+        self.packing = f"GGUF {', '.join(packed)}" if packed else None
+        # What a dense copy would have; the values come in float32, which holds every type exactly.
+        self.dtypes: dict[str, mx.Dtype | None] = {
+            name: DENSE.get(self._tensors[original].tensor_type.name, mx.float16)
+            for name, original in self._original.items()
+        }
+
+    def _field(self, key: str, default: Any = None) -> Any:
+        field = self._reader.get_field(key)
+        return default if field is None else field.contents()
+
+    def _config(self) -> dict[str, Any]:
+        heads = self._field("llama.attention.head_count")
+        hidden = self._field("llama.embedding_length")
+        embedding = self._tensors.get("token_embd.weight")
+        if embedding is None:
+            raise UserError(f"{self._path} has no tensor token_embd.weight: download it again")
+        vocab = int(embedding.shape[-1])
+        config = {
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "hidden_size": hidden,
+            "num_hidden_layers": self._field("llama.block_count"),
+            "intermediate_size": self._field("llama.feed_forward_length"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self._field("llama.attention.head_count_kv", heads),
+            "head_dim": self._field("llama.rope.dimension_count"),
+            "rms_norm_eps": self._field("llama.attention.layer_norm_rms_epsilon"),
+            "vocab_size": vocab,
+            "rope_theta": self._field("llama.rope.freq_base", 10000.0),
+            "max_position_embeddings": self._field("llama.context_length"),
+            "tie_word_embeddings": "output.weight" not in self._tensors,
+            "hidden_act": "silu",
+            "bos_token_id": self._field("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": self._field("tokenizer.ggml.eos_token_id"),
+        }
+        scaling = self._rope_scaling(config)
+        if scaling is not None:
+            config["rope_scaling"] = scaling
+        return {key: value for key, value in config.items() if value is not None}
+
+    def _rope_scaling(self, config: dict[str, Any]) -> dict[str, Any] | None:
+        kind = self._field("llama.rope.scaling.type", "none")
+        if kind == "linear":
+            return {"rope_type": "linear", "factor": self._field("llama.rope.scaling.factor")}
+        if kind == "yarn":
+            original = self._field("llama.rope.scaling.original_context_length")
+            return {
+                "rope_type": "yarn",
+                "factor": self._field("llama.rope.scaling.factor"),
+                "original_max_position_embeddings": original,
+            }
+        if kind != "none":
+            raise UserError(f"{self._path} scales RoPE as {kind!r}, which is not supported")
+        if ROPE_FACTORS not in self._tensors:
+            return None
+        factors = self._dense(ROPE_FACTORS)
+        scaling = {
+            "rope_type": "llama3",
+            "factor": float(factors.max()),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+        if not np.allclose(factors, _llama3_factors(config, scaling), rtol=1e-2):
+            raise UserError(
+                f"{self._path} scales RoPE by a table that is not Llama 3's; convert the Hugging "
+                "Face model instead"
+            )
+        return scaling
+
+    def _dense(self, original: str) -> np.ndarray:
+        tensor = self._tensors[original]
+        return gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+
+    def read(self, names: Iterable[str]) -> dict[str, mx.array]:
+        return {name: self._read(name) for name in names}
+
+    def _read(self, name: str) -> mx.array:
+        tensor = self._dense(self._original[name]).reshape(self.shapes[name])
+        for projection, key in (
+            ("q_proj", "num_attention_heads"),
+            ("k_proj", "num_key_value_heads"),
+        ):
+            if f".{projection}." in name:
+                tensor = _halves(tensor, self.config[key])
+        return mx.array(tensor)
+
+
+def _name(original: str) -> str:
+    parts = original.split(".")
+    if parts[0] == "blk" and len(parts) == 4 and parts[2] in NAMES:
+        return f"model.layers.{parts[1]}.{NAMES[parts[2]]}.{parts[3]}"
+    if parts[0] in WHOLE and len(parts) == 2:
+        return f"{WHOLE[parts[0]]}.{parts[1]}"
+    return original
+
+
+def _halves(rows: np.ndarray, heads: int) -> np.ndarray:
+    """GGUF keeps each head's rotary pairs side by side; Hugging Face keeps them in halves."""
+    pairs = rows.shape[0] // heads // 2
+    return rows.reshape(heads, pairs, 2, -1).swapaxes(1, 2).reshape(rows.shape)
+
+
+def _llama3_factors(config: dict[str, Any], scaling: dict[str, Any]) -> np.ndarray:
+    """By what Llama 3.1 divides each rotary frequency: 1 for short waves, ``factor`` for long."""
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    wave = 2 * np.pi * config["rope_theta"] ** (np.arange(0, head_dim, 2) / head_dim)
+    context, low, high = (
+        scaling["original_max_position_embeddings"],
+        scaling["low_freq_factor"],
+        scaling["high_freq_factor"],
+    )
+    smooth = np.clip((context / wave - low) / (high - low), 0, 1)
+    return 1 / ((1 - smooth) / scaling["factor"] + smooth)

@@ -1,0 +1,101 @@
+"""The Hugging Face Hub: what a user calls a model becomes a path on this machine, and back."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import huggingface_hub.utils
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from .errors import UserError
+
+CONFIGS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+WEIGHTS = ["model*.safetensors"]
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class _Bar(huggingface_hub.utils.tqdm):
+    """The client's progress bar, on terminals only: else it would stand beside an error."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **{"disable": None, **options})
+
+
+def resolve(source: str, *, revision: str | None = None, config_only: bool = False) -> Path:
+    """Where a model lies: a path as it is; a Hub id after its download (or from the cache).
+
+    Raises:
+        UserError: if there is no such path or repository, or it cannot be fetched.
+    """
+    path = os.path.expanduser(source)
+    if os.path.exists(path):
+        return Path(path)
+    if not HUB_ID.fullmatch(source) or source.endswith((".gguf", ".json")):
+        raise UserError(f"no such file or folder: {source} (a Hub id looks like owner/name)")
+    where = f"{source} at revision {revision}" if revision else source
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                source,
+                revision=revision,
+                allow_patterns=CONFIGS if config_only else [*CONFIGS, *WEIGHTS],
+                tqdm_class=_Bar,
+            )
+        )
+    except GatedRepoError as error:
+        raise UserError(
+            f"{source} is gated: accept its terms on huggingface.co/{source}, then "
+            "`hf auth login` or set HF_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{source} has no revision {revision!r}: check --revision") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(
+            f"no such folder, and no such model on the Hub: {source} (a private one needs "
+            "`hf auth login`)"
+        ) from error
+    except Exception as error:  # of the client's network library too, which changed twice already
+        answer = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
+        if isinstance(answer, HfHubHTTPError) and answer.response.status_code in (401, 403):
+            raise UserError(
+                f"the Hub refuses {where} ({_reason(answer)}): `hf auth login` with a token that "
+                "may read it, or set HF_TOKEN"
+            ) from error
+        if answer is error or isinstance(answer, HfHubHTTPError):
+            raise UserError(
+                f"{where} could not be downloaded ({_reason(answer)}): try again"
+            ) from error
+        raise UserError(
+            f"the Hub cannot be reached and {where} is not in the cache: connect, or give a folder"
+        ) from error
+
+
+def upload(folder: Path, repo: str) -> str:
+    """Upload a converted folder as it is, its model card included; returns the page's address.
+
+    Raises:
+        UserError: if the Hub refuses.
+    """
+    api = huggingface_hub.HfApi()
+    try:
+        api.create_repo(repo_id=repo, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=repo, repo_type="model")
+    except Exception as error:
+        raise UserError(
+            f"{folder} is written, but its upload to {repo} failed ({_reason(error)}): "
+            f"`hf auth login`, then `hf upload {repo} {folder}`"
+        ) from error
+    return f"{api.endpoint}/{repo}"
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,94 @@
+"""Loading a model to run: converted ones without trust, any other as mlx-lm does."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import mlx.nn as nn
+import mlx_lm.utils
+import transformers
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from . import hub
+from .checkpoint import SafetensorsStore, read_json
+from .errors import UserError
+from .families import model_args
+from .model import Model, ModelArgs
+
+
+def load(
+    path_or_hf_repo: str | Path,
+    *,
+    revision: str | None = None,
+    adapter_path: str | None = None,
+    lazy: bool = False,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, TokenizerWrapper]:
+    """Load a converted model, a skipless source, or any model that mlx-lm knows.
+
+    A skipless network is built from this package; the checkpoint's own model file is not run.
+
+    Args:
+        path_or_hf_repo: a folder or a Hub id.
+        revision: of a Hub id.
+        adapter_path: LoRA adapters to apply.
+        lazy: leave the weights on disk until they are used.
+        trust_remote_code: for models of other architectures that bring code.
+
+    Returns:
+        The model and its tokenizer, as ``mlx_lm.load`` gives them.
+
+    Raises:
+        UserError: if there is no such model, it is broken, or it asks for trust.
+    """
+    folder = hub.resolve(str(path_or_hf_repo), revision=revision)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no model folder: `convert.py --model {folder}` makes one")
+    config = read_json(folder / "config.json")
+    skipless = config.get("model_type") == "skipless"
+    if config.get("model_file") and not skipless and not trust_remote_code:
+        raise UserError(
+            f"{path_or_hf_repo} brings its own code ({config['model_file']}): add "
+            "--trust-remote-code if you trust it"
+        )
+    overrides = {}
+    if skipless:
+        names = SafetensorsStore(folder).shapes
+        overrides = {**asdict(model_args(config, names)), "model_file": None}
+    try:
+        model, config = mlx_lm.utils.load_model(
+            folder,
+            lazy,
+            model_config=overrides,
+            get_model_classes=_own_classes if skipless else mlx_lm.utils._get_classes,
+            trust_remote_code=trust_remote_code and not skipless,
+        )
+        if adapter_path is not None:
+            model = mlx_lm.utils.load_adapters(model, adapter_path)
+            model.eval()
+        with quiet_transformers():
+            tokenizer = mlx_lm.utils.load_tokenizer(
+                folder,
+                {"trust_remote_code": trust_remote_code},
+                eos_token_ids=config.get("eos_token_id"),
+            )
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path_or_hf_repo} cannot be loaded: {reason}") from error
+    return model, tokenizer
+
+
+def _own_classes(config: dict) -> tuple[type[nn.Module], type]:
+    return Model, ModelArgs
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' remarks on a model type that it does not know."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)

@@ -1,0 +1,314 @@
+"""The algebra: changes of basis between a network's matrices, in float64.
+
+Letters as in Graef, arXiv 2404.12362: Q, K, V, P (``o_proj``), M (gate and up), O (down). Inside
+this module a matrix is (in, out) and acts on rows, ``x @ W``; files hold its transpose.
+
+A basis at a point of the stream is x* = (x + s) T. What writes the point becomes W T, what reads it
+T^-1 W, and the function stays. Every removal chooses T so that one matrix becomes the identity:
+
+    Q (K, V)   T = Q       O* = O Q        K* = Q^-1 K, V* = Q^-1 V
+    P          T = P^-1    M* = P M        (O* = O P^-1 where O writes the same point)
+    a gain g   T^-1 = diag(g): W* = diag(g) W
+
+NumPy does the linear algebra: MLX has float64 on the CPU only, and there NumPy's wheels bring the
+faster BLAS on Linux and the same Accelerate on a Mac.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import mlx.core as mx
+import numpy as np
+
+from .checkpoint import Checkpoint
+from .errors import UserError
+from .families import EMBEDDING, FINAL_NORM, GAINS, HEAD, LINEAR_PATHS, PROJECTIONS, path
+from .layout import dtype_name
+from .plan import Conditioning, Plan
+from .points import layer_of, letter_of, points
+
+ROWS = 8192  # of an embedding or a head in float64 at a time
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = x @ weight + bias: weight (in, out), bias (out,), float64."""
+
+    weight: np.ndarray
+    bias: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Basis:
+    """x* = (x + shift) @ matrix; ``matrix`` is None where nothing is left to write the point."""
+
+    matrix: np.ndarray | None
+    inverse: np.ndarray
+    shift: np.ndarray | None = None
+
+
+def basis_without_reader(q: Linear) -> Basis:
+    """The basis in which a reader of the point (Q, K or V) is the identity, without bias."""
+    inverse = np.linalg.inv(q.weight)
+    return Basis(q.weight, inverse, None if q.bias is None else q.bias @ inverse)
+
+
+def basis_without_writer(p: Linear, *, alone: bool) -> Basis:
+    """The basis in which a writer of the point (P) is the identity; ``alone``: the only writer."""
+    matrix = None if alone else np.linalg.inv(p.weight)
+    return Basis(matrix, p.weight, None if p.bias is None else -p.bias)
+
+
+def dual(basis: Basis) -> Basis:
+    """The basis at the other end of a tied embedding: (E T)^T = T^T E^T."""
+    assert basis.matrix is not None
+    return Basis(basis.inverse.T, basis.matrix.T)
+
+
+def change_basis(
+    linear: Linear,
+    *,
+    reads: Basis | None = None,
+    writes: Basis | None = None,
+    owns_shift: bool = False,
+) -> Linear:
+    """A matrix between two points whose bases changed.
+
+    Args:
+        linear: the matrix in the old bases.
+        reads: the new basis of its input, None where it is the old one.
+        writes: likewise of its output.
+        owns_shift: whether this writer adds the shift of ``writes`` (one of several must).
+    """
+    weight, bias = linear.weight, linear.bias
+    if reads is not None:
+        if reads.shift is not None:
+            bias = (0 if bias is None else bias) - reads.shift @ weight
+        weight = reads.inverse @ weight
+    if writes is not None:
+        assert writes.matrix is not None
+        if owns_shift and writes.shift is not None:
+            bias = (0 if bias is None else bias) + writes.shift
+        weight = weight @ writes.matrix
+        bias = None if bias is None else bias @ writes.matrix
+    return Linear(weight, bias)
+
+
+def fold_gain(gain: np.ndarray, linear: Linear) -> Linear:
+    """The matrix behind a norm, with the norm's gain (in,) in it (arXiv 2407.09577, section 2)."""
+    return Linear(gain[:, None] * linear.weight, linear.bias)
+
+
+def measure(matrix: np.ndarray) -> Conditioning:
+    """The conditioning of a square matrix; infinite if it is singular."""
+    try:
+        inverse = np.linalg.inv(matrix)
+    except np.linalg.LinAlgError:
+        return Conditioning(math.inf, math.inf)
+    norms = np.linalg.norm(matrix) * np.linalg.norm(inverse)
+    condition = _largest_singular_value(matrix) * _largest_singular_value(inverse)
+    return Conditioning(float(condition), float(norms / len(matrix)))
+
+
+def _largest_singular_value(matrix: np.ndarray) -> float:
+    """By power iteration, to about a per cent."""
+    x: np.ndarray = np.random.default_rng(0).standard_normal(matrix.shape[1])
+    value = 0.0
+    for _ in range(100):
+        x /= np.linalg.norm(x)
+        x = matrix.T @ (matrix @ x)
+        length = float(np.linalg.norm(x))
+        previous, value = value, math.sqrt(length)
+        if abs(value - previous) <= 1e-4 * value:
+            break
+    return value
+
+
+class Merger:
+    """Applies a plan to a checkpoint, a layer at a time; holds at most three bases."""
+
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, dtype: mx.Dtype):
+        self._checkpoint, self._plan, self._dtype = checkpoint, plan, dtype
+        self._points = points(plan.before)
+        self._reads = {m: i for i, point in enumerate(self._points) for m in point.consumers}
+        self._writes = {m: i for i, point in enumerate(self._points) for m in point.producers}
+        self._basis = lru_cache(maxsize=3)(self._make_basis)
+
+    def conditioning(self, where: str) -> Conditioning:
+        """Of the matrix at a module path, its norm's gain folded in."""
+        return measure(self._linear(where).weight)
+
+    def embedding(self) -> dict[str, mx.array]:
+        name = f"{EMBEDDING}.weight"
+        basis = self._basis(self._writes[EMBEDDING])
+        if basis is None:
+            return {name: self._through(name)}
+        shift = 0 if basis.shift is None else basis.shift
+        return {name: self._rows(name, lambda rows: (rows + shift) @ basis.matrix)}
+
+    def layer(self, layer: int) -> dict[str, mx.array]:
+        """Every tensor of one layer of the result, in its type."""
+        out: dict[str, mx.array] = {}
+        gone = set(self._plan.identity.values())
+        for projection in PROJECTIONS:
+            where = path(layer, projection)
+            if where in gone or where not in self._reads.keys() | self._writes.keys():
+                continue
+            out |= self._projection(where)
+        return out | self._vectors(layer)
+
+    def head(self) -> dict[str, mx.array]:
+        """The final norm's gain and the head, as far as the result has them."""
+        out: dict[str, mx.array] = {}
+        args, folded = self._plan.after, self._plan.folded
+        if "final" in args.gains:
+            name = f"{FINAL_NORM}.weight"
+            stored = self._through(name)
+            out[name] = mx.ones_like(stored) if "final" in folded else stored
+        if args.tie_word_embeddings:
+            return out
+        name = f"{HEAD}.weight"
+        basis = self._basis(self._reads[HEAD])
+        gain = self._vector(f"{FINAL_NORM}.weight") if "final" in folded else None
+        if basis is not None:
+            out[name] = self._rows(name, lambda rows: rows @ basis.inverse.T)
+        elif gain is not None:
+            out[name] = self._rows(name, lambda rows: rows * gain)
+        else:
+            out[name] = self._through(name)
+        return out
+
+    def _projection(self, where: str) -> dict[str, mx.array]:
+        reads = self._basis(self._reads[where]) if where in self._reads else None
+        writes = self._basis(self._writes[where]) if where in self._writes else None
+        if reads is None and writes is None and self._gain_before(where) is None:
+            arrays = self._checkpoint.read([f"{where}.weight", f"{where}.bias"])
+            return {name: self._finite(name, array) for name, array in arrays.items()}
+        owner = writes is not None and self._points[self._writes[where]].producers[0] == where
+        new = change_basis(self._linear(where), reads=reads, writes=writes, owns_shift=owner)
+        out = {f"{where}.weight": self._stored(f"{where}.weight", new.weight.T)}
+        if new.bias is not None:
+            out[f"{where}.bias"] = self._stored(f"{where}.bias", new.bias)
+        return out
+
+    def _vectors(self, layer: int) -> dict[str, mx.array]:
+        """Gains and linear paths; one that this layer lacks and others have is written out."""
+        out: dict[str, mx.array] = {}
+        args, prefix = self._plan.after, f"model.layers.{layer}"
+        attention = not args.lacks("attention", layer)
+        width = args.num_attention_heads * args.head_dim
+        kv_width = args.num_key_value_heads * args.head_dim
+        sizes = {"q": width, "k": kv_width, "v": kv_width, "hidden": args.intermediate_size}
+        for gain, module in GAINS[args.norm].items():
+            if gain in args.gains and (attention or gain in ("hidden", "ffn")):
+                name = f"{prefix}.{module}.weight"
+                found = {} if gain in self._plan.folded else self._checkpoint.read([name])
+                ones = mx.ones((sizes.get(gain, args.hidden_size),))
+                out[name] = self._finite(name, found.get(name, ones))
+        for path_name, size, present in (
+            ("gate_offset", args.intermediate_size, args.gate_offset),
+            ("value_skip", args.num_attention_heads, args.value_skip and attention),
+        ):
+            if present:
+                name = f"{prefix}.{LINEAR_PATHS[path_name]}"
+                found = self._checkpoint.read([name])
+                out[name] = self._finite(name, found.get(name, mx.zeros((size,))))
+        return out
+
+    def _make_basis(self, index: int) -> Basis | None:
+        where = self._plan.identity.get(index)
+        if where is None:
+            ends = {0: len(self._points) - 1, len(self._points) - 1: 0}
+            other = ends.get(index)
+            if self._plan.before.tie_word_embeddings and other in self._plan.identity:
+                basis = self._make_basis(other)
+                assert basis is not None
+                return dual(basis)
+            return None
+        linear = self._linear(where)
+        alone = self._points[index].producers == [where]
+        if letter_of(where) == "p" and alone:
+            return basis_without_writer(linear, alone=True)
+        if letter_of(where) == "p":
+            return basis_without_writer(linear, alone=False)
+        return basis_without_reader(linear)
+
+    def _linear(self, where: str) -> Linear:
+        """The matrix at a module path, the gain before it folded in, in float64."""
+        arrays = self._checkpoint.read([f"{where}.weight", f"{where}.bias"])
+        weight = _float64(f"{where}.weight", arrays[f"{where}.weight"]).T
+        bias = arrays.get(f"{where}.bias")
+        linear = Linear(weight, None if bias is None else _float64(f"{where}.bias", bias))
+        gain = self._gain_before(where)
+        return linear if gain is None else fold_gain(gain, linear)
+
+    def _gain_before(self, where: str) -> np.ndarray | None:
+        """The gain (in,) that the plan folds into the matrix at a module path."""
+        layer, projection = layer_of(where), where.rpartition(".")[2]
+        behind = {
+            "attention": ("q_proj", "k_proj", "v_proj"),
+            "ffn": ("gate_proj", "up_proj"),
+            "v": ("o_proj",),
+            "hidden": ("down_proj",),
+        }
+        modules = GAINS["pre"] | GAINS["qkv"]
+        for gain, projections in behind.items():
+            if gain in self._plan.folded and projection in projections:
+                values = self._vector(f"model.layers.{layer}.{modules[gain]}.weight")
+                if gain == "v" and values is not None:
+                    values = self._per_query_head(values)
+                return values
+        return None
+
+    def _per_query_head(self, gain: np.ndarray) -> np.ndarray:
+        """A value gain (kv_heads * head_dim,) as the query heads meet it (heads * head_dim,)."""
+        args = self._plan.before
+        group = args.num_attention_heads // args.num_key_value_heads
+        return np.repeat(gain.reshape(args.num_key_value_heads, -1), group, axis=0).reshape(-1)
+
+    def _vector(self, name: str) -> np.ndarray | None:
+        found = self._checkpoint.read([name])
+        return _float64(name, found[name]) if found else None
+
+    def _rows(self, name: str, change) -> mx.array:
+        """A (vocabulary, hidden) tensor changed some rows at a time."""
+        rows = self._checkpoint.read([name])[name]
+        done = []
+        for start in range(0, rows.shape[0], ROWS):
+            changed = change(_float64(name, rows[start : start + ROWS]))
+            done.append(self._stored(name, changed))
+        return mx.concatenate(done)
+
+    def _through(self, name: str) -> mx.array:
+        return self._finite(name, self._checkpoint.read([name])[name])
+
+    def _stored(self, name: str, values: np.ndarray) -> mx.array:
+        return self._finite(name, mx.array(np.ascontiguousarray(values, dtype=np.float32)))
+
+    def _finite(self, name: str, array: mx.array) -> mx.array:
+        """``array`` in the result's type.
+
+        Raises:
+            UserError: for NaN or infinity, in the source or because the type is too narrow.
+        """
+        cast = array.astype(self._dtype)
+        if not mx.all(mx.isfinite(cast)).item():
+            if mx.all(mx.isfinite(array)).item():
+                raise UserError(
+                    f"{name} does not fit {dtype_name(self._dtype)} (largest value "
+                    f"{mx.abs(array).max().item():.3g}): use --dtype bfloat16 or float32"
+                )
+            _refuse_not_finite(name)
+        return cast
+
+
+def _float64(name: str, array: mx.array) -> np.ndarray:
+    values = np.array(array.astype(mx.float32)).astype(np.float64)
+    if not np.isfinite(values).all():
+        _refuse_not_finite(name)
+    return values
+
+
+def _refuse_not_finite(name: str) -> None:
+    raise UserError(f"{name} holds NaN or infinity: the checkpoint is broken, download it again")

@@ -1,0 +1,424 @@
+"""The network: every mix of blocks, skips, norms and missing matrices that this package writes.
+
+This file is copied into every converted checkpoint and runs there on mlx and mlx-lm alone, so it
+must import nothing else. What a layer lacks is data in ``ModelArgs`` and costs nothing at run time.
+
+Built and tested for mlx-lm 0.32.
+"""
+
+# No `from __future__ import annotations`: mlx-lm runs this file without registering it as a module,
+# and dataclass could not resolve string annotations then.
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional, Union
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+from mlx.nn.layers.distributed import shard_inplace, shard_linear
+from mlx_lm.models.activations import swiglu
+from mlx_lm.models.base import BaseModelArgs, create_attention_mask, scaled_dot_product_attention
+from mlx_lm.models.cache import KVCache, RotatingKVCache
+from mlx_lm.models.rope_utils import initialize_rope
+
+MLX_LM_RANGE = ((0, 32), (0, 33))  # from, up to but not including
+
+if (
+    not MLX_LM_RANGE[0]
+    <= tuple(int(n) for n in mlx_lm.__version__.split(".")[:2])
+    < MLX_LM_RANGE[1]
+):
+    warnings.warn(
+        f"this model was written for mlx-lm >=0.32,<0.33 and meets mlx-lm {mlx_lm.__version__}; "
+        "if it fails, install that range or convert the model again",
+        stacklevel=2,
+    )
+
+ACTIVATIONS = {
+    "silu": nn.silu,
+    "swish": nn.silu,
+    "gelu": nn.gelu,
+    "gelu_new": nn.gelu_approx,
+    "gelu_pytorch_tanh": nn.gelu_approx,
+    "relu": nn.relu,
+}
+
+
+@dataclass
+class ModelArgs(BaseModelArgs):
+    """What ``config.json`` says; ``docs/checkpoint.md`` explains each key."""
+
+    model_type: str
+    hidden_size: int
+    num_hidden_layers: int
+    intermediate_size: int
+    num_attention_heads: int
+    vocab_size: int
+    num_key_value_heads: int = 0  # 0: as many as query heads
+    head_dim: int = 0  # 0: hidden_size / num_attention_heads
+    block: str = "serial"  # serial: attention, then FFN; parallel: their sum
+    skip: str = "none"  # none, ffn (around the FFN only), both
+    norm: str = "none"  # none, qkv (on the projections' outputs), pre (on the stream)
+    final_norm: bool = False
+    rms_norm_eps: float = 1e-5
+    hidden_act: str = "silu"
+    rope_theta: float = 10000.0
+    rope_scaling: Optional[Dict[str, Any]] = None
+    max_position_embeddings: Optional[int] = None
+    sliding_window: Optional[int] = None
+    layer_types: List[str] = field(default_factory=list)  # full_attention or sliding_attention
+    tie_word_embeddings: bool = False
+    # Which layers lack "q", "k", "v", "p" or their whole "attention".
+    removed: Dict[str, List[int]] = field(default_factory=dict)
+    # Which layers' matrices ("q_proj", "down_proj", ...) have a bias.
+    biases: Dict[str, List[int]] = field(default_factory=dict)
+    # Norms with a learned gain: "q", "k", "v", "hidden" (qkv), "attention", "ffn" (pre), "final".
+    gains: List[str] = field(default_factory=list)
+    gate_offset: bool = False  # (act(gate) + c) * up
+    value_skip: bool = False  # attention + alpha * the token's own value
+    # Matrices that need more bits than the rest when quantized, and how many more.
+    extra_bits: Dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if not self.num_key_value_heads:
+            self.num_key_value_heads = self.num_attention_heads
+        if not self.head_dim:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if not self.layer_types:
+            kind = "sliding_attention" if self.sliding_window else "full_attention"
+            self.layer_types = [kind] * self.num_hidden_layers
+        for key, value, known in (
+            ("block", self.block, ("serial", "parallel")),
+            ("skip", self.skip, ("none", "ffn", "both")),
+            ("norm", self.norm, ("none", "qkv", "pre")),
+            ("hidden_act", self.hidden_act, tuple(ACTIVATIONS)),
+        ):
+            if value not in known:
+                raise ValueError(f'"{key}": {value!r} is not supported; known: {", ".join(known)}')
+
+    def lacks(self, part: str, layer: int) -> bool:
+        """Whether ``layer`` has no ``part``: "q", "k", "v", "p" or "attention"."""
+        return layer in self.removed.get(part, ()) or layer in self.removed.get("attention", ())
+
+    def linear(self, name: str, layer: int, n_in: int, n_out: int) -> nn.Linear:
+        return nn.Linear(n_in, n_out, bias=layer in self.biases.get(name, ()))
+
+
+class RMSNorm(nn.Module):
+    """RMS norm of the last axis; the gain, if any, covers the last axis or the last two."""
+
+    def __init__(self, dims: Optional[int], eps: float):
+        super().__init__()
+        if dims is not None:
+            self.weight = mx.ones((dims,))
+        self.eps = eps
+
+    def __call__(self, x: mx.array) -> mx.array:
+        gain = self.get("weight")
+        if gain is None or gain.size == x.shape[-1]:
+            return mx.fast.rms_norm(x, gain, self.eps)
+        return mx.fast.rms_norm(x, None, self.eps) * gain.reshape(x.shape[-2:])
+
+
+class ShardedRMSNorm(nn.Module):
+    """RMS norm of an axis that is spread over a group of machines."""
+
+    def __init__(self, norm: nn.Module, group: mx.distributed.Group):
+        super().__init__()
+        if "weight" in norm:
+            self.weight = mx.contiguous(mx.split(norm.weight, group.size())[group.rank()])
+        self.eps = norm.eps
+        self.group = group
+
+    def __call__(self, x: mx.array) -> mx.array:
+        square = x.astype(mx.float32).square().mean(-1, keepdims=True)
+        square = mx.distributed.all_sum(square, group=self.group) / self.group.size()
+        x = (x * mx.rsqrt(square + self.eps)).astype(x.dtype)
+        return x * self.weight if "weight" in self else x
+
+
+def gather_last_axis(x: mx.array, group: mx.distributed.Group) -> mx.array:
+    """Join the last axis of ``x``, which is spread over ``group`` in rank order."""
+    parts = mx.distributed.all_gather(x[None], group=group)
+    return mx.concatenate([*parts], axis=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, args: ModelArgs, layer: int):
+        super().__init__()
+        self.n_heads = args.num_attention_heads
+        self.n_kv_heads = args.num_key_value_heads
+        self.head_dim = args.head_dim
+        self.scale = args.head_dim**-0.5
+        self.group: Optional[mx.distributed.Group] = None
+        width, kv_width = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+
+        for name, part, n_in, n_out in (
+            ("q_proj", "q", args.hidden_size, width),
+            ("k_proj", "k", args.hidden_size, kv_width),
+            ("v_proj", "v", args.hidden_size, kv_width),
+            ("o_proj", "p", width, args.hidden_size),
+        ):
+            present = not args.lacks(part, layer)
+            setattr(self, name, args.linear(name, layer, n_in, n_out) if present else None)
+
+        for name, part, dims in (
+            ("q_norm", "q", width),
+            ("k_norm", "k", kv_width),
+            ("v_norm", "v", kv_width),
+        ):
+            norm = RMSNorm(dims if part in args.gains else None, args.rms_norm_eps)
+            setattr(self, name, norm if args.norm == "qkv" else None)
+
+        if args.value_skip:
+            self.value_skip = mx.zeros((self.n_heads,))
+        self.rope = initialize_rope(
+            self.head_dim, args.rope_theta, False, args.rope_scaling, args.max_position_embeddings
+        )
+
+    def heads(self, x: mx.array, proj, norm, n: int) -> mx.array:
+        """(batch, length, hidden) to (batch, n, length, head_dim); no ``proj``: x is it already."""
+        if proj is not None:
+            x = proj(x)
+        elif self.group is not None:
+            x = mx.split(x, self.group.size(), axis=-1)[self.group.rank()]
+        x = x.reshape(*x.shape[:2], n, self.head_dim)
+        if norm is not None:
+            x = norm(x)
+        return x.transpose(0, 2, 1, 3)
+
+    def __call__(self, x: mx.array, mask=None, cache: Optional[Any] = None) -> mx.array:
+        B, L, _ = x.shape
+        queries = self.heads(x, self.q_proj, self.q_norm, self.n_heads)
+        keys = self.heads(x, self.k_proj, self.k_norm, self.n_kv_heads)
+        values = own = self.heads(x, self.v_proj, self.v_norm, self.n_kv_heads)
+
+        offset = cache.offset if cache is not None else 0
+        queries = self.rope(queries, offset=offset)
+        keys = self.rope(keys, offset=offset)
+        if cache is not None:
+            keys, values = cache.update_and_fetch(keys, values)
+        out = scaled_dot_product_attention(
+            queries, keys, values, cache=cache, scale=self.scale, mask=mask
+        )
+        if "value_skip" in self:
+            own = own[:, :, None] * self.value_skip.reshape(self.n_kv_heads, -1, 1, 1)
+            out = out + own.reshape(out.shape)
+
+        out = out.transpose(0, 2, 1, 3).reshape(B, L, -1)
+        if self.o_proj is not None:
+            return self.o_proj(out)
+        return out if self.group is None else gather_last_axis(out, self.group)
+
+    def shard(self, group: mx.distributed.Group):
+        N = group.size()
+        if self.n_kv_heads % N:
+            raise ValueError(f"{self.n_kv_heads} key-value heads cannot be split over {N} machines")
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            if (linear := getattr(self, name)) is not None:
+                how = "sharded-to-all" if name == "o_proj" else "all-to-sharded"
+                setattr(self, name, shard_linear(linear, how, group=group))
+        for name in ("q_norm", "k_norm", "v_norm"):
+            if (norm := getattr(self, name)) is not None:
+                shard_inplace(norm, lambda path, w: 0, group=group)
+        if "value_skip" in self:
+            self.value_skip = mx.split(self.value_skip, N)[group.rank()]
+        self.n_heads //= N
+        self.n_kv_heads //= N
+        self.group = group
+
+
+class MLP(nn.Module):
+    def __init__(self, args: ModelArgs, layer: int):
+        super().__init__()
+        # Without P the FFN reads the heads themselves, wider or narrower than the stream.
+        heads = (
+            args.block == "serial" and args.lacks("p", layer) and not args.lacks("attention", layer)
+        )
+        n_in = args.num_attention_heads * args.head_dim if heads else args.hidden_size
+        self.gate_proj = args.linear("gate_proj", layer, n_in, args.intermediate_size)
+        self.up_proj = args.linear("up_proj", layer, n_in, args.intermediate_size)
+        self.down_proj = args.linear("down_proj", layer, args.intermediate_size, args.hidden_size)
+        if args.gate_offset:
+            self.gate_offset = mx.zeros((args.intermediate_size,))
+        self.hidden_norm: Optional[nn.Module] = None
+        if args.norm == "qkv":
+            dims = args.intermediate_size if "hidden" in args.gains else None
+            self.hidden_norm = RMSNorm(dims, args.rms_norm_eps)
+        self.hidden_act = args.hidden_act
+
+    def __call__(self, x: mx.array) -> mx.array:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if "gate_offset" in self:
+            hidden = (ACTIVATIONS[self.hidden_act](gate) + self.gate_offset) * up
+        elif self.hidden_act == "silu":
+            hidden = swiglu(gate, up)
+        else:
+            hidden = ACTIVATIONS[self.hidden_act](gate) * up
+        if self.hidden_norm is not None:
+            hidden = self.hidden_norm(hidden)
+        return self.down_proj(hidden)
+
+    def shard(self, group: mx.distributed.Group):
+        self.gate_proj = shard_linear(self.gate_proj, "all-to-sharded", group=group)
+        self.up_proj = shard_linear(self.up_proj, "all-to-sharded", group=group)
+        self.down_proj = shard_linear(self.down_proj, "sharded-to-all", group=group)
+        if "gate_offset" in self:
+            self.gate_offset = mx.split(self.gate_offset, group.size())[group.rank()]
+        if self.hidden_norm is not None:
+            self.hidden_norm = ShardedRMSNorm(self.hidden_norm, group)
+
+
+class Block(nn.Module):
+    def __init__(self, args: ModelArgs, layer: int):
+        super().__init__()
+        attention = not args.lacks("attention", layer)
+        self.self_attn = Attention(args, layer) if attention else None
+        self.mlp = MLP(args, layer)
+        self.input_layernorm: Optional[RMSNorm] = None
+        self.post_attention_layernorm: Optional[RMSNorm] = None
+        if args.norm == "pre":
+            dims = {
+                part: args.hidden_size if part in args.gains else None
+                for part in ("attention", "ffn")
+            }
+            if attention:
+                self.input_layernorm = RMSNorm(dims["attention"], args.rms_norm_eps)
+            self.post_attention_layernorm = RMSNorm(dims["ffn"], args.rms_norm_eps)
+        self.parallel = args.block == "parallel"
+        self.skip_attention = args.skip == "both"
+        self.skip_ffn = args.skip != "none"
+        self.use_sliding = args.layer_types[layer] == "sliding_attention"
+
+    def attention(self, x: mx.array, mask, cache) -> mx.array:
+        h = x if self.input_layernorm is None else self.input_layernorm(x)
+        return self.self_attn(h, mask, cache)
+
+    def ffn(self, x: mx.array) -> mx.array:
+        h = x if self.post_attention_layernorm is None else self.post_attention_layernorm(x)
+        return self.mlp(h)
+
+    def __call__(self, x: mx.array, mask=None, cache: Optional[Any] = None) -> mx.array:
+        if self.parallel:
+            out = self.ffn(x)
+            if self.self_attn is not None:
+                out = out + self.attention(x, mask, cache)
+            return x + out if self.skip_ffn else out
+        if self.self_attn is not None:
+            h = self.attention(x, mask, cache)
+            x = x + h if self.skip_attention else h
+        h = self.ffn(x)
+        return x + h if self.skip_ffn else h
+
+
+class SkiplessModel(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+        self.sliding_window = args.sliding_window
+        self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
+        self.layers = [Block(args, layer) for layer in range(args.num_hidden_layers)]
+        self.norm = None
+        if args.final_norm:
+            dims = args.hidden_size if "final" in args.gains else None
+            self.norm = RMSNorm(dims, args.rms_norm_eps)
+
+    def masks(self, h: mx.array, caches: List[Any]) -> Dict[bool, Any]:
+        """One mask for the layers with a sliding window (True), one for those without (False)."""
+        made: Dict[bool, Any] = {}
+        for layer, cache in zip(self.layers, caches, strict=True):
+            if layer.self_attn is not None and layer.use_sliding not in made:
+                window = self.sliding_window if layer.use_sliding else None
+                made[layer.use_sliding] = create_attention_mask(h, cache, window_size=window)
+        return made
+
+    def spread(self, cache: Optional[List[Any]]) -> List[Any]:
+        """The caches of the layers with attention, at those layers; None at the others."""
+        left = iter(cache or ())
+        return [None if layer.self_attn is None else next(left, None) for layer in self.layers]
+
+    def __call__(
+        self,
+        inputs: mx.array,
+        cache: Optional[List[Any]] = None,
+        input_embeddings: Optional[mx.array] = None,
+    ) -> mx.array:
+        h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
+        caches = self.spread(cache)
+        masks = self.masks(h, caches)
+        for layer, c in zip(self.layers, caches, strict=True):
+            h = layer(h, masks.get(layer.use_sliding), c)
+        return h if self.norm is None else self.norm(h)
+
+
+class Model(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+        self.model_type = args.model_type
+        self.model = SkiplessModel(args)
+        if not args.tie_word_embeddings:
+            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+
+    def __call__(
+        self,
+        inputs: mx.array,
+        cache: Optional[List[Any]] = None,
+        input_embeddings: Optional[mx.array] = None,
+    ) -> mx.array:
+        """Logits (batch, length, vocab_size) of token ids (batch, length)."""
+        return self.head(self.model(inputs, cache, input_embeddings))
+
+    def head(self, h: mx.array) -> mx.array:
+        if self.args.tie_word_embeddings:
+            return self.model.embed_tokens.as_linear(h)
+        return self.lm_head(h)
+
+    def sanitize(self, weights: Dict[str, mx.array]) -> Dict[str, mx.array]:
+        if self.args.tie_word_embeddings:
+            weights.pop("lm_head.weight", None)
+        return {k: v for k, v in weights.items() if "rotary_emb.inv_freq" not in k}
+
+    @property
+    def layers(self):
+        return self.model.layers
+
+    def make_cache(self) -> List[Union[KVCache, RotatingKVCache]]:
+        """A cache for each layer that has attention."""
+        return [
+            RotatingKVCache(max_size=self.args.sliding_window) if layer.use_sliding else KVCache()
+            for layer in self.layers
+            if layer.self_attn is not None
+        ]
+
+    @property
+    def quant_predicate(self):
+        """How mlx-lm quantizes this model: matrices beside a removed one get their extra bits.
+
+        The caller's bits are not known here, so 4 are assumed.
+        """
+        return quant_predicate(self.args.extra_bits)
+
+    def shard(self, group: Optional[mx.distributed.Group] = None):
+        """Spread heads and FFN over ``group``; without P the heads are gathered before the FFN."""
+        group = group or mx.distributed.init()
+        for layer in self.layers:
+            if layer.self_attn is not None:
+                layer.self_attn.shard(group)
+            layer.mlp.shard(group)
+
+
+def quant_predicate(extra_bits: Dict[str, int], bits: int = 4):
+    """For ``mlx_lm.utils.quantize_model``: True, False (leave it) or the matrix's own settings."""
+
+    def predicate(path: str, module: nn.Module, *_) -> Union[bool, Dict[str, Any]]:
+        extra = extra_bits.get(path, 0)
+        if not hasattr(module, "to_quantized") or not extra:
+            return hasattr(module, "to_quantized")
+        group_size = next((g for g in (64, 32) if module.weight.shape[-1] % g == 0), None)
+        enough = next((b for b in (4, 5, 6, 8) if b >= bits + extra), None)
+        if group_size is None or enough is None:
+            return False
+        return {"group_size": group_size, "bits": enough, "mode": "affine"}
+
+    return predicate

@@ -1,0 +1,360 @@
+"""What a conversion removes and what it risks: decisions, no weights.
+
+At each point of the stream (``points.py``) one matrix can be chosen to become the identity, which
+is every exact removal (Graef, arXiv 2404.12362, section 2). A plan is these choices.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+
+from .errors import UserError
+from .families import EMBEDDING, GAINS, HEAD
+from .layout import dtype_name
+from .model import ModelArgs
+from .points import LETTERS, Point, layer_of, letter_of, points
+
+REMOVALS = ("auto", "qp", "kp", "vp", "q", "k", "v", "p", "none")
+# Largest noise, relative to a projection's output, that `auto` accepts from rounding the stream in
+# its new basis: about what 6-bit weights add.
+NOISE_LIMIT = 0.02
+# Beyond this condition number float64 itself keeps fewer than four digits.
+HOPELESS = 1e12
+UNIT_ROUNDOFF = {mx.float32: 2.0**-24, mx.bfloat16: 2.0**-8, mx.float16: 2.0**-11}
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """How much a change of basis by one matrix magnifies noise.
+
+    ``condition`` is the 2-norm condition number; ``amplification`` is |X|_F |X^-1|_F / n, the
+    factor by which white noise on the stream in the new basis grows relative to white signal on its
+    way back (1 for an orthogonal matrix).
+    """
+
+    condition: float
+    amplification: float
+
+    @property
+    def extra_bits(self) -> int:
+        """Bits that matrices around this basis need on top, for the same noise when quantized."""
+        return max(0, round(math.log2(min(self.amplification, 2.0**32))))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One conversion.
+
+    Attributes:
+        before: the network that the removals start from.
+        after: the network that comes out.
+        identity: for each point that gets a new basis, the matrix that becomes the identity.
+        folded: norms whose gains go into the matrices behind them.
+        gone: the removed matrices' layers by the paper's letter.
+        notes: what the user should know, one line each.
+    """
+
+    before: ModelArgs
+    after: ModelArgs
+    identity: dict[int, str]
+    folded: tuple[str, ...]
+    gone: dict[str, list[int]]
+    notes: tuple[str, ...]
+
+
+def strip(args: ModelArgs) -> ModelArgs:
+    """The skipless version of a pre-norm network: no skips, weightless norms on the projections.
+
+    Raises:
+        UserError: if it is not a pre-norm network.
+    """
+    if args.norm != "pre":
+        raise UserError(
+            "--skipless is for models with skips and norms; this one is skipless: drop it"
+        )
+    gains = [gain for gain in args.gains if gain not in GAINS["pre"]]
+    return replace(args, skip="none", norm="qkv", gains=gains)
+
+
+def _shape_refusal(args: ModelArgs, letter: str) -> str | None:
+    """Why the shape of Q, K, V or P forbids its removal; None if it does not."""
+    name, d = letter.upper(), args.hidden_size
+    width = args.num_attention_heads * args.head_dim
+    kv_width = args.num_key_value_heads * args.head_dim
+    if letter in "kv" and kv_width != d:
+        return (
+            f"{name} maps {d} to {kv_width} and has no inverse ({args.num_key_value_heads} "
+            f"key-value heads, {args.num_attention_heads} query heads): only Q and P can go, "
+            "--remove qp"
+        )
+    if letter == "q" and width < d:
+        return (
+            f"Q narrows the stream from {d} to {width} and K and V need what it drops: only P can "
+            "go, --remove p"
+        )
+    if letter == "q" and width > d:
+        return (
+            f"Q widens the stream from {d} to {width}, so the matrices that feed it would grow by "
+            "more than Q weighs: only P can go, --remove p"
+        )
+    if letter == "p" and width != d and (args.block == "parallel" or args.skip == "ffn"):
+        return f"P maps {width} to {d} and has no inverse, which this block needs"
+    return None
+
+
+def _p_saves(args: ModelArgs) -> int:
+    """Weights that removing one layer's P saves (negative: what it costs)."""
+    width = args.num_attention_heads * args.head_dim
+    return width * args.hidden_size - 2 * (width - args.hidden_size) * args.intermediate_size
+
+
+def make_plan(
+    args: ModelArgs,
+    *,
+    remove: str = "auto",
+    skipless: bool = False,
+    fold_norms: bool = False,
+    conditioning: Mapping[str, Conditioning] | None = None,
+    dtype: mx.Dtype = mx.float32,
+    quantized: bool = False,
+) -> Plan:
+    """Decide what goes.
+
+    Args:
+        args: the source network.
+        remove: "auto", "none" or the letters to remove; letters are obeyed or refused.
+        skipless: strip skips and stream norms first.
+        fold_norms: put every norm's gain into the matrices behind it.
+        conditioning: measured, by module path; None where no weights are at hand.
+        dtype: of the result; decides with ``conditioning`` what `auto` dares.
+        quantized: whether the result gets quantized.
+
+    Raises:
+        UserError: if an explicit removal is impossible.
+    """
+    before = strip(args) if skipless else args
+    found = points(before)
+    notes: list[str] = []
+    identity: dict[int, str] = {}
+    if remove == "auto":
+        identity = _choose(before, found, notes, conditioning, dtype, quantized)
+    elif remove != "none":
+        identity = _obey(before, found, notes, remove, conditioning or {})
+    gone: dict[str, list[int]] = {}
+    for where in identity.values():
+        gone.setdefault(letter_of(where), []).append(layer_of(where))
+    gone = {letter: sorted(gone[letter]) for letter in LETTERS if letter in gone}
+    folded = _folded(args, before, bool(identity), fold_norms)
+    after = _after(before, found, identity, gone, folded, conditioning or {})
+    return Plan(before, after, identity, folded, gone, tuple(notes))
+
+
+def _candidates(point: Point) -> dict[str, str]:
+    """What could become the identity at a point: module paths by the paper's letter."""
+    found = [(x, w) for x in "qkv" for w in point.consumers if w.endswith(LETTERS[x])]
+    found += [("p", w) for w in point.producers if w.endswith(LETTERS["p"])]
+    return dict(found)
+
+
+def _obstacle(args: ModelArgs, found: list[Point], index: int, where: str) -> str | None:
+    """Why the matrix at ``where`` cannot become the identity at a point; None if it can."""
+    point = found[index]
+    if point.pinned:
+        return point.pinned
+    if layer_of(where) in args.biases.get(where.rpartition(".")[2], ()):
+        if point.head:
+            return "its bias would need a bias on the head"
+        if args.tie_word_embeddings and index == 0:
+            return "its bias would reach the head through the tied embedding"
+    return None
+
+
+def _obey(
+    args: ModelArgs,
+    found: list[Point],
+    notes: list[str],
+    letters: str,
+    conditioning: Mapping[str, Conditioning],
+) -> dict[int, str]:
+    """An explicit removal: all matrices of these letters but at a pinned end, or a refusal."""
+    for letter in letters:
+        if (why := _shape_refusal(args, letter)) is not None:
+            raise UserError(f"--remove {letters}: {why}")
+    identity: dict[int, str] = {}
+    kept: dict[str, str] = {}
+    for index, point in enumerate(found):
+        wanted = {x: where for x, where in _candidates(point).items() if x in letters}
+        kept |= {w: why for w in wanted.values() if (why := _obstacle(args, found, index, w))}
+        free = {x: where for x, where in wanted.items() if where not in kept}
+        if len(free) > 1:
+            names = " and ".join(letter.upper() for letter in free)
+            raise UserError(
+                f"--remove {letters}: {names} meet at one point of this model, where only one "
+                f"matrix can go (block {args.block}, skip {args.skip}): "
+                f"--remove {' or --remove '.join(free)}"
+            )
+        if free:
+            identity[index] = next(iter(free.values()))
+    for letter in letters:
+        if not any(letter_of(where) == letter for where in identity.values()):
+            why = next((w for x, w in kept.items() if letter_of(x) == letter), "it is gone already")
+            raise UserError(
+                f"--remove {letters}: {letter.upper()} cannot go, {why}: {_way_out(args)}"
+            )
+    for where in identity.values():
+        measured = conditioning.get(where)
+        if measured is not None and not measured.condition < HOPELESS:
+            raise UserError(
+                f"--remove {letters}: {letter_of(where).upper()} of layer {layer_of(where)} is "
+                f"singular (condition number {measured.condition:.1e}) and has no inverse: "
+                "--remove auto takes what can go"
+            )
+    if args.tie_word_embeddings and {0, len(found) - 1} <= identity.keys():
+        where = identity.pop(len(found) - 1)
+        kept[where] = "the tied embedding gives the first and the last point one basis"
+    for where, why in kept.items():
+        notes.append(f"{letter_of(where).upper()} of layer {layer_of(where)} stays: {why}")
+    if "p" in letters and _p_saves(args) < 0:
+        notes.append(f"removing P costs {-_p_saves(args):,} weights a layer at these shapes")
+    return identity
+
+
+def _way_out(args: ModelArgs) -> str:
+    if args.norm == "pre" and args.skip == "both":
+        return (
+            "--skipless makes the skipless network of it (no language model until it is trained); "
+            "--fold-norms is exact as it stands"
+        )
+    return "--remove auto takes what can go"
+
+
+def _choose(
+    args: ModelArgs,
+    found: list[Point],
+    notes: list[str],
+    conditioning: Mapping[str, Conditioning] | None,
+    dtype: mx.Dtype,
+    quantized: bool,
+) -> dict[int, str]:
+    """`auto`: at each point the matrix whose removal saves weights at the least noise."""
+    identity: dict[int, str] = {}
+    too_noisy: dict[str, list[str]] = {}
+    for index, point in enumerate(found):
+        linked = args.tie_word_embeddings and index == len(found) - 1 and 0 in identity
+        if linked or point.pinned:
+            continue
+        free = {
+            letter: where
+            for letter, where in _candidates(point).items()
+            if _shape_refusal(args, letter) is None and not _obstacle(args, found, index, where)
+        }
+        if point.producers == list(free.values()):  # P alone writes here: no inverse, no noise
+            if _p_saves(args) > 0:
+                identity[index] = free["p"]
+            continue
+        noise = {}
+        for letter, where in free.items():
+            measured = (conditioning or {}).get(where, Conditioning(1, 1))
+            noise[letter] = measured.amplification * UNIT_ROUNDOFF[dtype]
+            if (quantized and measured.extra_bits) or not measured.condition < HOPELESS:
+                noise[letter] = math.inf
+        if not noise:
+            continue
+        # In the order q, k, v, p, unless another is clearly better conditioned.
+        best = next(letter for letter in noise if noise[letter] <= 4 * min(noise.values()))
+        if noise[best] <= NOISE_LIMIT:
+            identity[index] = free[best]
+        else:
+            too_noisy.setdefault(best, []).append(str(layer_of(free[best])))
+    for letter, layers in too_noisy.items():
+        why = (
+            "their neighbours would need more bits than it saves"
+            if quantized
+            else f"their inverses magnify the rounding of {dtype_name(dtype)} too much"
+        )
+        notes.append(
+            f"{letter.upper()} of layers {', '.join(layers)} stays: {why} (--remove "
+            f"{'qp' if letter == 'q' else letter} insists)"
+        )
+    if conditioning is None and identity:
+        notes.append("chosen by arithmetic alone: no weights at hand to measure conditioning on")
+    if not identity and args.norm == "pre":
+        notes.append("no exact removal of Q or P exists for a model with skips and norms")
+    return identity
+
+
+def _folded(
+    source: ModelArgs, before: ModelArgs, removing: bool, fold_norms: bool
+) -> tuple[str, ...]:
+    """Gains that go into the matrices behind them."""
+    behind = []
+    if fold_norms or before is not source:
+        behind += [*GAINS["pre"]]
+    if fold_norms or removing:
+        behind += ["v", "hidden"]
+    if fold_norms and not source.tie_word_embeddings:
+        behind += ["final"]
+    return tuple(gain for gain in behind if gain in source.gains)
+
+
+def _after(
+    before: ModelArgs,
+    found: list[Point],
+    identity: dict[int, str],
+    gone: dict[str, list[int]],
+    folded: tuple[str, ...],
+    conditioning: Mapping[str, Conditioning],
+) -> ModelArgs:
+    removed = {
+        part: sorted({*before.removed.get(part, ()), *gone.get(part, ())})
+        for part in (*LETTERS, "attention")
+    }
+    biases = {name: set(layers) for name, layers in before.biases.items()}
+    extra_bits = dict(before.extra_bits)
+    for index, where in identity.items():
+        around = around_of(before, found, index, where)
+        name, layer = where.rpartition(".")[2], layer_of(where)
+        if layer in biases.get(name, ()):
+            # The bias moves with the stream: into what writes it first, out of what reads it.
+            biases[name].discard(layer)
+            owner = found[index].producers[0]
+            for moved in [owner, *found[index].consumers]:
+                if moved not in (where, EMBEDDING):
+                    biases.setdefault(moved.rpartition(".")[2], set()).add(layer_of(moved))
+        if where in conditioning and conditioning[where].extra_bits:
+            for matrix in around:
+                previous = extra_bits.get(matrix, 0)
+                extra_bits[matrix] = max(previous, conditioning[where].extra_bits)
+    return replace(
+        before,
+        removed={part: layers for part, layers in removed.items() if layers},
+        biases={name: sorted(layers) for name, layers in sorted(biases.items()) if layers},
+        gains=[gain for gain in before.gains if gain not in folded],
+        extra_bits=extra_bits,
+    )
+
+
+def around_of(args: ModelArgs, found: list[Point], index: int, where: str) -> list[str]:
+    """Matrices whose values a change of basis mixes through an inverse (none: P leaving alone)."""
+    touched = [found[index]]
+    if args.tie_word_embeddings and index in (0, len(found) - 1):
+        touched = [found[0], found[-1]]
+    if touched[0].producers == [where]:
+        return []
+    matrices = [m for point in touched for m in (*point.producers, *point.consumers) if m != where]
+    return [m for m in matrices if m != HEAD or not args.tie_word_embeddings]
+
+
+def measurable(args: ModelArgs, remove: str) -> list[str]:
+    """Matrices whose inverse a removal may need, in the order of the stream."""
+    letters = "" if remove == "none" else "qkvp" if remove == "auto" else remove
+    wanted = []
+    for point in points(args):
+        for letter, where in _candidates(point).items():
+            alone = point.producers == [where]
+            possible = point.pinned is None and _shape_refusal(args, letter) is None
+            if letter in letters and possible and not alone:
+                wanted.append(where)
+    return wanted

@@ -1,0 +1,127 @@
+"""What a conversion did, in numbers."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .checkpoint import Checkpoint
+from .layout import Layout, dtype_name
+from .plan import Conditioning, Plan
+from .points import LETTERS
+from .verify import Verification
+
+SKIPLESS_WARNING = (
+    "--skipless drops the skip connections that the weights were trained with: the result is NOT a "
+    "language model until it is trained again. It shows the speed and size of one."
+)
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One row of the plan: a layer, or the embedding, or the head."""
+
+    name: str
+    goes: str
+    weights_before: int
+    weights_after: int
+    bytes_before: int
+    bytes_after: int
+    condition: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did, or with ``dry_run`` would do.
+
+    ``params_before`` counts the network that the removals start from, ``bytes_before`` its bytes as
+    dense weights of the source's type. ``speedup_from_bytes`` compares the bytes that decoding a
+    token reads with those of the same network in the result's format without the removals.
+    """
+
+    source: str
+    output: str | None
+    packing: str | None
+    dtype: str
+    quantization: dict[str, Any] | None
+    params_before: int
+    params_after: int
+    bytes_before: int
+    bytes_after: int
+    removed: dict[str, list[int]]
+    folded: tuple[str, ...]
+    stock: bool
+    skipless: bool
+    speedup_from_bytes: float
+    rows: tuple[LayerRow, ...]
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+    verification: Verification | None
+    seconds: float
+    peak_memory_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def make_report(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    layout: Layout,
+    stock: bool,
+    conditioning: Mapping[str, Conditioning],
+) -> Report:
+    """The report of a planned conversion, before anything is measured."""
+    source = Layout(plan.before, checkpoint.dtype)
+    same_format = Layout(plan.before, layout.dtype, layout.quantization)
+    warnings = []
+    if plan.before.norm == "qkv" and checkpoint.args.norm == "pre":
+        warnings.append(SKIPLESS_WARNING)
+    if layout.quantization is not None and layout.args.extra_bits:
+        warnings.append(
+            "rounding next to an inverse is magnified: "
+            f"{len(layout.args.extra_bits)} matrices beside removed ones keep more bits"
+        )
+    return Report(
+        source=checkpoint.name,
+        output=None,
+        packing=checkpoint.packing,
+        dtype=dtype_name(layout.dtype),
+        quantization=layout.settings,
+        params_before=source.count(),
+        params_after=layout.count(),
+        bytes_before=source.nbytes(),
+        bytes_after=layout.nbytes(),
+        removed=plan.gone,
+        folded=plan.folded,
+        stock=stock,
+        skipless=plan.before is not checkpoint.args and plan.before != checkpoint.args,
+        speedup_from_bytes=same_format.bytes_per_token / layout.bytes_per_token,
+        rows=tuple(_rows(plan, source, layout, conditioning)),
+        notes=plan.notes,
+        warnings=tuple(warnings),
+        verification=None,
+        seconds=0.0,
+        peak_memory_bytes=0,
+    )
+
+
+def _rows(
+    plan: Plan, source: Layout, layout: Layout, conditioning: Mapping[str, Conditioning]
+) -> Iterator[LayerRow]:
+    names = ["model.embed_tokens"]
+    names += [f"model.layers.{i}" for i in range(plan.before.num_hidden_layers)]
+    names += [] if plan.before.tie_word_embeddings else ["lm_head"]
+    for name in names:
+        prefix = f"{name}."
+        goes = [w for w in plan.identity.values() if w.startswith(prefix)]
+        measured = [conditioning[w].condition for w in goes if w in conditioning]
+        letters = [x.upper() for x in LETTERS if any(w.endswith(LETTERS[x]) for w in goes)]
+        yield LayerRow(
+            name=name.removeprefix("model."),
+            goes=" ".join(letters),
+            weights_before=source.count(prefix),
+            weights_after=layout.count(prefix),
+            bytes_before=source.nbytes(prefix),
+            bytes_after=layout.nbytes(prefix),
+            condition=max(measured) if measured else None,
+        )

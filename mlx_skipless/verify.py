@@ -1,0 +1,235 @@
+"""Two networks, the same text: how far apart they are, and text to ask them with.
+
+Both are run a layer at a time, so that neither has to fit in memory.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.base import create_attention_mask
+from mlx_lm.models.cache import KVCache
+
+from .checkpoint import SafetensorsStore
+from .errors import UserError
+from .families import EMBEDDING, FINAL_NORM, HEAD
+from .model import Block, ModelArgs, RMSNorm
+
+Arrays = Mapping[str, mx.array]
+SEQUENCES, LENGTH = 4, 32  # of the check's text, in tokens
+TAIL_BYTES = 1 << 16  # read from the end of a calibration file
+
+
+class Parts(Protocol):
+    """A network's tensors, a part at a time, by their canonical names."""
+
+    def embedding(self) -> Arrays: ...
+    def layer(self, layer: int) -> Arrays: ...
+    def head(self) -> Arrays: ...
+
+
+class WrittenParts:
+    """The parts of a folder that this package wrote, packed matrices as they are."""
+
+    def __init__(self, folder: Path):
+        self._store = SafetensorsStore(folder)
+
+    def _under(self, *prefixes: str) -> Arrays:
+        starts = tuple(f"{prefix}." for prefix in prefixes)
+        return self._store.read(name for name in self._store.shapes if name.startswith(starts))
+
+    def embedding(self) -> Arrays:
+        return self._under(EMBEDDING)
+
+    def layer(self, layer: int) -> Arrays:
+        return self._under(f"model.layers.{layer}")
+
+    def head(self) -> Arrays:
+        return self._under(FINAL_NORM, HEAD)
+
+
+class StreamedNetwork:
+    """A network that reads each layer when it runs and lets it go after.
+
+    Args:
+        args: the network.
+        parts: its tensors.
+        settings: the ``quantization`` entry of its config, None for dense weights.
+        resident: keep the layers instead, for many passes.
+    """
+
+    def __init__(
+        self,
+        args: ModelArgs,
+        parts: Parts,
+        settings: Mapping[str, Any] | None = None,
+        *,
+        resident: bool = False,
+    ):
+        self.args, self._parts, self._settings = args, parts, settings
+        self._kept: dict[int, Block] | None = {} if resident else None
+        self._embedding = nn.Embedding(args.vocab_size, args.hidden_size)
+        self._embedding = self._filled(self._embedding, EMBEDDING, parts.embedding())
+        head = parts.head()
+        self._norm = None
+        if args.final_norm:
+            dims = args.hidden_size if "final" in args.gains else None
+            self._norm = self._filled(RMSNorm(dims, args.rms_norm_eps), FINAL_NORM, head)
+        self._head: Callable[[mx.array], mx.array] = self._embedding.as_linear
+        if not args.tie_word_embeddings:
+            linear = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+            self._head = self._filled(linear, HEAD, head)
+
+    def _filled(self, module: Any, prefix: str, arrays: Arrays) -> Any:
+        own = {n.removeprefix(f"{prefix}."): a for n, a in arrays.items() if n.startswith(prefix)}
+        if (settings := self._settings) is not None:
+            root = nn.Module()
+            root.part = module
+            nn.quantize(
+                root,
+                settings["group_size"],
+                settings["bits"],
+                mode=settings.get("mode", "affine"),
+                class_predicate=lambda where, m: (
+                    f"{where}.scales".removeprefix("part.") in own
+                    and settings.get(where.replace("part", prefix, 1), True)
+                ),
+            )
+            module = root.part
+        module.load_weights(list(own.items()))
+        return module
+
+    def _block(self, layer: int) -> Block:
+        if self._kept is not None and layer in self._kept:
+            return self._kept[layer]
+        prefix = f"model.layers.{layer}"
+        block = self._filled(Block(self.args, layer), prefix, self._parts.layer(layer))
+        if self._kept is not None:
+            self._kept[layer] = block
+        return block
+
+    def hidden(
+        self,
+        tokens: mx.array,
+        caches: list[KVCache] | None = None,
+        progress: Callable[[int], None] = lambda layer: None,
+    ) -> mx.array:
+        """The stream before the final norm, (batch, length, hidden), of tokens (batch, length)."""
+        h = self._embedding(tokens)
+        for layer in range(self.args.num_hidden_layers):
+            block = self._block(layer)
+            cache = caches[layer] if caches is not None else None
+            window = self.args.sliding_window if block.use_sliding else None
+            h = block(h, create_attention_mask(h, cache, window_size=window), cache)
+            mx.eval(h)
+            progress(layer)
+        if self._kept is None:
+            mx.clear_cache()
+        return h
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """float32 logits (batch, length, vocabulary) of the stream before the final norm."""
+        h = hidden if self._norm is None else self._norm(hidden)
+        return self._head(h).astype(mx.float32)
+
+
+def sample(network: StreamedNetwork, *, seed: int, start: int | None) -> mx.array:
+    """Text of the network's own, (SEQUENCES, LENGTH) tokens at temperature 1.
+
+    Each sequence opens with ``start`` if given and a random token.
+    """
+    key = mx.random.key(seed)
+    key, first = mx.random.split(key)
+    tokens = mx.random.randint(0, network.args.vocab_size, (SEQUENCES, 1), key=first)
+    if start is not None and 0 <= start < network.args.vocab_size:
+        tokens = mx.concatenate(
+            [mx.full((SEQUENCES, 1), start, dtype=tokens.dtype), tokens], axis=1
+        )
+    caches = [KVCache() for _ in range(network.args.num_hidden_layers)]
+    fresh = tokens
+    while tokens.shape[1] < LENGTH:
+        logits = network.logits(network.hidden(fresh, caches)[:, -1:])[:, -1]
+        key, now = mx.random.split(key)
+        fresh = mx.random.categorical(mx.nan_to_num(logits), key=now)[:, None].astype(tokens.dtype)
+        tokens = mx.concatenate([tokens, fresh], axis=1)
+    return tokens
+
+
+def text_tokens(file: Path, encode: Callable[[str], list[int]]) -> mx.array:
+    """The end of a text, (n, LENGTH) tokens with n up to SEQUENCES.
+
+    Raises:
+        UserError: if the file cannot be read or is too short.
+    """
+    try:
+        raw = file.read_bytes()[-TAIL_BYTES:]
+    except OSError as error:
+        raise UserError(f"--calibration {file} cannot be read ({error.strerror})") from error
+    ids = encode(raw.decode("utf-8", errors="ignore"))
+    count = min(len(ids) // LENGTH, SEQUENCES)
+    if not count:
+        raise UserError(
+            f"--calibration {file} gives {len(ids)} tokens; the check needs {LENGTH} or more"
+        )
+    return mx.array(ids[-count * LENGTH :]).reshape(count, LENGTH)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How far a result is from its source on the same text.
+
+    Attributes:
+        max_rel_logit_error: the worst token's max|a - b| / max|a| over the vocabulary.
+        kl: mean KL(source || result), nats per token.
+        greedy_match: share of tokens where both prefer the same next token.
+        tokens: how many were compared.
+        text: where the text came from.
+    """
+
+    max_rel_logit_error: float
+    kl: float
+    greedy_match: float
+    tokens: int
+    text: str
+
+
+def compare(
+    source: StreamedNetwork, result: StreamedNetwork, tokens: mx.array, text: str
+) -> Verification:
+    """Run both on tokens (batch, length); ``text`` says where these came from."""
+    return compare_logits(_sequences(source, tokens), _sequences(result, tokens), text)
+
+
+def _sequences(network: StreamedNetwork, tokens: mx.array) -> Iterator[np.ndarray]:
+    hidden = network.hidden(tokens)
+    return (np.array(network.logits(h[None])[0]) for h in hidden)
+
+
+def compare_logits(
+    source: Iterator[np.ndarray], result: Iterator[np.ndarray], text: str
+) -> Verification:
+    """Compare logits, a (length, vocabulary) array a sequence."""
+    errors, divergences, matches = [], [], []
+    for a, b in zip(source, result, strict=True):
+        a, b = a.astype(np.float64), b.astype(np.float64)
+        largest = np.abs(a).max(-1)
+        errors.append(np.abs(a - b).max(-1) / np.where(largest > 0, largest, 1))
+        log_p, log_q = _log_softmax(a), _log_softmax(b)
+        divergences.append((np.exp(log_p) * (log_p - log_q)).sum(-1))
+        matches.append(a.argmax(-1) == b.argmax(-1))
+    return Verification(
+        max_rel_logit_error=float(np.max(errors)),
+        kl=float(np.mean(divergences)),
+        greedy_match=float(np.mean(matches)),
+        tokens=int(np.size(errors)),
+        text=text,
+    )
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))

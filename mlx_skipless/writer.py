@@ -1,0 +1,200 @@
+"""Writing a model: all of it or nothing, in shards, with everything mlx-lm needs beside it."""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import mlx.core as mx
+import transformers
+
+from .checkpoint import Checkpoint
+from .errors import UserError
+from .loading import quiet_transformers
+
+SHARD_BYTES = 1 << 30  # held in memory until written; mlx-lm reads any number of shards
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+GENERATION_CONFIG = "generation_config.json"
+
+
+class Writer:
+    """A folder that appears under its name when it is whole, and not at all otherwise.
+
+    Use as a context manager; ``commit`` makes it appear. Tensors go to a temporary folder beside
+    it, which any failure removes, and the next run removes after a kill.
+
+    Raises:
+        UserError: if the path exists, its parent does not, or the disk lacks room.
+    """
+
+    def __init__(self, out: Path, expected_bytes: int):
+        self._out = out
+        check_free(out)
+        parent = out.absolute().parent
+        free = shutil.disk_usage(parent).free
+        needed = int(expected_bytes * 1.01) + (64 << 20)
+        if needed > free:
+            raise UserError(
+                f"{parent} has {free / 1e9:.2f} GB free, the result takes {needed / 1e9:.2f} GB: "
+                "make room or give another --mlx-path"
+            )
+        self._prefix = f".{out.name}.partial-"
+        self._remove_abandoned(parent)
+        self._shards: list[list[str]] = []
+        self._pending: dict[str, mx.array] = {}
+        self._pending_bytes = self._total_bytes = 0
+
+    def _remove_abandoned(self, parent: Path) -> None:
+        for folder in parent.glob(f"{self._prefix}*"):
+            pid = re.match(r"(\d+)-", folder.name.removeprefix(self._prefix))
+            if pid and not _alive(int(pid[1])):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def __enter__(self) -> "Writer":
+        prefix = f"{self._prefix}{os.getpid()}-"
+        try:
+            self.folder = Path(tempfile.mkdtemp(prefix=prefix, dir=self._out.absolute().parent))
+        except OSError as error:
+            raise UserError(
+                f"cannot write beside {self._out} ({error}): give another --mlx-path"
+            ) from error
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def add(self, tensors: Mapping[str, mx.array]) -> None:
+        """Take some tensors; they are written when a shard is full."""
+        for name, array in tensors.items():
+            if self._pending and self._pending_bytes + array.nbytes > SHARD_BYTES:
+                self._flush()
+            self._pending[name] = array
+            self._pending_bytes += array.nbytes
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        file = self.folder / f"shard-{len(self._shards)}.safetensors"
+        try:
+            mx.save_safetensors(str(file), self._pending, metadata={"format": "mlx"})
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"writing {self._out} failed ({error}): is the disk full?") from error
+        self._shards.append(list(self._pending))
+        self._total_bytes += self._pending_bytes
+        self._pending, self._pending_bytes = {}, 0
+        mx.clear_cache()
+
+    def finish_weights(self, weights: int) -> None:
+        """Name the shards as mlx-lm does and write their index.
+
+        Args:
+            weights: how many there are, quantization aside.
+        """
+        self._flush()
+        index: dict[str, str] = {}
+        for i, names in enumerate(self._shards):
+            one = len(self._shards) == 1
+            name = "model" if one else f"model-{i + 1:05d}-of-{len(self._shards):05d}"
+            (self.folder / f"shard-{i}.safetensors").rename(self.folder / f"{name}.safetensors")
+            index |= dict.fromkeys(names, f"{name}.safetensors")
+        self.write_json(
+            "model.safetensors.index.json",
+            {
+                "metadata": {"total_size": self._total_bytes, "total_parameters": weights},
+                "weight_map": dict(sorted(index.items())),
+            },
+        )
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        self.write_text(name, json.dumps(content, indent=4) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        (self.folder / name).write_text(text, encoding="utf-8")
+
+    def commit(self) -> None:
+        """Make the folder appear."""
+        check_free(self._out)
+        # mkdtemp's folders are private; a model is as readable as any other new folder.
+        umask = os.umask(0)
+        os.umask(umask)
+        self.folder.chmod(0o777 & ~umask)
+        os.rename(self.folder, self._out)
+
+
+def check_free(out: Path) -> None:
+    """Raises UserError if ``out`` exists or its parent does not."""
+    if out.exists() or out.is_symlink():
+        raise UserError(f"{out} exists already: remove it or give another --mlx-path")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"{out.absolute().parent} is no folder: create it first")
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def carry_tokenizer(
+    checkpoint: Checkpoint, folder: Path, *, stock: bool, trust_remote_code: bool
+) -> bool:
+    """Put the source's tokenizer, chat template and generation settings into ``folder``.
+
+    transformers picks a tokenizer's class by the model's type as well, so its files are copied only
+    where that stays (``stock``); otherwise transformers reads the tokenizer with the source's
+    config and saves it, as mlx-lm does. Returns whether there was a tokenizer.
+
+    Raises:
+        UserError: if there is one that cannot be read.
+    """
+    source = checkpoint.folder
+    if source is None:
+        return _resave(checkpoint.path.parent, folder, gguf_file=checkpoint.path.name)
+    present = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if (source / GENERATION_CONFIG).is_file():
+        shutil.copyfile(source / GENERATION_CONFIG, folder / GENERATION_CONFIG)
+    if not present:
+        return False
+    if not stock:
+        return _resave(source, folder, trust_remote_code=trust_remote_code)
+    for name in present:
+        shutil.copyfile(source / name, folder / name)
+    return True
+
+
+def _resave(source: Path, folder: Path, **options: Any) -> bool:
+    try:
+        with quiet_transformers():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(source), **options)
+            tokenizer.save_pretrained(str(folder))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise UserError(
+            f"the tokenizer of {source} cannot be read ({str(error).splitlines()[0]}): "
+            "give a checkpoint with a Hugging Face tokenizer"
+        ) from error
+    return True

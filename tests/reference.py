@@ -1,0 +1,214 @@
+"""Float64 NumPy forward pass of source skipless checkpoints (DESIGN §6), the tests' authority.
+
+It shares no code with mlx_skipless and knows nothing of removals. Weights have Hugging Face's
+names and shapes (out, in).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+Config = dict[str, Any]
+Weights = dict[str, np.ndarray]
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+def logits(config: Config, weights: Weights, tokens: np.ndarray) -> np.ndarray:
+    """Logits (batch, length, vocab), float64, of tokens (batch, length), int."""
+    weights = {name: np.asarray(value, dtype=np.float64) for name, value in weights.items()}
+    embedding = weights["model.embed_tokens.weight"]
+    x = embedding[tokens]
+    for layer in range(config["num_hidden_layers"]):
+        x = block(config, weights, layer, x)
+    if config["final_norm"]:
+        x = rms_norm(x, weights.get("model.norm.weight"), config["rms_norm_eps"])
+    head = embedding if config["tie_word_embeddings"] else weights["lm_head.weight"]
+    return x @ head.T
+
+
+def block(config: Config, weights: Weights, layer: int, x: np.ndarray) -> np.ndarray:
+    """One decoder block on the stream, (batch, length, hidden) to the same shape."""
+    kind, skip = config["block"], config.get("skip", "none")
+    if kind not in ("serial", "parallel") or skip not in ("none", "ffn", "both"):
+        raise ValueError(f"block {kind!r} with skip {skip!r}")
+    has_attention = any(f"model.layers.{layer}.self_attn." in name for name in weights)
+    if kind == "parallel":
+        out = feed_forward(config, weights, layer, x)
+        if has_attention:
+            out = out + attention(config, weights, layer, x)
+        return out if skip == "none" else x + out
+    if has_attention:
+        out = attention(config, weights, layer, x)
+        x = x + out if skip == "both" else out
+    out = feed_forward(config, weights, layer, x)
+    return out if skip == "none" else x + out
+
+
+def attention(config: Config, weights: Weights, layer: int, x: np.ndarray) -> np.ndarray:
+    """The attention sub-layer with its stream norm, without skip; (batch, length, hidden)."""
+    prefix = f"model.layers.{layer}.self_attn."
+    norm, eps = _norm(config), config["rms_norm_eps"]
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    if norm == "pre":
+        x = rms_norm(x, weights[f"model.layers.{layer}.input_layernorm.weight"], eps)
+
+    def project(name: str, count: int) -> np.ndarray:
+        """Heads (batch, count, length, head_dim) of one projection."""
+        y = _linear(weights, f"{prefix}{name}_proj", x)
+        y = y.reshape(*y.shape[:2], count, head_dim(config))
+        if norm == "qkv":
+            gain = weights.get(f"{prefix}{name}_norm.weight")
+            y = rms_norm(y, None if gain is None else gain.reshape(count, -1), eps)
+        return y.transpose(0, 2, 1, 3)
+
+    frequencies = rope_frequencies(config)
+    q = rotate(project("q", heads), frequencies)
+    k = np.repeat(rotate(project("k", kv_heads), frequencies), heads // kv_heads, axis=1)
+    v = np.repeat(project("v", kv_heads), heads // kv_heads, axis=1)
+    scores = q @ k.swapaxes(-1, -2) / math.sqrt(head_dim(config))
+    scores = np.where(_mask(config, layer, x.shape[1]), scores, -np.inf)
+    out = np.exp(_log_softmax(scores)) @ v
+    alpha = weights.get(f"{prefix}value_skip")
+    if alpha is not None:
+        out = out + alpha[:, None, None] * v
+    out = out.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)
+    return _linear(weights, f"{prefix}o_proj", out)
+
+
+def feed_forward(config: Config, weights: Weights, layer: int, x: np.ndarray) -> np.ndarray:
+    """The gated FFN with its stream norm, without skip; (batch, length, hidden)."""
+    prefix = f"model.layers.{layer}.mlp."
+    norm, eps = _norm(config), config["rms_norm_eps"]
+    if norm == "pre":
+        x = rms_norm(x, weights[f"model.layers.{layer}.post_attention_layernorm.weight"], eps)
+    gate = activation(config.get("hidden_act", "silu"), _linear(weights, f"{prefix}gate_proj", x))
+    gate = gate + weights.get(f"{prefix}gate_offset", 0.0)
+    hidden = gate * _linear(weights, f"{prefix}up_proj", x)
+    if norm == "qkv":
+        hidden = rms_norm(hidden, weights.get(f"{prefix}hidden_norm.weight"), eps)
+    return _linear(weights, f"{prefix}down_proj", hidden)
+
+
+def head_dim(config: Config) -> int:
+    """A head's width; hidden_size / num_attention_heads if the config has none."""
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+
+
+def rms_norm(x: np.ndarray, gain: np.ndarray | None, eps: float) -> np.ndarray:
+    """x over the root mean square of its last axis, times gain (its last axes; None: ones)."""
+    y = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps)
+    return y if gain is None else y * gain
+
+
+def activation(name: str, x: np.ndarray) -> np.ndarray:
+    """Hugging Face's `hidden_act` functions."""
+    if name == "silu":
+        return x * np.exp(-np.logaddexp(0, -x))
+    if name == "gelu":
+        return x * 0.5 * (1 + _erf(x / math.sqrt(2)))
+    if name == "gelu_pytorch_tanh":
+        return x * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    if name == "relu":
+        return np.maximum(x, 0)
+    raise ValueError(f"hidden_act {name!r}")
+
+
+def rope_frequencies(config: Config) -> np.ndarray:
+    """Radians per position (head_dim / 2,); scaling as in transformers' modeling_rope_utils."""
+    width = head_dim(config)
+    inverse = config.get("rope_theta", 10000.0) ** (-np.arange(0, width, 2) / width)
+    scaling = config.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return inverse
+    factor = scaling["factor"]
+    if kind == "linear":
+        return inverse / factor
+    if kind != "llama3":
+        raise ValueError(f"rope_scaling {kind!r}")
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * inverse / (2 * math.pi)
+    share = np.clip((turns - low) / (high - low), 0, 1)
+    return inverse * (share + (1 - share) / factor)
+
+
+def rotate(x: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
+    """RoPE from position 0 on x (batch, heads, length, head_dim), halves as in Hugging Face."""
+    angle = np.arange(x.shape[2])[:, None] * frequencies
+    first, second = np.split(x, 2, axis=-1)
+    return np.concatenate(
+        [
+            first * np.cos(angle) - second * np.sin(angle),
+            second * np.cos(angle) + first * np.sin(angle),
+        ],
+        axis=-1,
+    )
+
+
+def llama_config(config: Config) -> Config:
+    """The skipless config of a pretrained Llama or Mistral one, for `logits`.
+
+    As in transformers, `sliding_window` alone makes all layers slide in Mistral, none in Llama.
+    """
+    mapped = config | {
+        "model_type": "skipless",
+        "block": "serial",
+        "skip": "both",
+        "norm": "pre",
+        "final_norm": True,
+        "tie_word_embeddings": config.get("tie_word_embeddings", False),
+    }
+    if config["model_type"] == "llama" and not config.get("layer_types"):
+        mapped["sliding_window"] = None
+    return mapped
+
+
+def softmax_kl(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean KL(softmax a ‖ softmax b) in nats per token, of logits (..., vocab)."""
+    log_a = _log_softmax(np.asarray(a, dtype=np.float64))
+    log_b = _log_softmax(np.asarray(b, dtype=np.float64))
+    return float(np.mean(np.sum(np.exp(log_a) * (log_a - log_b), axis=-1)))
+
+
+def worst_relative_error(a: np.ndarray, b: np.ndarray) -> float:
+    """The worst token's max|a − b| / max|a|, of logits (..., vocab)."""
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    return float(np.max(np.abs(a - b).max(axis=-1) / np.abs(a).max(axis=-1)))
+
+
+def _norm(config: Config) -> str:
+    norm: str = config.get("norm", "none")
+    if norm not in ("none", "qkv", "pre"):
+        raise ValueError(f"norm {norm!r}")
+    return norm
+
+
+def _linear(weights: Weights, name: str, x: np.ndarray) -> np.ndarray:
+    """x (..., in) through `name`.weight (out, in), plus `name`.bias where there is one.
+
+    A matrix that is not there is the identity, as in a network that had it removed.
+    """
+    if f"{name}.weight" not in weights:
+        return x
+    return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0.0)
+
+
+def _mask(config: Config, layer: int, length: int) -> np.ndarray:
+    """Whether token i (row) attends to token j (column), (length, length)."""
+    i, j = np.arange(length)[:, None], np.arange(length)
+    allowed = j <= i
+    types = config.get("layer_types")
+    window = config.get("sliding_window")
+    if window and (not types or types[layer] == "sliding_attention"):
+        allowed &= j > i - window
+    return allowed
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
