@@ -287,7 +287,7 @@ def open_checkpoint(
     config = read_json(path / "config.json")
     family_of(config)  # an unknown architecture is the more helpful complaint
     scheme = scheme_of(config)
-    if config_only and not any(path.glob("*.safetensors*")):
+    if config_only and not any(path.glob("*.safetensors")):
         return _checked(name, path, config, None, None)
     store = SafetensorsStore(path)
     if scheme is None:

@@ -18,7 +18,7 @@ from . import verify as verification
 from .checkpoint import FLOAT_NAMES, Checkpoint, open_checkpoint
 from .errors import UserError
 from .layout import Layout, Quantization, dtype_name
-from .loading import quiet_transformers
+from .loading import tokenizer_options
 from .merge import Merger
 from .plan import REMOVALS, Conditioning, Plan, make_plan, measurable
 from .report import Report, make_report
@@ -210,9 +210,8 @@ def _write(
         if verifying:
             tokenizer = None
             if has_tokenizer:
-                trust = {"trust_remote_code": trust_remote_code}
-                with quiet_transformers():
-                    tokenizer = load_tokenizer(writer.folder, trust)
+                options = tokenizer_options(config, trust_remote_code=trust_remote_code)
+                tokenizer = load_tokenizer(writer.folder, options)
             check = _verify(
                 checkpoint, plan, layout, writer.folder, tokenizer, calibration, seed, progress
             )

@@ -149,12 +149,12 @@ def _layers_with(names: Iterable[str], suffix: str) -> list[int]:
 
 
 def _rope(config: Config) -> tuple[float, Config | None]:
-    """Base and scaling, from Hugging Face's old keys or its new ``rope_parameters``."""
+    """Base and scaling, from our own key, Hugging Face's old ones or its new ``rope_parameters``."""
     new = config.get("rope_parameters")
-    scaling = config.get("rope_scaling")
-    scaling = new if scaling is None else scaling
-    if scaling is not None and not isinstance(scaling, dict):
-        raise UserError(f'"rope_scaling" in config.json is {scaling!r}; it must be an object')
+    scaling = next((config[k] for k in ("rope", "rope_scaling") if config.get(k)), new)
+    for value in (new, scaling):
+        if value is not None and not isinstance(value, dict):
+            raise UserError(f"the RoPE scaling in config.json is {value!r}; it must be an object")
     theta = _real({**config, **(new or {})}, "rope_theta", 10000.0)
     scaling = {k: v for k, v in (scaling or {}).items() if k != "rope_theta"}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
@@ -205,7 +205,7 @@ def model_args(config: Config, tensors: Collection[str] | None = None) -> ModelA
             rms_norm_eps=_real(own, "rms_norm_eps", 1e-6),
             hidden_act=own.get("hidden_act") or "silu",
             rope_theta=theta,
-            rope_scaling=scaling,
+            rope=scaling,
             max_position_embeddings=_whole(own, "max_position_embeddings", 2048),
             sliding_window=None if window is None else _whole(own, "sliding_window"),
             layer_types=own.get("layer_types") or [],

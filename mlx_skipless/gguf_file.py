@@ -7,7 +7,9 @@ from typing import Any
 import gguf
 import mlx.core as mx
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
+from . import gguf_tokenizer
 from .errors import UserError
 
 NAMES = {
@@ -26,6 +28,16 @@ ROPE_FACTORS = "rope_freqs.weight"
 DENSE = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 
 
+class _Reader(gguf.GGUFReader):
+    """One that notices where a file ends: the original reads on, for as long as the header says."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        found = super()._get(offset, dtype, count, override_order)
+        if len(found) < count:
+            raise ValueError("it ends early")
+        return found
+
+
 class GGUFStore:
     """A GGUF file of the llama architecture (Llama, Mistral, SmolLM2 and their like).
 
@@ -34,17 +46,28 @@ class GGUFStore:
     """
 
     def __init__(self, path: Path):
+        self._path = path
         try:
-            self._reader = gguf.GGUFReader(path)
+            self._reader = _Reader(path)
             self._tensors = {t.name: t for t in self._reader.tensors}
-        except (ValueError, OSError, IndexError, KeyError, TypeError, OverflowError) as error:
+            self._parse()
+        except (OSError, ValueError, TypeError, LookupError, ArithmeticError) as error:
             raise UserError(
                 f"{path} is truncated or no GGUF file ({error}): download it again"
             ) from error
+
+    def _parse(self) -> None:
         architecture = self._field("general.architecture")
         if architecture != "llama":
-            raise UserError(f"{path} holds the architecture {architecture!r}; supported: llama")
-        self._path = path
+            raise UserError(
+                f"{self._path} holds the architecture {architecture!r}; supported: llama"
+            )
+        if self._field("llama.expert_count"):
+            raise UserError(f"{self._path} holds a mixture of experts, which is not supported")
+        if self._field("split.count", 1) > 1:
+            raise UserError(
+                f"{self._path} is one part of several: join them first (llama-gguf-split --merge)"
+            )
         self._original = {_name(n): n for n in self._tensors if n != ROPE_FACTORS}
         self.config = self._config()
         self.shapes = {
@@ -62,7 +85,12 @@ class GGUFStore:
 
     def _field(self, key: str, default: Any = None) -> Any:
         field = self._reader.get_field(key)
-        return default if field is None else field.contents()
+        if field is None:
+            return default
+        value = field.contents()
+        if field.types == [gguf.GGUFValueType.FLOAT32]:
+            return float(str(np.float32(value)))  # 1e-05 rather than 9.999999747378752e-06
+        return value
 
     def _config(self) -> dict[str, Any]:
         heads = self._field("llama.attention.head_count")
@@ -71,6 +99,13 @@ class GGUFStore:
         if embedding is None:
             raise UserError(f"{self._path} has no tensor token_embd.weight: download it again")
         vocab = int(embedding.shape[-1])
+        rotated = self._field("llama.rope.dimension_count")
+        head_dim = self._field("llama.attention.key_length", rotated)
+        if rotated is not None and rotated != head_dim:
+            raise UserError(
+                f"{self._path} rotates {rotated} of {head_dim} channels of a head, which is not "
+                "supported"
+            )
         config = {
             "model_type": "llama",
             "architectures": ["LlamaForCausalLM"],
@@ -79,7 +114,7 @@ class GGUFStore:
             "intermediate_size": self._field("llama.feed_forward_length"),
             "num_attention_heads": heads,
             "num_key_value_heads": self._field("llama.attention.head_count_kv", heads),
-            "head_dim": self._field("llama.rope.dimension_count"),
+            "head_dim": head_dim,
             "rms_norm_eps": self._field("llama.attention.layer_norm_rms_epsilon"),
             "vocab_size": vocab,
             "rope_theta": self._field("llama.rope.freq_base", 10000.0),
@@ -95,17 +130,18 @@ class GGUFStore:
         return {key: value for key, value in config.items() if value is not None}
 
     def _rope_scaling(self, config: dict[str, Any]) -> dict[str, Any] | None:
-        kind = self._field("llama.rope.scaling.type", "none")
-        if kind == "linear":
-            return {"rope_type": "linear", "factor": self._field("llama.rope.scaling.factor")}
+        factor = self._field("llama.rope.scaling.factor", self._field("llama.rope.scale_linear"))
+        kind = self._field("llama.rope.scaling.type", "linear")
+        if kind == "linear" and factor:
+            return {"rope_type": "linear", "factor": factor}
         if kind == "yarn":
             original = self._field("llama.rope.scaling.original_context_length")
             return {
                 "rope_type": "yarn",
-                "factor": self._field("llama.rope.scaling.factor"),
+                "factor": factor,
                 "original_max_position_embeddings": original,
             }
-        if kind != "none":
+        if kind not in ("linear", "none"):
             raise UserError(f"{self._path} scales RoPE as {kind!r}, which is not supported")
         if ROPE_FACTORS not in self._tensors:
             return None
@@ -126,7 +162,28 @@ class GGUFStore:
 
     def _dense(self, original: str) -> np.ndarray:
         tensor = self._tensors[original]
-        return gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        try:
+            dense = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError as error:
+            raise UserError(
+                f"{original} in {self._path} is of the type {tensor.tensor_type.name}, which "
+                "cannot be read: use another export"
+            ) from error
+        return dense.astype(np.float32)
+
+    def tokenizer(self) -> PreTrainedTokenizerFast | None:
+        """The tokenizer in the file's metadata; None if there is none.
+
+        Raises:
+            UserError: if it is broken or of a kind that is not known.
+        """
+        tokenizer = gguf_tokenizer.build(self._field, str(self._path))
+        if tokenizer is not None and len(tokenizer) > self.config["vocab_size"]:
+            raise UserError(
+                f"{self._path} has {len(tokenizer)} tokens and {self.config['vocab_size']} "
+                "embeddings: download it again"
+            )
+        return tokenizer
 
     def read(self, names: Iterable[str]) -> dict[str, mx.array]:
         return {name: self._read(name) for name in names}

@@ -122,13 +122,10 @@ def build(field: Field, source: str) -> PreTrainedTokenizerFast | None:
             f"{source} has a tokenizer of the kind {kind!r}; known: gpt2 and llama. Convert the "
             "Hugging Face model instead"
         )
-    by_type = list(zip(tokens, types, strict=True))
-    tokenizer.add_special_tokens(
-        [AddedToken(t, normalized=False, special=True) for t, k in by_type if k in (UNKNOWN, CONTROL)]
-    )
-    tokenizer.add_tokens(
-        [AddedToken(t, normalized=False, special=False) for t, k in by_type if k == USER_DEFINED]
-    )
+    for added in (CONTROL, UNKNOWN, USER_DEFINED):
+        special = added != USER_DEFINED
+        found = [token for token, type_ in zip(tokens, types, strict=True) if type_ == added]
+        tokenizer.add_tokens([AddedToken(t, normalized=False, special=special) for t in found])
     add_bos, add_eos = field("tokenizer.ggml.add_bos_token"), field("tokenizer.ggml.add_eos_token")
     first = named.get("bos") if (begins if add_bos is None else add_bos) else None
     last = named.get("eos") if add_eos else None
@@ -191,9 +188,9 @@ def _sentencepiece(
     # As SentencePiece and llama.cpp: a space before any text, be there one already or not, and
     # before what follows a special token (llama.cpp).
     prefix = field("tokenizer.ggml.add_space_prefix") is not False
-    spaces: list[normalizers.Normalizer] = [normalizers.Replace(" ", SPACE)]
+    spaces = normalizers.Replace(" ", SPACE)
     tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend(SPACE), *spaces] if prefix else spaces
+        [normalizers.Prepend(SPACE), spaces] if prefix else [spaces]
     )
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence(
@@ -203,25 +200,22 @@ def _sentencepiece(
 
 
 def _merges(score: dict[str, float]) -> list[tuple[str, str]]:
-    """Every pair of tokens whose concatenation is one, the highest score first.
-
-    Pairs of equal rank are merged from the left, so of one token's pairs the longest left part,
-    what has been merged already, goes first.
-    """
+    """Every pair of tokens whose concatenation is one too, by that one's score."""
     pairs = [
-        (-value, -cut, token)
-        for token, value in score.items()
+        (token[:cut], token[cut:])
+        for token in score
         for cut in range(1, len(token))
         if token[:cut] in score and token[cut:] in score
     ]
-    return [(token[:-cut], token[-cut:]) for _, cut, token in sorted(pairs)]
+    return sorted(pairs, key=lambda pair: -score["".join(pair)])
 
 
 def _frame(tokenizer: Tokenizer, first: str | None, last: str | None) -> Any:
     """What puts the bos and eos tokens around a text."""
     before, after = [first] if first else [], [last] if last else []
+    second = [f"{piece}:1" for piece in (*before, "$B", *after)]
     return processors.TemplateProcessing(
         single=[*before, "$A", *after],
-        pair=[*before, "$A", *after, *(f"{t}:1" for t in before), "$B:1", *(f"{t}:1" for t in after)],
+        pair=[*before, "$A", *after, *second],
         special_tokens=[(token, tokenizer.token_to_id(token)) for token in {*before, *after}],
     )

@@ -1,9 +1,9 @@
 """Loading a model to run: converted ones without trust, any other as mlx-lm does."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import mlx.nn as nn
 import mlx_lm.utils
@@ -67,12 +67,11 @@ def load(
         if adapter_path is not None:
             model = mlx_lm.utils.load_adapters(model, adapter_path)
             model.eval()
-        with quiet_transformers():
-            tokenizer = mlx_lm.utils.load_tokenizer(
-                folder,
-                {"trust_remote_code": trust_remote_code},
-                eos_token_ids=config.get("eos_token_id"),
-            )
+        tokenizer = mlx_lm.utils.load_tokenizer(
+            folder,
+            tokenizer_options(config, trust_remote_code=trust_remote_code),
+            eos_token_ids=config.get("eos_token_id"),
+        )
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path_or_hf_repo} cannot be loaded: {reason}") from error
@@ -83,12 +82,9 @@ def _own_classes(config: dict) -> tuple[type[nn.Module], type]:
     return Model, ModelArgs
 
 
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without transformers' remarks on a model type that it does not know."""
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)
+def tokenizer_options(config: Mapping[str, Any], *, trust_remote_code: bool) -> dict[str, Any]:
+    """Options for transformers' ``AutoTokenizer``, which does not know this package's model type."""
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if config.get("model_type") == "skipless":
+        options["config"] = transformers.PreTrainedConfig()
+    return options

@@ -63,7 +63,8 @@ class ModelArgs(BaseModelArgs):
     rms_norm_eps: float = 1e-5
     hidden_act: str = "silu"
     rope_theta: float = 10000.0
-    rope_scaling: Optional[Dict[str, Any]] = None
+    # RoPE scaling; not "rope_scaling", which transformers checks without knowing this architecture.
+    rope: Optional[Dict[str, Any]] = None
     max_position_embeddings: Optional[int] = None
     sliding_window: Optional[int] = None
     layer_types: List[str] = field(default_factory=list)  # full_attention or sliding_attention
@@ -173,7 +174,7 @@ class Attention(nn.Module):
         if args.value_skip:
             self.value_skip = mx.zeros((self.n_heads,))
         self.rope = initialize_rope(
-            self.head_dim, args.rope_theta, False, args.rope_scaling, args.max_position_embeddings
+            self.head_dim, args.rope_theta, False, args.rope, args.max_position_embeddings
         )
 
     def heads(self, x: mx.array, proj, norm, n: int) -> mx.array:

@@ -1,6 +1,7 @@
 """Quantized tensors of other tools, read as dense ones: MLX, AWQ and GPTQ.
 
-Every function is lazy MLX and returns weights as Hugging Face stores them, (out, in).
+Weights come as Hugging Face stores them, (out, in), in float32, which holds every product of a
+packed value and its scale. Lazy: nothing large is computed before it is used.
 """
 
 from collections.abc import Mapping
@@ -11,7 +12,14 @@ import mlx.core as mx
 from .errors import UserError
 
 Arrays = Mapping[str, mx.array]
-MODES = {"mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}  # mode: group size, bits
+Shapes = Mapping[str, tuple[int, ...]]
+MODES = {  # MLX's, with what holds where a config does not say
+    "affine": {"group_size": 64, "bits": 4},
+    "mxfp4": {"group_size": 32, "bits": 4},
+    "mxfp8": {"group_size": 32, "bits": 8},
+    "nvfp4": {"group_size": 16, "bits": 4},
+}
+AGAIN = "correct the quantization in config.json or download the checkpoint again"
 AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
@@ -25,12 +33,32 @@ class Scheme:
     marker: str
     parts: tuple[str, ...]
 
-    def shape(self, path: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
-        """(out, in) of the dense matrix at ``path``, from its parts' shapes."""
+    def shape(self, path: str, shapes: Shapes) -> tuple[int, int]:
+        """(out, in) of the dense matrix at ``path``, from its parts' shapes.
+
+        Raises:
+            UserError: if a part is missing or does not fit the others.
+        """
+        try:
+            dense, expected = self._layout(path, shapes)
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{path} is no complete {self.name} matrix: {AGAIN}") from error
+        for part, shape in expected.items():
+            found = shapes.get(path + part)
+            if found != shape:
+                raise UserError(
+                    f"{path}{part} has shape {found}, {self.name} asks for {shape}: {AGAIN}"
+                )
+        return dense
+
+    def _layout(
+        self, path: str, shapes: Shapes
+    ) -> tuple[tuple[int, int], dict[str, tuple[int, ...]]]:
+        """(out, in) of the dense matrix, and the shapes that its parts have then."""
         raise NotImplementedError
 
     def dense(self, path: str, arrays: Arrays) -> mx.array:
-        """The dense matrix at ``path``, (out, in), in its scales' type or float32."""
+        """The dense matrix at ``path``, (out, in), float32."""
         raise NotImplementedError
 
 
@@ -42,31 +70,47 @@ class MLXScheme(Scheme):
 
     def __init__(self, config: Mapping[str, Any]):
         self.config = config
-        mode, bits = config.get("mode", "affine"), config.get("bits")
+        _, bits, mode = self.settings("")
         self.name = f"MLX {mode} {bits}-bit"
 
     def settings(self, path: str) -> tuple[int, int, str]:
+        """Group size, bits and mode of the matrix at ``path``."""
         own = self.config.get(path)
         own = own if isinstance(own, Mapping) else self.config
         mode = own.get("mode", "affine")
-        group_size, bits = MODES.get(mode, (64, 4))
-        return own.get("group_size") or group_size, own.get("bits") or bits, mode
+        if mode not in MODES:
+            raise UserError(f"MLX's mode {mode!r} cannot be read; known: {', '.join(MODES)}")
+        group_size, bits = (own.get(key) or usual for key, usual in MODES[mode].items())
+        if type(group_size) is not int or type(bits) is not int:
+            raise UserError(f"MLX's quantization in config.json is broken ({own}): {AGAIN}")
+        return group_size, bits, mode
 
-    def shape(self, path: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+    def _layout(
+        self, path: str, shapes: Shapes
+    ) -> tuple[tuple[int, int], dict[str, tuple[int, ...]]]:
+        group_size, bits, mode = self.settings(path)
         out, groups = shapes[f"{path}.scales"]
-        return out, groups * self.settings(path)[0]
+        n_in = groups * group_size
+        expected: dict[str, tuple[int, ...]] = {".weight": (out, n_in * bits // 32)}
+        if mode == "affine":
+            expected[".biases"] = (out, groups)
+        return (out, n_in), expected
 
     def dense(self, path: str, arrays: Arrays) -> mx.array:
         group_size, bits, mode = self.settings(path)
-        return mx.dequantize(
-            arrays[f"{path}.weight"],
-            arrays[f"{path}.scales"],
-            arrays.get(f"{path}.biases"),
-            group_size=group_size,
-            bits=bits,
-            mode=mode,
-            global_scale=arrays.get(f"{path}.global_scale"),
-        )
+        scales, biases = arrays[f"{path}.scales"], arrays.get(f"{path}.biases")
+        options: dict[str, Any] = {}
+        if biases is not None:
+            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+        if f"{path}.global_scale" in arrays:
+            options = {"global_scale": arrays[f"{path}.global_scale"], "dtype": mx.float32}
+        try:
+            dense = mx.dequantize(
+                arrays[f"{path}.weight"], scales, biases, group_size, bits, mode, **options
+            )
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path} cannot be unpacked ({error}): {AGAIN}") from error
+        return dense.astype(mx.float32)
 
 
 class AWQScheme(Scheme):
@@ -76,19 +120,23 @@ class AWQScheme(Scheme):
     marker = ".qweight"
     parts = (".qweight", ".qzeros", ".scales")
 
-    def shape(self, path: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+    def _layout(
+        self, path: str, shapes: Shapes
+    ) -> tuple[tuple[int, int], dict[str, tuple[int, ...]]]:
         n_in, words = shapes[f"{path}.qweight"]
-        return words * 8, n_in
+        groups, _ = shapes[f"{path}.scales"]
+        if groups == 0 or n_in % groups:
+            raise ValueError(groups)
+        return (words * 8, n_in), {".qzeros": (groups, words), ".scales": (groups, words * 8)}
 
     def dense(self, path: str, arrays: Arrays) -> mx.array:
-        scales = arrays[f"{path}.scales"]  # (groups, out)
+        scales = arrays[f"{path}.scales"].astype(mx.float32)  # (groups, out)
         values = _awq_values(arrays[f"{path}.qweight"])  # (in, out)
-        zeros = _awq_values(arrays[f"{path}.qzeros"]) if f"{path}.qzeros" in arrays else 8
+        zeros = _awq_values(arrays[f"{path}.qzeros"])  # (groups, out)
         n_in, n_out = values.shape
         values = values.reshape(scales.shape[0], -1, n_out)
-        zeros = zeros[:, None] if isinstance(zeros, mx.array) else zeros
-        dense = (values - zeros).astype(mx.float32) * scales[:, None].astype(mx.float32)
-        return dense.reshape(n_in, n_out).T.astype(scales.dtype)
+        dense = (values - zeros[:, None]) * scales[:, None]
+        return dense.reshape(n_in, n_out).T
 
 
 def _awq_values(words: mx.array) -> mx.array:
@@ -112,29 +160,51 @@ class GPTQScheme(Scheme):
         bits = config.get("bits")
         if bits not in (2, 3, 4, 8):
             raise UserError(f"GPTQ with {bits!r} bits is not supported; known: 2, 3, 4, 8")
-        self.bits: int = bits
-        self.zero_shift = 0 if config.get("checkpoint_format") == "gptq_v2" else 1
+        self.bits = int(bits)
+        layout = str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
+        layout = "marlin" if config.get("is_marlin_format") else layout
+        if layout not in ("gptq", "gptq_v2") or config.get("pack_dtype", "int32") != "int32":
+            raise UserError(
+                f"GPTQ in the layout {layout!r} cannot be read; known: gptq and gptq_v2 in int32. "
+                "Use another export"
+            )
+        self.zero_shift = 0 if layout == "gptq_v2" else 1
+        self.group_size = config.get("group_size")
         self.name = f"GPTQ {self.bits}-bit"
 
-    def shape(self, path: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+    def _layout(
+        self, path: str, shapes: Shapes
+    ) -> tuple[tuple[int, int], dict[str, tuple[int, ...]]]:
         words, n_out = shapes[f"{path}.qweight"]
-        return n_out, words * 32 // self.bits
+        groups, _ = shapes[f"{path}.scales"]
+        if words % self.bits or n_out % 32:
+            raise ValueError(n_out)
+        n_in = words // self.bits * 32
+        expected: dict[str, tuple[int, ...]] = {
+            ".qzeros": (groups, n_out // 32 * self.bits),
+            ".scales": (groups, n_out),
+        }
+        if f"{path}.g_idx" in shapes:
+            expected[".g_idx"] = (n_in,)
+        return (n_out, n_in), expected
 
     def dense(self, path: str, arrays: Arrays) -> mx.array:
-        scales = arrays[f"{path}.scales"]  # (groups, out)
+        scales = arrays[f"{path}.scales"].astype(mx.float32)  # (groups, out)
         values = _bit_stream(arrays[f"{path}.qweight"], self.bits)  # (in, out)
         zeros = _bit_stream(arrays[f"{path}.qzeros"].T, self.bits).T + self.zero_shift
         zeros = zeros & ((1 << self.bits) - 1)  # a stored zero of "all ones" stands for 0
         n_in = values.shape[0]
         group = arrays.get(f"{path}.g_idx")
         if group is None:
-            group = mx.arange(n_in) // (n_in // scales.shape[0])
-        dense = (values - zeros[group]).astype(mx.float32) * scales[group].astype(mx.float32)
-        return dense.T.astype(scales.dtype)
+            size = self.group_size if type(self.group_size) is int else -1
+            group = mx.arange(n_in) // (size if size > 0 else n_in)
+        if mx.any((group < 0) | (group >= scales.shape[0])).item():
+            raise UserError(f"{path} has inputs in groups that do not exist: {AGAIN}")
+        return ((values - zeros[group]) * scales[group]).T
 
 
 def _bit_stream(words: mx.array, bits: int) -> mx.array:
-    """(words, columns) to (words * 32 / bits, columns); values lie end to end, low bits first."""
+    """(words, columns) to (words * 32 / bits, columns): values end to end, low bits first."""
     start = [i * bits for i in range(32)]
     word = mx.array([s // 32 for s in start])
     offset = mx.array([s % 32 for s in start], dtype=mx.uint32)[:, None]
@@ -161,7 +231,8 @@ def scheme_of(config: Mapping[str, Any]) -> Scheme | None:
         return None
     method = declared.get("quant_method")
     if method == "awq":
-        if declared.get("bits", 4) != 4 or declared.get("version", "gemm").lower() != "gemm":
+        version = str(declared.get("version") or declared.get("format") or "gemm").lower()
+        if declared.get("bits", 4) != 4 or version != "gemm":
             raise UserError("only AWQ's 4-bit GEMM layout can be read; use another export")
         return AWQScheme()
     if method == "gptq":

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,17 +15,15 @@ import transformers
 
 from .checkpoint import Checkpoint
 from .errors import UserError
-from .loading import quiet_transformers
+from .gguf_file import GGUFStore
 
 SHARD_BYTES = 1 << 30  # held in memory until written; mlx-lm reads any number of shards
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 TOKENIZER_FILES = (
-    "tokenizer.json",
+    *VOCABULARY_FILES,
     "tokenizer_config.json",
-    "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
@@ -172,29 +170,33 @@ def carry_tokenizer(
     Raises:
         UserError: if there is one that cannot be read.
     """
+    if isinstance(checkpoint.store, GGUFStore):
+        return _save(checkpoint.store.tokenizer, checkpoint.path, folder)
     source = checkpoint.folder
-    if source is None:
-        return _resave(checkpoint.path.parent, folder, gguf_file=checkpoint.path.name)
+    assert source is not None, "a config alone has no tokenizer"
     present = [name for name in TOKENIZER_FILES if (source / name).is_file()]
     if (source / GENERATION_CONFIG).is_file():
         shutil.copyfile(source / GENERATION_CONFIG, folder / GENERATION_CONFIG)
-    if not present:
+    if not set(present) & set(VOCABULARY_FILES):
         return False
     if not stock:
-        return _resave(source, folder, trust_remote_code=trust_remote_code)
+        read = transformers.AutoTokenizer.from_pretrained
+        return _save(lambda: read(str(source), trust_remote_code=trust_remote_code), source, folder)
     for name in present:
         shutil.copyfile(source / name, folder / name)
     return True
 
 
-def _resave(source: Path, folder: Path, **options: Any) -> bool:
+def _save(read: Callable[[], Any], source: Path, folder: Path) -> bool:
     try:
-        with quiet_transformers():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(str(source), **options)
-            tokenizer.save_pretrained(str(folder))
+        tokenizer = read()
+        if tokenizer is None:
+            return False
+        tokenizer.save_pretrained(str(folder))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"the tokenizer of {source} cannot be read ({str(error).splitlines()[0]}): "
-            "give a checkpoint with a Hugging Face tokenizer"
+            f"the tokenizer of {source} cannot be read ({reason}): give a checkpoint with a Hugging "
+            "Face tokenizer"
         ) from error
     return True
