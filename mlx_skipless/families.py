@@ -149,7 +149,7 @@ def _layers_with(names: Iterable[str], suffix: str) -> list[int]:
 
 
 def _rope(config: Config) -> tuple[float, Config | None]:
-    """Base and scaling, from our own key, Hugging Face's old ones or its new ``rope_parameters``."""
+    """Base and scaling, from our own key, Hugging Face's old ones or ``rope_parameters``."""
     new = config.get("rope_parameters")
     scaling = next((config[k] for k in ("rope", "rope_scaling") if config.get(k)), new)
     for value in (new, scaling):

@@ -110,7 +110,8 @@ def build(field: Field, source: str) -> PreTrainedTokenizerFast | None:
     ids = dict(SENTENCEPIECE_IDS) if kind == "llama" else {}
     for role, name in ROLES.items():
         index = field(f"tokenizer.ggml.{name}_token_id")
-        if isinstance(index, int) and 0 <= index < len(tokens):
+        known = isinstance(index, int) and 0 <= index < len(tokens)
+        if known and not (role == "pad" and types[index] == NORMAL):  # some files pad with a word
             ids[role] = index
     named = {role: tokens[index] for role, index in ids.items() if index < len(tokens)}
     if kind == "gpt2":

@@ -83,7 +83,7 @@ def _own_classes(config: dict) -> tuple[type[nn.Module], type]:
 
 
 def tokenizer_options(config: Mapping[str, Any], *, trust_remote_code: bool) -> dict[str, Any]:
-    """Options for transformers' ``AutoTokenizer``, which does not know this package's model type."""
+    """For transformers' ``AutoTokenizer``, which does not know this package's model type."""
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if config.get("model_type") == "skipless":
         options["config"] = transformers.PreTrainedConfig()

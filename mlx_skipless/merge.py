@@ -113,11 +113,10 @@ def measure(matrix: np.ndarray) -> Conditioning:
 
 def _largest_singular_value(matrix: np.ndarray) -> float:
     """By power iteration, to about a per cent."""
-    x: np.ndarray = np.random.default_rng(0).standard_normal(matrix.shape[1])
+    x = np.random.default_rng(0).standard_normal((matrix.shape[1], 1))
     value = 0.0
     for _ in range(100):
-        x /= np.linalg.norm(x)
-        x = matrix.T @ (matrix @ x)
+        x = matrix.T @ (matrix @ (x / np.linalg.norm(x)))
         length = float(np.linalg.norm(x))
         previous, value = value, math.sqrt(length)
         if abs(value - previous) <= 1e-4 * value:

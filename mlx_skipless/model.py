@@ -274,7 +274,7 @@ class Block(nn.Module):
     def __init__(self, args: ModelArgs, layer: int):
         super().__init__()
         attention = not args.lacks("attention", layer)
-        self.self_attn = Attention(args, layer) if attention else None
+        self.self_attn: Any = Attention(args, layer) if attention else None
         self.mlp = MLP(args, layer)
         self.input_layernorm: Optional[RMSNorm] = None
         self.post_attention_layernorm: Optional[RMSNorm] = None

@@ -99,18 +99,15 @@ class MLXScheme(Scheme):
     def dense(self, path: str, arrays: Arrays) -> mx.array:
         group_size, bits, mode = self.settings(path)
         scales, biases = arrays[f"{path}.scales"], arrays.get(f"{path}.biases")
-        options: dict[str, Any] = {}
         if biases is not None:
             scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-        if f"{path}.global_scale" in arrays:
-            options = {"global_scale": arrays[f"{path}.global_scale"], "dtype": mx.float32}
+        packed, factor = arrays[f"{path}.weight"], arrays.get(f"{path}.global_scale")
         try:
-            dense = mx.dequantize(
-                arrays[f"{path}.weight"], scales, biases, group_size, bits, mode, **options
+            return mx.dequantize(
+                packed, scales, biases, group_size, bits, mode, factor, dtype=mx.float32
             )
         except (ValueError, TypeError) as error:
             raise UserError(f"{path} cannot be unpacked ({error}): {AGAIN}") from error
-        return dense.astype(mx.float32)
 
 
 class AWQScheme(Scheme):

@@ -180,8 +180,9 @@ def carry_tokenizer(
     if not set(present) & set(VOCABULARY_FILES):
         return False
     if not stock:
+        options = tokenizer_options(checkpoint.config, trust_remote_code=trust_remote_code)
         read = transformers.AutoTokenizer.from_pretrained
-        return _save(lambda: read(str(source), trust_remote_code=trust_remote_code), source, folder)
+        return _save(lambda: read(str(source), **options), source, folder)
     for name in present:
         shutil.copyfile(source / name, folder / name)
     return True
@@ -196,7 +197,7 @@ def _save(read: Callable[[], Any], source: Path, folder: Path) -> bool:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"the tokenizer of {source} cannot be read ({reason}): give a checkpoint with a Hugging "
-            "Face tokenizer"
+            f"the tokenizer of {source} cannot be read ({reason}): give a checkpoint with a "
+            "Hugging Face tokenizer"
         ) from error
     return True
