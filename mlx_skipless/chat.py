@@ -209,15 +209,8 @@ def _answer(talk: Conversation, text: str, out: TextIO) -> bool:
 
 
 def _costs(talk: Conversation) -> str:
-    answer = talk.last
-    assert answer is not None
-    cached = f" ({talk.reused:,} more were in the cache)" if talk.reused else ""
-    cut = ", cut off by --max-tokens" if answer.finish_reason == "length" else ""
-    return (
-        f"prompt {answer.prompt_tokens:,} tokens at {answer.prompt_tps:,.1f}/s{cached}; "
-        f"answer {answer.generation_tokens:,} tokens at {answer.generation_tps:,.1f}/s{cut}; "
-        f"peak memory {_size(answer.peak_memory_bytes)}"
-    )
+    assert talk.last is not None, "no answer yet"
+    return generation.summary(talk.last, reused=talk.reused)
 
 
 def _stats(talk: Conversation) -> str:
@@ -225,12 +218,8 @@ def _stats(talk: Conversation) -> str:
     return (
         f"{talk.turns:,} turns: {talk.prompt_tokens:,} prompt tokens processed, "
         f"{talk.generation_tokens:,} generated; "
-        f"{len(talk.cached):,} tokens in the cache ({_size(held)})"
+        f"{len(talk.cached):,} tokens in the cache ({generation.size(held)})"
     )
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
 def _dim(text: str, file: TextIO) -> str:

@@ -23,7 +23,7 @@ from .layout import tensors_of
 from .model import Model, ModelArgs
 from .packed import Scheme, scheme_of
 
-FLOATS = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32, "F64": mx.float32}
+FLOATS = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}
 FLOAT_NAMES = ("float16", "bfloat16", "float32")
 IGNORED = "rotary_emb.inv_freq"  # left by old exporters; rebuilt from the config at run time
 
@@ -69,7 +69,12 @@ class SafetensorsStore:
         read: dict[str, mx.array] = {}
         for file, wanted in by_file.items():
             # Loaded anew each time: a kept lazy array would keep its data once evaluated.
-            arrays: Any = mx.load(str(file), format="safetensors")
+            try:
+                arrays: Any = mx.load(str(file), format="safetensors")
+            except (RuntimeError, OSError) as error:
+                raise UserError(
+                    f"{file} cannot be read ({error}): download or copy it again"
+                ) from error
             read |= {name: arrays[name] for name in wanted}
         return read
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlx_lm.models.rope_utils import initialize_rope
+
 from .errors import UserError
 from .model import ModelArgs
 
@@ -128,19 +130,49 @@ def _real(config: Config, key: str, default: float) -> float:
     return float(value)
 
 
-def _removed(config: Config, layers: int) -> dict[str, list[int]]:
-    removed = config.get("removed") or {}
-    if not isinstance(removed, dict) or not all(
-        part in ("q", "k", "v", "p", "attention")
+def _flag(config: Config, key: str) -> bool:
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise UserError(f'"{key}" in config.json is {value!r}; it must be true or false')
+    return bool(value)
+
+
+def _layer_lists(
+    config: Config, key: str, parts: Collection[str], layers: int
+) -> dict[str, list[int]]:
+    lists = config.get(key) or {}
+    if not isinstance(lists, dict) or not all(
+        part in parts
         and isinstance(where, list)
         and all(type(i) is int and 0 <= i < layers for i in where)
-        for part, where in removed.items()
+        for part, where in lists.items()
     ):
         raise UserError(
-            f'"removed" in config.json is {removed!r}; it must map q, k, v, p or attention to '
+            f'"{key}" in config.json is {lists!r}; it must map {", ".join(parts)} to '
             f"lists of layers from 0 to {layers - 1}"
         )
-    return removed
+    return lists
+
+
+def _extra_bits(config: Config) -> dict[str, int]:
+    bits = config.get("extra_bits") or {}
+    if not isinstance(bits, dict) or not all(type(n) is int and n >= 0 for n in bits.values()):
+        raise UserError(
+            f'"extra_bits" in config.json is {bits!r}; it must map matrices to numbers of bits'
+        )
+    return bits
+
+
+def _gains(config: Config, norm: str) -> list[str] | None:
+    """The gains that a converted checkpoint says it has; None where a source says nothing."""
+    gains = config.get("gains")
+    known = [*GAINS[norm], "final"]
+    if gains is not None and not (isinstance(gains, list) and all(g in known for g in gains)):
+        raise UserError(
+            f'"gains" in config.json is {gains!r}; with norm {norm} it must be a list of '
+            f"{', '.join(known)}"
+        )
+    return gains
 
 
 def _layers_with(names: Iterable[str], suffix: str) -> list[int]:
@@ -201,7 +233,7 @@ def model_args(config: Config, tensors: Collection[str] | None = None) -> ModelA
             block=own.get("block") or "serial",
             skip=own.get("skip") or "none",
             norm=norm,
-            final_norm=bool(own.get("final_norm", False)),
+            final_norm=_flag(own, "final_norm"),
             rms_norm_eps=_real(own, "rms_norm_eps", 1e-6),
             hidden_act=own.get("hidden_act") or "silu",
             rope_theta=theta,
@@ -209,20 +241,21 @@ def model_args(config: Config, tensors: Collection[str] | None = None) -> ModelA
             max_position_embeddings=_whole(own, "max_position_embeddings", 2048),
             sliding_window=None if window is None else _whole(own, "sliding_window"),
             layer_types=own.get("layer_types") or [],
-            tie_word_embeddings=bool(own.get("tie_word_embeddings") or False),
-            removed=_removed(own, layers),
-            extra_bits=own.get("extra_bits") or {},
+            tie_word_embeddings=_flag(own, "tie_word_embeddings"),
+            removed=_layer_lists(own, "removed", ("q", "k", "v", "p", "attention"), layers),
+            extra_bits=_extra_bits(own),
         )
     except ValueError as error:
         raise UserError(f"config.json: {error}") from error
     if args.head_dim % 2:
         raise UserError(f"head_dim {args.head_dim} is odd; RoPE needs pairs: correct config.json")
+    _check_rope(args)
     kinds = args.layer_types
-    known = {"full_attention", "sliding_attention"}
-    if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= known:
+    known = ["full_attention", "sliding_attention"]
+    fits = isinstance(kinds, list) and len(kinds) == layers
+    if not fits or not all(kind in known for kind in kinds):
         raise UserError(
-            f'"layer_types" in config.json must name one of {sorted(known)} for each of '
-            f"{layers} layers"
+            f'"layer_types" in config.json must name one of {known} for each of {layers} layers'
         )
     if "sliding_attention" in kinds and not args.sliding_window:
         raise UserError('"layer_types" in config.json asks for a window: give "sliding_window" too')
@@ -233,19 +266,38 @@ def model_args(config: Config, tensors: Collection[str] | None = None) -> ModelA
     return args
 
 
+def _check_rope(args: ModelArgs) -> None:
+    try:
+        if args.rope and "factor" in args.rope:
+            _real(args.rope, "factor", 1.0)
+        initialize_rope(
+            args.head_dim, args.rope_theta, False, args.rope, args.max_position_embeddings
+        )
+    except (ValueError, KeyError, TypeError, ArithmeticError, AssertionError, UserError) as error:
+        raise UserError(
+            f"the RoPE scaling in config.json is {args.rope!r}, which mlx-lm cannot build "
+            f"({type(error).__name__}: {error}): correct it"
+        ) from error
+
+
 def _complete_from_config(args: ModelArgs, config: Config) -> None:
     everywhere = list(range(args.num_hidden_layers))
     for flag, names in (
         ("attention_bias", ("q_proj", "k_proj", "v_proj", "o_proj")),
         ("mlp_bias", ("gate_proj", "up_proj", "down_proj")),
     ):
-        if config.get(flag):
+        if _flag(config, flag):
             args.biases |= dict.fromkeys(names, everywhere)
-    args.biases = config.get("biases") or args.biases
-    default = [*GAINS["pre"], "final"] if args.norm == "pre" else ["final"]
-    args.gains = list(config.get("gains") or default)
-    args.gate_offset = bool(config.get("gate_offset"))
-    args.value_skip = bool(config.get("value_skip"))
+    args.biases = _layer_lists(config, "biases", PROJECTIONS, len(everywhere)) or args.biases
+    gains = _gains(config, args.norm)
+    args.gains = [*_needed_gains(args), "final"] if gains is None else gains
+    args.gate_offset = _flag(config, "gate_offset")
+    args.value_skip = _flag(config, "value_skip")
+
+
+def _needed_gains(args: ModelArgs) -> list[str]:
+    """The layers' gains that a source must have; those of norm "qkv" may be absent."""
+    return [*GAINS["pre"]] if args.norm == "pre" else []
 
 
 def _complete_from_tensors(args: ModelArgs, config: Config, tensors: Collection[str]) -> None:
@@ -253,9 +305,10 @@ def _complete_from_tensors(args: ModelArgs, config: Config, tensors: Collection[
         args.tie_word_embeddings = f"{HEAD}.weight" not in tensors
     biases = {p: _layers_with(tensors, f"{full}.bias") for p, full in PROJECTIONS.items()}
     args.biases = {p: layers for p, layers in biases.items() if layers}
-    gains = {g: _layers_with(tensors, f"{name}.weight") for g, name in GAINS[args.norm].items()}
-    args.gains = [g for g, layers in gains.items() if layers]
-    if args.final_norm and f"{FINAL_NORM}.weight" in tensors:
-        args.gains.append("final")
+    gains = _gains(config, args.norm)
+    if gains is None:
+        found = [g for g, n in GAINS[args.norm].items() if _layers_with(tensors, f"{n}.weight")]
+        gains = [*(_needed_gains(args) or found), *(["final"] if args.final_norm else [])]
+    args.gains = gains
     args.gate_offset = bool(_layers_with(tensors, LINEAR_PATHS["gate_offset"]))
     args.value_skip = bool(_layers_with(tensors, LINEAR_PATHS["value_skip"]))

@@ -360,3 +360,19 @@ class _QuantizedKVCache(QuantizedKVCache):
             self.keys = mx.quantize(keys[..., :0, :], width, bits)  # type: ignore[assignment]
             self.values = mx.quantize(values[..., :0, :], width, bits)  # type: ignore[assignment]
         return super().update_and_fetch(keys, values)
+
+
+def summary(answer: Answer, *, reused: int = 0) -> str:
+    """One line of what an answer took; ``reused`` prompt tokens were in the cache already."""
+    cached = f" ({reused:,} more were in the cache)" if reused else ""
+    cut = ", cut off by --max-tokens" if answer.finish_reason == "length" else ""
+    return (
+        f"prompt {answer.prompt_tokens:,} tokens at {answer.prompt_tps:,.1f}/s{cached}; "
+        f"answer {answer.generation_tokens:,} tokens at {answer.generation_tps:,.1f}/s{cut}; "
+        f"peak memory {size(answer.peak_memory_bytes)}"
+    )
+
+
+def size(nbytes: int) -> str:
+    """Bytes for reading: "1.50 GB"."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

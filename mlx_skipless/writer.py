@@ -1,5 +1,6 @@
 """Writing a model: all of it or nothing, in shards, with everything mlx-lm needs beside it."""
 
+import glob
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import transformers
 from .checkpoint import Checkpoint
 from .errors import UserError
 from .gguf_file import GGUFStore
+from .loading import tokenizer_options
 
 SHARD_BYTES = 1 << 30  # held in memory until written; mlx-lm reads any number of shards
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -59,7 +61,7 @@ class Writer:
         self._pending_bytes = self._total_bytes = 0
 
     def _remove_abandoned(self, parent: Path) -> None:
-        for folder in parent.glob(f"{self._prefix}*"):
+        for folder in parent.glob(f"{glob.escape(self._prefix)}*"):
             pid = re.match(r"(\d+)-", folder.name.removeprefix(self._prefix))
             if pid and not _alive(int(pid[1])):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -97,7 +99,7 @@ class Writer:
         try:
             mx.save_safetensors(str(file), self._pending, metadata={"format": "mlx"})
         except (RuntimeError, OSError) as error:
-            raise UserError(f"writing {self._out} failed ({error}): is the disk full?") from error
+            raise self._failed(error) from error
         self._shards.append(list(self._pending))
         self._total_bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
@@ -128,7 +130,13 @@ class Writer:
         self.write_text(name, json.dumps(content, indent=4) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
-        (self.folder / name).write_text(text, encoding="utf-8")
+        try:
+            (self.folder / name).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> UserError:
+        return UserError(f"writing {self._out} failed ({error}): is the disk full?")
 
     def commit(self) -> None:
         """Make the folder appear."""
@@ -137,12 +145,15 @@ class Writer:
         umask = os.umask(0)
         os.umask(umask)
         self.folder.chmod(0o777 & ~umask)
-        os.rename(self.folder, self._out)
+        try:
+            os.rename(self.folder, self._out)
+        except OSError as error:
+            raise self._failed(error) from error
 
 
 def check_free(out: Path) -> None:
     """Raises UserError if ``out`` exists or its parent does not."""
-    if out.exists() or out.is_symlink():
+    if os.path.lexists(out):
         raise UserError(f"{out} exists already: remove it or give another --mlx-path")
     if not out.absolute().parent.is_dir():
         raise UserError(f"{out.absolute().parent} is no folder: create it first")

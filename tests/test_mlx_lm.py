@@ -1,0 +1,218 @@
+"""A converted folder in mlx-lm's own commands, with nothing of this package importable.
+
+``MLX_LM_PYTHONS`` names the interpreters to use, separated by colons: CI gives one with the oldest
+mlx-lm that the package allows and one with the newest. Default: this one, our package hidden.
+"""
+
+import concurrent.futures
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import reference
+from factory import make_checkpoint
+
+from mlx_skipless.conversion import convert
+
+PYTHONS = os.environ.get("MLX_LM_PYTHONS", sys.executable).split(":")
+WITHOUT_US = (
+    "import runpy, sys; sys.modules['mlx_skipless'] = None; "
+    "sys.argv = sys.argv[1:]; "
+    "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
+)
+TEXTS = ["the king rode out", "a fox met a crow", "once there was a mill", "she ran to the well"]
+
+
+@pytest.fixture(params=PYTHONS, ids=range(len(PYTHONS)))
+def python(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("source")
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
+    return folder, *make_checkpoint(
+        folder, norm="qkv", gains=True, linear_paths=True, bias=("down_proj",), **sizes
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(source, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("converted") / "qp"
+    convert(source[0], out, remove="qp", verify=False)
+    return out
+
+
+def run(python: str, folder: Path, *arguments: str | Path) -> str:
+    """``python -m ARGUMENTS`` in ``folder`` without this package; its output."""
+    done = subprocess.run(
+        [python, "-c", WITHOUT_US, *map(str, arguments)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def mlx_lm(python: str, folder: Path, command: str, model: Path, *arguments: str | Path) -> str:
+    trust = ("--model", model, "--trust-remote-code")
+    return run(python, folder, "mlx_lm", command, *trust, *arguments)
+
+
+LOGITS = """
+import json, sys
+import mlx.core as mx
+from mlx_lm import load
+model, tokenizer = load(sys.argv[1], trust_remote_code=True)
+tokens = json.loads(sys.argv[2])
+print("LOGITS", json.dumps(model(mx.array(tokens)).astype(mx.float32).tolist()))
+"""
+
+
+def test_load_gives_the_sources_logits(python: str, source, folder: Path, tmp_path: Path) -> None:
+    tokens = np.random.default_rng(0).integers(0, 256, (1, 8))
+    (tmp_path / "logits.py").write_text(LOGITS)
+    printed = run(python, tmp_path, "logits", folder, json.dumps(tokens.tolist()))
+    line = next(x for x in printed.splitlines() if x.startswith("LOGITS"))
+    got = np.array(json.loads(line.removeprefix("LOGITS")))
+    expected = reference.logits(source[1], source[2], tokens)
+    assert reference.worst_relative_error(expected, got) <= 1e-5
+
+
+def test_load_refuses_without_trust(python: str, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "refused.py").write_text(
+        "import sys\nfrom mlx_lm import load\n"
+        "try: load(sys.argv[1])\nexcept ValueError as error: print('REFUSED', error)\n"
+    )
+    assert "REFUSED" in run(python, tmp_path, "refused", folder)
+
+
+def test_generate(python: str, folder: Path, tmp_path: Path) -> None:
+    options = ("--prompt", "the king", "--max-tokens", "8")
+    printed = mlx_lm(python, tmp_path, "generate", folder, *options)
+    assert "Generation: 8 tokens" in printed
+    printed = mlx_lm(
+        python, tmp_path, "generate", folder, *options, "--kv-bits", "8", "--kv-group-size", "32"
+    )
+    assert "Generation: 8 tokens" in printed
+
+
+def test_lora_then_fuse_then_quantize(python: str, source, folder: Path, tmp_path: Path) -> None:
+    """Adapters train, fuse into a model that still loads, and that one quantizes."""
+    for part in ("train", "valid", "test"):
+        lines = [json.dumps({"text": text}) + "\n" for text in TEXTS]
+        (tmp_path / f"{part}.jsonl").write_text("".join(lines))
+    training = ("--train", "--data", tmp_path, "--iters", "4", "--batch-size", "2")
+    more = ("--num-layers", "3", "--adapter-path", "adapters", "--learning-rate", "1e-2")
+    mlx_lm(python, tmp_path, "lora", folder, *training, *more)
+    assert (tmp_path / "adapters/adapters.safetensors").exists()
+    mlx_lm(python, tmp_path, "fuse", folder, "--adapter-path", "adapters", "--save-path", "fused")
+    before = mx.load(str(folder / "model.safetensors"))
+    after = mx.load(str(tmp_path / "fused/model.safetensors"))
+    assert set(before) == set(after)
+    assert any(mx.abs(before[name] - after[name]).max().item() > 0 for name in before)
+    mlx_lm(
+        python, tmp_path, "convert", Path("fused"), "-q", "--q-bits", "8", "--mlx-path", "fused-q"
+    )
+    printed = mlx_lm(
+        python, tmp_path, "generate", Path("fused-q"), "--prompt", "a", "--max-tokens", "3"
+    )
+    assert "Generation: 3 tokens" in printed
+
+
+def test_perplexity(python: str, folder: Path, tmp_path: Path) -> None:
+    """On a local data set; a random network of 264 tokens cannot be far from 264."""
+    pytest.importorskip("datasets")
+    for part in ("train", "valid", "test"):
+        lines = [json.dumps({"text": " ".join(TEXTS * 4)}) + "\n" for _ in range(4)]
+        (tmp_path / f"{part}.jsonl").write_text("".join(lines))
+    sampling = ("--num-samples", "4", "--sequence-length", "32", "--batch-size", "2")
+    printed = mlx_lm(python, tmp_path, "perplexity", folder, "--data-path", tmp_path, *sampling)
+    line = next(x for x in printed.splitlines() if x.startswith("Perplexity:"))
+    assert 20 < float(line.split()[1]) < 5000
+
+
+def test_quantizing_protects_what_an_inverse_magnifies(
+    python: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    """mlx-lm's own quantization asks the model: matrices around a removed Q keep more bits."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
+    make_checkpoint(tmp_path / "s", norm="qkv", spread=2.0, **sizes)
+    convert(tmp_path / "s", tmp_path / "qp", remove="qp", verify=False)
+    mlx_lm(python, tmp_path, "convert", tmp_path / "qp", "-q", "--mlx-path", "q4")
+    settings = json.loads((tmp_path / "q4/config.json").read_text())["quantization"]
+    stored = mx.load(str(tmp_path / "q4/model.safetensors"))
+    for name in ("self_attn.k_proj", "self_attn.v_proj"):
+        path = f"model.layers.1.{name}"
+        assert path in settings or f"{path}.scales" not in stored
+        assert not isinstance(settings.get(path), dict) or settings[path]["bits"] > 4
+    assert "model.layers.1.mlp.up_proj" not in settings
+    assert "model.layers.1.mlp.up_proj.scales" in stored
+
+
+@pytest.fixture
+def server(python: str, folder: Path, tmp_path: Path) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = (tmp_path / "log").open("w")
+    command = [python, "-c", WITHOUT_US, "mlx_lm", "server", "--trust-remote-code"]
+    options = ["--model", str(folder), "--port", str(port), "--host", "127.0.0.1"]
+    process = subprocess.Popen(
+        [*command, *options],
+        stdout=log,
+        stderr=log,
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    try:
+        for _ in range(240):
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                time.sleep(0.25)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait(30)
+        log.close()
+
+
+def test_server_answers_the_openai_client(server: str) -> None:
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=server, api_key="none", timeout=120)
+
+    def ask(text: str) -> str:
+        message = {"role": "user", "content": text}
+        answer = client.chat.completions.create(
+            model="default_model", messages=[message], max_tokens=6, temperature=0
+        )
+        assert 1 <= answer.usage.completion_tokens <= 6
+        return answer.choices[0].message.content
+
+    alone = [ask(text) for text in TEXTS]
+    with concurrent.futures.ThreadPoolExecutor(len(TEXTS)) as pool:
+        assert list(pool.map(ask, TEXTS)) == alone  # batched together, the same answers
+    pieces = client.chat.completions.create(
+        model="default_model",
+        messages=[{"role": "user", "content": TEXTS[0]}],
+        max_tokens=6,
+        temperature=0,
+        stream=True,
+    )
+    text = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
+    assert text == alone[0]
