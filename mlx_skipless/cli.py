@@ -98,13 +98,14 @@ def _run_convert(options: dict[str, Any]) -> None:
     with _json_file(json_file) as write_json:
         with _progress() as progress:
             report = conversion.convert(**options, progress=progress)
-        _print_report(report, Console(highlight=False))
+        _print_report(report, Console(highlight=False, markup=False))
         write_json(report.as_dict())
 
 
 def _print_report(report: Report, console: Console) -> None:
     if report.packing:
-        console.print(f"source is quantized ({report.packing}): dequantized first")
+        again = "" if report.quantization else ", and not quantized again: -q does that"
+        console.print(f"the source is quantized ({report.packing}): dequantized first{again}")
     table = Table("part", "goes", box=None, pad_edge=False)
     for title in ("weights", "after", "MB", "after", "condition"):
         table.add_column(title, justify="right")
@@ -115,24 +116,22 @@ def _print_report(report: Report, console: Console) -> None:
             f"{row.bytes_before / 1e6:.2f}", f"{row.bytes_after / 1e6:.2f}", condition,
         )  # fmt: skip
     console.print(table)
-    for note in report.notes:
-        console.print(f"note: {note}")
-    if report.stock and not report.removed:
-        console.print(
-            "note: exact for this model: norm gains folded"
-            if report.folded
-            else "note: nothing to remove: a copy",
-            f"(runs in plain mlx-lm). To study the skipless network of it: "
-            f"--model {report.source} --skipless --remove qp",
-        )
-    for line in card.effect(report):
-        console.print(line)
+    lines = [f"note: {note}" for note in report.notes]
+    if report.stock:
+        done = "norm gains folded, exactly" if report.folded else "a copy"
+        lines += [
+            f"note: {done}; the result runs in plain mlx-lm",
+            "note: for the speed and size of its skipless network (no language model until it is "
+            f"trained): --model {report.source} --skipless --remove qp",
+        ]
+    lines += card.effect(report)
+    for line in lines:
+        console.print(line, soft_wrap=True)
     for warning in report.warnings:
-        console.print(f"WARNING: {warning}", style="bold red")
+        console.print(f"WARNING: {warning}", style="bold red", soft_wrap=True)
     where = f"wrote {report.output}" if report.output else "dry run: nothing written"
-    console.print(
-        f"{where}; {report.seconds:.1f} s, peak memory {report.peak_memory_bytes / 1e9:.2f} GB"
-    )
+    memory = generation.size(report.peak_memory_bytes)
+    console.print(f"{where}; {report.seconds:.1f} s, peak memory {memory}", soft_wrap=True)
 
 
 def _run_generate(options: dict[str, Any]) -> None:
@@ -174,7 +173,7 @@ def _print_comparison(result: Any, name: str, other: str) -> None:
     ):
         a, b = getattr(result.first, key), getattr(result.second, key)
         table.add_row(label, f"{a:.1f}", f"{b:.1f}", f"{a / b:.2f}")
-    Console(highlight=False).print(table)
+    Console(highlight=False, markup=False).print(table)
 
 
 COMMANDS = {

@@ -273,7 +273,7 @@ def _verify(
     stripped = tuple(gain for gain in plan.folded if gain not in plan.before.gains)
     start = replace(plan, identity={}, folded=stripped, after=plan.before)
     parts = Merger(checkpoint, start, mx.float32)
-    fits = 4 * Layout(plan.before, mx.float32).count() < _half_of_memory()
+    fits = Layout(plan.before, mx.float32).nbytes() <= verification.RESIDENT_BYTES
     source = verification.StreamedNetwork(plan.before, parts, resident=fits)
     progress("checking", 0, 2)
     if calibration is not None:
@@ -290,10 +290,6 @@ def _verify(
     check = verification.compare(source, result, tokens, text)
     progress("checking", 2, 2)
     return check
-
-
-def _half_of_memory() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def peak_memory_bytes() -> int:

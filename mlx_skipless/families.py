@@ -111,9 +111,13 @@ def family_of(config: Config) -> Family:
     return FAMILIES[model_type]
 
 
-def _whole(config: Config, key: str, default: int | None = None) -> int:
+def _given(config: Config, key: str, default: Any) -> Any:
     value = config.get(key)
-    value = default if value is None else value
+    return default if value is None else value
+
+
+def _whole(config: Config, key: str, default: int | None = None) -> int:
+    value = _given(config, key, default)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= LIMITS[key]:
         raise UserError(
             f'"{key}" in config.json is {value!r}; it must be a whole number '
@@ -123,8 +127,7 @@ def _whole(config: Config, key: str, default: int | None = None) -> int:
 
 
 def _real(config: Config, key: str, default: float) -> float:
-    value = config.get(key)
-    value = default if value is None else value
+    value = _given(config, key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
         raise UserError(f'"{key}" in config.json is {value!r}; it must be a positive number')
     return float(value)
@@ -217,7 +220,7 @@ def model_args(config: Config, tensors: Collection[str] | None = None) -> ModelA
         raise UserError(
             f'"hidden_size" {hidden} is no multiple of {heads} heads: config.json needs "head_dim"'
         )
-    norm = own.get("norm") or "none"
+    norm = _given(own, "norm", "none")
     theta, scaling = _rope(own)
     window = own.get("sliding_window")
     try:
@@ -230,17 +233,17 @@ def model_args(config: Config, tensors: Collection[str] | None = None) -> ModelA
             num_key_value_heads=kv_heads,
             head_dim=_whole(own, "head_dim", hidden // heads),
             vocab_size=_whole(own, "vocab_size"),
-            block=own.get("block") or "serial",
-            skip=own.get("skip") or "none",
+            block=_given(own, "block", "serial"),
+            skip=_given(own, "skip", "none"),
             norm=norm,
             final_norm=_flag(own, "final_norm"),
             rms_norm_eps=_real(own, "rms_norm_eps", 1e-6),
-            hidden_act=own.get("hidden_act") or "silu",
+            hidden_act=_given(own, "hidden_act", "silu"),
             rope_theta=theta,
             rope=scaling,
             max_position_embeddings=_whole(own, "max_position_embeddings", 2048),
             sliding_window=None if window is None else _whole(own, "sliding_window"),
-            layer_types=own.get("layer_types") or [],
+            layer_types=_given(own, "layer_types", []),
             tie_word_embeddings=_flag(own, "tie_word_embeddings"),
             removed=_layer_lists(own, "removed", ("q", "k", "v", "p", "attention"), layers),
             extra_bits=_extra_bits(own),

@@ -21,6 +21,9 @@ from .model import Block, ModelArgs, RMSNorm
 
 Arrays = Mapping[str, mx.array]
 SEQUENCES, LENGTH = 4, 32  # of the check's text, in tokens
+# Where the layers are read from disk for each token, text is sampled in fewer steps.
+STREAMED_SEQUENCES, STREAMED_LENGTH = 16, 8
+RESIDENT_BYTES = 2 << 30  # of float32 weights that may stay in memory
 TAIL_BYTES = 1 << 16  # read from the end of a calibration file
 
 
@@ -71,7 +74,8 @@ class StreamedNetwork:
         resident: bool = False,
     ):
         self.args, self._parts, self._settings = args, parts, settings
-        self._kept: dict[int, Block] | None = {} if resident else None
+        self.resident = resident
+        self._kept: dict[int, Block] = {}
         self._embedding = nn.Embedding(args.vocab_size, args.hidden_size)
         self._embedding = self._filled(self._embedding, EMBEDDING, parts.embedding())
         head = parts.head()
@@ -104,11 +108,11 @@ class StreamedNetwork:
         return module
 
     def _block(self, layer: int) -> Block:
-        if self._kept is not None and layer in self._kept:
+        if layer in self._kept:
             return self._kept[layer]
         prefix = f"model.layers.{layer}"
         block = self._filled(Block(self.args, layer), prefix, self._parts.layer(layer))
-        if self._kept is not None:
+        if self.resident:
             self._kept[layer] = block
         return block
 
@@ -116,7 +120,6 @@ class StreamedNetwork:
         self,
         tokens: mx.array,
         caches: list[KVCache] | None = None,
-        progress: Callable[[int], None] = lambda layer: None,
     ) -> mx.array:
         """The stream before the final norm, (batch, length, hidden), of tokens (batch, length)."""
         h = self._embedding(tokens)
@@ -126,8 +129,7 @@ class StreamedNetwork:
             window = self.args.sliding_window if block.use_sliding else None
             h = block(h, create_attention_mask(h, cache, window_size=window), cache)
             mx.eval(h)
-            progress(layer)
-        if self._kept is None:
+        if not self.resident:
             mx.clear_cache()
         return h
 
@@ -138,20 +140,23 @@ class StreamedNetwork:
 
 
 def sample(network: StreamedNetwork, *, seed: int, start: int | None) -> mx.array:
-    """Text of the network's own, (SEQUENCES, LENGTH) tokens at temperature 1.
+    """Text of the network's own, tokens (sequences, length) at temperature 1.
 
     Each sequence opens with ``start`` if given and a random token.
     """
+    sequences, length = (
+        (SEQUENCES, LENGTH) if network.resident else (STREAMED_SEQUENCES, STREAMED_LENGTH)
+    )
     key = mx.random.key(seed)
     key, first = mx.random.split(key)
-    tokens = mx.random.randint(0, network.args.vocab_size, (SEQUENCES, 1), key=first)
+    tokens = mx.random.randint(0, network.args.vocab_size, (sequences, 1), key=first)
     if start is not None and 0 <= start < network.args.vocab_size:
         tokens = mx.concatenate(
-            [mx.full((SEQUENCES, 1), start, dtype=tokens.dtype), tokens], axis=1
+            [mx.full((sequences, 1), start, dtype=tokens.dtype), tokens], axis=1
         )
     caches = [KVCache() for _ in range(network.args.num_hidden_layers)]
     fresh = tokens
-    while tokens.shape[1] < LENGTH:
+    while tokens.shape[1] < length:
         logits = network.logits(network.hidden(fresh, caches)[:, -1:])[:, -1]
         key, now = mx.random.split(key)
         fresh = mx.random.categorical(mx.nan_to_num(logits), key=now)[:, None].astype(tokens.dtype)

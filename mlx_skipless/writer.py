@@ -205,7 +205,9 @@ def _save(read: Callable[[], Any], source: Path, folder: Path) -> bool:
         if tokenizer is None:
             return False
         tokenizer.save_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # transformers and tokenizers raise whatever their parsers do
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"the tokenizer of {source} cannot be read ({reason}): give a checkpoint with a "

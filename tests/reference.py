@@ -176,7 +176,7 @@ def softmax_kl(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def worst_relative_error(a: np.ndarray, b: np.ndarray) -> float:
-    """The worst token's max|a − b| / max|a|, of logits (..., vocab)."""
+    """The worst token's max|a - b| / max|a|, of logits (..., vocab)."""
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     return float(np.max(np.abs(a - b).max(axis=-1) / np.abs(a).max(axis=-1)))
 

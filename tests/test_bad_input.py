@@ -296,13 +296,26 @@ def test_broken_files(refused: Refused, place: Path, change: Change, said: str):
     assert said in error and str(place / "model") in error
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-def test_a_broken_tokenizer_of_a_stock_model(
-    refused: Refused, made: Callable[..., Path], tmp_path: Path, name: str
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(
+            "",
+            marks=pytest.mark.xfail(strict=True, reason="_write lets load_tokenizer's errors out"),
+        ),
+        "--skipless --remove qp",
+    ],
+)
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+def test_a_tokenizer_that_transformers_cannot_read(
+    refused: Refused, made: Callable[..., Path], tmp_path: Path, name: str, flags: str
 ):
     shutil.copytree(made(make_llama), tmp_path / "model")
-    overwrite(name, b"{")(tmp_path / "model")
-    assert "tokenizer" in refused()
+    if name == "config.json":
+        edit_config(tmp_path / "model", bos_token_id="<s>")
+    else:
+        overwrite(name, b"{")(tmp_path / "model")
+    assert "tokenizer" in refused(*flags.split())
 
 
 # The config
@@ -348,10 +361,12 @@ def test_missing_sizes(refused: Refused, place: Path, key: str):
         ({"num_hidden_layers": 2048}, "no tensor model.layers."),
         ({"hidden_act": "tanh"}, '"hidden_act"'),
         ({"hidden_act": ["silu"]}, '"hidden_act"'),
+        ({"hidden_act": False}, '"hidden_act"'),
         ({"block": "diagonal"}, '"block"'),
         ({"skip": "most"}, '"skip"'),
         ({"norm": "layer"}, '"norm"'),
         ({"norm": {"type": "pre"}}, '"norm"'),
+        ({"norm": ""}, '"norm"'),
         ({"norm": "pre"}, "input_layernorm"),
         ({"final_norm": False}, "model.norm.weight"),
         ({"final_norm": "false"}, '"final_norm"'),
@@ -360,15 +375,15 @@ def test_missing_sizes(refused: Refused, place: Path, key: str):
         ({"rms_norm_eps": -1}, '"rms_norm_eps"'),
         ({"rope_theta": float("inf")}, '"rope_theta"'),
         ({"rope_theta": [10000]}, '"rope_theta"'),
-        ({"rope_scaling": "linear"}, '"rope_scaling"'),
-        ({"rope_scaling": {"rope_type": "spiral"}}, '"rope_scaling"'),
-        ({"rope_scaling": {"rope_type": 5}}, '"rope_scaling"'),
-        ({"rope_scaling": {"type": "linear"}}, '"rope_scaling"'),
-        ({"rope_scaling": {"type": "linear", "factor": 0}}, '"rope_scaling"'),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": "8"}}, '"rope_scaling"'),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": -2}}, '"rope_scaling"'),
-        ({"rope_parameters": "default"}, '"rope_parameters"'),
-        ({"rope_parameters": [1], "rope_scaling": {"type": "default"}}, '"rope_parameters"'),
+        ({"rope_scaling": "linear"}, "RoPE scaling"),
+        ({"rope_scaling": {"rope_type": "spiral"}}, "RoPE scaling"),
+        ({"rope_scaling": {"rope_type": 5}}, "RoPE scaling"),
+        ({"rope_scaling": {"type": "linear"}}, "RoPE scaling"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "RoPE scaling"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": "8"}}, "RoPE scaling"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": -2}}, "RoPE scaling"),
+        ({"rope_parameters": "default"}, "RoPE scaling"),
+        ({"rope_parameters": [1], "rope_scaling": {"type": "default"}}, "RoPE scaling"),
         ({"layer_types": "full_attention"}, '"layer_types"'),
         ({"layer_types": ["full_attention"]}, '"layer_types"'),
         ({"layer_types": ["full_attention", "half_attention"]}, '"layer_types"'),
@@ -446,7 +461,7 @@ UP = "model.layers.0.mlp.up_proj.weight"
     [
         (Q, None, "no tensor"),
         ("model.embed_tokens.weight", None, "no tensor"),
-        ("model.norm.weight", None, ""),
+        ("model.norm.weight", None, "no tensor"),
         (Q, lambda a: a[:-1], "(31, 32)"),
         (UP, lambda a: a.T, "(32, 48)"),
         (UP, lambda a: a[None], "(1, 48, 32)"),
@@ -472,15 +487,14 @@ def test_tensors_of_another_model(
     make: Callable[[Any], mx.array] | None,
     said: str,
 ):
-    if name == "model.norm.weight" and make is None:
-        pytest.skip("a gain may be absent")
     edit_tensors(place / "model", drop(name) if make is None else put(name, make))
     error = refused()
     assert name in error and said in error
 
 
 @pytest.mark.parametrize(
-    "name", [Q, "model.layers.1.post_attention_layernorm.weight", "lm_head.weight"]
+    "name",
+    [Q, "model.layers.1.post_attention_layernorm.weight", "model.norm.weight", "lm_head.weight"],
 )
 def test_a_pretrained_model_that_lacks_a_tensor(
     refused: Refused, made: Callable[..., Path], tmp_path: Path, name: str
@@ -490,12 +504,13 @@ def test_a_pretrained_model_that_lacks_a_tensor(
     assert f"no tensor {name}" in refused()
 
 
-def test_weights_in_float64_are_read(place: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_number_type_that_mlx_does_not_read(refused: Refused, place: Path):
     file = place / "model" / "model.safetensors"
     tensors = safetensors.numpy.load_file(file)
-    safetensors.numpy.save_file({n: a.astype(np.float64) for n, a in tensors.items()}, file)
-    model, out = str(place / "model"), str(place / "out")
-    assert main(["convert", "--model", model, "--mlx-path", out]) == 0, capsys.readouterr().err
+    tensors[Q] = tensors[Q].astype(np.float64)
+    safetensors.numpy.save_file(tensors, file)
+    error = refused()
+    assert Q in error and "number type" in error
 
 
 SKIPLESS_KINDS = [
@@ -562,6 +577,7 @@ def test_a_type_too_narrow(refused: Refused, place: Path, name: str, removal: st
     assert name in error or removal == "qp"
 
 
+@pytest.mark.xfail(strict=True, reason="Merger._stored warns and blames the checkpoint")
 def test_a_product_too_large_for_any_type(refused: Refused, place: Path):
     spoil(place / "model", "model.embed_tokens.weight", 1e38)
     edit_tensors(place / "model", put("model.layers.0.self_attn.q_proj.weight", lambda a: a * 1e9))
@@ -596,8 +612,9 @@ def test_a_report_that_cannot_be_written(refused: Refused, place: Path, name: st
     assert f"--json {place / name}" in error
 
 
+@pytest.mark.xfail(strict=True, reason="_json_file does not try to write before work")
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder nobody can write to")
-def test_a_report_in_a_folder_that_takes_none(refused: Refused):
+def test_a_report_in_a_folder_that_takes_none(refused: Refused, place: Path):
     assert "--json /proc/report.json" in refused("--json", "/proc/report.json")
 
 
@@ -625,7 +642,8 @@ def test_a_disk_that_fills_up(refused: Refused, place: Path, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(mx, "save_safetensors", full)
         assert "No space left" in refused()
-    monkeypatch.setattr(os, "rename", full)
+    rename = os.rename
+    monkeypatch.setattr(os, "rename", lambda a, b: full() if b == place / "out" else rename(a, b))
     assert "No space left" in refused()
 
 
@@ -698,7 +716,7 @@ def test_a_singular_matrix(
     def spoiled(array: mx.array) -> mx.array:
         if how == "zero":
             return mx.zeros_like(array)
-        return mx.concatenate([array[:-1], array[:1] + array[1:2]])
+        return mx.concatenate([array[:-1], array[:1]])
 
     shutil.copytree(made(**options), tmp_path / "model")
     name = f"model.layers.0.self_attn.{matrix}_proj.weight"
@@ -716,7 +734,11 @@ def test_a_singular_matrix(
     ("flags", "said"),
     [
         ("--q-bits 4", "need -q"),
-        ("--q-bits 0", "need -q"),
+        pytest.param(
+            "--q-bits 0",
+            "need -q",
+            marks=pytest.mark.xfail(strict=True, reason="_quantization takes 0 for absent"),
+        ),
         ("--q-group-size 32", "need -q"),
         ("--q-mode mxfp4", "need -q"),
         ("-q --q-bits 7", "--q-bits 2, 3, 4"),

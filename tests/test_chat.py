@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -272,6 +274,14 @@ class Terminal:
             at = found + len(text)
         return seen
 
+    def insist(self, keys: str, *texts: str) -> str:
+        """Send `keys` until `texts` come: Python misses a Ctrl-C just after a prompt appears."""
+        for _ in range(20):
+            self.send(keys)
+            with contextlib.suppress(AssertionError):
+                return self.expect(*texts, seconds=2)
+        raise AssertionError(f"{keys!r} did not bring {texts}")
+
     def ask(self, text: str) -> str:
         """Send a line; what comes until the next prompt."""
         self.send(text + "\n")
@@ -336,10 +346,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Callable[..., Ter
     held = re.search(r"1 turns: .* ([\d,]+) tokens in the cache", screen.expect("cache (", "> "))
     assert int(held[1].replace(",", "")) > said
 
-    screen.send("half a line\x03")
-    screen.expect("Ctrl-D or /quit leaves", "> ")
-    screen.send("\x03")
-    screen.expect("Ctrl-D or /quit leaves", "> ")
+    screen.insist("half a line\x03", "Ctrl-D or /quit leaves", "> ")
+    screen.insist("\x03", "Ctrl-D or /quit leaves", "> ")
     screen.send("More\n")
     screen.expect("More\r\n")
     screen.expect("")
@@ -371,17 +379,78 @@ def test_a_seed_makes_a_session_repeatable_but_not_its_turns(terminal: Callable[
     assert session() == (first, second)
 
 
-def test_control_characters_of_an_answer_do_not_reach_the_terminal(
-    llama: Loaded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    lines = iter(["Hello"])
+def type_lines(monkeypatch: pytest.MonkeyPatch, *lines: str | Exception) -> None:
+    """Let input() give these lines, raise where one is an exception, and end."""
+    left = iter(lines)
 
     def typed(_: str) -> str:
-        if (line := next(lines, None)) is None:
-            raise EOFError
+        if isinstance(line := next(left, EOFError()), BaseException):
+            raise line
         return line
 
     monkeypatch.setattr("builtins.input", typed)
+
+
+def press_ctrl_c(model: nn.Module, monkeypatch: pytest.MonkeyPatch, call: int, times: int) -> None:
+    """Interrupt this process within a call of the model."""
+    original = type(model).__call__
+    calls = []
+
+    def interrupted(self: nn.Module, *args: Any, **kwargs: Any) -> mx.array:
+        calls.append(args)
+        if len(calls) == call:
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "__call__", interrupted)
+
+
+def test_ctrl_c_while_the_prompt_is_read_forgets_it(
+    llama: Loaded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    type_lines(monkeypatch, "A long story that is not to be read", "Hi", "/stats")
+    press_ctrl_c(llama[0], monkeypatch, call=1, times=1)
+    before = signal.getsignal(signal.SIGINT)
+    chat(*llama, max_tokens=3)
+    assert signal.getsignal(signal.SIGINT) is before
+    err = capsys.readouterr().err
+    length = len(generation.prompt_tokens(llama[1], "Hi"))
+    assert "Stopped; the message is forgotten." in err
+    assert f"prompt {length} tokens at" in err
+    assert f"1 turns: {length} prompt tokens processed, 3 generated" in err
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_once_keeps_the_cache_and_twice_does_not_wait(
+    llama: Loaded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], times: int
+):
+    type_lines(monkeypatch, "Hello", "More", "/stats")
+    press_ctrl_c(llama[0], monkeypatch, call=8, times=times)
+    chat(*llama, max_tokens=50)
+    err = capsys.readouterr().err
+    assert ("more were in the cache" in err) == (times == 1)
+    assert "answer 6 tokens" in err if times == 1 else "answer 5 tokens" in err
+    processed = [int(n) for n in re.findall(r"prompt (\d+) tokens", err)]
+    assert len(processed) == 2
+    assert f"2 turns: {sum(processed)} prompt tokens processed" in err
+
+
+def test_what_is_not_unicode_does_not_end_the_chat(
+    llama: Loaded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    broken = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+    type_lines(monkeypatch, "caf\udce9", broken, "Hello")
+    chat(*llama, max_tokens=3)
+    err = capsys.readouterr().err
+    assert err.count("peak memory") == 2
+    assert "error: this terminal does not send utf-8" in err
+
+
+def test_control_characters_of_an_answer_do_not_reach_the_terminal(
+    llama: Loaded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    type_lines(monkeypatch, "Hello")
     monkeypatch.setattr(Conversation, "ask", lambda *_: (piece for piece in ("a\x1b[2J\x07\tb\n",)))
     monkeypatch.setattr("mlx_skipless.chat._costs", lambda _: "costs")
     chat(*llama)

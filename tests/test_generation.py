@@ -246,13 +246,13 @@ def test_text_that_is_not_unicode_is_refused(llama: Loaded):
 
 
 def test_a_sliding_window_cannot_be_quantized(sliding: Loaded):
-    with pytest.raises(UserError, match="sliding window.*drop --kv-bits"):
+    with pytest.raises(UserError, match=r"sliding window.*drop --kv-bits"):
         generation.make_cache(sliding[0], kv_bits=8)
 
 
 def test_narrow_heads_cannot_be_quantized(tmp_path: Path):
     make_llama(tmp_path, head_dim=16)
-    with pytest.raises(UserError, match="heads of 16 values.*drop --kv-bits"):
+    with pytest.raises(UserError, match=r"heads of 16 values.*drop --kv-bits"):
         generation.make_cache(load(tmp_path)[0], kv_bits=8)
 
 

@@ -86,11 +86,16 @@ def write(
     weights: Weights,
     *,
     kind: Type = Type.F32,
+    raw: dict[str, np.ndarray] | None = None,
     architecture: str = "llama",
     describe: Callable[[gguf.GGUFWriter], Any] = lambda writer: None,
     extra: dict[str, np.ndarray] | None = None,
 ) -> None:
-    """A GGUF file of a Llama; its matrices of the type ``kind``, the rest float32."""
+    """A GGUF file of a Llama.
+
+    Its matrices but the embedding are of the type ``kind``; with ``raw`` those in it are, and these
+    are their blocks (rows, bytes). The rest is float32.
+    """
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
@@ -104,17 +109,17 @@ def write(
     writer.add_vocab_size(config["vocab_size"])
     describe(writer)
     for name, values in weights.items():
+        if raw is not None and name in raw:
+            writer.add_tensor(gguf_name(name), raw[name], raw_dtype=kind)
+            continue
         heads = rotary_heads(name, config)
         values = values if heads is None else side_by_side(values, heads)
         values = np.ascontiguousarray(values, dtype=np.float32)
-        packed = kind if values.ndim == 2 and "embed_tokens" not in name else Type.F32
+        plain = raw is not None or values.ndim == 1 or "embed_tokens" in name
+        packed = Type.F32 if plain else kind
         writer.add_tensor(gguf_name(name), gguf.quants.quantize(values, packed), raw_dtype=packed)
     for name, values in (extra or {}).items():
         writer.add_tensor(name, values)
-    finish(writer)
-
-
-def finish(writer: gguf.GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -247,43 +252,33 @@ BLOCKS = {
 }
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Weights]:
+    """A model whose rows hold whole blocks of any type."""
+    folder = tmp_path_factory.mktemp("wide")
+    return make_llama(folder, hidden_size=256, intermediate_size=256, num_hidden_layers=1)
+
+
 @pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.name)
-def test_any_block_reads_as_the_format_defines(tmp_path: Path, kind: Type):
+def test_any_block_reads_as_the_format_defines(tmp_path: Path, wide, kind: Type):
+    config, weights = wide
     decode, halves = BLOCKS[kind]
-    config, weights = make_llama(
-        tmp_path / "hf", hidden_size=256, intermediate_size=256, num_hidden_layers=1
-    )
     rng = np.random.default_rng(0)
     size, length = gguf.GGML_QUANT_SIZES[kind]
-    raw = {}
+    blocks = {}
     for name, values in weights.items():
         if values.ndim == 2:
-            rows, columns = values.shape
-            blocks = rng.integers(0, 256, (rows * columns // size, length), dtype=np.uint8)
+            blocks[name] = rng.integers(0, 256, (values.size // size, length), dtype=np.uint8)
             for at in halves:
-                numbers = rng.uniform(-1, 1, (len(blocks), 1)).astype(np.float16)
-                blocks[:, at : at + 2] = numbers.view(np.uint8)
-            raw[name] = blocks
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
-    for key, number in {
-        "block_count": 1, "context_length": 64, "embedding_length": 256, "feed_forward_length": 256,
-        "attention.head_count": config["num_attention_heads"],
-        "attention.head_count_kv": config["num_key_value_heads"],
-    }.items():  # fmt: skip
-        writer.add_uint32(f"llama.{key}", number)
-    writer.add_layer_norm_rms_eps(1e-5)
-    for name, values in weights.items():
-        if name in raw:
-            data = raw[name].reshape(len(values), -1)
-            writer.add_tensor(gguf_name(name), data, raw_dtype=kind)
-        else:
-            writer.add_tensor(gguf_name(name), values.astype(np.float32))
-    finish(writer)
+                numbers = rng.uniform(-1, 1, (len(blocks[name]), 1)).astype(np.float16)
+                blocks[name][:, at : at + 2] = numbers.view(np.uint8)
+    raw = {name: b.reshape(len(weights[name]), -1) for name, b in blocks.items()}
+    write(tmp_path / "model.gguf", config, weights, kind=kind, raw=raw)
 
     read = read_all(tmp_path / "model.gguf")
 
-    for name, blocks in raw.items():
-        expected = decode(blocks).reshape(weights[name].shape)
+    for name in raw:
+        expected = decode(blocks[name]).reshape(weights[name].shape)
         heads = rotary_heads(name, config)
         found = read[name] if heads is None else side_by_side(read[name], heads)
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6, err_msg=name)
@@ -291,29 +286,17 @@ def test_any_block_reads_as_the_format_defines(tmp_path: Path, kind: Type):
 
 
 @pytest.mark.parametrize("kind", [Type.Q2_K, Type.Q3_K, Type.IQ4_XS], ids=lambda kind: kind.name)
-def test_types_that_only_gguf_decodes(tmp_path: Path, kind: Type):
+def test_types_that_only_gguf_decodes(tmp_path: Path, wide, kind: Type):
     """Their values are gguf's word; that all of them are read, and in order, is checked."""
-    config, weights = make_llama(
-        tmp_path / "hf", hidden_size=256, intermediate_size=256, num_hidden_layers=1
-    )
-    write(tmp_path / "model.gguf", config, {n: v for n, v in weights.items() if "v_proj" not in n})
-    rng = np.random.default_rng(0)
+    config, weights = wide
     name = "model.layers.0.self_attn.v_proj.weight"
     size, length = gguf.GGML_QUANT_SIZES[kind]
     rows, columns = weights[name].shape
-    blocks = rng.integers(0, 60, (rows, columns // size * length), dtype=np.uint8)
-    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "llama")
-    source = gguf.GGUFReader(tmp_path / "model.gguf")
-    for key in ("block_count", "context_length", "embedding_length", "feed_forward_length",
-                "attention.head_count", "attention.head_count_kv"):  # fmt: skip
-        writer.add_uint32(f"llama.{key}", source.get_field(f"llama.{key}").contents())
-    writer.add_layer_norm_rms_eps(1e-5)
-    for tensor in source.tensors:
-        writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
-    writer.add_tensor(gguf_name(name), blocks, raw_dtype=kind)
-    finish(writer)
+    bytes_of_row = columns // size * length
+    blocks = np.random.default_rng(0).integers(0, 60, (rows, bytes_of_row), dtype=np.uint8)
+    write(tmp_path / "model.gguf", config, weights, kind=kind, raw={name: blocks})
 
-    read = read_all(tmp_path / "other.gguf")
+    read = read_all(tmp_path / "model.gguf")
 
     np.testing.assert_array_equal(read[name], gguf.quants.dequantize(blocks, kind))
 

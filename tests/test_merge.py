@@ -1,0 +1,156 @@
+"""The algebra alone, in float64: properties over random matrices, and the measured conditioning."""
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import reference
+from factory import make_checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_skipless.checkpoint import open_checkpoint
+from mlx_skipless.merge import (
+    Linear,
+    Merger,
+    basis_without_reader,
+    basis_without_writer,
+    change_basis,
+    dual,
+    fold_gain,
+    measure,
+)
+from mlx_skipless.plan import make_plan
+
+
+def random_linear(rng: np.random.Generator, n_in: int, n_out: int, bias: bool) -> Linear:
+    weight = rng.standard_normal((n_in, n_out))
+    return Linear(weight, rng.standard_normal(n_out) if bias else None)
+
+
+def apply(linear: Linear, x: np.ndarray) -> np.ndarray:
+    return x @ linear.weight + (0 if linear.bias is None else linear.bias)
+
+
+def assert_near(got: np.ndarray, expected: np.ndarray, condition: float = 1.0) -> None:
+    """Equal to float64's rounding, magnified by an inverse of this condition number."""
+    atol = 1e-12 * condition * max(1.0, float(np.abs(expected).max()))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=atol)
+
+
+cases = st.tuples(st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, 12), st.booleans())
+
+
+@given(cases)
+@settings(deadline=None, max_examples=60)
+def test_removing_a_reader(case: tuple[int, int, int, bool]) -> None:
+    """x* = x Q + b: the writer makes it, K* reads it, and Q* is the identity without bias."""
+    seed, d, width, bias = case
+    rng = np.random.default_rng(seed)
+    down, q = random_linear(rng, width, d, bias), random_linear(rng, d, d, bias)
+    k = random_linear(rng, d, width, bias)
+    basis, condition = basis_without_reader(q), float(np.linalg.cond(q.weight))
+    x = rng.standard_normal((5, width))
+    stream = apply(down, x)
+    new_stream = apply(change_basis(down, writes=basis, owns_shift=True), x)
+    assert_near(new_stream, apply(q, stream), condition)
+    assert_near(apply(change_basis(k, reads=basis), new_stream), apply(k, stream), condition**2)
+    new_q = change_basis(q, reads=basis)
+    assert_near(new_q.weight, np.eye(d), condition)
+    assert_near(apply(new_q, np.zeros((1, d))), np.zeros((1, d)), condition)
+
+
+@given(cases)
+@settings(deadline=None, max_examples=60)
+def test_removing_a_writer(case: tuple[int, int, int, bool]) -> None:
+    """P alone may have any shape; beside another writer it is inverted."""
+    seed, d, width, bias = case
+    rng = np.random.default_rng(seed)
+    p, gate = random_linear(rng, width, d, bias), random_linear(rng, d, 7, bias)
+    heads = rng.standard_normal((5, width))
+    alone = change_basis(gate, reads=basis_without_writer(p, alone=True))
+    assert_near(apply(alone, heads), apply(gate, apply(p, heads)))
+
+    square, down = random_linear(rng, d, d, bias), random_linear(rng, width, d, bias)
+    basis = basis_without_writer(square, alone=False)
+    x, y = rng.standard_normal((5, d)), rng.standard_normal((5, width))
+    new_down, new_gate = change_basis(down, writes=basis), change_basis(gate, reads=basis)
+    expected = apply(gate, apply(square, x) + apply(down, y))
+    condition = float(np.linalg.cond(square.weight))
+    assert_near(apply(new_gate, x + apply(new_down, y)), expected, condition**2)
+
+
+def test_dual_keeps_the_tie() -> None:
+    """y* E*^T = y E^T when E* = E T and y* = y T^-T."""
+    rng = np.random.default_rng(0)
+    embedding, y = rng.standard_normal((11, 6)), rng.standard_normal((4, 6))
+    basis = basis_without_reader(random_linear(rng, 6, 6, False))
+    other = dual(basis)
+    assert_near((y @ other.matrix) @ (embedding @ basis.matrix).T, y @ embedding.T, 1e3)
+    assert_near(other.matrix @ other.inverse, np.eye(6), 1e3)
+
+
+def test_fold_gain() -> None:
+    rng = np.random.default_rng(0)
+    linear, gain = random_linear(rng, 6, 3, True), rng.standard_normal(6)
+    x = rng.standard_normal((4, 6))
+    assert_near(apply(fold_gain(gain, linear), x), apply(linear, x * gain))
+
+
+@pytest.mark.parametrize("n", [1, 2, 17, 64, 200])
+def test_conditioning(n: int) -> None:
+    matrix = np.random.default_rng(n).standard_normal((n, n))
+    measured = measure(matrix)
+    assert measured.condition == pytest.approx(np.linalg.cond(matrix), rel=0.02)
+    inverse = np.linalg.inv(matrix)
+    frobenius = np.sqrt((matrix**2).sum() * (inverse**2).sum()) / n
+    assert measured.amplification == pytest.approx(frobenius, rel=1e-6)
+
+
+def test_conditioning_of_special_matrices() -> None:
+    rotation, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((32, 32)))
+    assert measure(rotation).condition == pytest.approx(1, rel=1e-3)
+    assert measure(rotation).extra_bits == 0
+    assert measure(np.diag([1.0, 1e-8])).condition == pytest.approx(1e8, rel=0.02)
+    assert measure(np.zeros((4, 4))).condition == np.inf
+
+
+class ExactMerger(Merger):
+    """Keeps each merged tensor in float64, before it is rounded for storage."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.exact: dict[str, np.ndarray] = {}
+
+    def _stored(self, name: str, values: np.ndarray) -> mx.array:
+        self.exact[name] = values
+        return super()._stored(name, values)
+
+
+@pytest.mark.parametrize("spread", [0.3, 2.0])
+@pytest.mark.parametrize("remove", ["qp", "kp", "vp"])
+def test_float64_is_exact(remove: str, spread: float, tmp_path: Path) -> None:
+    """Without storage's rounding the function is the same to 1e-10, however Q is conditioned."""
+    config, weights = make_checkpoint(
+        tmp_path,
+        norm="qkv",
+        linear_paths=True,
+        num_key_value_heads=4,
+        spread=spread,
+        tie_word_embeddings=True,
+        final_norm=False,
+    )
+    checkpoint = open_checkpoint(tmp_path)
+    merger = ExactMerger(checkpoint, make_plan(checkpoint.args, remove=remove), mx.float32)
+    stored = set(merger.embedding()) | set(merger.head())
+    for layer in range(config["num_hidden_layers"]):
+        stored |= set(merger.layer(layer))
+    assert len(merger.exact) > len(stored) // 2  # the embedding in parts: only the last is kept
+    result = weights | merger.exact
+    result = {name: result[name] for name in stored}
+    tokens = np.random.default_rng(0).integers(0, 256, (2, 9))
+    expected = reference.logits(config, weights, tokens)
+    got = reference.logits(config, result, tokens)
+    assert 0 < reference.worst_relative_error(expected, got) <= 1e-10
