@@ -1,20 +1,17 @@
 """The algebra alone, in float64: properties over random matrices, and the measured conditioning."""
 
 from pathlib import Path
-from typing import Any
 
-import mlx.core as mx
 import numpy as np
 import pytest
 import reference
+from exact import exact_tensors
 from factory import make_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_skipless.checkpoint import open_checkpoint
 from mlx_skipless.merge import (
     Linear,
-    Merger,
     basis_without_reader,
     basis_without_writer,
     change_basis,
@@ -22,7 +19,6 @@ from mlx_skipless.merge import (
     fold_gain,
     measure,
 )
-from mlx_skipless.plan import make_plan
 
 
 def random_linear(rng: np.random.Generator, n_in: int, n_out: int, bias: bool) -> Linear:
@@ -117,18 +113,6 @@ def test_conditioning_of_special_matrices() -> None:
     assert measure(np.zeros((4, 4))).condition == np.inf
 
 
-class ExactMerger(Merger):
-    """Keeps each merged tensor in float64, before it is rounded for storage."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.exact: dict[str, np.ndarray] = {}
-
-    def _stored(self, name: str, values: np.ndarray) -> mx.array:
-        self.exact[name] = values
-        return super()._stored(name, values)
-
-
 @pytest.mark.parametrize("spread", [0.3, 2.0])
 @pytest.mark.parametrize("remove", ["qp", "kp", "vp"])
 def test_float64_is_exact(remove: str, spread: float, tmp_path: Path) -> None:
@@ -142,14 +126,7 @@ def test_float64_is_exact(remove: str, spread: float, tmp_path: Path) -> None:
         tie_word_embeddings=True,
         final_norm=False,
     )
-    checkpoint = open_checkpoint(tmp_path)
-    merger = ExactMerger(checkpoint, make_plan(checkpoint.args, remove=remove), mx.float32)
-    stored = set(merger.embedding()) | set(merger.head())
-    for layer in range(config["num_hidden_layers"]):
-        stored |= set(merger.layer(layer))
-    assert len(merger.exact) > len(stored) // 2  # the embedding in parts: only the last is kept
-    result = weights | merger.exact
-    result = {name: result[name] for name in stored}
+    result = exact_tensors(tmp_path, remove=remove)
     tokens = np.random.default_rng(0).integers(0, 256, (2, 9))
     expected = reference.logits(config, weights, tokens)
     got = reference.logits(config, result, tokens)
