@@ -257,6 +257,9 @@ def _run(run: Any, options: dict[str, Any]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except (OSError, MemoryError) as error:
+        print(f"error: {error or 'out of memory'}; nothing was written", file=sys.stderr)
+        return 1
     return 0
 
 

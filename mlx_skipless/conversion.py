@@ -4,7 +4,8 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from .verify import Verification
 from .writer import Writer, carry_tokenizer, check_free
 
 MODEL_FILE = "model.py"
+BUFFER_CACHE_BYTES = 256 << 20
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
@@ -112,12 +114,13 @@ def convert(
     report = make_report(checkpoint, plan, layout, stock, conditioning)
     if not dry_run:
         _check_memory(plan, layout)
-        check = _write(
-            checkpoint, plan, layout, out, stock, report,
-            calibration=Path(calibration) if calibration else None,
-            trust_remote_code=trust_remote_code, seed=seed, verifying=verify, progress=progress,
-        )  # fmt: skip
-        report = replace(report, output=str(out), verification=check)
+        with _small_buffer_cache():
+            report = _write(
+                checkpoint, plan, layout, out, stock, report,
+                calibration=Path(calibration) if calibration else None,
+                trust_remote_code=trust_remote_code, seed=seed, verifying=verify,
+                progress=progress,
+            )  # fmt: skip
         if upload_repo is not None:
             hub.upload(out, upload_repo)
     return replace(
@@ -186,7 +189,8 @@ def _write(
     seed: int,
     verifying: bool,
     progress: Progress,
-) -> Verification | None:
+) -> Report:
+    """Do what is planned; the report with the check's outcome."""
     layers = plan.before.num_hidden_layers
     merger = Merger(checkpoint, plan, layout.dtype)
     with Writer(out, layout.nbytes()) as writer:
@@ -206,18 +210,30 @@ def _write(
         has_tokenizer = carry_tokenizer(
             checkpoint, writer.folder, stock=stock, trust_remote_code=trust_remote_code
         )
-        check = None
+        report = replace(report, output=str(out))
         if verifying:
             tokenizer = None
             if has_tokenizer:
                 options = tokenizer_options(config, trust_remote_code=trust_remote_code)
                 tokenizer = load_tokenizer(writer.folder, options)
-            check = _verify(
-                checkpoint, plan, layout, writer.folder, tokenizer, calibration, seed, progress
+            report = report.verified(
+                _verify(
+                    checkpoint, plan, layout, writer.folder, tokenizer, calibration, seed, progress
+                )
             )
-        writer.write_text("README.md", card.text(replace(report, verification=check), out.name))
+        writer.write_text("README.md", card.text(report, out.name))
         writer.commit()
-    return check
+    return report
+
+
+@contextmanager
+def _small_buffer_cache() -> Iterator[None]:
+    """MLX keeps freed buffers for reuse; layers come one at a time here and need not be kept."""
+    before = mx.set_cache_limit(BUFFER_CACHE_BYTES)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(before)
 
 
 def quantized(tensors: Mapping[str, mx.array], layout: Layout) -> dict[str, mx.array]:

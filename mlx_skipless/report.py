@@ -1,7 +1,7 @@
 """What a conversion did, in numbers."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .checkpoint import Checkpoint
@@ -10,6 +10,7 @@ from .plan import Conditioning, Plan
 from .points import LETTERS
 from .verify import Verification
 
+ALARMING_KL = 0.02  # nats per token: what plain 4-bit quantization costs a small skipless model
 SKIPLESS_WARNING = (
     "--skipless drops the skip connections that the weights were trained with: the result is NOT a "
     "language model until it is trained again. It shows the speed and size of one."
@@ -61,6 +62,17 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def verified(self, check: Verification) -> "Report":
+        """The report with the check's outcome, and a warning if that is bad."""
+        warnings = self.warnings
+        if check.kl > ALARMING_KL and self.removed:
+            warnings += (
+                f"the result differs from its source by {check.kl:.2g} nats per token: inverses "
+                f"magnify the rounding of {'quantization' if self.quantization else self.dtype}. "
+                "--remove auto leaves such matrices in place, --remove p needs no inverse",
+            )
+        return replace(self, verification=check, warnings=warnings)
 
 
 def make_report(

@@ -287,12 +287,12 @@ def mlx_pack(
         groups = values.reshape(rows, -1, group_size)
         if mode == "affine":
             low, high = groups.min(axis=-1), groups.max(axis=-1)
-            numbers = [mx.array(x.astype(np.float32)) for x in ((high - low) / (2**bits - 1), low)]
-            numbers = [x.astype(dtype) for x in numbers]
-            scale, bias = (np.array(x.astype(mx.float32), np.float64)[..., None] for x in numbers)
+            exact = ((high - low) / (2**bits - 1), low)
+            stored = [mx.array(x.astype(np.float32)).astype(dtype) for x in exact]
+            scale, bias = (np.array(x.astype(mx.float32), np.float64)[..., None] for x in stored)
             whole = np.clip(np.round((groups - bias) / scale), 0, 2**bits - 1).astype(int)
             meant = (whole * scale + bias).reshape(values.shape)
-            parts = {"scales": numbers[0], "biases": numbers[1]}
+            parts = {"scales": stored[0], "biases": stored[1]}
         else:
             grid = E4M3 if mode == "mxfp8" else E2M1
             wanted = np.abs(groups).max(axis=-1) / grid.max()
@@ -481,6 +481,12 @@ def test_wrong_settings_of_mlx_are_refused(tmp_path: Path, quantization: Config)
     with pytest.raises(UserError, match=r"config\.json|known: affine"):
         checkpoint = open_checkpoint(tmp_path)
         checkpoint.read(["model.layers.0.mlp.up_proj.weight"])
+
+
+def test_a_width_that_mlx_does_not_have_is_refused(tmp_path: Path):
+    meant = write(tmp_path, *mlx("affine", 64, 7))
+    with pytest.raises(UserError, match="cannot be unpacked"):
+        open_checkpoint(tmp_path).read(meant)
 
 
 PARTS = [
