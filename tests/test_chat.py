@@ -314,6 +314,8 @@ def test_a_session_in_a_terminal(terminal: Callable[..., Terminal], llama: Loade
         assert "answer 6 tokens at " in costs and "cut off by --max-tokens" in costs
         assert (f"({talk.reused} more were in the cache)" in costs) == (text == "More")
 
+    screen.send("  \n")
+    screen.expect("> ")
     screen.send("/stats\n")
     stats = screen.expect("turns: ", "> ")
     assert f"2 turns: {talk.prompt_tokens} prompt tokens processed, 12 generated" in stats
@@ -322,8 +324,6 @@ def test_a_session_in_a_terminal(terminal: Callable[..., Terminal], llama: Loade
     assert re.search("/reset.*/stats.*/help.*/quit", screen.expect("Ctrl-C", "> "), re.DOTALL)
     screen.send("/nonsense at all\n")
     screen.expect("/nonsense is no command", "> ")
-    screen.send("\n")
-    screen.expect("> ")
     screen.send("/reset\n")
     screen.expect("forgotten", "> ")
     assert "in the cache" not in screen.ask("Hello")

@@ -168,9 +168,17 @@ def test_folding_norms_is_exact_and_stock(model_type: str, tied: bool, tmp_path:
 
 @pytest.mark.parametrize("remove", ["qp", "p", "none"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_skipless_of_a_pretrained_model(remove: str, tied: bool, tmp_path: Path) -> None:
-    """Skips and stream norms dropped, gains folded, weightless norms on the projections."""
-    config, weights = make_llama(tmp_path / "source", tie_word_embeddings=tied)
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_skipless_of_a_pretrained_model(
+    model_type: str, remove: str, tied: bool, tmp_path: Path
+) -> None:
+    """Skips and stream norms dropped, gains folded, weightless norms on the projections.
+
+    A window without layer types holds for every layer of Mistral, for none of Llama.
+    """
+    config, weights = make_llama(
+        tmp_path / "source", model_type=model_type, tie_word_embeddings=tied, sliding_window=5
+    )
     report = convert(tmp_path / "source", tmp_path / "out", skipless=True, remove=remove)
     stripped = {name: w for name, w in weights.items() if "layernorm" not in name}
     for layer in range(config["num_hidden_layers"]):
