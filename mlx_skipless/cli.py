@@ -85,6 +85,10 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="of the sampling")
     parser.add_argument("--max-kv-size", type=int, help="tokens that the KV cache keeps at most")
     parser.add_argument("--kv-bits", type=int, help="quantize the KV cache to so many bits")
+    parser.add_argument(
+        "--prompt-cache-file", metavar="FILE",
+        help="go on from a prompt that mlx_lm.cache_prompt stored there",
+    )  # fmt: skip
     parser.add_argument("--compare", metavar="OTHER", help="run this model too and print the ratio")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="let a model of another kind run its code"
@@ -137,7 +141,7 @@ def _print_report(report: Report, console: Console) -> None:
 def _run_generate(options: dict[str, Any]) -> None:
     json_file, other = options.pop("json"), options.pop("compare")
     name, prompt = options.pop("model"), options.pop("prompt")
-    trust = options.pop("trust_remote_code")
+    trust, cache_file = options.pop("trust_remote_code"), options.pop("prompt_cache_file")
     if name == "mlx_model" and not Path(name).exists():
         raise UserError(
             "no mlx_model here, and no model is bundled yet: run convert.py, or --model"
@@ -147,16 +151,21 @@ def _run_generate(options: dict[str, Any]) -> None:
     with _json_file(json_file) as write_json:
         model, tokenizer = load(name, trust_remote_code=trust)
         if prompt is None:
-            if other or json_file:
-                raise UserError("--compare and --json need a --prompt")
+            if other or json_file or cache_file:
+                raise UserError("--compare, --json and --prompt-cache-file need a --prompt")
             chat.chat(model, tokenizer, **options)
             return
+        if other is not None and cache_file is not None:
+            raise UserError("--compare runs two models and --prompt-cache-file is one's: drop one")
         if other is not None:
             second = load(other, trust_remote_code=trust)
             result = generation.compare([(model, tokenizer), second], prompt, **options)
             _print_comparison(result, name, other)
             write_json(result.as_dict())
             return
+        if cache_file is not None:
+            options["prompt_cache"] = generation.load_cache(cache_file, model)
+            prompt = generation.prompt_tokens(tokenizer, prompt, continued=True)
         stream = generation.stream(model, tokenizer, prompt, **options)
         for piece in stream:
             print(piece, end="", flush=True)

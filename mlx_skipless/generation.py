@@ -23,6 +23,7 @@ from mlx_lm.models.cache import (
     KVCache,
     QuantizedKVCache,
     RotatingKVCache,
+    load_prompt_cache,
     make_prompt_cache,
 )
 from mlx_lm.sample_utils import make_sampler
@@ -234,11 +235,15 @@ def _ratio(a: float, b: float) -> float | None:
     return a / b if a and b else None
 
 
-def prompt_tokens(tokenizer: TokenizerWrapper, text: str, *, chat: bool | None = None) -> list[int]:
+def prompt_tokens(
+    tokenizer: TokenizerWrapper, text: str, *, chat: bool | None = None, continued: bool = False
+) -> list[int]:
     """Token ids that ask `text`: through the chat template, or plain with the start token.
 
-    `chat` None takes the template where the tokenizer has one. Raises UserError for an empty
-    prompt, for text that is not Unicode, and for `chat` True without a template.
+    `chat` None takes the template where the tokenizer has one. `continued`: the beginning of the
+    user's message is in a cache already, as `mlx_lm.cache_prompt` leaves it, and `text` ends it.
+    Raises UserError for an empty prompt, for text that is not Unicode, and for `chat` True without
+    a template.
     """
     if not text.strip():
         raise UserError("the prompt is empty: give some text")
@@ -252,11 +257,45 @@ def prompt_tokens(tokenizer: TokenizerWrapper, text: str, *, chat: bool | None =
         )
     if chat or (chat is None and tokenizer.has_chat_template):
         message = {"role": "user", "content": text}
+        if continued:
+            return _end_of_message(tokenizer, message)
         return list(tokenizer.apply_chat_template([message], add_generation_prompt=True))
+    if continued:
+        return list(tokenizer.encode(text, add_special_tokens=False))
     start = tokenizer.bos_token
     return list(
         tokenizer.encode(text, add_special_tokens=start is None or not text.startswith(start))
     )
+
+
+def _end_of_message(tokenizer: TokenizerWrapper, message: dict[str, str]) -> list[int]:
+    """A templated message from its content on, and the opening of the answer."""
+    marker = "<content>"
+    texts = [
+        tokenizer.apply_chat_template(
+            [{**message, "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        for content in (message["content"], marker)
+    ]
+    return list(tokenizer.encode(texts[0][texts[1].index(marker) :], add_special_tokens=False))
+
+
+def load_cache(file: str | Path, model: nn.Module) -> list[Any]:
+    """A prompt cache that `mlx_lm.cache_prompt` wrote for this model.
+
+    Raises UserError if there is none, or it is another model's.
+    """
+    try:
+        cache = load_prompt_cache(str(file))
+    except (OSError, RuntimeError, ValueError, KeyError) as e:
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise UserError(
+            f"{file} is no prompt cache ({reason}): `mlx_lm.cache_prompt` makes one"
+        ) from e
+    fresh = make_prompt_cache(model)
+    if [type(c) for c in cache] != [type(c) for c in fresh]:
+        raise UserError(f"{file} is the cache of another model: make one with this model")
+    return cache
 
 
 def check_options(

@@ -13,11 +13,11 @@ from .errors import UserError
 
 Arrays = Mapping[str, mx.array]
 Shapes = Mapping[str, tuple[int, ...]]
-MODES = {  # MLX's, with what holds where a config does not say
-    "affine": {"group_size": 64, "bits": 4},
-    "mxfp4": {"group_size": 32, "bits": 4},
-    "mxfp8": {"group_size": 32, "bits": 8},
-    "nvfp4": {"group_size": 16, "bits": 4},
+MODES = {  # MLX's: group sizes and bits, its own choice first
+    "affine": ((64, 32, 128), (4, 1, 2, 3, 5, 6, 8)),
+    "mxfp4": ((32,), (4,)),
+    "mxfp8": ((32,), (8,)),
+    "nvfp4": ((16,), (4,)),
 }
 AGAIN = "correct the quantization in config.json or download the checkpoint again"
 AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
@@ -66,7 +66,7 @@ class MLXScheme(Scheme):
     """MLX's own modes; a per-path entry in the config overrides the common setting."""
 
     marker = ".scales"
-    parts = (".weight", ".scales", ".biases", ".global_scale")
+    parts = (".weight", ".scales", ".biases")
 
     def __init__(self, config: Mapping[str, Any]):
         self.config = config
@@ -80,9 +80,13 @@ class MLXScheme(Scheme):
         mode = own.get("mode", "affine")
         if mode not in MODES:
             raise UserError(f"MLX's mode {mode!r} cannot be read; known: {', '.join(MODES)}")
-        group_size, bits = (own.get(key) or usual for key, usual in MODES[mode].items())
-        if type(group_size) is not int or type(bits) is not int:
-            raise UserError(f"MLX's quantization in config.json is broken ({own}): {AGAIN}")
+        sizes, widths = MODES[mode]
+        group_size, bits = own.get("group_size") or sizes[0], own.get("bits") or widths[0]
+        if group_size not in sizes or bits not in widths:
+            raise UserError(
+                f"MLX's mode {mode} has no groups of {group_size} at {bits} bits: correct the "
+                "quantization in config.json"
+            )
         return group_size, bits, mode
 
     def _layout(
@@ -101,13 +105,8 @@ class MLXScheme(Scheme):
         scales, biases = arrays[f"{path}.scales"], arrays.get(f"{path}.biases")
         if biases is not None:
             scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-        packed, factor = arrays[f"{path}.weight"], arrays.get(f"{path}.global_scale")
-        try:
-            return mx.dequantize(
-                packed, scales, biases, group_size, bits, mode, factor, dtype=mx.float32
-            )
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path} cannot be unpacked ({error}): {AGAIN}") from error
+        packed = arrays[f"{path}.weight"]
+        return mx.dequantize(packed, scales, biases, group_size, bits, mode, dtype=mx.float32)
 
 
 class AWQScheme(Scheme):

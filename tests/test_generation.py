@@ -12,7 +12,7 @@ import mlx.nn as nn
 import pytest
 from factory import EOS, make_checkpoint, make_llama
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
+from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, save_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_skipless import generation
@@ -337,3 +337,38 @@ def test_a_comparison_takes_two_models(llama: Loaded):
         generation.compare([llama], PROMPT)
     with pytest.raises(UserError, match="not one twice"):
         generation.compare([llama, llama], PROMPT)
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_prompt_cache_of_mlx_lm(template: bool, folder: Path, tmp_path: Path) -> None:
+    """A prompt in two parts, the first through `mlx_lm.cache_prompt`, is the prompt in one."""
+    model, tokenizer = load(folder)
+    if not template:
+        tokenizer._tokenizer.chat_template = None
+        tokenizer.has_chat_template = False
+    first, second = "The quick brown fox", " jumps over the lazy dog."
+    whole = generation.prompt_tokens(tokenizer, first + second)
+    end = generation.prompt_tokens(tokenizer, second, continued=True)
+    assert whole[-len(end) :] == end
+    cache = generation.make_cache(model)
+    model(mx.array([whole[: -len(end)]]), cache)
+    save_prompt_cache(str(tmp_path / "cache.safetensors"), cache)
+    loaded = generation.load_cache(tmp_path / "cache.safetensors", model)
+    continued = generation.generate(model, tokenizer, end, prompt_cache=loaded, max_tokens=6)
+    at_once = generation.generate(model, tokenizer, whole, max_tokens=6)
+    assert continued.text == at_once.text
+    assert continued.prompt_tokens == len(end)
+
+
+def test_a_prompt_cache_of_another_model_is_refused(
+    folder: Path, sliding: Loaded, tmp_path: Path
+) -> None:
+    model, _ = load(folder)
+    cache = generation.make_cache(model)
+    model(mx.array([[1, 2]]), cache)
+    save_prompt_cache(str(tmp_path / "cache.safetensors"), cache)
+    with pytest.raises(UserError, match="another model"):
+        generation.load_cache(tmp_path / "cache.safetensors", sliding[0])
+    (tmp_path / "text.safetensors").write_text("no cache")
+    with pytest.raises(UserError, match="no prompt cache"):
+        generation.load_cache(tmp_path / "text.safetensors", model)

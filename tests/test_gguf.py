@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import math
@@ -455,7 +456,7 @@ def test_a_damaged_header_is_refused_or_harmless(tmp_path: Path, small):
     file = tmp_path / "model.gguf"
     rng = random.Random(0)
     refused = 0
-    for _ in range(250):
+    for _ in range(150):
         at, value = rng.randrange(header), rng.randrange(256)
         file.write_bytes(content[:at] + bytes([value]) + content[at + 1 :])
         try:
@@ -466,7 +467,7 @@ def test_a_damaged_header_is_refused_or_harmless(tmp_path: Path, small):
         except UserError as error:
             assert "model.gguf" in str(error) or "config.json" in str(error), error
             refused += 1
-    assert refused > 50
+    assert refused > 30
 
 
 def test_an_array_longer_than_the_file_ends_at_once(tmp_path: Path, small):
@@ -684,15 +685,19 @@ def splitter(pattern: str) -> pre_tokenizers.PreTokenizer:
     )
 
 
-def trained(pre: pre_tokenizers.PreTokenizer, **options: Any) -> Tokenizer:
-    """A byte-level BPE; the last third of its merges is lost, so some tokens are out of reach."""
+@functools.cache
+def unsplit_bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """A byte-level BPE that learnt across words, so that every cut matters to it.
+
+    The last third of its merges is lost: some of its tokens are out of the others' reach.
+    """
     rng = random.Random(0)
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.train_from_iterator(
-        [some_text(rng, 20) for _ in range(600)],
+        [some_text(rng, 8) for _ in range(1000)],
         trainers.BpeTrainer(
-            vocab_size=900,
+            vocab_size=1500,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             special_tokens=["<s>", "</s>", "<pad>"],
             show_progress=False,
@@ -700,7 +705,13 @@ def trained(pre: pre_tokenizers.PreTokenizer, **options: Any) -> Tokenizer:
     )
     model = json.loads(tokenizer.to_str())["model"]
     merges = [tuple(merge) for merge in model["merges"]]
-    tokenizer.model = models.BPE(model["vocab"], merges[: len(merges) * 2 // 3], **options)
+    return model["vocab"], merges[: len(merges) * 2 // 3]
+
+
+def bpe(pre: pre_tokenizers.PreTokenizer, **options: Any) -> Tokenizer:
+    vocab, merges = unsplit_bpe()
+    tokenizer = Tokenizer(models.BPE(vocab, merges, **options))
+    tokenizer.pre_tokenizer = pre
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
@@ -743,13 +754,13 @@ GPT_2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
 def test_a_byte_level_bpe_tokenizes_as_the_original(
     tmp_path: Path, small, name: str, pre, whole: bool, begins: bool
 ):
-    original = trained(pre, ignore_merges=whole)
+    original = bpe(pre, ignore_merges=whole)
     if name == "qwen2":
         original.normalizer = normalizers.NFC()
 
     tokenizer = tokenizer_of(tmp_path, small, lambda w: describe_bpe(w, original, name))
 
-    for text in odd_texts(250):
+    for text in odd_texts(300):
         ids = tokenizer(text, add_special_tokens=False).input_ids
         assert ids == original.encode(text).ids, repr(text)
         assert tokenizer.decode(ids) == original.decode(ids), repr(text)
@@ -761,7 +772,7 @@ def test_a_byte_level_bpe_tokenizes_as_the_original(
 
 
 def test_the_file_decides_on_bos_and_eos_and_brings_the_chat_template(tmp_path: Path, small):
-    original = trained(GPT_2)
+    original = bpe(GPT_2)
 
     def describe(writer: gguf.GGUFWriter) -> None:
         describe_bpe(writer, original, "llama-bpe")
@@ -778,7 +789,7 @@ def test_the_file_decides_on_bos_and_eos_and_brings_the_chat_template(tmp_path: 
 
 
 def test_an_ordinary_word_named_as_padding_stays_one(tmp_path: Path, small):
-    original = trained(GPT_2)
+    original = bpe(GPT_2)
     word = original.token_to_id("!")
 
     def describe(writer: gguf.GGUFWriter) -> None:

@@ -328,7 +328,7 @@ def assert_close_to(folder: Path, meant: Weights) -> None:
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
 def test_mlx_affine(tmp_path: Path, bits: int, group_size: int):
     dtype = mx.float16 if bits == 4 else mx.bfloat16
     meant = write(tmp_path, *mlx("affine", group_size, bits, dtype=dtype), names=EVERY)
@@ -376,22 +376,6 @@ def test_mlx_modes_need_no_numbers(tmp_path: Path):
     rewrite(tmp_path, quantization={"mode": "mxfp8"})
     assert_reads_as(tmp_path, meant)
     assert open_checkpoint(tmp_path).packing == "MLX mxfp8 8-bit"
-
-
-def test_nvfp4_with_a_scale_for_the_whole_matrix(tmp_path: Path):
-    """Its values are MLX's word: what it packed comes back."""
-
-    def pack(path: str, values: np.ndarray) -> tuple[Parts, np.ndarray]:
-        array = mx.array(values.astype(np.float32))
-        factor = mx.abs(array).max()
-        packed, scales = mx.quantize(array, mode="nvfp4", global_scale=factor)
-        return {"weight": packed, "scales": scales, "global_scale": factor}, values
-
-    meant = write(tmp_path, mlx("nvfp4", 16, 4)[0], pack)
-    read = open_checkpoint(tmp_path).read(meant)
-    for name, values in meant.items():
-        error = np.linalg.norm(np.array(read[name].astype(mx.float32)) - values)
-        assert error < 0.15 * np.linalg.norm(values), name
 
 
 # Conversion
@@ -469,6 +453,8 @@ def test_an_unknown_packing_is_refused(tmp_path: Path, settings: Config, complai
         {"bits": "4"},
         {"bits": 8},
         {"group_size": 32},
+        {"bits": 7},
+        {"group_size": 16},
         {"mode": "mxfp4", "bits": 8},
     ],
     ids=str,
@@ -479,14 +465,7 @@ def test_wrong_settings_of_mlx_are_refused(tmp_path: Path, quantization: Config)
     own = settings["quantization"] | quantization
     rewrite(tmp_path, quantization=own)
     with pytest.raises(UserError, match=r"config\.json|known: affine"):
-        checkpoint = open_checkpoint(tmp_path)
-        checkpoint.read(["model.layers.0.mlp.up_proj.weight"])
-
-
-def test_a_width_that_mlx_does_not_have_is_refused(tmp_path: Path):
-    meant = write(tmp_path, *mlx("affine", 64, 7))
-    with pytest.raises(UserError, match="cannot be unpacked"):
-        open_checkpoint(tmp_path).read(meant)
+        open_checkpoint(tmp_path)
 
 
 PARTS = [
