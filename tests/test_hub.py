@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from factory import make_checkpoint
@@ -16,7 +17,7 @@ from hub_server import Drop, HubServer, Refusal
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("PATH", "LD_PRELOAD", "LD_LIBRARY_PATH", "TMPDIR", "LANG", "VIRTUAL_ENV")
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 FETCHED = {
     "config.json",
     "model.safetensors",
