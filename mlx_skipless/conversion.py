@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,7 @@ def convert(
     out = Path(mlx_path)
     if not dry_run:
         check_free(out)
+    text = None if calibration is None else verification.tail_of(Path(calibration))
     checkpoint = open_checkpoint(model, revision=revision, config_only=dry_run)
     if checkpoint.store is None and not dry_run:
         raise UserError(f"{model} is a config without weights: add --dry-run, or give the model")
@@ -102,30 +103,44 @@ def convert(
         "quantized": quantization is not None,
     }
     plan = make_plan(args, **options)
+    conditioning: dict[str, Conditioning] = {}
     if checkpoint.store is not None:
         conditioning = _measure(checkpoint, plan, remove, target, progress)
         plan = make_plan(args, **options, conditioning=conditioning)
-    else:
-        conditioning = {}
     stock = checkpoint.family.stock and plan.before == args
     if stock:  # mlx-lm's own architecture wants every gain: folded ones are written as ones
         plan = replace(plan, after=replace(plan.after, gains=args.gains))
-    layout = Layout(plan.after, target, quantization)
-    report = make_report(checkpoint, plan, layout, stock, conditioning)
+    job = Job(checkpoint, plan, Layout(plan.after, target, quantization), stock, trust_remote_code)
+    report = make_report(checkpoint, plan, job.layout, stock, conditioning)
     if not dry_run:
-        _check_memory(plan, layout)
+        check = Check(str(calibration), text, seed) if verify else None
         with _small_buffer_cache():
-            report = _write(
-                checkpoint, plan, layout, out, stock, report,
-                calibration=Path(calibration) if calibration else None,
-                trust_remote_code=trust_remote_code, seed=seed, verifying=verify,
-                progress=progress,
-            )  # fmt: skip
+            report = _write(job, out, report, check, progress)
         if upload_repo is not None:
             hub.upload(out, upload_repo)
     return replace(
         report, seconds=time.perf_counter() - started, peak_memory_bytes=peak_memory_bytes()
     )
+
+
+@dataclass(frozen=True)
+class Job:
+    """What goes in and what comes out: ``stock`` results are of mlx-lm's own architectures."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    layout: Layout
+    stock: bool
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True)
+class Check:
+    """The text to check with: the user's, or with None sampled from the model by ``seed``."""
+
+    name: str
+    text: str | None
+    seed: int
 
 
 def _quantization(
@@ -160,14 +175,14 @@ def _measure(
     return measured
 
 
-def _check_memory(plan: Plan, layout: Layout) -> None:
+def _check_memory(job: Job) -> None:
     """Refuse what cannot fit: three bases and the largest matrix in float64, a shard, the check."""
-    args = plan.before
+    args = job.plan.before
     hidden, ffn = args.hidden_size, args.intermediate_size
     width = args.num_attention_heads * args.head_dim
     float64 = 8 * (6 * hidden * max(hidden, width) + 3 * max(hidden, width) * ffn)
-    largest = max(array.nbytes for array in layout.tensors.values())
-    needed = float64 + (1 << 30) + 4 * layout.count("model.layers.0.") + 3 * largest
+    largest = max(array.nbytes for array in job.layout.tensors.values())
+    needed = float64 + (1 << 30) + 4 * job.layout.count("model.layers.0.") + 3 * largest
     available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > available:
         raise UserError(
@@ -176,51 +191,32 @@ def _check_memory(plan: Plan, layout: Layout) -> None:
         )
 
 
-def _write(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    layout: Layout,
-    out: Path,
-    stock: bool,
-    report: Report,
-    *,
-    calibration: Path | None,
-    trust_remote_code: bool,
-    seed: int,
-    verifying: bool,
-    progress: Progress,
-) -> Report:
+def _write(job: Job, out: Path, report: Report, check: Check | None, progress: Progress) -> Report:
     """Do what is planned; the report with the check's outcome."""
-    layers = plan.before.num_hidden_layers
-    merger = Merger(checkpoint, plan, layout.dtype)
-    with Writer(out, layout.nbytes()) as writer:
-        writer.add(quantized(merger.embedding(), layout))
+    _check_memory(job)
+    layers = job.plan.before.num_hidden_layers
+    merger = Merger(job.checkpoint, job.plan, job.layout.dtype)
+    with Writer(out, job.layout.nbytes()) as writer:
+        writer.add(quantized(merger.embedding(), job.layout))
         for layer in range(layers):
             progress("converting", layer, layers)
-            writer.add(quantized(merger.layer(layer), layout))
-        writer.add(quantized(merger.head(), layout))
-        writer.finish_weights(layout.count())
+            writer.add(quantized(merger.layer(layer), job.layout))
+        writer.add(quantized(merger.head(), job.layout))
+        writer.finish_weights(job.layout.count())
         progress("converting", layers, layers)
 
-        config = output_config(checkpoint, layout, stock)
+        config = output_config(job)
         writer.write_json("config.json", config)
-        if not stock:
+        if not job.stock:
             code = Path(str(model_module.__file__)).read_text(encoding="utf-8")
             writer.write_text(MODEL_FILE, code)
-        has_tokenizer = carry_tokenizer(
-            checkpoint, writer.folder, stock=stock, trust_remote_code=trust_remote_code
-        )
+        trust = {"trust_remote_code": job.trust_remote_code}
+        tokenizer = None
+        if carry_tokenizer(job.checkpoint, writer.folder, stock=job.stock, **trust):
+            tokenizer = load_tokenizer(writer.folder, tokenizer_options(config, **trust))
         report = replace(report, output=str(out))
-        if verifying:
-            tokenizer = None
-            if has_tokenizer:
-                options = tokenizer_options(config, trust_remote_code=trust_remote_code)
-                tokenizer = load_tokenizer(writer.folder, options)
-            report = report.verified(
-                _verify(
-                    checkpoint, plan, layout, writer.folder, tokenizer, calibration, seed, progress
-                )
-            )
+        if check is not None:
+            report = report.verified(_verify(job, writer.folder, tokenizer, check, progress))
         writer.write_text("README.md", card.text(report, out.name))
         writer.commit()
     return report
@@ -257,15 +253,16 @@ def quantized(tensors: Mapping[str, mx.array], layout: Layout) -> dict[str, mx.a
     return done
 
 
-def output_config(checkpoint: Checkpoint, layout: Layout, stock: bool) -> dict[str, Any]:
+def output_config(job: Job) -> dict[str, Any]:
     """config.json of the result."""
-    if stock:
-        config = dict(checkpoint.config)
+    source, layout = job.checkpoint.config, job.layout
+    if job.stock:
+        config = dict(source)
         config.pop("quantization_config", None)
         config.pop("quantization", None)
     else:
         keep = ("bos_token_id", "eos_token_id", "pad_token_id")
-        config = {key: checkpoint.config[key] for key in keep if key in checkpoint.config}
+        config = {key: source[key] for key in keep if key in source}
         config |= {k: v for k, v in asdict(layout.args).items() if v is not None}
         config |= {"model_file": MODEL_FILE, "architectures": ["SkiplessForCausalLM"]}
     config["torch_dtype"] = dtype_name(layout.dtype)
@@ -276,36 +273,32 @@ def output_config(checkpoint: Checkpoint, layout: Layout, stock: bool) -> dict[s
 
 
 def _verify(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    layout: Layout,
-    folder: Path,
-    tokenizer: Any,
-    calibration: Path | None,
-    seed: int,
-    progress: Progress,
+    job: Job, folder: Path, tokenizer: Any, check: Check, progress: Progress
 ) -> Verification:
     # The source runs in float32 from the weights it has; the result as it will run.
+    plan, layout = job.plan, job.layout
     stripped = tuple(gain for gain in plan.folded if gain not in plan.before.gains)
     start = replace(plan, identity={}, folded=stripped, after=plan.before)
-    parts = Merger(checkpoint, start, mx.float32)
-    fits = Layout(plan.before, mx.float32).nbytes() <= verification.RESIDENT_BYTES
-    source = verification.StreamedNetwork(plan.before, parts, resident=fits)
-    progress("checking", 0, 2)
-    if calibration is not None:
-        if tokenizer is None:
-            raise UserError("--calibration needs a tokenizer and the source has none: drop it")
-        tokens, text = verification.text_tokens(calibration, tokenizer.encode), str(calibration)
-    else:
-        begin = None if tokenizer is None else tokenizer.bos_token_id
-        tokens, text = verification.sample(source, seed=seed, start=begin), "sampled from the model"
-    progress("checking", 1, 2)
-    result = verification.StreamedNetwork(
-        layout.args, verification.WrittenParts(folder), layout.settings
+    source = verification.StreamedNetwork(
+        plan.before,
+        Merger(job.checkpoint, start, mx.float32),
+        resident=Layout(plan.before, mx.float32).nbytes() <= verification.RESIDENT_BYTES,
     )
-    check = verification.compare(source, result, tokens, text)
+    progress("checking", 0, 2)
+    if check.text is None:
+        begin = None if tokenizer is None else tokenizer.bos_token_id
+        tokens = verification.sample(source, seed=check.seed, start=begin)
+        origin = "sampled from the model"
+    elif tokenizer is None:
+        raise UserError("--calibration needs a tokenizer and the source has none: drop it")
+    else:
+        tokens, origin = verification.text_tokens(check.text, tokenizer.encode), check.name
+    progress("checking", 1, 2)
+    parts = verification.WrittenParts(folder)
+    result = verification.StreamedNetwork(layout.args, parts, layout.settings)
+    outcome = verification.compare(source, result, tokens, origin)
     progress("checking", 2, 2)
-    return check
+    return outcome
 
 
 def peak_memory_bytes() -> int:

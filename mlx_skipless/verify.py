@@ -164,21 +164,31 @@ def sample(network: StreamedNetwork, *, seed: int, start: int | None) -> mx.arra
     return tokens
 
 
-def text_tokens(file: Path, encode: Callable[[str], list[int]]) -> mx.array:
+def tail_of(file: Path) -> str:
+    """The end of a text file.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    try:
+        return file.read_bytes()[-TAIL_BYTES:].decode("utf-8", errors="ignore")
+    except OSError as error:
+        raise UserError(
+            f"--calibration {file} cannot be read ({error.strerror}): give a text file"
+        ) from error
+
+
+def text_tokens(text: str, encode: Callable[[str], list[int]]) -> mx.array:
     """The end of a text, (n, LENGTH) tokens with n up to SEQUENCES.
 
     Raises:
-        UserError: if the file cannot be read or is too short.
+        UserError: if it is too short.
     """
-    try:
-        raw = file.read_bytes()[-TAIL_BYTES:]
-    except OSError as error:
-        raise UserError(f"--calibration {file} cannot be read ({error.strerror})") from error
-    ids = encode(raw.decode("utf-8", errors="ignore"))
+    ids = encode(text)
     count = min(len(ids) // LENGTH, SEQUENCES)
     if not count:
         raise UserError(
-            f"--calibration {file} gives {len(ids)} tokens; the check needs {LENGTH} or more"
+            f"the --calibration text has {len(ids)} tokens; the check needs {LENGTH} or more"
         )
     return mx.array(ids[-count * LENGTH :]).reshape(count, LENGTH)
 
@@ -217,9 +227,20 @@ def _sequences(network: StreamedNetwork, tokens: mx.array) -> Iterator[np.ndarra
 def compare_logits(
     source: Iterator[np.ndarray], result: Iterator[np.ndarray], text: str
 ) -> Verification:
-    """Compare logits, a (length, vocabulary) array a sequence."""
+    """Compare logits, a (length, vocabulary) array a sequence.
+
+    Raises:
+        UserError: if either overflows.
+    """
     errors, divergences, matches = [], [], []
     for a, b in zip(source, result, strict=True):
+        if not np.isfinite(a).all():
+            raise UserError(
+                "the source itself overflows float32 on the check's text: its stream has no norms "
+                "to hold it; --no-verify converts it all the same"
+            )
+        if not np.isfinite(b).all():
+            raise UserError("the result overflows its number type: use --dtype bfloat16 or float32")
         a, b = a.astype(np.float64), b.astype(np.float64)
         largest = np.abs(a).max(-1)
         errors.append(np.abs(a - b).max(-1) / np.where(largest > 0, largest, 1))

@@ -566,7 +566,7 @@ def some_text(rng: random.Random, words: int) -> str:
         if kind < 0.8:
             return str(rng.randrange(10 ** rng.randint(1, 9)))
         return rng.choice(
-            ["it's", "WE'LL", "...", "!?\n", "\n\n", "\t", "a_b", "x = (y + 1);", "½"]
+            ["it's", "WE'LL", "...", "!?\n", "\n\n", "\t", "a_b", "x = (y + 1);\n//", "½"]
         )
 
     return "".join(rng.choice([" ", " ", " ", "  ", "    ", ""]) + word() for _ in range(words))

@@ -121,7 +121,7 @@ def test_a_hub_model_is_fetched_once_and_no_more_of_it_than_needed(
         pytest.param(None, "no such model on the Hub", id="no such repository"),
         pytest.param(
             Refusal(401, "RepoNotFound", "Invalid username or password."),
-            "`hf auth login`",
+            "a private one needs `hf auth login`",
             id="private",
         ),
         pytest.param(
@@ -141,7 +141,7 @@ def test_a_hub_model_is_fetched_once_and_no_more_of_it_than_needed(
         ),
         pytest.param(
             Refusal(403, None, "enable access in your token's settings"),
-            "enable access in your token's settings",
+            "refuses tales/other (403 Forbidden: enable access in your token's settings",
             id="token too narrow",
         ),
         pytest.param(Refusal(500), "try again", id="server error"),

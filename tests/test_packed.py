@@ -370,12 +370,18 @@ def test_mlx_settings_of_single_matrices(tmp_path: Path):
     assert_close_to(tmp_path, meant)
 
 
-def test_mlx_modes_need_no_numbers(tmp_path: Path):
-    settings, pack = mlx("mxfp8", 32, 8)
+@pytest.mark.parametrize(
+    ("mode", "group_size", "bits", "said"),
+    [("affine", 64, 4, {}), ("mxfp8", 32, 8, {"mode": "mxfp8"})],
+)
+def test_mlx_modes_need_no_numbers(
+    tmp_path: Path, mode: str, group_size: int, bits: int, said: Config
+):
+    settings, pack = mlx(mode, group_size, bits)
     meant = write(tmp_path, settings, pack)
-    rewrite(tmp_path, quantization={"mode": "mxfp8"})
-    assert_reads_as(tmp_path, meant)
-    assert open_checkpoint(tmp_path).packing == "MLX mxfp8 8-bit"
+    rewrite(tmp_path, quantization=said)
+    assert_close_to(tmp_path, meant)
+    assert open_checkpoint(tmp_path).packing == f"MLX {mode} {bits}-bit"
 
 
 # Conversion
