@@ -1,0 +1,92 @@
+"""The check's own figures, text and streaming, against independent ones."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import reference
+from factory import make_checkpoint
+
+import mlx_skipless
+from mlx_skipless import verify
+from mlx_skipless.checkpoint import open_checkpoint
+from mlx_skipless.errors import UserError
+from mlx_skipless.merge import Merger
+from mlx_skipless.plan import make_plan
+
+
+@pytest.mark.parametrize("scale", [1e-6, 0.1, 3.0])
+def test_figures(scale: float) -> None:
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((3, 7, 50)).astype(np.float32) * 4
+    b = (a + scale * rng.standard_normal(a.shape)).astype(np.float32)
+    got = verify.compare_logits(iter(a), iter(b), "random")
+    assert got.kl == pytest.approx(reference.softmax_kl(a, b), rel=1e-6, abs=1e-15)
+    assert got.max_rel_logit_error == pytest.approx(reference.worst_relative_error(a, b))
+    assert got.greedy_match == pytest.approx(np.mean(a.argmax(-1) == b.argmax(-1)))
+    assert got.tokens == 21
+
+
+@pytest.mark.parametrize(("which", "words"), [(0, "source itself"), (1, "--dtype bfloat16")])
+def test_overflow_is_named(which: int, words: str) -> None:
+    logits = [np.ones((1, 2, 5)), np.ones((1, 2, 5))]
+    logits[which][0, 1, 3] = np.inf
+    with pytest.raises(UserError, match=words):
+        verify.compare_logits(iter(logits[0]), iter(logits[1]), "")
+
+
+@pytest.fixture(params=[True, False], ids=["resident", "streamed"])
+def network(request: pytest.FixtureRequest, tmp_path: Path):
+    source = make_checkpoint(
+        tmp_path, norm="qkv", gains=True, linear_paths=True, sliding_window=5,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+    )  # fmt: skip
+    checkpoint = open_checkpoint(tmp_path)
+    plan = make_plan(checkpoint.args, remove="none")
+    parts = Merger(checkpoint, plan, mx.float32)
+    return source, verify.StreamedNetwork(checkpoint.args, parts, resident=request.param)
+
+
+def test_streaming_is_the_network(network) -> None:
+    source, streamed = network
+    tokens = np.random.default_rng(0).integers(0, 256, (2, 12))
+    expected = reference.logits(*source, tokens)
+    for _ in range(2):  # a second pass reads the layers again, or finds them
+        got = np.array(streamed.logits(streamed.hidden(mx.array(tokens))))
+        assert reference.worst_relative_error(expected, got) <= 1e-5
+
+
+def test_sampled_text_is_the_networks_own(network) -> None:
+    """By the seed the same, by another one other; and likelier than chance under the network."""
+    source, streamed = network
+    tokens = np.array(verify.sample(streamed, seed=1, start=7))
+    again = np.array(verify.sample(streamed, seed=1, start=7))
+    other = np.array(verify.sample(streamed, seed=2, start=7))
+    assert (tokens == again).all() and (tokens != other).any()
+    assert (tokens[:, 0] == 7).all() and tokens.size == 128
+    logits = reference.logits(*source, tokens)[:, 1:-1]
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    chosen = np.take_along_axis(log_p, tokens[:, 2:, None], axis=-1)
+    entropy = -(np.exp(log_p) * log_p).sum(-1)
+    assert -chosen.mean() == pytest.approx(entropy.mean(), abs=0.6)
+    assert entropy.mean() < np.log(264) - 0.1
+
+
+def test_written_quantized_parts(tmp_path: Path) -> None:
+    """A packed result streams as mlx-lm runs it."""
+    make_checkpoint(tmp_path / "s", norm="qkv", hidden_size=128, intermediate_size=256, spread=2.0)
+    report = mlx_skipless.convert(
+        tmp_path / "s", tmp_path / "out", remove="qp", quantize=True, verify=False
+    )
+    model, _ = mlx_skipless.load(tmp_path / "out")
+    parts = verify.WrittenParts(tmp_path / "out")
+    streamed = verify.StreamedNetwork(model.args, parts, report.quantization)
+    tokens = mx.array(np.random.default_rng(0).integers(0, 256, (1, 9)))
+    got = streamed.logits(streamed.hidden(tokens))
+    assert mx.abs(got - model(tokens)).max().item() < 1e-4
+
+
+def test_short_text_is_refused() -> None:
+    with pytest.raises(UserError, match="3 tokens"):
+        verify.text_tokens("abc", lambda text: list(text.encode()))
