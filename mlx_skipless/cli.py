@@ -202,11 +202,17 @@ def _json_file(name: str | None) -> Iterator[Any]:
         yield lambda content: None
         return
     path = Path(name)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UserError(f"--json {name}: no file can be written there")
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        partial.touch()
+        partial.unlink()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"--json {name}: cannot be written ({reason}), give a file") from error
 
     def write(content: dict[str, Any]) -> None:
-        partial = path.with_name(f".{path.name}.partial")
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         os.replace(partial, path)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.utils import load_tokenizer
 
 from . import card, hub
 from . import model as model_module
@@ -19,7 +18,7 @@ from . import verify as verification
 from .checkpoint import FLOAT_NAMES, Checkpoint, open_checkpoint
 from .errors import UserError
 from .layout import Layout, Quantization, dtype_name
-from .loading import tokenizer_options
+from .loading import load_tokenizer
 from .merge import Merger
 from .plan import REMOVALS, Conditioning, Plan, make_plan, measurable
 from .report import Report, make_report
@@ -147,7 +146,7 @@ def _quantization(
     quantize: bool, bits: int | None, group_size: int | None, mode: str
 ) -> Quantization | None:
     if not quantize:
-        if bits or group_size or mode != "affine":
+        if bits is not None or group_size is not None or mode != "affine":
             raise UserError("--q-bits, --q-group-size and --q-mode need -q")
         return None
     if mode not in ("affine", "mxfp4", "nvfp4", "mxfp8"):
@@ -213,7 +212,7 @@ def _write(job: Job, out: Path, report: Report, check: Check | None, progress: P
         trust = {"trust_remote_code": job.trust_remote_code}
         tokenizer = None
         if carry_tokenizer(job.checkpoint, writer.folder, stock=job.stock, **trust):
-            tokenizer = load_tokenizer(writer.folder, tokenizer_options(config, **trust))
+            tokenizer = load_tokenizer(writer.folder, config, **trust)
         report = replace(report, output=str(out))
         if check is not None:
             report = report.verified(_verify(job, writer.folder, tokenizer, check, progress))
@@ -292,7 +291,8 @@ def _verify(
     elif tokenizer is None:
         raise UserError("--calibration needs a tokenizer and the source has none: drop it")
     else:
-        tokens, origin = verification.text_tokens(check.text, tokenizer.encode), check.name
+        tokens = verification.text_tokens(check.name, check.text, tokenizer.encode)
+        origin = check.name
     progress("checking", 1, 2)
     parts = verification.WrittenParts(folder)
     result = verification.StreamedNetwork(layout.args, parts, layout.settings)

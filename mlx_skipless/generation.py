@@ -29,7 +29,7 @@ from mlx_lm.models.cache import (
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .errors import UserError
+from .errors import UserError, first_line
 from .loading import load
 
 KV_BITS = (2, 3, 4, 6, 8)
@@ -288,9 +288,8 @@ def load_cache(file: str | Path, model: nn.Module) -> list[Any]:
     try:
         cache = load_prompt_cache(str(file))
     except (OSError, RuntimeError, ValueError, KeyError) as e:
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise UserError(
-            f"{file} is no prompt cache ({reason}): `mlx_lm.cache_prompt` makes one"
+            f"{file} is no prompt cache ({first_line(e)}): `mlx_lm.cache_prompt` makes one"
         ) from e
     fresh = make_prompt_cache(model)
     if [type(c) for c in cache] != [type(c) for c in fresh]:

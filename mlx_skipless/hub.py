@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from .errors import UserError
+from .errors import UserError, first_line
 
 CONFIGS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 WEIGHTS = ["model*.safetensors"]
@@ -67,12 +67,12 @@ def resolve(source: str, *, revision: str | None = None, config_only: bool = Fal
         answer = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
         if isinstance(answer, HfHubHTTPError) and answer.response.status_code in (401, 403):
             raise UserError(
-                f"the Hub refuses {where} ({_reason(answer)}): `hf auth login` with a token that "
+                f"the Hub refuses {where} ({first_line(answer)}): `hf auth login` with a token that "
                 "may read it, or set HF_TOKEN"
             ) from error
         if answer is error or isinstance(answer, HfHubHTTPError):
             raise UserError(
-                f"{where} could not be downloaded ({_reason(answer)}): try again"
+                f"{where} could not be downloaded ({first_line(answer)}): try again"
             ) from error
         raise UserError(
             f"the Hub cannot be reached and {where} is not in the cache: connect, or give a folder"
@@ -91,11 +91,7 @@ def upload(folder: Path, repo: str) -> str:
         api.upload_folder(folder_path=folder, repo_id=repo, repo_type="model")
     except Exception as error:
         raise UserError(
-            f"{folder} is written, but its upload to {repo} failed ({_reason(error)}): "
+            f"{folder} is written, but its upload to {repo} failed ({first_line(error)}): "
             f"`hf auth login`, then `hf upload {repo} {folder}`"
         ) from error
     return f"{api.endpoint}/{repo}"
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

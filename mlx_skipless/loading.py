@@ -12,7 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import hub
 from .checkpoint import SafetensorsStore, read_json
-from .errors import UserError
+from .errors import UserError, first_line
 from .families import model_args
 from .model import Model, ModelArgs
 
@@ -67,19 +67,33 @@ def load(
         if adapter_path is not None:
             model = mlx_lm.utils.load_adapters(model, adapter_path)
             model.eval()
-        tokenizer = mlx_lm.utils.load_tokenizer(
-            folder,
-            tokenizer_options(config, trust_remote_code=trust_remote_code),
-            eos_token_ids=config.get("eos_token_id"),
-        )
     except (ValueError, KeyError, OSError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path_or_hf_repo} cannot be loaded: {reason}") from error
-    return model, tokenizer
+        raise UserError(f"{path_or_hf_repo} cannot be loaded: {first_line(error)}") from error
+    return model, load_tokenizer(folder, config, trust_remote_code=trust_remote_code)
 
 
 def _own_classes(config: dict) -> tuple[type[nn.Module], type]:
     return Model, ModelArgs
+
+
+def load_tokenizer(
+    folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool
+) -> TokenizerWrapper:
+    """The tokenizer of a model folder, as mlx-lm wraps it.
+
+    Raises:
+        UserError: if it is missing or cannot be read.
+    """
+    options = tokenizer_options(config, trust_remote_code=trust_remote_code)
+    try:
+        return mlx_lm.utils.load_tokenizer(
+            folder, options, eos_token_ids=config.get("eos_token_id")
+        )
+    except Exception as error:  # transformers and tokenizers raise whatever they like
+        raise UserError(
+            f"the tokenizer in {folder} cannot be read ({first_line(error)}): copy it again, or "
+            "give a checkpoint with a Hugging Face tokenizer"
+        ) from error
 
 
 def tokenizer_options(config: Mapping[str, Any], *, trust_remote_code: bool) -> dict[str, Any]:

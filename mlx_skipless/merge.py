@@ -283,6 +283,9 @@ class Merger:
         return self._finite(name, self._checkpoint.read([name])[name])
 
     def _stored(self, name: str, values: np.ndarray) -> mx.array:
+        largest = float(np.abs(values).max(initial=0))
+        if largest > float(np.finfo(np.float32).max):
+            raise UserError(f"{name} does not fit float32 (largest value {largest:.3g})")
         return self._finite(name, mx.array(np.ascontiguousarray(values, dtype=np.float32)))
 
     def _finite(self, name: str, array: mx.array) -> mx.array:

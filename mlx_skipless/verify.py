@@ -178,8 +178,8 @@ def tail_of(file: Path) -> str:
         ) from error
 
 
-def text_tokens(text: str, encode: Callable[[str], list[int]]) -> mx.array:
-    """The end of a text, (n, LENGTH) tokens with n up to SEQUENCES.
+def text_tokens(name: str, text: str, encode: Callable[[str], list[int]]) -> mx.array:
+    """The end of a text called ``name``, (n, LENGTH) tokens with n up to SEQUENCES.
 
     Raises:
         UserError: if it is too short.
@@ -188,7 +188,7 @@ def text_tokens(text: str, encode: Callable[[str], list[int]]) -> mx.array:
     count = min(len(ids) // LENGTH, SEQUENCES)
     if not count:
         raise UserError(
-            f"the --calibration text has {len(ids)} tokens; the check needs {LENGTH} or more"
+            f"--calibration {name} has {len(ids)} tokens; the check needs {LENGTH} or more"
         )
     return mx.array(ids[-count * LENGTH :]).reshape(count, LENGTH)
 

@@ -15,7 +15,7 @@ import mlx.core as mx
 import transformers
 
 from .checkpoint import Checkpoint
-from .errors import UserError
+from .errors import UserError, first_line
 from .gguf_file import GGUFStore
 from .loading import tokenizer_options
 
@@ -208,9 +208,8 @@ def _save(read: Callable[[], Any], source: Path, folder: Path) -> bool:
     except UserError:
         raise
     except Exception as error:  # transformers and tokenizers raise whatever their parsers do
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"the tokenizer of {source} cannot be read ({reason}): give a checkpoint with a "
+            f"the tokenizer of {source} cannot be read ({first_line(error)}): give a checkpoint with a "
             "Hugging Face tokenizer"
         ) from error
     return True

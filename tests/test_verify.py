@@ -89,4 +89,4 @@ def test_written_quantized_parts(tmp_path: Path) -> None:
 
 def test_short_text_is_refused() -> None:
     with pytest.raises(UserError, match="3 tokens"):
-        verify.text_tokens("abc", lambda text: list(text.encode()))
+        verify.text_tokens("short.txt", "abc", lambda text: list(text.encode()))
