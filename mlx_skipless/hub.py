@@ -67,8 +67,8 @@ def resolve(source: str, *, revision: str | None = None, config_only: bool = Fal
         answer = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
         if isinstance(answer, HfHubHTTPError) and answer.response.status_code in (401, 403):
             raise UserError(
-                f"the Hub refuses {where} ({first_line(answer)}): `hf auth login` with a token that "
-                "may read it, or set HF_TOKEN"
+                f"the Hub refuses {where} ({first_line(answer)}): `hf auth login` with a token "
+                "that may read it, or set HF_TOKEN"
             ) from error
         if answer is error or isinstance(answer, HfHubHTTPError):
             raise UserError(

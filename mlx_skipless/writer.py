@@ -209,7 +209,7 @@ def _save(read: Callable[[], Any], source: Path, folder: Path) -> bool:
         raise
     except Exception as error:  # transformers and tokenizers raise whatever their parsers do
         raise UserError(
-            f"the tokenizer of {source} cannot be read ({first_line(error)}): give a checkpoint with a "
-            "Hugging Face tokenizer"
+            f"the tokenizer of {source} cannot be read ({first_line(error)}): give a checkpoint "
+            "with a Hugging Face tokenizer"
         ) from error
     return True
