@@ -36,7 +36,7 @@ def text(report: "Report", name: str) -> str:
     """The card, Markdown with the Hub's header."""
     header = ["---", "library_name: mlx", "pipeline_tag: text-generation", "tags:", "- mlx"]
     header += [] if report.stock else ["- mlx-skipless"]
-    if hub.HUB_ID.fullmatch(report.source):
+    if hub.is_id(report.source):
         header.append(f"base_model: {report.source}")
     header += ["---", ""]
     body = [f"# {name}", "", f"Made by mlx-skipless from `{report.source}`.", ""]

@@ -87,6 +87,8 @@ def convert(
     out = Path(mlx_path)
     if not dry_run:
         check_free(out)
+    if upload_repo is not None and not hub.HUB_ID.fullmatch(upload_repo):
+        raise UserError(f"--upload-repo {upload_repo}: a repository is called owner/name")
     text = None if calibration is None else verification.tail_of(Path(calibration))
     checkpoint = open_checkpoint(model, revision=revision, config_only=dry_run)
     if checkpoint.store is None and not dry_run:

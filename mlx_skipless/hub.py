@@ -23,6 +23,15 @@ WEIGHTS = ["model*.safetensors"]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
+def is_id(source: str) -> bool:
+    """Whether a source is a Hub id: it looks like one, and no such path exists."""
+    path = os.path.expanduser(source)
+    files = (".gguf", ".json")
+    return (
+        bool(HUB_ID.fullmatch(source)) and not source.endswith(files) and not os.path.exists(path)
+    )
+
+
 class _Bar(huggingface_hub.utils.tqdm):
     """The client's progress bar, on terminals only: else it would stand beside an error."""
 
@@ -39,7 +48,7 @@ def resolve(source: str, *, revision: str | None = None, config_only: bool = Fal
     path = os.path.expanduser(source)
     if os.path.exists(path):
         return Path(path)
-    if not HUB_ID.fullmatch(source) or source.endswith((".gguf", ".json")):
+    if not is_id(source):
         raise UserError(f"no such file or folder: {source} (a Hub id looks like owner/name)")
     where = f"{source} at revision {revision}" if revision else source
     try:

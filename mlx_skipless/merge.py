@@ -297,9 +297,10 @@ class Merger:
         cast = array.astype(self._dtype)
         if not mx.all(mx.isfinite(cast)).item():
             if mx.all(mx.isfinite(array)).item():
+                wider = "bfloat16 or float32" if self._dtype == mx.float16 else "float32"
                 raise UserError(
                     f"{name} does not fit {dtype_name(self._dtype)} (largest value "
-                    f"{mx.abs(array).max().item():.3g}): use --dtype bfloat16 or float32"
+                    f"{mx.abs(array).max().item():.3g}): use --dtype {wider}"
                 )
             _refuse_not_finite(name)
         return cast

@@ -4,12 +4,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import mlx.core as mx
+
 from .checkpoint import Checkpoint
 from .layout import Layout, dtype_name
-from .plan import Conditioning, Plan
+from .plan import UNIT_ROUNDOFF, Conditioning, Plan
 from .points import LETTERS
 from .verify import Verification
 
+NOTABLE_ERROR = 1e-3  # relative logit error; a well-conditioned merge in float32 stays below
 ALARMING_KL = 0.02  # nats per token: what plain 4-bit quantization costs a small skipless model
 SKIPLESS_WARNING = (
     "--skipless drops the skip connections that the weights were trained with: the result is NOT a "
@@ -65,14 +68,22 @@ class Report:
 
     def verified(self, check: Verification) -> "Report":
         """The report with the check's outcome, and a warning if that is bad."""
-        warnings = self.warnings
-        if check.kl > ALARMING_KL and self.removed:
+        notes, warnings = self.notes, self.warnings
+        condition = max((row.condition or 0 for row in self.rows), default=0)
+        if check.max_rel_logit_error > NOTABLE_ERROR and condition and not self.quantization:
+            roundoff = UNIT_ROUNDOFF[getattr(mx, self.dtype)]
+            notes += (
+                f"inverses with condition numbers up to {condition:.1e} magnify {self.dtype}'s "
+                f"rounding of {roundoff:.0e} to logit errors of up to "
+                f"{min(condition * roundoff, 1):.0e}; the merge itself is exact",
+            )
+        if check.kl > ALARMING_KL and condition:
             warnings += (
                 f"the result differs from its source by {check.kl:.2g} nats per token: inverses "
                 f"magnify the rounding of {'quantization' if self.quantization else self.dtype}. "
                 "--remove auto leaves such matrices in place, --remove p needs no inverse",
             )
-        return replace(self, verification=check, warnings=warnings)
+        return replace(self, verification=check, notes=notes, warnings=warnings)
 
 
 def make_report(
