@@ -1,5 +1,6 @@
 """The model card of a result: what was done to which model, and the measured effect."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import hub
@@ -39,7 +40,8 @@ def text(report: "Report", name: str) -> str:
     if hub.is_id(report.source):
         header.append(f"base_model: {report.source}")
     header += ["---", ""]
-    body = [f"# {name}", "", f"Made by mlx-skipless from `{report.source}`.", ""]
+    origin = report.source if hub.is_id(report.source) else Path(report.source).name
+    body = [f"# {name}", "", f"Made by mlx-skipless from `{origin}`.", ""]
     body += [f"**{warning}**\n" for warning in report.warnings]
     body += ["## What was done", ""]
     for letter, layers in report.removed.items():

@@ -6,6 +6,7 @@ code and unpickles nothing from a checkpoint.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -179,8 +180,8 @@ class Checkpoint:
         declared = self.config.get("torch_dtype") or self.config.get("dtype")
         if self.store is None:
             return getattr(mx, declared) if declared in FLOAT_NAMES else mx.bfloat16
-        of_matrices = [d for n, d in self._dtypes.items() if len(self._shapes[n]) == 2 and d]
-        return max(set(of_matrices), key=of_matrices.count) if of_matrices else mx.float32
+        of_matrices = Counter(d for n, d in self._dtypes.items() if len(self._shapes[n]) == 2 and d)
+        return of_matrices.most_common(1)[0][0] if of_matrices else mx.float32
 
     @cached_property
     def _original(self) -> dict[str, str]:
@@ -268,7 +269,11 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def open_checkpoint(
-    source: str | Path, *, revision: str | None = None, config_only: bool = False
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    config_only: bool = False,
+    trust_remote_code: bool = False,
 ) -> Checkpoint:
     """Open a model for reading.
 
@@ -276,11 +281,14 @@ def open_checkpoint(
         source: a Hugging Face folder, a .gguf file, a config.json (no weights then), or a Hub id.
         revision: of a Hub id: branch, tag or commit.
         config_only: fetch and read no more than the config.
+        trust_remote_code: fetch a Hub id's Python files too, for its tokenizer.
 
     Raises:
         UserError: for whatever is wrong with the source.
     """
-    path = hub.resolve(str(source), revision=revision, config_only=config_only)
+    path = hub.resolve(
+        str(source), revision=revision, config_only=config_only, code=trust_remote_code
+    )
     name = str(source)
     if path.suffix == ".gguf":
         gguf_store = GGUFStore(path)

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from . import __version__, card, chat, conversion, generation
-from .errors import UserError
+from .errors import UserError, first_line
 from .loading import load
 from .plan import REMOVALS
 from .report import Report
@@ -99,6 +99,13 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 def _run_convert(options: dict[str, Any]) -> None:
     json_file = options.pop("json")
     options["verify"] = not options.pop("no_verify")
+    out = Path(options["mlx_path"]).absolute()
+    if (
+        json_file
+        and not options["dry_run"]
+        and out in [(p := Path(json_file).absolute()), *p.parents]
+    ):
+        raise UserError(f"--json {json_file}: --mlx-path {out} is made there, give another file")
     with _json_file(json_file) as write_json:
         with _progress() as progress:
             report = conversion.convert(**options, progress=progress)
@@ -181,7 +188,8 @@ def _print_comparison(result: Any, name: str, other: str) -> None:
         ("generation tokens/s", "generation_tps"),
     ):
         a, b = getattr(result.first, key), getattr(result.second, key)
-        table.add_row(label, f"{a:.1f}", f"{b:.1f}", f"{a / b:.2f}")
+        ratio = getattr(result, f"{key}_ratio")
+        table.add_row(label, f"{a:.1f}", f"{b:.1f}", "" if ratio is None else f"{ratio:.2f}")
     Console(highlight=False, markup=False).print(table)
 
 
@@ -213,8 +221,11 @@ def _json_file(name: str | None) -> Iterator[Any]:
         raise UserError(f"--json {name}: cannot be written ({reason}), give a file") from error
 
     def write(content: dict[str, Any]) -> None:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        try:
+            partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     yield write
 
@@ -258,7 +269,7 @@ def command(name: str) -> int:
 
 def _run(run: Any, options: dict[str, Any]) -> int:
     def terminate(signum: int, frame: Any) -> None:
-        raise SystemExit(128 + signum)  # unwinds, so that nothing is left behind
+        raise KeyboardInterrupt  # unwinds, so that nothing is left behind
 
     signal.signal(signal.SIGTERM, terminate)
     try:
@@ -267,13 +278,13 @@ def _run(run: Any, options: dict[str, Any]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr)
-        return 130
+        print("error: interrupted", file=sys.stderr)
+        return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (OSError, MemoryError) as error:
-        print(f"error: {error or 'out of memory'}; nothing was written", file=sys.stderr)
+    except (OSError, MemoryError, RuntimeError) as error:  # MLX is out of memory as a RuntimeError
+        print(f"error: {first_line(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -17,6 +17,7 @@ from . import model as model_module
 from . import verify as verification
 from .checkpoint import FLOAT_NAMES, Checkpoint, open_checkpoint
 from .errors import UserError
+from .families import stock_expresses, stock_settings
 from .layout import Layout, Quantization, dtype_name
 from .loading import load_tokenizer
 from .merge import Merger
@@ -26,6 +27,10 @@ from .verify import Verification
 from .writer import Writer, carry_tokenizer, check_free
 
 MODEL_FILE = "model.py"
+STOCK_CANNOT = (
+    "mlx-lm's own network for this architecture leaves out what this config asks for (a sliding "
+    "window in every layer, an activation or some biases): the result carries a network of its own"
+)
 BUFFER_CACHE_BYTES = 256 << 20
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -87,10 +92,14 @@ def convert(
     out = Path(mlx_path)
     if not dry_run:
         check_free(out)
+    if not 0 <= seed < 2**64:
+        raise UserError(f"--seed {seed}: must be at least 0 and fit 64 bits")
     if upload_repo is not None and not hub.HUB_ID.fullmatch(upload_repo):
         raise UserError(f"--upload-repo {upload_repo}: a repository is called owner/name")
     text = None if calibration is None else verification.tail_of(Path(calibration))
-    checkpoint = open_checkpoint(model, revision=revision, config_only=dry_run)
+    checkpoint = open_checkpoint(
+        model, revision=revision, config_only=dry_run, trust_remote_code=trust_remote_code
+    )
     if checkpoint.store is None and not dry_run:
         raise UserError(f"{model} is a config without weights: add --dry-run, or give the model")
     target = getattr(mx, dtype) if dtype else checkpoint.dtype
@@ -108,10 +117,13 @@ def convert(
     if checkpoint.store is not None:
         conditioning = _measure(checkpoint, plan, remove, target, progress)
         plan = make_plan(args, **options, conditioning=conditioning)
-    stock = checkpoint.family.stock and plan.before == args
+    stock = checkpoint.family.stock and plan.before == args and stock_expresses(args)
+    if checkpoint.family.stock and plan.before == args and not stock:
+        plan = replace(plan, notes=(*plan.notes, STOCK_CANNOT))
     if stock:  # mlx-lm's own architecture wants every gain: folded ones are written as ones
         plan = replace(plan, after=replace(plan.after, gains=args.gains))
-    job = Job(checkpoint, plan, Layout(plan.after, target, quantization), stock, trust_remote_code)
+    layout = Layout(plan.after, target, quantization)
+    job = Job(checkpoint, plan, layout, stock, trust_remote_code, upload_repo)
     report = make_report(checkpoint, plan, job.layout, stock, conditioning)
     if not dry_run:
         check = Check(str(calibration), text, seed) if verify else None
@@ -133,6 +145,7 @@ class Job:
     layout: Layout
     stock: bool
     trust_remote_code: bool
+    upload_repo: str | None
 
 
 @dataclass(frozen=True)
@@ -214,11 +227,12 @@ def _write(job: Job, out: Path, report: Report, check: Check | None, progress: P
         trust = {"trust_remote_code": job.trust_remote_code}
         tokenizer = None
         if carry_tokenizer(job.checkpoint, writer.folder, stock=job.stock, **trust):
-            tokenizer = load_tokenizer(writer.folder, config, **trust)
+            name = job.checkpoint.name
+            tokenizer = load_tokenizer(writer.folder, config, name=name, **trust)
         report = replace(report, output=str(out))
         if check is not None:
             report = report.verified(_verify(job, writer.folder, tokenizer, check, progress))
-        writer.write_text("README.md", card.text(report, out.name))
+        writer.write_text("README.md", card.text(report, job.upload_repo or out.name))
         writer.commit()
     return report
 
@@ -258,9 +272,8 @@ def output_config(job: Job) -> dict[str, Any]:
     """config.json of the result."""
     source, layout = job.checkpoint.config, job.layout
     if job.stock:
-        config = dict(source)
-        config.pop("quantization_config", None)
-        config.pop("quantization", None)
+        config = {k: v for k, v in source.items() if not k.startswith("quantization")}
+        config |= stock_settings(layout.args)
     else:
         keep = ("bos_token_id", "eos_token_id", "pad_token_id")
         config = {key: source[key] for key in keep if key in source}
@@ -296,8 +309,12 @@ def _verify(
         tokens = verification.text_tokens(check.name, check.text, tokenizer.encode)
         origin = check.name
     progress("checking", 1, 2)
-    parts = verification.WrittenParts(folder)
-    result = verification.StreamedNetwork(layout.args, parts, layout.settings)
+    result: verification.Network
+    if job.stock:
+        result = verification.StockNetwork(folder)
+    else:
+        parts = verification.WrittenParts(folder)
+        result = verification.StreamedNetwork(layout.args, parts, layout.settings)
     outcome = verification.compare(source, result, tokens, origin)
     progress("checking", 2, 2)
     return outcome

@@ -25,6 +25,7 @@ PROJECTIONS = {
     "up_proj": "mlp.up_proj",
     "down_proj": "mlp.down_proj",
 }
+ATTENTION, MLP = tuple(PROJECTIONS)[:4], tuple(PROJECTIONS)[4:]
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens", "lm_head", "model.norm"
 # Learned gains by the norm they belong to; the last part of a tensor's name before ".weight".
 GAINS = {
@@ -196,6 +197,20 @@ def _rope(config: Config) -> tuple[float, Config | None]:
     return theta, None if kind == "default" else {**scaling, "rope_type": kind}
 
 
+def _check_removed(args: ModelArgs) -> None:
+    """Without Q, K or V the stream itself takes its place, so it must be as wide."""
+    heads, kv_heads = args.num_attention_heads, args.num_key_value_heads
+    count = {"q": heads, "k": kv_heads, "v": kv_heads}
+    if args.block == "parallel" or args.skip == "both":
+        count["p"] = heads  # the heads are added to the stream
+    for part, n in count.items():
+        if args.removed.get(part) and n * args.head_dim != args.hidden_size:
+            raise UserError(
+                f'"removed" in config.json names {part}, which is {n * args.head_dim} wide and '
+                f"cannot be left out of a stream of {args.hidden_size}: correct config.json"
+            )
+
+
 def model_args(config: Config, tensors: Collection[str] | None = None) -> ModelArgs:
     """The network that a config describes.
 
@@ -250,6 +265,7 @@ def model_args(config: Config, tensors: Collection[str] | None = None) -> ModelA
         )
     except ValueError as error:
         raise UserError(f"config.json: {error}") from error
+    _check_removed(args)
     if args.head_dim % 2:
         raise UserError(f"head_dim {args.head_dim} is odd; RoPE needs pairs: correct config.json")
     _check_rope(args)
@@ -315,3 +331,29 @@ def _complete_from_tensors(args: ModelArgs, config: Config, tensors: Collection[
     args.gains = gains
     args.gate_offset = bool(_layers_with(tensors, LINEAR_PATHS["gate_offset"]))
     args.value_skip = bool(_layers_with(tensors, LINEAR_PATHS["value_skip"]))
+
+
+def stock_expresses(args: ModelArgs) -> bool:
+    """Whether mlx-lm's own llama is the same function; it knows fewer mixes than configs do."""
+    slides = [kind == "sliding_attention" for kind in args.layer_types]
+    everywhere = list(range(args.num_hidden_layers))
+    uniform = all(
+        len({tuple(args.biases.get(name, ())) for name in names}) == 1
+        and args.biases.get(names[0], everywhere) == everywhere
+        for names in (ATTENTION, MLP)
+    )
+    return args.hidden_act == "silu" and not all(slides) and uniform
+
+
+def stock_settings(args: ModelArgs) -> Config:
+    """What mlx-lm's llama must be told: it has defaults of its own where configs are silent."""
+    settings = {
+        "tie_word_embeddings": args.tie_word_embeddings,
+        "num_key_value_heads": args.num_key_value_heads,
+        "head_dim": args.head_dim,
+        "rms_norm_eps": args.rms_norm_eps,
+        "rope_theta": args.rope_theta,
+        "attention_bias": bool(args.biases.get(ATTENTION[0])),
+        "mlp_bias": bool(args.biases.get(MLP[0])),
+    }
+    return settings | ({"rope_scaling": args.rope} if args.rope else {})

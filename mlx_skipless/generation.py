@@ -292,8 +292,13 @@ def load_cache(file: str | Path, model: nn.Module) -> list[Any]:
             f"{file} is no prompt cache ({first_line(e)}): `mlx_lm.cache_prompt` makes one"
         ) from e
     fresh = make_prompt_cache(model)
+    other = UserError(f"{file} is the cache of another model: make one with this model")
     if [type(c) for c in cache] != [type(c) for c in fresh]:
-        raise UserError(f"{file} is the cache of another model: make one with this model")
+        raise other
+    model(mx.array([[0]]), fresh)
+    for stored, own in zip(cache, fresh, strict=True):
+        if stored.keys.shape[1] != own.keys.shape[1] or stored.keys.shape[-1] != own.keys.shape[-1]:
+            raise other
     return cache
 
 

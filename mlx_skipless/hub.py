@@ -39,8 +39,12 @@ class _Bar(huggingface_hub.utils.tqdm):
         super().__init__(*args, **{"disable": None, **options})
 
 
-def resolve(source: str, *, revision: str | None = None, config_only: bool = False) -> Path:
+def resolve(
+    source: str, *, revision: str | None = None, config_only: bool = False, code: bool = False
+) -> Path:
     """Where a model lies: a path as it is; a Hub id after its download (or from the cache).
+
+    ``config_only`` leaves the weights there, ``code`` fetches Python files too.
 
     Raises:
         UserError: if there is no such path or repository, or it cannot be fetched.
@@ -51,12 +55,13 @@ def resolve(source: str, *, revision: str | None = None, config_only: bool = Fal
     if not is_id(source):
         raise UserError(f"no such file or folder: {source} (a Hub id looks like owner/name)")
     where = f"{source} at revision {revision}" if revision else source
+    patterns = [*CONFIGS, *([] if config_only else WEIGHTS), *(["*.py"] if code else [])]
     try:
         return Path(
             huggingface_hub.snapshot_download(
                 source,
                 revision=revision,
-                allow_patterns=CONFIGS if config_only else [*CONFIGS, *WEIGHTS],
+                allow_patterns=patterns,
                 tqdm_class=_Bar,
             )
         )

@@ -60,7 +60,9 @@ class Layout:
                 q.group_size,
                 q.bits,
                 mode=q.mode,
-                quant_predicate=quant_predicate(self.args.extra_bits, q.bits or 4),
+                quant_predicate=quant_predicate(
+                    self.args.extra_bits, q.bits or (8 if q.mode == "mxfp8" else 4)
+                ),
             )
         return model, config["quantization"]
 

@@ -42,7 +42,7 @@ def load(
     Raises:
         UserError: if there is no such model, it is broken, or it asks for trust.
     """
-    folder = hub.resolve(str(path_or_hf_repo), revision=revision)
+    folder = hub.resolve(str(path_or_hf_repo), revision=revision, code=trust_remote_code)
     if not folder.is_dir():
         raise UserError(f"{folder} is no model folder: `convert.py --model {folder}` makes one")
     config = read_json(folder / "config.json")
@@ -67,7 +67,7 @@ def load(
         if adapter_path is not None:
             model = mlx_lm.utils.load_adapters(model, adapter_path)
             model.eval()
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
         raise UserError(f"{path_or_hf_repo} cannot be loaded: {first_line(error)}") from error
     return model, load_tokenizer(folder, config, trust_remote_code=trust_remote_code)
 
@@ -77,9 +77,9 @@ def _own_classes(config: dict) -> tuple[type[nn.Module], type]:
 
 
 def load_tokenizer(
-    folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool
+    folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool, name: str | None = None
 ) -> TokenizerWrapper:
-    """The tokenizer of a model folder, as mlx-lm wraps it.
+    """The tokenizer of a model folder, as mlx-lm wraps it; ``name`` is what an error calls it.
 
     Raises:
         UserError: if it is missing or cannot be read.
@@ -91,7 +91,8 @@ def load_tokenizer(
         )
     except Exception as error:  # transformers and tokenizers raise whatever they like
         raise UserError(
-            f"the tokenizer in {folder} cannot be read ({first_line(error)}): copy it again, or "
+            f"the tokenizer of {name or folder} cannot be read ({first_line(error)}): copy it "
+            "again, or "
             "give a checkpoint with a Hugging Face tokenizer"
         ) from error
 

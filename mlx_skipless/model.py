@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 from mlx.nn.layers.distributed import shard_inplace, shard_linear
+from mlx.utils import tree_flatten
 from mlx_lm.models.activations import swiglu
 from mlx_lm.models.base import BaseModelArgs, create_attention_mask, scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache, RotatingKVCache
@@ -378,6 +379,12 @@ class Model(nn.Module):
     def sanitize(self, weights: Dict[str, mx.array]) -> Dict[str, mx.array]:
         if self.args.tie_word_embeddings:
             weights.pop("lm_head.weight", None)
+        # A layer may lack a gain (one) or a linear path (none) that others have.
+        norms = ("q_norm.weight", "k_norm.weight", "v_norm.weight", "hidden_norm.weight")
+        dtype = next((w.dtype for k, w in weights.items() if k.endswith(norms)), mx.float32)
+        for name, own in dict(tree_flatten(self.parameters())).items():
+            if name.endswith((*norms, "gate_offset", "value_skip")) and name not in weights:
+                weights[name] = own.astype(dtype)  # type: ignore[union-attr]
         return {k: v for k, v in weights.items() if "rotary_emb.inv_freq" not in k}
 
     @property
@@ -396,7 +403,7 @@ class Model(nn.Module):
     def quant_predicate(self):
         """How mlx-lm quantizes this model: matrices beside a removed one get their extra bits.
 
-        The caller's bits are not known here, so 4 are assumed.
+        The caller's bits are not known here, so they get 8, or stay as they are.
         """
         return quant_predicate(self.args.extra_bits)
 
@@ -409,15 +416,19 @@ class Model(nn.Module):
             layer.mlp.shard(group)
 
 
-def quant_predicate(extra_bits: Dict[str, int], bits: int = 4):
-    """For ``mlx_lm.utils.quantize_model``: True, False (leave it) or the matrix's own settings."""
+def quant_predicate(extra_bits: Dict[str, int], bits: Optional[int] = None):
+    """For ``mlx_lm.utils.quantize_model``: True, False (leave it) or the matrix's own settings.
+
+    ``bits`` are those of the other matrices; None: unknown.
+    """
 
     def predicate(path: str, module: nn.Module, *_) -> Union[bool, Dict[str, Any]]:
         extra = extra_bits.get(path, 0)
         if not hasattr(module, "to_quantized") or not extra:
             return hasattr(module, "to_quantized")
         group_size = next((g for g in (64, 32) if module.weight.shape[-1] % g == 0), None)
-        enough = next((b for b in (4, 5, 6, 8) if b >= bits + extra), None)
+        least = bits + extra if bits else max(8, 4 + extra)
+        enough = next((b for b in (3, 4, 5, 6, 8) if b >= least), None)
         if group_size is None or enough is None:
             return False
         return {"group_size": group_size, "bits": enough, "mode": "affine"}

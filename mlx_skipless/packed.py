@@ -78,7 +78,7 @@ class MLXScheme(Scheme):
         own = self.config.get(path)
         own = own if isinstance(own, Mapping) else self.config
         mode = own.get("mode", "affine")
-        if mode not in MODES:
+        if not isinstance(mode, str) or mode not in MODES:
             raise UserError(f"MLX's mode {mode!r} cannot be read; known: {', '.join(MODES)}")
         sizes, widths = MODES[mode]
         group_size, bits = own.get("group_size") or sizes[0], own.get("bits") or widths[0]
@@ -220,10 +220,13 @@ def scheme_of(config: Mapping[str, Any]) -> Scheme | None:
     Raises:
         UserError: for a packing that cannot be read.
     """
-    if isinstance(own := config.get("quantization"), Mapping):
+    own, declared = config.get("quantization"), config.get("quantization_config")
+    for key, value in (("quantization", own), ("quantization_config", declared)):
+        if value is not None and not isinstance(value, Mapping):
+            raise UserError(f'"{key}" in config.json is {value!r}; it must be an object')
+    if own is not None:
         return MLXScheme(own)
-    declared = config.get("quantization_config")
-    if not isinstance(declared, Mapping):
+    if declared is None:
         return None
     method = declared.get("quant_method")
     if method == "awq":

@@ -293,7 +293,8 @@ def _folded(
     if fold_norms or before is not source:
         behind += [*GAINS["pre"]]
     if fold_norms or removing:
-        behind += ["v", "hidden"]
+        behind += ["hidden"]
+        behind += [] if source.removed.get("p") else ["v"]  # P absorbs it
     if fold_norms and not source.tie_word_embeddings:
         behind += ["final"]
     return tuple(gain for gain in behind if gain in source.gains)

@@ -90,6 +90,8 @@ def points(args: ModelArgs) -> list[Point]:
     point.consumers.append(HEAD)
     if args.final_norm:
         point.pin("the final norm acts on it")
-        if args.tie_word_embeddings:
-            found[0].pin("the embedding is tied to the head behind the final norm")
+    if args.tie_word_embeddings:
+        for end, other in ((point, found[0]), (found[0], point)):
+            if end.pinned:
+                other.pin(f"the embedding is tied to the other end of the stream: {end.pinned}")
     return found

@@ -77,11 +77,16 @@ class Report:
                 f"rounding of {roundoff:.0e} to logit errors of up to "
                 f"{min(condition * roundoff, 1):.0e}; the merge itself is exact",
             )
-        if check.kl > ALARMING_KL and condition:
+        if check.kl > ALARMING_KL and (condition or not self.quantization):
+            rounding = "quantization" if self.quantization else self.dtype
+            cause = (
+                f"inverses magnify the rounding of {rounding}. --remove auto leaves such matrices "
+                "in place, --remove p needs no inverse"
+                if condition
+                else "more than rounding explains. Do not use it, and report this model"
+            )
             warnings += (
-                f"the result differs from its source by {check.kl:.2g} nats per token: inverses "
-                f"magnify the rounding of {'quantization' if self.quantization else self.dtype}. "
-                "--remove auto leaves such matrices in place, --remove p needs no inverse",
+                f"the result differs from its source by {check.kl:.2g} nats per token: {cause}",
             )
         return replace(self, verification=check, notes=notes, warnings=warnings)
 

@@ -13,6 +13,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache
+from mlx_lm.utils import load_model
 
 from .checkpoint import SafetensorsStore
 from .errors import UserError
@@ -33,6 +34,38 @@ class Parts(Protocol):
     def embedding(self) -> Arrays: ...
     def layer(self, layer: int) -> Arrays: ...
     def head(self) -> Arrays: ...
+
+
+class Network(Protocol):
+    """A language model in two steps: tokens to the stream, the stream to logits."""
+
+    def hidden(self, tokens: mx.array) -> mx.array: ...
+    def logits(self, hidden: mx.array) -> mx.array: ...
+
+
+class StockNetwork:
+    """A folder of one of mlx-lm's own architectures, in mlx-lm's own code; good for one pass."""
+
+    def __init__(self, folder: Path):
+        self._model: Any = load_model(folder, lazy=True)[0]
+
+    def hidden(self, tokens: mx.array) -> mx.array:
+        """The stream before the final norm; each layer is let go once it has run."""
+        inner = self._model.model
+        h = inner.embed_tokens(tokens)
+        for i, layer in enumerate(inner.layers):
+            window = inner.sliding_window if layer.use_sliding else None
+            h = layer(h, create_attention_mask(h, None, window_size=window))
+            mx.eval(h)
+            inner.layers[i] = layer = None
+        return h
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """float32 logits (batch, length, vocabulary)."""
+        h = self._model.model.norm(hidden)
+        tied = self._model.args.tie_word_embeddings
+        head = self._model.model.embed_tokens.as_linear if tied else self._model.lm_head
+        return head(h).astype(mx.float32)
 
 
 class WrittenParts:
@@ -212,14 +245,12 @@ class Verification:
     text: str
 
 
-def compare(
-    source: StreamedNetwork, result: StreamedNetwork, tokens: mx.array, text: str
-) -> Verification:
+def compare(source: Network, result: Network, tokens: mx.array, text: str) -> Verification:
     """Run both on tokens (batch, length); ``text`` says where these came from."""
     return compare_logits(_sequences(source, tokens), _sequences(result, tokens), text)
 
 
-def _sequences(network: StreamedNetwork, tokens: mx.array) -> Iterator[np.ndarray]:
+def _sequences(network: Network, tokens: mx.array) -> Iterator[np.ndarray]:
     hidden = network.hidden(tokens)
     return (np.array(network.logits(h[None])[0]) for h in hidden)
 

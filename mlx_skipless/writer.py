@@ -194,7 +194,8 @@ def carry_tokenizer(
         options = tokenizer_options(checkpoint.config, trust_remote_code=trust_remote_code)
         read = transformers.AutoTokenizer.from_pretrained
         return _save(lambda: read(str(source), **options), source, folder)
-    for name in present:
+    code = [file.name for file in source.glob("*.py")] if trust_remote_code else []
+    for name in (*present, *code):
         shutil.copyfile(source / name, folder / name)
     return True
 

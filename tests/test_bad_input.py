@@ -831,7 +831,7 @@ def test_an_interrupt_leaves_nothing(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Merger, where, interrupt)
-    assert "interrupted" in refused(code=130)
+    assert "interrupted" in refused(code=1)
 
 
 PROGRAM = """
@@ -885,8 +885,8 @@ class InMidConversion:
 @pytest.mark.parametrize(
     ("how", "code", "said"),
     [
-        (signal.SIGINT, 130, "error: interrupted; nothing was written\n"),
-        (signal.SIGTERM, 143, ""),
+        (signal.SIGINT, 1, "error: interrupted\n"),
+        (signal.SIGTERM, 1, "error: interrupted\n"),
     ],
 )
 def test_a_signal_leaves_nothing(place: Path, how: signal.Signals, code: int, said: str):
@@ -907,3 +907,49 @@ def test_a_kill_leaves_nothing_after_the_next_run(
     (running.place / other).mkdir()  # of a run that goes on
     assert main(["convert", "--model", str(place / "model"), "--mlx-path", out]) == 0
     assert running.left() == sorted([other, out])
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_a_seed_out_of_range(refused: Refused, place: Path, seed: int) -> None:
+    assert f"--seed {seed}" in refused("--seed", seed)
+
+
+def test_a_report_inside_the_result(refused: Refused, place: Path) -> None:
+    assert "--mlx-path" in refused("--json", place / "out")
+    assert "--mlx-path" in refused("--json", place / "out" / "report.json")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"removed": {"k": [0, 1, 2]}},
+        {"removed": {"v": [1]}},
+        {"removed": {"q": [0]}, "head_dim": 4},
+        {"removed": {"p": [0]}, "head_dim": 4, "block": "parallel"},
+    ],
+)
+def test_what_cannot_be_absent(refused: Refused, place: Path, changes: dict[str, Any]) -> None:
+    """Where the stream itself stands in for a matrix, it must be as wide."""
+    edit_config(place / "model", **changes)
+    assert '"removed" in config.json names' in refused()
+
+
+@pytest.mark.parametrize("value", [5, "4bit", [1], {"mode": [1]}])
+def test_a_quantization_that_is_none(refused: Refused, place: Path, value: Any) -> None:
+    edit_config(place / "model", quantization=value)
+    error = refused()
+    assert "quantization" in error or "mode" in error
+
+
+def test_an_upload_to_no_repository(refused: Refused, place: Path) -> None:
+    assert "--upload-repo nowhere" in refused("--upload-repo", "nowhere")
+
+
+def test_running_out_of_memory_is_one_line(
+    refused: Refused, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*arguments: Any) -> None:
+        raise RuntimeError("[malloc] Unable to allocate 8 bytes.\nmore")
+
+    monkeypatch.setattr(Merger, "layer", exhausted)
+    assert "Unable to allocate" in refused()

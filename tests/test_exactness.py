@@ -1,6 +1,7 @@
 """Every removal on every kind of block is the same function, against the float64 reference."""
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -138,13 +139,93 @@ def test_half_precision_stays_near(dtype: str, remove: str, tmp_path: Path) -> N
     assert reference.worst_relative_error(reference.logits(*source, tokens), got) <= limit
 
 
-def test_converting_twice(tmp_path: Path) -> None:
-    """A converted model is a source too: Q goes first, P in a second run."""
-    source = make_checkpoint(tmp_path / "source", norm="qkv", gains=True, bias=("q_proj", "o_proj"))
-    convert(tmp_path / "source", tmp_path / "q", remove="q", verify=False)
-    report = convert(tmp_path / "q", tmp_path / "qp", remove="p", verify=False)
-    assert report.removed == {"p": [0, 1, 2]}
-    check_same_function(source, tmp_path / "qp", 0)
+@pytest.mark.parametrize("ends", ENDS)
+@pytest.mark.parametrize("kind", [("serial", "none"), ("serial", "ffn"), ("parallel", "none")])
+@pytest.mark.parametrize("steps", [("q", "auto"), ("p", "auto"), ("auto", "auto"), ("q", "p")])
+@pytest.mark.parametrize("bias", [(), ("q_proj", "o_proj")], ids=["plain", "biased"])
+def test_converting_twice(
+    bias: tuple[str, ...], steps: tuple[str, str], kind: tuple[str, str], ends: str, tmp_path: Path
+) -> None:
+    """A converted model is a source too: what is gone pins its point, at both ends of a tie."""
+    source = make_checkpoint(
+        tmp_path / "source", norm="qkv", gains=True, bias=bias,
+        block=kind[0], skip=kind[1], **ENDS[ends],
+    )  # fmt: skip
+    first = convert(tmp_path / "source", tmp_path / "first", remove=steps[0], verify=False)
+    try:
+        second = convert(tmp_path / "first", tmp_path / "second", remove=steps[1], verify=False)
+    except mlx_skipless.UserError:
+        assert steps == ("q", "p") and kind != ("serial", "none")
+        return
+    for letter, layers in second.removed.items():
+        assert not set(layers) & set(first.removed.get(letter, []))
+    check_same_function(source, tmp_path / "second", 0)
+
+
+@pytest.mark.parametrize("block", ["serial", "parallel"])
+@pytest.mark.parametrize("how", [{"remove": "q"}, {"remove": "none", "fold_norms": True}])
+def test_a_model_trained_without_p(how: dict[str, Any], block: str, tmp_path: Path) -> None:
+    """The value gain has no P to go into, and stays."""
+    config, weights = make_checkpoint(tmp_path / "s", norm="qkv", gains=True, block=block)
+    weights = {name: w for name, w in weights.items() if "o_proj" not in name}
+    arrays = {name: mx.array(w.astype(np.float32)) for name, w in weights.items()}
+    mx.save_safetensors(str(tmp_path / "s/model.safetensors"), arrays)
+    removed = {"removed": {"p": [0, 1, 2]}}
+    (tmp_path / "s/config.json").write_text(json.dumps(config | removed))
+    convert(tmp_path / "s", tmp_path / "out", verify=False, **how)
+    check_same_function((config, weights), tmp_path / "out", 0)
+
+
+def test_gains_and_paths_of_some_layers(tmp_path: Path) -> None:
+    """A layer without a gain or a linear path has a gain of one and no path; loading knows."""
+    config, weights = make_checkpoint(tmp_path / "s", norm="qkv", gains=True, linear_paths=True)
+    ends = ("q_norm.weight", "hidden_norm.weight", "gate_offset", "value_skip")
+    weights = {
+        name: w for name, w in weights.items() if "layers.1." not in name or not name.endswith(ends)
+    }
+    arrays = {name: mx.array(w.astype(np.float32)) for name, w in weights.items()}
+    mx.save_safetensors(str(tmp_path / "s/model.safetensors"), arrays)
+    check_same_function((config, weights), tmp_path / "s", 0)
+    convert(tmp_path / "s", tmp_path / "out", remove="qp", verify=False)
+    check_same_function((config, weights), tmp_path / "out", 0)
+
+
+STOCK = {
+    "tied by default": ({}, ("tie_word_embeddings",)),
+    "new rope key": ({"rope_parameters": {"rope_theta": 333.0}}, ("rope_theta",)),
+    "scaled": ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, ()),
+    "bias without a flag": ({"attention_bias": True}, ("attention_bias",)),
+    "window": ({"sliding_window": 5}, ()),
+    "activation": ({"hidden_act": "gelu"}, ()),
+    "some slide": (
+        {"sliding_window": 5, "layer_types": ["sliding_attention", *["full_attention"] * 2]},
+        (),
+    ),
+}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+@pytest.mark.parametrize("case", STOCK)
+def test_pretrained_results_are_right_in_plain_mlx_lm(
+    case: str, model_type: str, tmp_path: Path
+) -> None:
+    """Where configs are silent mlx-lm has defaults of its own; the result must not lean on them."""
+    from mlx_lm import load
+
+    options, silent = STOCK[case]
+    make = {"rope_theta": 333.0} if "rope_parameters" in options else options
+    config, weights = make_llama(tmp_path / "s", model_type=model_type, **make)
+    written = {k: v for k, v in (config | options).items() if k not in silent}
+    (tmp_path / "s/config.json").write_text(json.dumps(written))
+    report = convert(tmp_path / "s", tmp_path / "out")
+    model, _ = load(str(tmp_path / "out"), trust_remote_code=True)
+    tokens = np.random.default_rng(0).integers(0, 256, (2, 9))
+    expected = reference.logits(reference.llama_config(config), weights, tokens)
+    got = np.array(model(mx.array(tokens)))
+    assert reference.worst_relative_error(expected, got) <= 1e-5
+    own = case == "activation" or (case == "window" and model_type == "mistral")
+    assert report.stock != own and (tmp_path / "out/model.py").exists() == own
+    assert report.verification is not None and report.verification.max_rel_logit_error <= 1e-5
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -369,6 +369,9 @@ def test_a_prompt_cache_of_another_model_is_refused(
     save_prompt_cache(str(tmp_path / "cache.safetensors"), cache)
     with pytest.raises(UserError, match="another model"):
         generation.load_cache(tmp_path / "cache.safetensors", sliding[0])
+    make_llama(tmp_path / "narrow", head_dim=16)
+    with pytest.raises(UserError, match="another model"):
+        generation.load_cache(tmp_path / "cache.safetensors", load(tmp_path / "narrow")[0])
     (tmp_path / "text.safetensors").write_text("no cache")
     with pytest.raises(UserError, match="no prompt cache"):
         generation.load_cache(tmp_path / "text.safetensors", model)

@@ -4,6 +4,7 @@ import itertools
 from dataclasses import replace
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 from mlx_skipless.errors import UserError
@@ -168,13 +169,21 @@ def test_extra_bits_around_an_inverse() -> None:
     assert make_plan(BASE, remove="p", conditioning=measured).after.extra_bits == {}
 
 
-@pytest.mark.parametrize(("extra", "bits", "expected"), [(0, 4, True), (2, 4, 6), (4, 4, 8),
-                         (5, 4, False), (1, 8, False), (3, 3, 6)])  # fmt: skip
-def test_bits_under_protection(extra: int, bits: int, expected: int | bool) -> None:
-    from mlx.nn import Linear
-
-    got = quant_predicate({"x": extra}, bits)("x", Linear(64, 64))
+@pytest.mark.parametrize(
+    ("extra", "bits", "expected"),
+    [(0, 4, True), (2, 4, 6), (4, 4, 8), (5, 4, False), (1, 8, False), (3, 3, 6),
+     (1, None, 8), (4, None, 8), (5, None, False)],
+)  # fmt: skip
+def test_bits_under_protection(extra: int, bits: int | None, expected: int | bool) -> None:
+    """Never fewer than the other matrices get; 8 or none where those are unknown."""
+    got = quant_predicate({"x": extra}, bits)("x", nn.Linear(64, 64))
     assert (got["bits"] if isinstance(got, dict) else got) == expected
+
+
+def test_mxfp8_has_eight_bits_of_its_own() -> None:
+    args = replace(BASE, extra_bits={"model.layers.0.self_attn.k_proj": 1})
+    settings = Layout(args, mx.float32, Quantization(mode="mxfp8")).settings
+    assert settings is not None and "model.layers.0.self_attn.k_proj" not in settings
 
 
 def test_layout_counts_bytes_without_weights() -> None:
