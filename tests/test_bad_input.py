@@ -922,7 +922,7 @@ def test_a_report_inside_the_result(refused: Refused, place: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"removed": {"k": [0, 1, 2]}},
+        {"removed": {"k": [0, 1]}},
         {"removed": {"v": [1]}},
         {"removed": {"q": [0]}, "head_dim": 4},
         {"removed": {"p": [0]}, "head_dim": 4, "block": "parallel"},
