@@ -21,6 +21,9 @@ from .plan import REMOVALS
 from .report import Report
 
 
+SUMMARY = "Makes language models smaller and faster by removing weights, inside mlx-lm."
+
+
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hf-path", "--model", metavar="SRC", dest="model",
@@ -250,7 +253,7 @@ def _progress() -> Iterator[conversion.Progress]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``mlx-skipless COMMAND``; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="mlx-skipless", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="mlx-skipless", description=SUMMARY)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (arguments, _, help_text) in COMMANDS.items():
