@@ -20,7 +20,6 @@ from .loading import load
 from .plan import REMOVALS
 from .report import Report
 
-
 SUMMARY = "Makes language models smaller and faster by removing weights, inside mlx-lm."
 
 
