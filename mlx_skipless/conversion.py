@@ -63,8 +63,8 @@ def convert(
         mlx_path: the folder to write; must not exist.
         remove: "auto", "none", or letters to remove: "qp", "kp", "vp", "q", "k", "v", "p".
         skipless: first make the skipless network of a pretrained one.
-        fold_norms: put every norm's gain into the matrices behind it; what a pretrained model gets
-            in any case.
+        fold_norms: put every norm's gain into the matrices behind it; ``remove="auto"`` does that
+            to a pretrained model unasked.
         quantize: quantize the result, by mlx-lm's modes: ``q_mode``, ``q_bits``, ``q_group_size``.
         calibration: a text file whose end serves as the check's text; default: text sampled from
             the model.
@@ -104,11 +104,11 @@ def convert(
         raise UserError(f"{model} is a config without weights: add --dry-run, or give the model")
     target = getattr(mx, dtype) if dtype else checkpoint.dtype
     args = checkpoint.args
-    exact = args.norm == "pre" and not skipless and remove in ("auto", "none")
+    pretrained = args.norm == "pre" and not skipless  # folding is what is exact for it
     options: dict[str, Any] = {
         "remove": remove,
         "skipless": skipless,
-        "fold_norms": fold_norms or (exact and remove == "auto"),
+        "fold_norms": fold_norms or (pretrained and remove == "auto"),
         "dtype": target,
         "quantized": quantization is not None,
     }

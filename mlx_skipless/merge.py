@@ -227,10 +227,8 @@ class Merger:
             return None
         linear = self._linear(where)
         alone = self._points[index].producers == [where]
-        if letter_of(where) == "p" and alone:
-            return basis_without_writer(linear, alone=True)
         if letter_of(where) == "p":
-            return basis_without_writer(linear, alone=False)
+            return basis_without_writer(linear, alone=alone)
         return basis_without_reader(linear)
 
     def _linear(self, where: str) -> Linear:

@@ -102,7 +102,8 @@ def make_report(
     source = Layout(plan.before, checkpoint.dtype)
     same_format = Layout(plan.before, layout.dtype, layout.quantization)
     warnings = []
-    if plan.before.norm == "qkv" and checkpoint.args.norm == "pre":
+    skipless = plan.before != checkpoint.args
+    if skipless:
         warnings.append(SKIPLESS_WARNING)
     if layout.quantization is not None and layout.args.extra_bits:
         warnings.append(
@@ -122,7 +123,7 @@ def make_report(
         removed=plan.gone,
         folded=plan.folded,
         stock=stock,
-        skipless=plan.before is not checkpoint.args and plan.before != checkpoint.args,
+        skipless=skipless,
         speedup_from_bytes=same_format.bytes_per_token / layout.bytes_per_token,
         rows=tuple(_rows(plan, source, layout, conditioning)),
         notes=plan.notes,
