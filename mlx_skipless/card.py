@@ -1,12 +1,15 @@
 """The model card of a result: what was done to which model, and the measured effect."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import hub
 
 if TYPE_CHECKING:
+    from .model import ModelArgs
     from .report import Report
+    from .train import Result
 
 NAMES = {"q": "Q", "k": "K", "v": "V", "p": "P"}
 
@@ -73,3 +76,31 @@ def text(report: "Report", name: str) -> str:
         "",
     ]
     return "\n".join([*header, *body])
+
+
+def trained(
+    result: "Result", args: "ModelArgs", recipe: Mapping[str, Any], sources: Sequence[str]
+) -> str:
+    """The card of a model that was trained here: its text, its recipe and its figures."""
+    skips = {"none": "no skip", "ffn": "a skip around each FFN", "both": "both skips"}[args.skip]
+    norms = {
+        "none": "no norms",
+        "qkv": "norms on the outputs of projections alone",
+        "pre": "norms on the stream",
+    }[args.norm]
+    body = [
+        *("---", "library_name: mlx", "pipeline_tag: text-generation", "tags:", "- mlx"),
+        *("- mlx-skipless", "---", "", f"# {Path(result.output).name}", ""),
+        f"A {args.block} transformer with {skips} and {norms}, {result.parameters:,} weights, "
+        "trained by `mlx-skipless train`.",
+        *("", "## Figures", "", f"- {result.tokens:,} tokens seen in {result.step:,} steps"),
+        f"- training loss at the end: {result.loss:.4f} nats per token",
+    ]
+    if result.validation_loss is not None:
+        body += [
+            f"- held-out text: {result.validation_loss:.4f} nats per token, "
+            f"{result.bits_per_character:.4f} bits per character"
+        ]
+    body += ["", "## Recipe", "", *(f"- {key}: {value}" for key, value in recipe.items())]
+    body += ["", "## Text", "", *(f"- {name}" for name in sources), ""]
+    return "\n".join(body)

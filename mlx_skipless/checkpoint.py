@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from . import hub
 from .errors import UserError
-from .families import Config, Family, family_of, model_args
+from .families import LINEAR_PATHS, Config, Family, family_of, model_args
 from .gguf_file import GGUFStore
 from .layout import tensors_of
 from .model import Model, ModelArgs
@@ -245,7 +245,7 @@ class Checkpoint:
 
 def _optional(names: Iterable[str]) -> set[str]:
     """Gains and linear paths may be absent in some layers (a gain of one, a path of zero)."""
-    ends = ("_norm.weight", "gate_offset", "value_skip")
+    ends = ("_norm.weight", *LINEAR_PATHS)
     return {name for name in names if name.endswith(ends)}
 
 

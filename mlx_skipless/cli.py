@@ -7,17 +7,20 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import __version__, card, chat, conversion, generation
+from . import __version__, card, chat, conversion, curve, generation, train
 from .errors import UserError, first_line
 from .loading import load
 from .plan import REMOVALS
+from .recipe import Recipe, from_options
 from .report import Report
 
 SUMMARY = "Makes language models smaller and faster by removing weights, inside mlx-lm."
@@ -195,6 +198,145 @@ def _print_comparison(result: Any, name: str, other: str) -> None:
     Console(highlight=False, markup=False).print(table)
 
 
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", nargs="+", metavar="FILE",
+        help='text: .jsonl with "text", "prompt" and "completion" or "messages", else plain',
+    )  # fmt: skip
+    parser.add_argument(
+        "--validation", nargs="+", default=[], metavar="FILE",
+        help="held-out text (default: the end of each file of --data)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--validation-share", type=float, default=0.03,
+        help="share of each file's lines that is held out (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokenizer", metavar="DIR_OR_REPO",
+        help="use this Hugging Face tokenizer (default: make a byte-level BPE from the text)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mlx-path", default="trained_model", metavar="OUT",
+        help="folder of the run; must not exist (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resume", action="store_true",
+        help="go on with the run in OUT, bit for bit; only --steps may change",
+    )  # fmt: skip
+    parser.add_argument(
+        "-c", "--config", metavar="YAML", help="file with the recipe below; flags come first"
+    )
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
+        help="of the arithmetic (default: bfloat16 on a GPU, float32 on a CPU)",
+    )  # fmt: skip
+    for option in fields(train.Pace):
+        parser.add_argument(
+            f"--{option.name.replace('_', '-')}", type=int, default=option.default,
+            help=f"{option.metadata['help']} (default: %(default)s)",
+        )  # fmt: skip
+    parser.add_argument("--json", metavar="FILE", help="write the outcome there")
+    group = parser.add_argument_group("recipe")
+    for option in fields(Recipe):
+        _recipe_argument(group, option)
+
+
+def _recipe_argument(group: Any, option: Field[Any]) -> None:
+    """A flag for a field of the recipe; absent from the options where it is not given."""
+    kinds = get_args(option.type) or (option.type,)
+    default = "" if option.default in (None, "") else f" (default: {option.default})"
+    how: dict[str, Any]
+    if bool in kinds:
+        how = {"action": argparse.BooleanOptionalAction}
+    elif option.metadata["choices"]:
+        how = {"choices": [choice for choice in option.metadata["choices"] if choice]}
+    elif type(None) in kinds:
+        how = {"type": lambda text: None if text == "none" else float(text), "metavar": "NUMBER"}
+    else:
+        how = {"type": kinds[0], "metavar": "N"}
+    group.add_argument(
+        f"--{option.name.replace('_', '-')}", default=argparse.SUPPRESS,
+        help=f"{option.metadata['help']}{default}", **how,
+    )  # fmt: skip
+
+
+def _run_train(options: dict[str, Any]) -> None:
+    json_file, config = options.pop("json"), options.pop("config")
+    resume, mlx_path, dtype = (options.pop(key) for key in ("resume", "mlx_path", "dtype"))
+    pace = train.Pace(**{option.name: options.pop(option.name) for option in fields(train.Pace)})
+    files = options.pop("data")
+    data = None if files is None else train.Data(
+        files, options.pop("validation"), options.pop("validation_share"), options.pop("tokenizer")
+    )  # fmt: skip
+    recipe = {k: v for k, v in options.items() if k in {option.name for option in fields(Recipe)}}
+    if resume and (config or set(recipe) - {"steps"}):
+        raise UserError("--resume goes on with the run's own recipe: only --steps may change")
+    with _json_file(json_file) as write_json:
+        result = train.train(
+            data,
+            mlx_path,
+            None if resume else from_options({**_read_yaml(config), **recipe}),
+            pace=pace,
+            dtype=dtype,
+            resume=resume,
+            steps=recipe.get("steps") if resume else None,
+            report=_print_event,
+        )
+        print(
+            f"wrote {result.output}: {result.parameters:,} weights, {result.tokens:,} tokens, "
+            f"{result.seconds:,.0f} s, peak memory {generation.size(result.peak_memory_bytes)}"
+        )
+        write_json(result.as_dict())
+
+
+def _read_yaml(name: str | None) -> dict[str, Any]:
+    if name is None:
+        return {}
+    try:
+        content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {name}: {first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--config {name}: must map the recipe's keys to values")
+    return content
+
+
+def _print_event(event: dict[str, Any]) -> None:
+    step = f"step {event['step']:>6,}"
+    if "parameters" in event:
+        line = (
+            f"{event['parameters']:,} weights; {event['train_tokens']:,} tokens to train on, "
+            f"{event['validation_tokens']:,} held out; {event['steps']:,} steps"
+        )
+    elif "sample" in event:
+        line = f"{step}  sample: {event['sample']}"
+    elif "validation_loss" in event:
+        line = (
+            f"{step}  held-out loss {event['validation_loss']:.4f}  "
+            f"bits per character {event['bits_per_character']:.4f}"
+        )
+    else:
+        line = (
+            f"{step}  loss {event['loss']:.4f}  learning rate {event['learning_rate']:.1e}  "
+            f"{event['tokens_per_second']:,.0f} tokens/s  "
+            f"memory {generation.size(event['memory_bytes'])}"
+        )
+    print(line, flush=True)
+
+
+def _curves_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that train wrote")
+    parser.add_argument(
+        "--output", default="loss.png", metavar="PNG", help="figure to write (default: %(default)s)"
+    )
+
+
+def _run_curves(options: dict[str, Any]) -> None:
+    folders = [Path(run) for run in options["runs"]]
+    curve.plot({folder.name: train.read_log(folder) for folder in folders}, Path(options["output"]))
+    print(f"wrote {options['output']}")
+
+
 COMMANDS = {
     "convert": (_convert_arguments, _run_convert, "remove weights from a model"),
     "generate": (
@@ -202,6 +344,8 @@ COMMANDS = {
         _run_generate,
         "chat with a model, measure tokens per second",
     ),
+    "train": (_train_arguments, _run_train, "train a model, skipless unless told otherwise"),
+    "curves": (_curves_arguments, _run_curves, "draw the losses of training runs in one figure"),
 }
 
 

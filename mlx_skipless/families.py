@@ -38,7 +38,12 @@ GAINS = {
     "pre": {"attention": "input_layernorm", "ffn": "post_attention_layernorm"},
     "none": {},
 }
-LINEAR_PATHS = {"gate_offset": "mlp.gate_offset", "value_skip": "self_attn.value_skip"}
+LINEAR_PATHS = {
+    "gate_offset": "mlp.gate_offset",
+    "value_skip": "self_attn.value_skip",
+    "attention_gain": "self_attn.attention_gain",
+    "uniform_gain": "self_attn.uniform_gain",
+}
 
 # Largest sizes that are believed; anything above is a broken or hostile config.
 LIMITS = {
@@ -310,8 +315,8 @@ def _complete_from_config(args: ModelArgs, config: Config) -> None:
     args.biases = _layer_lists(config, "biases", PROJECTIONS, len(everywhere)) or args.biases
     gains = _gains(config, args.norm)
     args.gains = [*_needed_gains(args), "final"] if gains is None else gains
-    args.gate_offset = _flag(config, "gate_offset")
-    args.value_skip = _flag(config, "value_skip")
+    for flag in LINEAR_PATHS:
+        setattr(args, flag, _flag(config, flag))
 
 
 def _needed_gains(args: ModelArgs) -> list[str]:
@@ -329,8 +334,8 @@ def _complete_from_tensors(args: ModelArgs, config: Config, tensors: Collection[
         found = [g for g, n in GAINS[args.norm].items() if _layers_with(tensors, f"{n}.weight")]
         gains = [*(_needed_gains(args) or found), *(["final"] if args.final_norm else [])]
     args.gains = gains
-    args.gate_offset = bool(_layers_with(tensors, LINEAR_PATHS["gate_offset"]))
-    args.value_skip = bool(_layers_with(tensors, LINEAR_PATHS["value_skip"]))
+    for flag, name in LINEAR_PATHS.items():
+        setattr(args, flag, bool(_layers_with(tensors, name)))
 
 
 def stock_expresses(args: ModelArgs) -> bool:

@@ -205,14 +205,17 @@ class Merger:
                 found = {} if gain in self._plan.folded else self._checkpoint.read([name])
                 ones = mx.ones((sizes.get(gain, args.hidden_size),))
                 out[name] = self._finite(name, found.get(name, ones))
-        for path_name, size, present in (
-            ("gate_offset", args.intermediate_size, args.gate_offset),
-            ("value_skip", args.num_attention_heads, args.value_skip and attention),
+        heads = args.num_attention_heads
+        for flag, absent in (
+            ("gate_offset", mx.zeros(args.intermediate_size)),
+            ("value_skip", mx.zeros(heads)),
+            ("attention_gain", mx.ones(heads)),
+            ("uniform_gain", mx.zeros(heads)),
         ):
-            if present:
-                name = f"{prefix}.{LINEAR_PATHS[path_name]}"
+            if getattr(args, flag) and (attention or flag == "gate_offset"):
+                name = f"{prefix}.{LINEAR_PATHS[flag]}"
                 found = self._checkpoint.read([name])
-                out[name] = self._finite(name, found.get(name, mx.zeros((size,))))
+                out[name] = self._finite(name, found.get(name, absent))
         return out
 
     def _make_basis(self, index: int) -> Basis | None:

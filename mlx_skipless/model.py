@@ -78,6 +78,8 @@ class ModelArgs(BaseModelArgs):
     gains: List[str] = field(default_factory=list)
     gate_offset: bool = False  # (act(gate) + c) * up
     value_skip: bool = False  # attention + alpha * the token's own value
+    attention_gain: bool = False  # attention times beta
+    uniform_gain: bool = False  # attention - gamma * the mean of the values that it may see
     # Matrices that need more bits than the rest when quantized, and how many more.
     extra_bits: Dict[str, int] = field(default_factory=dict)
 
@@ -174,6 +176,10 @@ class Attention(nn.Module):
 
         if args.value_skip:
             self.value_skip = mx.zeros((self.n_heads,))
+        if args.attention_gain:
+            self.attention_gain = mx.ones((self.n_heads,))
+        if args.uniform_gain:
+            self.uniform_gain = mx.zeros((self.n_heads,))
         self.rope = initialize_rope(
             self.head_dim, args.rope_theta, False, args.rope, args.max_position_embeddings
         )
@@ -203,6 +209,13 @@ class Attention(nn.Module):
         out = scaled_dot_product_attention(
             queries, keys, values, cache=cache, scale=self.scale, mask=mask
         )
+        if "attention_gain" in self:
+            out = out * self.attention_gain[:, None, None]
+        if "uniform_gain" in self:
+            uniform = scaled_dot_product_attention(
+                mx.zeros_like(queries), keys, values, cache=cache, scale=self.scale, mask=mask
+            )
+            out = out - uniform * self.uniform_gain[:, None, None]
         if "value_skip" in self:
             own = own[:, :, None] * self.value_skip.reshape(self.n_kv_heads, -1, 1, 1)
             out = out + own.reshape(out.shape)
@@ -223,8 +236,9 @@ class Attention(nn.Module):
         for name in ("q_norm", "k_norm", "v_norm"):
             if (norm := getattr(self, name)) is not None:
                 shard_inplace(norm, lambda path, w: 0, group=group)
-        if "value_skip" in self:
-            self.value_skip = mx.split(self.value_skip, N)[group.rank()]
+        for name in ("value_skip", "attention_gain", "uniform_gain"):
+            if name in self:
+                setattr(self, name, mx.split(getattr(self, name), N)[group.rank()])
         self.n_heads //= N
         self.n_kv_heads //= N
         self.group = group
@@ -381,9 +395,10 @@ class Model(nn.Module):
             weights.pop("lm_head.weight", None)
         # A layer may lack a gain (one) or a linear path (none) that others have.
         norms = ("q_norm.weight", "k_norm.weight", "v_norm.weight", "hidden_norm.weight")
+        paths = ("gate_offset", "value_skip", "attention_gain", "uniform_gain")
         dtype = next((w.dtype for k, w in weights.items() if k.endswith(norms)), mx.float32)
         for name, own in dict(tree_flatten(self.parameters())).items():
-            if name.endswith((*norms, "gate_offset", "value_skip")) and name not in weights:
+            if name.endswith((*norms, *paths)) and name not in weights:
                 weights[name] = own.astype(dtype)  # type: ignore[union-attr]
         return {k: v for k, v in weights.items() if "rotary_emb.inv_freq" not in k}
 
