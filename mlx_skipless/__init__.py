@@ -4,6 +4,8 @@ from .conversion import convert
 from .errors import UserError
 from .generation import generate
 from .loading import load
+from .recipe import Recipe
+from .training import train
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "convert", "generate", "load"]
+__all__ = ["Recipe", "UserError", "convert", "generate", "load", "train"]

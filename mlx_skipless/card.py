@@ -9,7 +9,7 @@ from . import hub
 if TYPE_CHECKING:
     from .model import ModelArgs
     from .report import Report
-    from .train import Result
+    from .training import Result
 
 NAMES = {"q": "Q", "k": "K", "v": "V", "p": "P"}
 

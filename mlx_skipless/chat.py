@@ -132,14 +132,16 @@ def chat(
     out: TextIO | None = None,
     err: TextIO | None = None,
     seed: int | None = None,
+    opening: str | None = None,
     max_kv_size: int | None = None,
     kv_bits: int | None = None,
     **sampling: Any,
 ) -> None:
     """Talk with the model until Ctrl-D or /quit; for a terminal, in the main thread.
 
-    Answers go to `out` (standard output), all else to `err` (standard error). `sampling` and the
-    rest are `generation.stream`'s options; `seed` holds for the whole chat.
+    Answers go to `out` (standard output), all else to `err` (standard error). The model goes on
+    from `opening` before the first turn. `sampling` and the rest are `generation.stream`'s options;
+    `seed` holds for the whole chat.
     Raises UserError for options that cannot be.
     """
     out, err = out or sys.stdout, err or sys.stderr
@@ -154,6 +156,9 @@ def chat(
         print(_dim(text, err), file=err, flush=True)
 
     note("Write to the model; /help lists the commands, Ctrl-D leaves.")
+    if opening:
+        out.write(opening)
+        note(_costs(talk) if _answer(talk, opening, out) else "")
     while True:
         try:
             line = input("> ").encode(errors="replace").decode().strip()

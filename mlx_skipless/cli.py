@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import os
+import select
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,23 +17,25 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import __version__, card, chat, conversion, curve, generation, train
+from . import __version__, card, chat, conversion, curve, generation, training
 from .errors import UserError, first_line
 from .loading import load
 from .plan import REMOVALS
 from .recipe import Recipe, from_options
 from .report import Report
 
+DEFAULT_MODEL = "mlx_model"
 SUMMARY = "Makes language models smaller and faster by removing weights, inside mlx-lm."
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hf-path", "--model", metavar="SRC", dest="model",
-        help="Hub id, Hugging Face folder or .gguf file; with --dry-run a config.json will do",
+        help="Hub id, Hugging Face folder or .gguf file; with --dry-run a config.json will do "
+        "(default: the bundled model)",
     )  # fmt: skip
     parser.add_argument(
-        "--mlx-path", default="mlx_model", metavar="OUT",
+        "--mlx-path", default=DEFAULT_MODEL, metavar="OUT",
         help="folder to write; must not exist (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
@@ -77,14 +80,18 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", default="mlx_model", metavar="DIR_OR_REPO",
-        help="model folder or Hub id (default: %(default)s)",
+        "--model", default=DEFAULT_MODEL, metavar="DIR_OR_REPO",
+        help="model folder or Hub id (default: %(default)s, made from the bundled model if there "
+        "is none)",
     )  # fmt: skip
     parser.add_argument(
-        "--prompt", help="text to answer; - reads it from stdin; none, in a terminal: chat"
+        "--prompt",
+        help="text to answer; - reads it from stdin; none: chat in a terminal, else a tale",
     )
     parser.add_argument("--max-tokens", type=int, default=256, help="per answer (default: 256)")
-    parser.add_argument("--temp", type=float, default=0.0, help="temperature (default: 0, greedy)")
+    parser.add_argument(
+        "--temp", type=float, help="temperature (default: 0, greedy; of an unasked tale 0.8)"
+    )
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default: off)")
     parser.add_argument("--min-p", type=float, default=0.0, help="min-p sampling (default: off)")
     parser.add_argument("--seed", type=int, help="of the sampling")
@@ -154,21 +161,25 @@ def _run_generate(options: dict[str, Any]) -> None:
     json_file, other = options.pop("json"), options.pop("compare")
     name, prompt = options.pop("model"), options.pop("prompt")
     trust, cache_file = options.pop("trust_remote_code"), options.pop("prompt_cache_file")
-    if name == "mlx_model" and not Path(name).exists():
-        raise UserError(
-            "no mlx_model here, and no model is bundled yet: run convert.py, or --model"
-        )
-    if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
-        prompt = sys.stdin.read()
+    if prompt is None and (other or cache_file):
+        raise UserError("--compare and --prompt-cache-file need a --prompt")
+    if other is not None and cache_file is not None:
+        raise UserError("--compare runs two models and --prompt-cache-file is one's: drop one")
     with _json_file(json_file) as write_json:
+        if name == DEFAULT_MODEL and not Path(name).exists():
+            _convert_bundled(name)
         model, tokenizer = load(name, trust_remote_code=trust)
-        if prompt is None:
-            if other or json_file or cache_file:
-                raise UserError("--compare, --json and --prompt-cache-file need a --prompt")
-            chat.chat(model, tokenizer, **options)
+        if prompt == "-" or (prompt is None and _piped()):
+            prompt = sys.stdin.read()
+        tale = not prompt and not tokenizer.has_chat_template
+        if options["temp"] is None:
+            options["temp"] = generation.TALE_TEMP if tale else 0.0
+        if prompt is None and sys.stdin.isatty() and not json_file:
+            chat.chat(model, tokenizer, opening=generation.TALE if tale else None, **options)
             return
-        if other is not None and cache_file is not None:
-            raise UserError("--compare runs two models and --prompt-cache-file is one's: drop one")
+        if tale:
+            prompt = generation.TALE
+            print(prompt, end="", flush=True)
         if other is not None:
             second = load(other, trust_remote_code=trust)
             result = generation.compare([(model, tokenizer), second], prompt, **options)
@@ -184,6 +195,21 @@ def _run_generate(options: dict[str, Any]) -> None:
         print()
         print(generation.summary(stream.answer), file=sys.stderr)
         write_json(stream.answer.as_dict())
+
+
+def _convert_bundled(out: str) -> None:
+    print(f"no {out} here: converting the bundled model first", file=sys.stderr)
+    with _progress() as progress:
+        report = conversion.convert(None, out, progress=progress)
+    for line in card.effect(report):
+        print(line, file=sys.stderr)
+
+
+def _piped() -> bool:
+    """Whether standard input is no terminal and holds something, or has ended."""
+    if sys.stdin is None or sys.stdin.isatty():
+        return False
+    return bool(select.select([sys.stdin], [], [], 0)[0])
 
 
 def _print_comparison(result: Any, name: str, other: str) -> None:
@@ -230,26 +256,22 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
         help="of the arithmetic (default: bfloat16 on a GPU, float32 on a CPU)",
     )  # fmt: skip
-    for option in fields(train.Pace):
-        parser.add_argument(
-            f"--{option.name.replace('_', '-')}", type=int, default=option.default,
-            help=f"{option.metadata['help']} (default: %(default)s)",
-        )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write the outcome there")
-    group = parser.add_argument_group("recipe")
-    for option in fields(Recipe):
-        _recipe_argument(group, option)
+    for title, kind in (("pace (0: never)", training.Pace), ("recipe", Recipe)):
+        group = parser.add_argument_group(title)
+        for option in fields(kind):
+            _field_argument(group, option)
 
 
-def _recipe_argument(group: Any, option: Field[Any]) -> None:
-    """A flag for a field of the recipe; absent from the options where it is not given."""
+def _field_argument(group: Any, option: Field[Any]) -> None:
+    """A flag for a field of a dataclass; absent from the options where it is not given."""
     kinds = get_args(option.type) or (option.type,)
     default = "" if option.default in (None, "") else f" (default: {option.default})"
     how: dict[str, Any]
     if bool in kinds:
         how = {"action": argparse.BooleanOptionalAction}
-    elif option.metadata["choices"]:
-        how = {"choices": [choice for choice in option.metadata["choices"] if choice]}
+    elif choices := option.metadata.get("choices"):
+        how = {"choices": [choice for choice in choices if choice]}
     elif type(None) in kinds:
         how = {"type": lambda text: None if text == "none" else float(text), "metavar": "NUMBER"}
     else:
@@ -262,25 +284,20 @@ def _recipe_argument(group: Any, option: Field[Any]) -> None:
 
 def _run_train(options: dict[str, Any]) -> None:
     json_file, config = options.pop("json"), options.pop("config")
-    resume, mlx_path, dtype = (options.pop(key) for key in ("resume", "mlx_path", "dtype"))
-    pace = train.Pace(**{option.name: options.pop(option.name) for option in fields(train.Pace)})
-    files = options.pop("data")
-    data = None if files is None else train.Data(
-        files, options.pop("validation"), options.pop("validation_share"), options.pop("tokenizer")
-    )  # fmt: skip
-    recipe = {k: v for k, v in options.items() if k in {option.name for option in fields(Recipe)}}
-    if resume and (config or set(recipe) - {"steps"}):
+    pace, recipe = (
+        {option.name: options.pop(option.name) for option in fields(kind) if option.name in options}
+        for kind in (training.Pace, Recipe)
+    )
+    steps = recipe.get("steps") if options["resume"] else None
+    if options["resume"] and (config or pace or set(recipe) - {"steps"}):
         raise UserError("--resume goes on with the run's own recipe: only --steps may change")
     with _json_file(json_file) as write_json:
-        result = train.train(
-            data,
-            mlx_path,
-            None if resume else from_options({**_read_yaml(config), **recipe}),
-            pace=pace,
-            dtype=dtype,
-            resume=resume,
-            steps=recipe.get("steps") if resume else None,
+        result = training.train(
+            recipe=from_options({**_read_yaml(config), **recipe}),
+            pace=training.Pace(**pace),
+            steps=steps,
             report=_print_event,
+            **options,
         )
         print(
             f"wrote {result.output}: {result.parameters:,} weights, {result.tokens:,} tokens, "
@@ -333,7 +350,9 @@ def _curves_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run_curves(options: dict[str, Any]) -> None:
     folders = [Path(run) for run in options["runs"]]
-    curve.plot({folder.name: train.read_log(folder) for folder in folders}, Path(options["output"]))
+    curve.plot(
+        {folder.name: training.read_log(folder) for folder in folders}, Path(options["output"])
+    )
     print(f"wrote {options['output']}")
 
 

@@ -19,7 +19,7 @@ from .checkpoint import FLOAT_NAMES, Checkpoint, open_checkpoint
 from .errors import UserError
 from .families import stock_expresses, stock_settings
 from .layout import Layout, Quantization, dtype_name
-from .loading import load_tokenizer
+from .loading import BUNDLED, load_tokenizer
 from .merge import Merger
 from .plan import REMOVALS, Conditioning, Plan, make_plan, measurable
 from .report import Report, make_report
@@ -59,7 +59,8 @@ def convert(
     """Remove weights from a model and write one that mlx-lm runs.
 
     Args:
-        model: a Hub id, a Hugging Face folder, a .gguf file, or with ``dry_run`` a config.json.
+        model: a Hub id, a Hugging Face folder, a .gguf file, or with ``dry_run`` a config.json;
+            None: the bundled model.
         mlx_path: the folder to write; must not exist.
         remove: "auto", "none", or letters to remove: "qp", "kp", "vp", "q", "k", "v", "p".
         skipless: first make the skipless network of a pretrained one.
@@ -87,8 +88,7 @@ def convert(
         raise UserError(f"--remove {remove}: choose one of {', '.join(REMOVALS)}")
     if dtype is not None and dtype not in FLOAT_NAMES:
         raise UserError(f"--dtype {dtype}: choose one of {', '.join(FLOAT_NAMES)}")
-    if model is None:
-        raise UserError("no model is bundled yet: name one with --model")
+    model = BUNDLED if model is None else model
     out = Path(mlx_path)
     if not dry_run:
         check_free(out)

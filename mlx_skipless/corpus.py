@@ -3,7 +3,6 @@
 Knows nothing of networks.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -167,15 +166,6 @@ def encode(documents: Sequence[str], tokenizer: Any) -> np.ndarray:
 def characters(tokenizer: Any, tokens: np.ndarray) -> int:
     """How many characters the tokens stand for; special tokens stand for none."""
     return len(tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
-
-
-def fingerprint(*rows: np.ndarray) -> str:
-    """A digest of token rows, to tell whether a resumed run sees the same text."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(row.tobytes())
-        digest.update(b"|")
-    return digest.hexdigest()[:32]
 
 
 class Batches:

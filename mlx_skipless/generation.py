@@ -33,6 +33,7 @@ from .errors import UserError, first_line
 from .loading import load
 
 KV_BITS = (2, 3, 4, 6, 8)
+TALE, TALE_TEMP = "Once upon a time", 0.8  # where nobody asks for anything
 KEEP = 4  # a rotating cache never drops the first tokens: attention leans on them
 
 Source: TypeAlias = "str | Path | tuple[nn.Module, TokenizerWrapper]"

@@ -16,6 +16,8 @@ from .errors import UserError, first_line
 from .families import model_args
 from .model import Model, ModelArgs
 
+BUNDLED = Path(__file__).parent / "assets" / "tales"  # a source checkpoint that tells tales
+
 
 def load(
     path_or_hf_repo: str | Path,

@@ -7,6 +7,7 @@ whole or not at all.
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -47,13 +48,28 @@ Event = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Data:
-    """Where a run's text comes from: files, or with ``validation`` empty a share held out."""
+class Sources:
+    """Where a run's text comes from, as ``run.json`` keeps it."""
 
-    files: Sequence[str | Path]
-    validation: Sequence[str | Path] = ()
-    share: float = 0.03
-    tokenizer: str | Path | None = None
+    data: list[str]
+    validation: list[str]
+    validation_share: float
+    tokenizer: str | None
+
+
+@dataclass(frozen=True)
+class Text:
+    """The text as token ids, int32 rows; ``held_out`` may be empty."""
+
+    tokenizer: Any
+    train: np.ndarray
+    held_out: np.ndarray
+
+    def fingerprint(self) -> str:
+        """A digest, to tell whether a resumed run sees the same text."""
+        digest = hashlib.sha256(self.train.tobytes())
+        digest.update(self.held_out.tobytes())
+        return digest.hexdigest()[:32]
 
 
 def _every(default: int, help_text: str) -> Any:
@@ -97,10 +113,13 @@ class Result:
 
 
 def train(
-    data: Data | None,
+    data: Sequence[str | Path] | None,
     mlx_path: str | Path = "trained_model",
     recipe: Recipe | None = None,
     *,
+    validation: Sequence[str | Path] = (),
+    validation_share: float = 0.03,
+    tokenizer: str | Path | None = None,
     pace: Pace | None = None,
     dtype: str = "auto",
     resume: bool = False,
@@ -110,15 +129,19 @@ def train(
     """Train a model, or go on with a run bit for bit as if it had never stopped.
 
     Args:
-        data: the text; None with ``resume``: the run's own.
+        data: text files, plain or .jsonl; None with ``resume``: where they were.
         mlx_path: the run's folder; must not exist, or with ``resume`` must.
-        recipe: of a new run.
-        pace: of a new run.
+        recipe: what to train and how; with ``resume`` the run's own holds.
+        validation: held-out files; without any, the last ``validation_share`` of each file's lines.
+        validation_share: between 0 and 1.
+        tokenizer: a folder or Hub id whose tokenizer to use; None: a byte-level BPE made from the
+            text.
+        pace: how often to log, evaluate and save; with ``resume`` the run's own holds.
         dtype: of the arithmetic, "float32", "bfloat16" or "auto" (bfloat16 on a GPU, float32 on a
             CPU); weights and optimizer are float32 throughout.
         resume: go on from the last checkpoint.
         steps: with ``resume``, another number of steps in all (the decay moves with it).
-        report: called with what is logged, as in ``training/log.jsonl``.
+        report: called with each event, as ``training/log.jsonl`` has it.
 
     Raises:
         UserError: for anything the user can mend, a loss that is no number, and an interruption;
@@ -127,26 +150,32 @@ def train(
     out = Path(mlx_path)
     if dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(f"--dtype {dtype}: choose auto, float32 or bfloat16")
+    sources = Sources([], [], validation_share, None if tokenizer is None else str(tokenizer))
+    digest = None
     if resume:
-        recipe, data, pace, digest = _read_run(out, data, steps)
+        recipe, pace, sources, digest = _read_run(out)
+        recipe = recipe if steps is None else dataclasses.replace(recipe, steps=steps)
+    elif not data:
+        raise UserError("--data is missing: name text files to train on")
     else:
-        if data is None or not data.files:
-            raise UserError("--data is missing: name text files to train on")
-        recipe, pace, digest = recipe or Recipe(), pace or Pace(), None
         check_free(out)
-    tokenizer, tokens, held_out = _read_data(data, recipe, out if resume else None)
-    recipe = dataclasses.replace(recipe, vocab_size=_vocabulary(tokenizer, recipe, data))
-    found = corpus.fingerprint(tokens, held_out)
-    if digest is not None and found != digest:
+    if data:
+        train_files, held_out = (
+            [str(Path(file).absolute()) for file in part] for part in (data, validation)
+        )
+        sources = dataclasses.replace(sources, data=train_files, validation=held_out)
+    text = _read_text(sources, recipe or Recipe(), out if resume else None)
+    recipe = dataclasses.replace(recipe or Recipe(), vocab_size=len(text.tokenizer))
+    if digest not in (None, text.fingerprint()):
         raise UserError(
             f"{out} was trained on other text than these files hold now: give the same --data"
         )
-    run = Run(out, recipe, pace, data, tokenizer, tokens, held_out, _compute_type(dtype))
     with _made(out, resume):
+        run = Run(out, recipe, pace or Pace(), sources, text, _compute_type(dtype))
         if resume:
             run.load()
         else:
-            run.begin(found)
+            run.begin()
         with _signals() as stopped:
             return run.go(report, stopped)
 
@@ -159,16 +188,13 @@ class Run:
         out: Path,
         recipe: Recipe,
         pace: Pace,
-        data: Data,
-        tokenizer: Any,
-        tokens: np.ndarray,
-        held_out: np.ndarray,
+        sources: Sources,
+        text: Text,
         dtype: mx.Dtype,
     ):
-        self._out, self._recipe, self._pace, self._data = out, recipe, pace, data
-        self._tokenizer, self._held_out, self._dtype = tokenizer, held_out, dtype
-        self._text = tokens
-        self._batches = Batches(tokens, recipe.context, recipe.batch_size, recipe.seed)
+        self._out, self._recipe, self._pace, self._sources = out, recipe, pace, sources
+        self._text, self._dtype = text, dtype
+        self._batches = Batches(text.train, recipe.context, recipe.batch_size, recipe.seed)
         self.model = Model(recipe.model_args())
         self.parameters = sum(w.size for w in tensors_of(self.model).values())
         recipe.initialise(self.model)
@@ -180,20 +206,21 @@ class Run:
 
     # The folder.
 
-    def begin(self, digest: str) -> None:
+    def begin(self) -> None:
         """Write what never changes during a run."""
         (self._out / TRAINING).mkdir()
-        self._tokenizer.save_pretrained(str(self._out))
-        data = asdict(self._data)
-        data["files"] = [str(Path(file).absolute()) for file in self._data.files]
-        data["validation"] = [str(Path(file).absolute()) for file in self._data.validation]
-        data["tokenizer"] = None if data["tokenizer"] is None else str(data["tokenizer"])
-        run = {"recipe": asdict(self._recipe), "pace": asdict(self._pace), "data": data}
-        _write_json(self._out / TRAINING / RUN, run | {"fingerprint": digest})
+        self._text.tokenizer.save_pretrained(str(self._out))
+        run = {
+            "recipe": asdict(self._recipe),
+            "pace": asdict(self._pace),
+            "text": asdict(self._sources),
+            "fingerprint": self._text.fingerprint(),
+        }
+        _write_json(self._out / TRAINING / RUN, run)
         config = {k: v for k, v in asdict(self.model.args).items() if v is not None}
-        ids = {"eos_token_id": self._tokenizer.eos_token_id}
-        config |= {"architectures": ["SkiplessForCausalLM"], "torch_dtype": "float32"}
-        _write_json(self._out / "config.json", dict(sorted((config | ids).items())))
+        config |= {"eos_token_id": self._text.tokenizer.eos_token_id, "torch_dtype": "float32"}
+        config |= {"architectures": ["SkiplessForCausalLM"]}
+        _write_json(self._out / "config.json", dict(sorted(config.items())))
 
     def load(self) -> None:
         """Take up the last checkpoint."""
@@ -272,8 +299,8 @@ class Run:
             {
                 "step": self._step,
                 "parameters": self.parameters,
-                "train_tokens": len(self._text),
-                "validation_tokens": len(self._held_out),
+                "train_tokens": len(self._text.train),
+                "validation_tokens": len(self._text.held_out),
                 "steps": recipe.steps,
             }
         )
@@ -301,7 +328,7 @@ class Run:
                 }
                 self._log(event, report)
                 losses, logged_step = [], self._step
-            if not last and _due(self._step, pace.eval_every) and len(self._held_out):
+            if not last and _due(self._step, pace.eval_every) and len(self._text.held_out):
                 self._log(self._evaluation(pace.eval_tokens), report)
             if last or _due(self._step, pace.sample_every):
                 self._log({"step": self._step, "sample": self._sample()}, report)
@@ -312,7 +339,7 @@ class Run:
                 self._save()
             if logged_step == self._step:
                 logged_at = time.perf_counter()
-        final: Event = self._evaluation(None) if len(self._held_out) else {}
+        final: Event = self._evaluation(None) if len(self._text.held_out) else {}
         if final and self._step > begun_at:
             self._log(final, report)
         self._save()
@@ -329,12 +356,11 @@ class Run:
             tokens_per_second=self._step * size / self._seconds if self._seconds else 0.0,
             peak_memory_bytes=peak_memory_bytes(),
         )
-        text = card.trained(result, self._recipe.model_args(), asdict(recipe), self._sources())
+        text = card.trained(
+            result, self.model.args, asdict(recipe), [Path(f).name for f in self._sources.data]
+        )
         _replace(self._out / "README.md", lambda file: file.write_text(text, encoding="utf-8"))
         return result
-
-    def _sources(self) -> list[str]:
-        return [Path(file).name for file in self._data.files]
 
     def _compiled_step(self) -> Callable[[mx.array], mx.array]:
         model, optimizer, clip = self.model, self._optimizer, self._recipe.clip
@@ -367,10 +393,10 @@ class Run:
         weights = self.model.parameters()
         nll, tokens, letters = 0.0, 0, 0
         length = self._recipe.context
-        for batch in corpus.windows(self._held_out, length, self._recipe.batch_size, limit):
+        for batch in corpus.windows(self._text.held_out, length, self._recipe.batch_size, limit):
             nll += self._nll(weights, mx.array(batch)).item()  # type: ignore[assignment]
             tokens += batch[:, 1:].size
-            letters += sum(corpus.characters(self._tokenizer, row) for row in batch[:, 1:])
+            letters += sum(corpus.characters(self._text.tokenizer, row) for row in batch[:, 1:])
         self.model.update(weights)
         return {
             "step": self._step,
@@ -380,9 +406,9 @@ class Run:
         }
 
     def _sample(self) -> str:
-        source = self._held_out if len(self._held_out) else self._text
+        source = self._text.held_out if len(self._text.held_out) else self._text.train
         prompt = source[:8].tolist()
-        tokenizer = TokenizerWrapper(self._tokenizer)
+        tokenizer = TokenizerWrapper(self._text.tokenizer)
         stream = generation.stream(
             self.model,
             tokenizer,
@@ -393,7 +419,7 @@ class Run:
         )
         for _ in stream:
             pass
-        return self._tokenizer.decode(prompt) + stream.text
+        return self._text.tokenizer.decode(prompt) + stream.text
 
     def _diverged(self) -> str:
         return (
@@ -425,40 +451,37 @@ def read_log(run: Path) -> list[Event]:
         raise UserError(f"{file} cannot be read ({first_line(error)})") from error
 
 
-def _read_run(out: Path, data: Data | None, steps: int | None) -> tuple[Recipe, Data, Pace, str]:
+def _read_run(out: Path) -> tuple[Recipe, Pace, Sources, str]:
     if not (out / TRAINING / STATE).is_file():
         raise UserError(f"{out} has no {TRAINING}/{STATE}: there is nothing to resume")
     run = read_json(out / TRAINING / RUN)
     try:
-        recipe = from_options(run["recipe"])
-        if steps is not None:
-            recipe = dataclasses.replace(recipe, steps=steps)
-        pace, digest = Pace(**run["pace"]), str(run["fingerprint"])
-        own = Data(**run["data"])
+        recipe, pace = from_options(run["recipe"]), Pace(**run["pace"])
+        return recipe, pace, Sources(**run["text"]), str(run["fingerprint"])
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{out / TRAINING / RUN} is not of this version ({first_line(error)}): start the run "
             "again"
         ) from error
-    if data is not None and data.files:
-        own = dataclasses.replace(own, files=data.files, validation=data.validation)
-    return recipe, own, pace, digest
 
 
-def _read_data(data: Data, recipe: Recipe, run: Path | None) -> tuple[Any, np.ndarray, np.ndarray]:
-    files = [Path(file) for file in data.files]
-    texts = corpus.read_texts(files, [Path(file) for file in data.validation], share=data.share)
-    source = run if run is not None else data.tokenizer
+def _read_text(sources: Sources, recipe: Recipe, run: Path | None) -> Text:
+    files, validation = ([Path(f) for f in part] for part in (sources.data, sources.validation))
+    texts = corpus.read_texts(files, validation, share=sources.validation_share)
+    source = sources.tokenizer if run is None else str(run)
     if source is None:
         tokenizer = corpus.make_tokenizer(texts.train, recipe.vocab_size, chat=texts.chat)
     else:
         tokenizer = _read_tokenizer(source)
-    tokens = corpus.encode(texts.train, tokenizer)
-    return tokenizer, tokens, corpus.encode(texts.validation, tokenizer)
+    return Text(
+        tokenizer,
+        corpus.encode(texts.train, tokenizer),
+        corpus.encode(texts.validation, tokenizer),
+    )
 
 
-def _read_tokenizer(source: str | Path) -> Any:
-    folder = hub.resolve(str(source))
+def _read_tokenizer(source: str) -> Any:
+    folder = hub.resolve(source, config_only=True)
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     try:
         return transformers.AutoTokenizer.from_pretrained(
@@ -469,10 +492,6 @@ def _read_tokenizer(source: str | Path) -> Any:
             f"the tokenizer of {source} cannot be read ({first_line(error)}): give a folder or "
             "Hub id with a Hugging Face tokenizer"
         ) from error
-
-
-def _vocabulary(tokenizer: Any, recipe: Recipe, data: Data) -> int:
-    return recipe.vocab_size if data.tokenizer is None else len(tokenizer)
 
 
 def _compute_type(dtype: str) -> mx.Dtype:
