@@ -2,10 +2,11 @@
 
 from .conversion import convert
 from .errors import UserError
+from .evaluation import evaluate
 from .generation import generate
 from .loading import load
 from .recipe import Recipe
 from .training import train
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "UserError", "convert", "generate", "load", "train"]
+__all__ = ["Recipe", "UserError", "convert", "evaluate", "generate", "load", "train"]

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import __version__, card, chat, conversion, curve, generation, training
+from . import __version__, card, chat, conversion, curve, evaluation, generation, training
 from .errors import UserError, first_line
 from .loading import load
 from .plan import REMOVALS
@@ -224,7 +224,7 @@ def _print_comparison(result: Any, name: str, other: str) -> None:
     Console(highlight=False, markup=False).print(table)
 
 
-def _train_arguments(parser: argparse.ArgumentParser) -> None:
+def _held_out_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", nargs="+", metavar="FILE",
         help='text: .jsonl with "text", "prompt" and "completion" or "messages", else plain',
@@ -237,6 +237,10 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         "--validation-share", type=float, default=0.03,
         help="share of each file's lines that is held out (default: %(default)s)",
     )  # fmt: skip
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    _held_out_arguments(parser)
     parser.add_argument(
         "--tokenizer", metavar="DIR_OR_REPO",
         help="use this Hugging Face tokenizer (default: make a byte-level BPE from the text)",
@@ -341,6 +345,35 @@ def _print_event(event: dict[str, Any]) -> None:
     print(line, flush=True)
 
 
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, metavar="DIR_OR_REPO",
+        help="model folder or Hub id (default: %(default)s)",
+    )  # fmt: skip
+    _held_out_arguments(parser)
+    parser.add_argument(
+        "--context", type=int, metavar="N",
+        help="tokens of a window (default: what the model was made for, at most 512)",
+    )  # fmt: skip
+    parser.add_argument("--batch-size", type=int, default=16, help="windows at once (default: 16)")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="let a model of another kind run its code"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the score there")
+
+
+def _run_evaluate(options: dict[str, Any]) -> None:
+    if not (options["data"] or options["validation"]):
+        raise UserError("no text: give --data, whose end is held out, or --validation")
+    with _json_file(options.pop("json")) as write_json:
+        score = evaluation.evaluate(**options | {"data": options["data"] or ()})
+        print(
+            f"{score.loss:.4f} nats per token, {score.bits_per_character:.4f} bits per character "
+            f"({score.tokens:,} tokens, {score.characters:,} characters)"
+        )
+        write_json(score.as_dict())
+
+
 def _curves_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that train wrote")
     parser.add_argument(
@@ -364,6 +397,7 @@ COMMANDS = {
         "chat with a model, measure tokens per second",
     ),
     "train": (_train_arguments, _run_train, "train a model, skipless unless told otherwise"),
+    "evaluate": (_evaluate_arguments, _run_evaluate, "score a model on held-out text"),
     "curves": (_curves_arguments, _run_curves, "draw the losses of training runs in one figure"),
 }
 

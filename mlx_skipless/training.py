@@ -22,14 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import transformers
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from . import card, corpus, generation, hub
+from . import card, corpus, evaluation, generation, hub
 from .checkpoint import read_json
 from .conversion import peak_memory_bytes
 from .corpus import Batches
@@ -381,28 +380,29 @@ class Run:
         return step
 
     def _nll(self, weights: dict[str, Any], batch: mx.array) -> mx.array:
-        """The negative log likelihood of a batch's tokens after the first, summed."""
+        """``evaluation.nll`` with these weights in the type of the arithmetic."""
         if self._dtype != mx.float32:
             weights = tree_map(lambda w: w.astype(self._dtype), weights)
         self.model.update(weights)
-        logits = self.model(batch[:, :-1]).astype(mx.float32)
-        return nn.losses.cross_entropy(logits, batch[:, 1:], reduction="sum")
+        return evaluation.nll(self.model, batch)
 
     def _evaluation(self, limit: int | None) -> Event:
         """Loss of the held-out text, or of windows spread over it of ``limit`` tokens in all."""
         weights = self.model.parameters()
-        nll, tokens, letters = 0.0, 0, 0
-        length = self._recipe.context
-        for batch in corpus.windows(self._text.held_out, length, self._recipe.batch_size, limit):
-            nll += self._nll(weights, mx.array(batch)).item()  # type: ignore[assignment]
-            tokens += batch[:, 1:].size
-            letters += sum(corpus.characters(self._text.tokenizer, row) for row in batch[:, 1:])
+        score = evaluation.score(
+            partial(self._nll, weights),
+            self._text.held_out,
+            self._text.tokenizer,
+            self._recipe.context,
+            self._recipe.batch_size,
+            limit,
+        )
         self.model.update(weights)
         return {
             "step": self._step,
-            "validation_loss": nll / tokens,
-            "bits_per_character": nll / math.log(2) / max(1, letters),
-            "validation_tokens": tokens,
+            "validation_loss": score.loss,
+            "bits_per_character": score.bits_per_character,
+            "validation_tokens": score.tokens,
         }
 
     def _sample(self) -> str:
