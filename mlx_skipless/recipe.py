@@ -68,12 +68,16 @@ class Recipe:
     temperature: float = _option(1.0, "start of the gain of the queries' norm, with --norm qkv")
     own_token: bool = _option(True, "start k as the mean of its group's q")
 
-    steps: int = _option(2000, "optimizer steps")
-    batch_size: int = _option(16, "windows a step")
+    steps: int = _option(4000, "optimizer steps")
+    batch_size: int = _option(8, "windows a step")
     learning_rate: float = _option(0.02, "Muon's, for matrices, at its highest")
     adam_learning_rate: float = _option(3e-3, "AdamW's, for all else, at its highest")
     warmup: int = _option(20, "steps of rising rates")
-    decay: float = _option(1.0, "share of the steps, at the end, in which the rates fall to zero")
+    decay: float = _option(0.4, "share of the steps, at the end, in which the rates fall to zero")
+    orthogonal_q: float = _option(
+        0.05,
+        "pull of a removable Q towards its orthogonal factor at each step, at the highest rate",
+    )
     clip: float = _option(1.0, "largest norm of the whole gradient")
     seed: int = _option(0, "of the starting weights and the order of the text")
 
@@ -91,8 +95,8 @@ class Recipe:
         for name in ("steps", "batch_size", "context"):
             if getattr(self, name) < 1:
                 raise UserError(f"{_flag(name)} {getattr(self, name)}: must be at least 1")
-        if self.warmup < 0 or not 0 <= self.decay <= 1:
-            raise UserError("--warmup must be at least 0, --decay between 0 and 1")
+        if self.warmup < 0 or not 0 <= self.decay <= 1 or not 0 <= self.orthogonal_q <= 1:
+            raise UserError("--warmup must be at least 0, --decay and --orthogonal-q from 0 to 1")
 
     def resolved(self) -> "Recipe":
         """The recipe with what its block implies written out."""
@@ -169,7 +173,10 @@ class Recipe:
                 new[f"{attention}.o_proj.weight"] *= branch
             if own.skip != "none":
                 new[f"{mlp}.down_proj.weight"] *= branch
-            if own.own_token and own.skip != "both":
+            if own.shaped_attention and own.norm != "qkv" and f"{attention}.q_proj.weight" in new:
+                # beta A = gamma C at the start (He & Hofmann, section 4.1).
+                new[f"{attention}.q_proj.weight"] *= 0
+            elif own.own_token and own.skip != "both":
                 k = own_token_keys(new.get(f"{attention}.q_proj.weight"), args)
                 if k is not None and f"{attention}.k_proj.weight" in new:
                     new[f"{attention}.k_proj.weight"] = k
@@ -184,6 +191,25 @@ class Recipe:
             if own.shaped_attention:
                 new[f"{attention}.uniform_gain"] = mx.ones((own.heads,))
         model.update(tree_unflatten(list(new.items())))
+
+    def condition(self, model: Model, step: mx.array) -> None:
+        """Pull each Q that a merge would invert towards its orthogonal factor.
+
+        Such a Q is redundant: what it loses its neighbours take over. Left alone, its smallest
+        singular values wander through zero.
+
+        Args:
+            model: after the optimizer's step.
+            step: how many steps came before it.
+        """
+        own = self.resolved()
+        if not own.orthogonal_q or own.skip == "both" or own.norm == "pre":
+            return
+        rate = self.schedule(own.orthogonal_q)(step)
+        for layer in model.layers:
+            q = layer.self_attn.q_proj
+            if q is not None and q.weight.shape[0] == q.weight.shape[1]:
+                q.weight = q.weight + rate * (orthogonal_factor(q.weight) - q.weight)
 
     def schedule(self, peak: float) -> Callable[[mx.array], mx.array]:
         """The learning rate at a step: linear warm-up, ``peak``, linear decay to zero."""
@@ -220,6 +246,19 @@ def orthogonal(n_out: int, n_in: int, *, key: mx.array) -> mx.array:
     q = q * mx.sign(mx.diag(r))
     q = q if n_out >= n_in else q.T
     return q * math.sqrt(max(n_out, n_in) / n_in)
+
+
+def orthogonal_factor(x: mx.array) -> mx.array:
+    """The orthogonal factor of a square matrix's polar decomposition, to about 0.3.
+
+    Newton and Schulz's iteration with Muon's coefficients (K. Jordan, 2024): singular values end
+    between 0.7 and 1.2, the smallest ones too.
+    """
+    x = x / (mx.linalg.norm(x) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
 
 
 def own_token_keys(queries: mx.array | None, args: ModelArgs) -> mx.array | None:

@@ -362,7 +362,7 @@ class Run:
         return result
 
     def _compiled_step(self) -> Callable[[mx.array], mx.array]:
-        model, optimizer, clip = self.model, self._optimizer, self._recipe.clip
+        model, optimizer, recipe = self.model, self._optimizer, self._recipe
         state = [model.state, optimizer.state]
 
         def mean_loss(weights: dict[str, Any], batch: mx.array) -> mx.array:
@@ -372,9 +372,11 @@ class Run:
         def step(batch: mx.array) -> mx.array:
             weights = model.trainable_parameters()
             loss, gradients = mx.value_and_grad(mean_loss)(weights, batch)
-            gradients, _ = optim.clip_grad_norm(gradients, clip)
+            gradients, _ = optim.clip_grad_norm(gradients, recipe.clip)
             model.update(weights)  # in float32 again
+            before = optimizer.state["states"][0]["step"]
             optimizer.update(model, gradients)
+            recipe.condition(model, before)
             return loss
 
         return step
