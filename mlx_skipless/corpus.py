@@ -153,19 +153,18 @@ def encode(documents: Sequence[str], tokenizer: Any) -> np.ndarray:
     end = tokenizer.convert_tokens_to_ids(END)
     if end is None or end == tokenizer.unk_token_id:
         end = tokenizer.eos_token_id
-    ids: list[np.ndarray] = []
-    for document in documents:
-        # By lines: fast tokenizers take quadratic time on a book at once, and cut at lines anyway.
-        batch = tokenizer(
-            document.splitlines(keepends=True), add_special_tokens=False, verbose=False
-        )["input_ids"]
-        ids += [np.fromiter((i for line in batch for i in line), np.int32), np.array([end])]
-    return np.concatenate(ids).astype(np.int32) if ids else np.zeros(0, np.int32)
+    if not documents:
+        return np.zeros(0, np.int32)
+    rows = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
+    return np.concatenate([np.array([*row, end], np.int32) for row in rows])
 
 
 def characters(tokenizer: Any, tokens: np.ndarray) -> int:
     """How many characters the tokens stand for; special tokens stand for none."""
-    return len(tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
+    text = tokenizer.decode(
+        tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return len(text)
 
 
 class Batches:

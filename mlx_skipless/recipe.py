@@ -3,6 +3,7 @@
 A recipe is data, from flags or a YAML file. Knows nothing of text, files or the loop.
 """
 
+import contextlib
 import dataclasses
 import math
 import typing
@@ -288,13 +289,16 @@ def from_options(options: Mapping[str, Any]) -> Recipe:
         UserError: for an unknown key or a value of the wrong type.
     """
     known = {option.name: option.type for option in dataclasses.fields(Recipe)}
+    values = dict(options)
     for name, value in options.items():
         if name not in known:
             raise UserError(f"{name!r} is no part of a recipe; known: {', '.join(known)}")
         accepted = typing.get_args(known[name]) or (known[name],)
         if float in accepted:
             accepted = (*accepted, int)
+            with contextlib.suppress(TypeError, ValueError):  # YAML takes 1e-3 for text
+                values[name] = value = float(value) if isinstance(value, str) else value
         if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted):
             kind = accepted[0].__name__
             raise UserError(f"{name} in the recipe is {value!r}; it must be of type {kind}")
-    return Recipe(**options)
+    return Recipe(**values)

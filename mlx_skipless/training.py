@@ -207,6 +207,13 @@ class Run:
 
     def begin(self) -> None:
         """Write what never changes during a run."""
+        # Weights twice, Muon's or Adam's moments, and all of it once more while it is replaced.
+        needed, free = 32 * self.parameters, shutil.disk_usage(self._out).free
+        if needed > free:
+            raise UserError(
+                f"{self._out.absolute().parent} has {free / 1e9:.2f} GB free, the run takes up to "
+                f"{needed / 1e9:.2f} GB: make room or give another --mlx-path"
+            )
         (self._out / TRAINING).mkdir()
         self._text.tokenizer.save_pretrained(str(self._out))
         run = {
@@ -245,6 +252,7 @@ class Run:
                 f"{self._out} is at step {self._step} already: --steps must be more than that"
             )
         kept = [event for event in read_log(self._out) if event["step"] <= self._step]
+        self._loss = next((e["loss"] for e in reversed(kept) if "loss" in e), self._loss)
         _replace(
             self._out / TRAINING / LOG,
             lambda file: file.write_text("".join(json.dumps(e) + "\n" for e in kept)),
