@@ -18,7 +18,7 @@ from mlx.utils import tree_unflatten
 from .errors import UserError
 from .families import GAINS, PROJECTIONS, model_args
 from .layout import tensors_of
-from .model import Model, ModelArgs
+from .model import ACTIVATIONS, Model, ModelArgs
 
 EMBEDDING_SCALE = 0.02
 
@@ -45,6 +45,7 @@ class Recipe:
     kv_heads: int = _option(2, "key-value heads; must divide the query heads")
     vocab_size: int = _option(4096, "entries of the tokenizer that is made")
     context: int = _option(256, "tokens of a training window")
+    hidden_act: str = _option("silu", "the gate's activation", tuple(ACTIVATIONS))
     rope_theta: float = _option(10000.0, "base of RoPE")
     tie: bool = _option(True, "use the embedding as the head")
 
@@ -57,10 +58,11 @@ class Recipe:
     without: str = _option(
         "", "matrices that the network never has", ("", "q", "p", "qp", "v", "vp", "k", "kp")
     )
-    final_norm: bool | None = _option(None, "norm before the head; default: where norms or skips "
-                                            "leave the stream's scale free")  # fmt: skip
+    final_norm: bool | None = _option(
+        None, "norm before the head; default: unless --norm qkv without skips has fixed the scale"
+    )
     gate_offset: float | None = _option(
-        1.0, "start of c in (silu(gate) + c) * up, or none to leave it out"
+        1.0, "start of c in (act(gate) + c) * up, or none to leave it out"
     )
     value_skip: float | None = _option(
         1.0, "start of alpha, a head's weight on the token's own value, or none to leave it out"
@@ -74,7 +76,7 @@ class Recipe:
     learning_rate: float = _option(0.02, "Muon's, for matrices, at its highest")
     adam_learning_rate: float = _option(3e-3, "AdamW's, for all else, at its highest")
     warmup: int = _option(20, "steps of rising rates")
-    decay: float = _option(0.4, "share of the steps, at the end, in which the rates fall to zero")
+    decay: float = _option(0.65, "share of the steps, at the end, in which the rates fall to zero")
     orthogonal_q: float = _option(
         0.05,
         "pull of a removable Q towards its orthogonal factor at each step, at the highest rate",
@@ -126,30 +128,33 @@ class Recipe:
         if final_norm is None:
             final_norm = own.norm != "qkv" or own.skip != "none"
         shaped = own.shaped_attention
-        return model_args(
-            {
-                "model_type": "skipless",
-                "hidden_size": own.hidden_size,
-                "intermediate_size": own.intermediate_size,
-                "num_hidden_layers": own.layers,
-                "num_attention_heads": own.heads,
-                "num_key_value_heads": own.kv_heads,
-                "vocab_size": own.vocab_size,
-                "max_position_embeddings": own.context,
-                "rope_theta": own.rope_theta,
-                "block": own.block,
-                "skip": own.skip,
-                "norm": own.norm,
-                "final_norm": final_norm,
-                "tie_word_embeddings": own.tie,
-                "gains": [*GAINS[own.norm], *(["final"] if final_norm else [])],
-                "gate_offset": own.gate_offset is not None,
-                "value_skip": own.value_skip is not None or shaped,
-                "attention_gain": shaped,
-                "uniform_gain": shaped,
-                "removed": dict.fromkeys(own.without, everywhere),
-            }
-        )
+        config = {
+            "model_type": "skipless",
+            "hidden_size": own.hidden_size,
+            "intermediate_size": own.intermediate_size,
+            "num_hidden_layers": own.layers,
+            "num_attention_heads": own.heads,
+            "num_key_value_heads": own.kv_heads,
+            "vocab_size": own.vocab_size,
+            "max_position_embeddings": own.context,
+            "hidden_act": own.hidden_act,
+            "rope_theta": own.rope_theta,
+            "block": own.block,
+            "skip": own.skip,
+            "norm": own.norm,
+            "final_norm": final_norm,
+            "tie_word_embeddings": own.tie,
+            "gains": [*GAINS[own.norm], *(["final"] if final_norm else [])],
+            "gate_offset": own.gate_offset is not None,
+            "value_skip": own.value_skip is not None or shaped,
+            "attention_gain": shaped,
+            "uniform_gain": shaped,
+            "removed": dict.fromkeys(own.without, everywhere),
+        }
+        try:
+            return model_args(config)
+        except UserError as error:
+            raise UserError(f"these sizes make no network: {error}") from error
 
     def initialise(self, model: Model) -> None:
         """Fill a network with starting weights, a pure function of ``seed``.
@@ -170,8 +175,10 @@ class Recipe:
                 new[name] = orthogonal(*old.shape, key=next(keys))
         for layer in range(own.layers):
             attention, mlp = (f"model.layers.{layer}.{part}" for part in ("self_attn", "mlp"))
-            if own.skip == "both" and f"{attention}.o_proj.weight" in new:
-                new[f"{attention}.o_proj.weight"] *= branch
+            if own.skip == "both":
+                last = "v_proj" if "p" in own.without else "o_proj"
+                if f"{attention}.{last}.weight" in new:
+                    new[f"{attention}.{last}.weight"] *= branch
             if own.skip != "none":
                 new[f"{mlp}.down_proj.weight"] *= branch
             if own.shaped_attention and own.norm != "qkv" and f"{attention}.q_proj.weight" in new:

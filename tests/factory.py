@@ -67,18 +67,20 @@ def make_checkpoint(
     bias: tuple[str, ...] = (),
     shards: int = 1,
     spread: float = 0.3,
+    template: bool = True,
     **config: Any,
 ) -> tuple[Config, Weights]:
     """Write a random source skipless checkpoint; return its config and its weights as stored.
 
-    `gains` adds every optional gain of norm "qkv", `linear_paths` the gate offsets and the value
-    skips, `bias` biases on the named projections. Attention matrices are orthogonal plus
-    `spread` times Gaussian. `config` overrides the config's defaults. The weights returned are
-    float64 and equal the stored `dtype` values.
+    `gains` adds every optional gain of norm "qkv", `linear_paths` the gate offsets, the value
+    skips and the gains of shaped attention, `bias` biases on the named projections, `template` a
+    chat template. Attention matrices are orthogonal plus `spread` times Gaussian. `config`
+    overrides the config's defaults. The weights returned are float64 and equal the stored `dtype`
+    values.
     """
     config = _complete(_LLAMA | _SKIPLESS | config, dtype)
     weights = _weights(config, seed, gains, linear_paths, bias, spread)
-    return config, _write(Path(folder), config, weights, dtype, shards)
+    return config, _write(Path(folder), config, weights, dtype, shards, template)
 
 
 def make_llama(
@@ -168,6 +170,8 @@ def _weights(
         if linear_paths:
             new[f"{attn}value_skip"] = around_one(q_heads)
             new[f"{mlp}gate_offset"] = around_one(inner)
+            new[f"{attn}attention_gain"] = around_one(q_heads)
+            new[f"{attn}uniform_gain"] = 0.5 * around_one(q_heads)
         weights |= new
         x = _fit(config, weights, layer, x)
     if config["final_norm"]:
@@ -208,9 +212,17 @@ def _rms(x: np.ndarray) -> float:
     return float(np.sqrt(np.mean(x**2)))
 
 
-def _write(folder: Path, config: Config, weights: Weights, dtype: str, shards: int) -> Weights:
+def _write(
+    folder: Path,
+    config: Config,
+    weights: Weights,
+    dtype: str,
+    shards: int,
+    template: bool = True,
+) -> Weights:
     """Write config, tokenizer and weights; return the weights rounded to dtype, in float64."""
     tokenizer = _tokenizer(config["max_position_embeddings"])
+    tokenizer.chat_template = CHAT_TEMPLATE if template else None
     if config["vocab_size"] < len(tokenizer):
         raise ValueError(f"vocab_size must be at least {len(tokenizer)}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -251,12 +263,10 @@ def _tokenizer(length: int) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<s>", "</s>"])
-    fast = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
         eos_token="</s>",
         model_max_length=length,
         clean_up_tokenization_spaces=False,
     )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast

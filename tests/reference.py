@@ -71,11 +71,13 @@ def attention(config: Config, weights: Weights, layer: int, x: np.ndarray) -> np
     k = np.repeat(rotate(project("k", kv_heads), frequencies), heads // kv_heads, axis=1)
     v = np.repeat(project("v", kv_heads), heads // kv_heads, axis=1)
     scores = q @ k.swapaxes(-1, -2) / math.sqrt(head_dim(config))
-    scores = np.where(_mask(config, layer, x.shape[1]), scores, -np.inf)
-    out = np.exp(_log_softmax(scores)) @ v
-    alpha = weights.get(f"{prefix}value_skip")
-    if alpha is not None:
-        out = out + alpha[:, None, None] * v
+    seen = _mask(config, layer, x.shape[1])
+    alpha, beta, gamma = (
+        np.reshape(weights.get(f"{prefix}{name}", absent), (-1, 1, 1))
+        for name, absent in (("value_skip", 0.0), ("attention_gain", 1.0), ("uniform_gain", 0.0))
+    )
+    out = beta * (np.exp(_log_softmax(np.where(seen, scores, -np.inf))) @ v)
+    out = out - gamma * (seen / seen.sum(axis=-1, keepdims=True) @ v) + alpha * v
     out = out.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)
     return _linear(weights, f"{prefix}o_proj", out)
 

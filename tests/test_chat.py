@@ -18,16 +18,16 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from factory import EOS, make_llama
+from commands import ROOT, script
+from factory import EOS, make_checkpoint, make_llama
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_skipless import generation
-from mlx_skipless.chat import Conversation, chat
+from mlx_skipless.chat import _VISIBLE, Conversation, chat
 from mlx_skipless.errors import UserError
 from mlx_skipless.loading import load
 
 Loaded = tuple[nn.Module, TokenizerWrapper]
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -239,13 +239,14 @@ print("LEFT")
 
 
 class Terminal:
-    """A chat in a pseudo-terminal of its own."""
+    """A program in a pseudo-terminal of its own."""
 
-    def __init__(self, folder: Path, env: dict[str, str], **options: Any):
+    def __init__(self, command: list[str], env: dict[str, str], cwd: Path | None = None):
         self.fd, side = pty.openpty()
         keep = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "INPUTRC")}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(folder), repr(options)],
+            command,
+            cwd=cwd,
             stdin=side,
             stdout=side,
             stderr=side,
@@ -253,7 +254,6 @@ class Terminal:
             env=keep | {"PYTHONPATH": str(ROOT), "TERM": "dumb", "COLUMNS": "500"} | env,
         )
         os.close(side)
-        self.expect("> ")
 
     def send(self, text: str) -> None:
         os.write(self.fd, text.encode())
@@ -292,8 +292,17 @@ class Terminal:
 def terminal(folder: Path) -> Iterator[Callable[..., Terminal]]:
     opened: list[Terminal] = []
 
-    def start(env: dict[str, str] | None = None, **options: Any) -> Terminal:
-        opened.append(Terminal(folder, env or {}, **options))
+    def start(
+        env: dict[str, str] | None = None,
+        command: list[str] | None = None,
+        cwd: Path | None = None,
+        **options: Any,
+    ) -> Terminal:
+        """A chat with `options` that has come to its prompt, or another command."""
+        own = [sys.executable, "-c", PROGRAM, str(folder), repr(options)]
+        opened.append(Terminal(command or own, env or {}, cwd))
+        if command is None:
+            opened[-1].expect("> ")
         return opened[-1]
 
     yield start
@@ -358,6 +367,24 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Callable[..., Ter
     assert screen.process.wait(timeout=60) == 0
 
 
+@pytest.mark.parametrize("template", [False, True])
+def test_the_command_without_arguments_in_a_terminal(
+    terminal: Callable[..., Terminal], tmp_path: Path, template: bool
+):
+    """The bundled model is converted, tells a tale where it knows no chat, and then listens."""
+    make_checkpoint(tmp_path / "tales", norm="qkv", hidden_size=32, template=template)
+    command = script(tmp_path / "tales", "generate.py", "--max-tokens", "6")
+    screen = terminal(command=command, cwd=tmp_path)
+    begun = screen.expect("converting the bundled model", "Write to the model", "> ")
+    assert ("\nOnce upon a time" in begun) == ("answer 6 tokens" in begun) == (not template)
+    assert ("more were in the cache" in screen.ask("Hello")) == (not template)
+    screen.send("/stats\n")
+    assert f"{1 if template else 2} turns: " in screen.expect("turns: ", "> ")
+    screen.send("/quit\n")
+    assert screen.process.wait(timeout=60) == 0
+    assert (tmp_path / "mlx_model").is_dir()
+
+
 def test_colour_is_for_terminals_that_want_it(terminal: Callable[..., Terminal]):
     assert "\x1b[2mprompt " in terminal(max_tokens=3).ask("Hello")
     assert "\x1b" not in terminal({"NO_COLOR": "1"}, max_tokens=3).ask("Hello")
@@ -419,6 +446,31 @@ def test_ctrl_c_while_the_prompt_is_read_forgets_it(
     assert "Stopped; the message is forgotten." in err
     assert f"prompt {length} tokens at" in err
     assert f"1 turns: {length} prompt tokens processed, 3 generated" in err
+
+
+def test_an_opening_is_gone_on_from(
+    bare: Loaded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """It is the first turn: shown, answered, and the beginning of the text that follows."""
+    talk = Conversation(*bare, max_tokens=6)
+    first, second = say(talk, "Once upon a time"), say(talk, "Hello")
+    type_lines(monkeypatch, "Hello")
+    chat(*bare, max_tokens=6, opening="Once upon a time")
+    out, err = capsys.readouterr()
+    visible = [text.translate(_VISIBLE) for text in (first, second)]
+    assert out == f"Once upon a time{visible[0]}\n{visible[1]}\n"
+    assert err.count("peak memory") == 2 and f"({talk.reused} more were in the cache)" in err
+
+
+def test_ctrl_c_before_the_openings_first_token(
+    bare: Loaded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    type_lines(monkeypatch, "Hello", "/stats")
+    press_ctrl_c(bare[0], monkeypatch, call=1, times=1)
+    chat(*bare, max_tokens=6, opening="Once upon a time")
+    out, err = capsys.readouterr()
+    assert out.startswith("Once upon a time\n") and "Stopped" not in err
+    assert "1 turns: 5 prompt tokens processed, 6 generated" in err
 
 
 @pytest.mark.parametrize("times", [1, 2])

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
 import mlx_skipless
-from mlx_skipless import cli, writer
+from mlx_skipless import cli, conversion, writer
 from mlx_skipless.checkpoint import open_checkpoint
 
 SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "norm": "qkv"}
@@ -52,6 +52,30 @@ def test_json_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     printed = capsys.readouterr()
     assert f"{report['params_after']:,} after" in printed.out
     assert printed.err == ""
+
+
+def test_without_arguments_the_bundled_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It loses all that pays, is the same function, and is never written over."""
+    source = make_checkpoint(tmp_path / "tales", linear_paths=True, template=False, **SIZES)
+    monkeypatch.setattr(conversion, "BUNDLED", tmp_path / "tales")
+    monkeypatch.chdir(tmp_path)
+    assert convert() == 0
+    printed = capsys.readouterr().out
+    assert "wrote mlx_model" in printed and "the same greedy token at 100.0%" in printed
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mlx_model", "tales"]
+    assert "from `tales`" in (tmp_path / "mlx_model/README.md").read_text()
+    tokens = np.random.default_rng(0).integers(0, 256, (1, 8))
+    got = loaded_logits(tmp_path / "mlx_model", tokens)
+    assert reference.worst_relative_error(reference.logits(*source, tokens), got) <= 5e-4
+
+    before = {p: p.read_bytes() for p in (tmp_path / "mlx_model").iterdir()}
+    assert convert() == 1
+    assert "mlx_model exists already" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in (tmp_path / "mlx_model").iterdir()} == before
+    report = mlx_skipless.convert(mlx_path=tmp_path / "again", verify=False)
+    assert report.removed == {"q": [0, 1, 2], "p": [0, 1, 2]}
 
 
 def test_dry_run_writes_only_the_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

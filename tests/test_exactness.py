@@ -24,6 +24,7 @@ ENDS = {
     "bare-tied": {"final_norm": False, "tie_word_embeddings": True},
 }
 BIASES = {"plain": (), "biased": (*ATTENTION_PROJECTIONS, *MLP_PROJECTIONS)}
+LINEAR_PATHS = ("gate_offset", "value_skip", "attention_gain", "uniform_gain")
 REMOVALS = ("qp", "kp", "vp", "q", "k", "v", "p", "auto", "none")
 GRID = [
     case
@@ -63,6 +64,11 @@ def stored_weights(folder: Path) -> int:
     return sum(int(np.prod(shape)) for shape in SafetensorsStore(folder).shapes.values())
 
 
+def store(folder: Path, weights: dict[str, np.ndarray], dtype: mx.Dtype = mx.float32) -> None:
+    arrays = {name: mx.array(w.astype(np.float32)).astype(dtype) for name, w in weights.items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays)
+
+
 @pytest.mark.parametrize("case", GRID, ids="-".join)
 def test_removal(case: tuple[str, ...], tmp_path: Path) -> None:
     block, skip, norm, heads, ends, bias, remove = case
@@ -74,7 +80,7 @@ def test_removal(case: tuple[str, ...], tmp_path: Path) -> None:
         skip=skip,
         norm=norm,
         gains=seed % 2 == 0,
-        linear_paths=seed % 3 == 0,
+        linear_paths=(seed // len(REMOVALS) + seed) % 3 == 0,  # with every removal
         num_key_value_heads=HEADS[heads],
         bias=BIASES[bias],
         hidden_size=32,
@@ -168,8 +174,7 @@ def test_a_model_trained_without_p(how: dict[str, Any], block: str, tmp_path: Pa
     """The value gain has no P to go into, and stays."""
     config, weights = make_checkpoint(tmp_path / "s", norm="qkv", gains=True, block=block)
     weights = {name: w for name, w in weights.items() if "o_proj" not in name}
-    arrays = {name: mx.array(w.astype(np.float32)) for name, w in weights.items()}
-    mx.save_safetensors(str(tmp_path / "s/model.safetensors"), arrays)
+    store(tmp_path / "s", weights)
     removed = {"removed": {"p": [0, 1, 2]}}
     (tmp_path / "s/config.json").write_text(json.dumps(config | removed))
     convert(tmp_path / "s", tmp_path / "out", verify=False, **how)
@@ -179,15 +184,51 @@ def test_a_model_trained_without_p(how: dict[str, Any], block: str, tmp_path: Pa
 def test_gains_and_paths_of_some_layers(tmp_path: Path) -> None:
     """A layer without a gain or a linear path has a gain of one and no path; loading knows."""
     config, weights = make_checkpoint(tmp_path / "s", norm="qkv", gains=True, linear_paths=True)
-    ends = ("q_norm.weight", "hidden_norm.weight", "gate_offset", "value_skip")
+    ends = ("q_norm.weight", "hidden_norm.weight", *LINEAR_PATHS)
     weights = {
         name: w for name, w in weights.items() if "layers.1." not in name or not name.endswith(ends)
     }
-    arrays = {name: mx.array(w.astype(np.float32)) for name, w in weights.items()}
-    mx.save_safetensors(str(tmp_path / "s/model.safetensors"), arrays)
+    store(tmp_path / "s", weights)
     check_same_function((config, weights), tmp_path / "s", 0)
     convert(tmp_path / "s", tmp_path / "out", remove="qp", verify=False)
     check_same_function((config, weights), tmp_path / "out", 0)
+
+
+def test_paths_beside_a_layer_without_attention(tmp_path: Path) -> None:
+    """It has the FFN's path alone."""
+    config, weights = make_checkpoint(tmp_path / "s", linear_paths=True)
+    weights = {name: w for name, w in weights.items() if "layers.1.self_attn" not in name}
+    store(tmp_path / "s", weights)
+    config |= {"removed": {"attention": [1]}}
+    (tmp_path / "s/config.json").write_text(json.dumps(config))
+    convert(tmp_path / "s", tmp_path / "out", remove="qp", verify=False)
+    for folder in (tmp_path / "s", tmp_path / "out"):
+        check_same_function((config, weights), folder, 0)
+
+
+@pytest.mark.parametrize("path", LINEAR_PATHS)
+def test_one_path_of_one_layer(path: str, tmp_path: Path) -> None:
+    """It needs none of the others, and the other layers are as without it."""
+    config, weights = make_checkpoint(tmp_path / "s", linear_paths=True)
+    kept = f"model.layers.1.{'mlp' if path == 'gate_offset' else 'self_attn'}.{path}"
+    weights = {n: w for n, w in weights.items() if n == kept or not n.endswith(LINEAR_PATHS)}
+    store(tmp_path / "s", weights)
+    convert(tmp_path / "s", tmp_path / "out", remove="qp", verify=False)
+    for folder in (tmp_path / "s", tmp_path / "out"):
+        check_same_function((config, weights), folder, 0)
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert {name: written[name] for name in LINEAR_PATHS} == {n: n == path for n in LINEAR_PATHS}
+
+
+@pytest.mark.parametrize("path", LINEAR_PATHS)
+def test_an_absent_path_keeps_the_number_type(path: str, tmp_path: Path) -> None:
+    """What stands in for it has its type, or all layers behind it would compute in float32."""
+    _, weights = make_checkpoint(tmp_path / "s", dtype="bfloat16", linear_paths=True)
+    gone = f"model.layers.1.{'mlp' if path == 'gate_offset' else 'self_attn'}.{path}"
+    del weights[gone]
+    store(tmp_path / "s", weights, mx.bfloat16)
+    model, _ = mlx_skipless.load(tmp_path / "s")
+    assert model(mx.array([[1, 2, 3]])).dtype == mx.bfloat16
 
 
 STOCK = {

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from commands import script
 from factory import EOS, make_checkpoint, make_llama
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, save_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_skipless import generation
+from mlx_skipless import chat, cli, conversion, generation
 from mlx_skipless.errors import UserError
 from mlx_skipless.loading import load
 
@@ -375,3 +381,190 @@ def test_a_prompt_cache_of_another_model_is_refused(
     (tmp_path / "text.safetensors").write_text("no cache")
     with pytest.raises(UserError, match="no prompt cache"):
         generation.load_cache(tmp_path / "text.safetensors", model)
+
+
+# The command without a model, or without a prompt
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["bare", "template"])
+def bundled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model in the bundled one's place, with and without a chat template."""
+    folder = tmp_path_factory.mktemp("bundled") / "tales"
+    make_checkpoint(
+        folder, norm="qkv", hidden_size=32, intermediate_size=48, template=request.param
+    )
+    return folder
+
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(
+    bundled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> Command:
+    """Run `generate` in an empty folder; gives exit code, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(conversion, "BUNDLED", bundled)
+
+    def run(*arguments: str, stdin: str | bytes = os.devnull) -> tuple[int, str, str]:
+        """`stdin`: a file, or the bytes that a pipe holds."""
+        read = stdin
+        if isinstance(stdin, bytes):
+            read, write = os.pipe()
+            os.write(write, stdin)
+            os.close(write)
+        with open(read, encoding="utf-8") as file, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdin", file)
+            code = cli.main(["generate", *arguments])
+        return code, *capfd.readouterr()
+
+    return run
+
+
+def said(folder: Path, prompt: str, *, chat: bool | None = None, **options: Any) -> str:
+    model, tokenizer = load(folder)
+    ids = generation.prompt_tokens(tokenizer, prompt, chat=chat)
+    return generation.generate(model, tokenizer, ids, **options).text
+
+
+def test_without_arguments_the_bundled_model_is_converted_once(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    code, out, err = command("--max-tokens", "4")
+    assert code == 0 and out.startswith("Once upon a time")
+    assert "no mlx_model here: converting the bundled model first" in err
+    assert "fewer)" in err and "worst relative logit error" in err and "answer 4 tokens" in err
+    config = json.loads((tmp_path / "mlx_model/config.json").read_text())
+    assert config["removed"] == {"q": [0, 1, 2], "p": [0, 1, 2]}
+    monkeypatch.setattr(conversion, "BUNDLED", tmp_path / "gone")
+    code, out, err = command("--max-tokens", "4")
+    assert code == 0 and "converting" not in err and out.startswith("Once upon a time")
+
+
+def test_another_model_is_not_replaced_by_the_bundled_one(command: Command, tmp_path: Path):
+    code, out, err = command("--model", "mlx_modell", "--max-tokens", "4")
+    assert (code, out) == (1, "") and err.startswith("error: ") and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bundled_model_that_cannot_be_converted_leaves_nothing(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(conversion, "BUNDLED", tmp_path / "gone")
+    code, out, err = command()
+    assert (code, out) == (1, "") and "error: " in err and "gone" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_unasked_tale_is_sampled(command: Command, tmp_path: Path):
+    """At 0.8 unless told, as plain text whatever the tokenizer has; its opening is shown first."""
+    made = {}
+    for flags in ((), ("--temp", "0.8"), ("--temp", "0"), ("--temp", "0.4")):
+        code, out, _ = command(*flags, "--seed", "3", "--max-tokens", "30", "--json", "j.json")
+        answer = json.loads((tmp_path / "j.json").read_text())
+        assert code == 0 and out == f"Once upon a time{answer['text']}\n"
+        assert answer["generation_tokens"] == 30
+        made[flags[1:]] = answer["text"]
+    folder, tale = tmp_path / "mlx_model", {"chat": False, "max_tokens": 30, "seed": 3}
+    assert made[()] == said(folder, generation.TALE, temp=0.8, **tale)
+    assert made[("0",)] == said(folder, generation.TALE, temp=0.0, **tale)
+    assert made[()] == made[("0.8",)] and len(set(made.values())) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin"),
+    [
+        (("--prompt", "Hi there"), os.devnull),
+        (("--prompt", "Hi there"), b"ignored"),
+        (("--prompt", "-"), b"Hi there"),
+        ((), b"Hi there"),
+    ],
+)
+def test_a_prompt_is_answered_greedily(
+    command: Command, tmp_path: Path, arguments: tuple[str, ...], stdin: str | bytes
+):
+    code, out, err = command(*arguments, "--seed", "3", "--max-tokens", "20", stdin=stdin)
+    assert code == 0 and "converting" in err
+    assert out == said(tmp_path / "mlx_model", "Hi there", max_tokens=20) + "\n"
+    _, warm, _ = command(*arguments, "--seed", "3", "--max-tokens", "20", "--temp", "2",
+                         stdin=stdin)  # fmt: skip
+    assert warm != out
+
+
+def test_a_piped_file_is_a_prompt(command: Command, tmp_path: Path):
+    (tmp_path / "prompt.txt").write_text("Hi there")
+    code, out, _ = command("--max-tokens", "20", stdin="prompt.txt")
+    assert code == 0
+    assert out == said(tmp_path / "mlx_model", "Hi there", max_tokens=20) + "\n"
+
+
+@pytest.mark.parametrize(("prompt", "stdin"), [("", b"text"), (" ", b"text"), ("-", b"")])
+def test_an_empty_prompt_that_was_asked_is_no_tale(command: Command, prompt: str, stdin: bytes):
+    code, out, err = command("--prompt", prompt, stdin=stdin)
+    assert (code, out) == (1, "") and "the prompt is empty" in err
+
+
+@pytest.mark.parametrize("flag", ["--compare", "--prompt-cache-file"])
+def test_flags_that_need_a_prompt_say_so_before_any_work(
+    command: Command, tmp_path: Path, flag: str
+):
+    code, out, err = command(flag, "other")
+    assert (code, out) == (1, "") and err.startswith("error: --compare") and "--prompt" in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("temp", [None, 0.3])
+def test_a_terminal_chats(
+    bundled: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    temp: float | None,
+):
+    """With a tale to open it and warm, or after a template's own manner and greedy."""
+    monkeypatch.setattr(conversion, "BUNDLED", bundled)
+    monkeypatch.chdir(tmp_path)
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(chat, "chat", lambda model, tokenizer, **options: asked.append(options))
+    flags = [] if temp is None else ["--temp", str(temp)]
+    ours, side = pty.openpty()
+    with open(side) as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        assert cli.main(["generate", *flags]) == 0
+        template = load(bundled)[1].has_chat_template
+        unasked = (None, 0.0) if template else ("Once upon a time", 0.8)
+        assert [(options["opening"], options["temp"]) for options in asked] == [
+            (unasked[0], unasked[1] if temp is None else temp)
+        ]
+        capsys.readouterr()
+        assert cli.main(["generate", "--json", "j.json", "--max-tokens", "4", *flags]) == 0
+        assert len(asked) == 1 and capsys.readouterr().out.startswith("Once upon a time")
+        assert json.loads(Path("j.json").read_text())["generation_tokens"] == 4
+    os.close(ours)
+
+
+def test_a_silent_pipe_is_not_waited_for(bundled: Path, tmp_path: Path):
+    """What a service manager or an editor gives as standard input: open, and nothing comes."""
+    read, write = os.pipe()
+    command = script(bundled, "generate.py", "--max-tokens", "4")
+    run = subprocess.run(
+        command, stdin=read, capture_output=True, text=True, cwd=tmp_path, timeout=120
+    )
+    os.close(read)
+    os.close(write)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("Once upon a time") and "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("bundled", [False], indirect=True)
+def test_a_closed_standard_input(bundled: Path, tmp_path: Path):
+    """The next file opened is descriptor 0 then."""
+    for name, flags in (("convert.py", ()), ("generate.py", ("--max-tokens", "4"))):
+        run = subprocess.run(
+            ["sh", "-c", 'exec "$@" <&-', "sh", *script(bundled, name, *flags)],
+            capture_output=True, text=True, cwd=tmp_path, timeout=120,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+        assert "Traceback" not in run.stderr
+    assert run.stdout.startswith("Once upon a time") and "converting" not in run.stderr

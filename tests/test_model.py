@@ -143,8 +143,9 @@ def test_rope_scaling(remove: str, scaling: dict[str, Any], tmp_path: Path) -> N
 def test_sliding_window(block: str, layer_types: list[str] | None, tmp_path: Path) -> None:
     """Longer than the window: each layer sees what its type says, with a cache of that size."""
     source = make_checkpoint(
-        tmp_path / "s", block=block, sliding_window=6, layer_types=layer_types, norm="qkv"
-    )
+        tmp_path / "s", block=block, sliding_window=6, layer_types=layer_types, norm="qkv",
+        linear_paths=True,
+    )  # fmt: skip
     convert(tmp_path / "s", tmp_path / "out", remove="q", verify=False)
     model, _ = mlx_skipless.load(tmp_path / "out")
     tokens = np.random.default_rng(0).integers(0, 256, (2, 20))
@@ -159,10 +160,10 @@ def test_sliding_window(block: str, layer_types: list[str] | None, tmp_path: Pat
 
 def test_a_layer_without_attention(tmp_path: Path) -> None:
     """It has no attention parameters and no cache; the FFN reads the stream."""
-    source = make_checkpoint(tmp_path / "s", norm="qkv", gains=True)
-    config, weights = source
+    config, weights = make_checkpoint(tmp_path / "s", norm="qkv", gains=True, linear_paths=True)
     kept = {name: w for name, w in weights.items() if "layers.1.self_attn" not in name}
     args = {**config, "removed": {"attention": [1]}, "gains": ["q", "k", "v", "hidden", "final"]}
+    args |= dict.fromkeys(("gate_offset", "value_skip", "attention_gain", "uniform_gain"), True)
     model = Model(ModelArgs.from_dict(args))
     model.load_weights([(name, mx.array(w.astype(np.float32))) for name, w in kept.items()])
     assert len(model.make_cache()) == 2
