@@ -169,17 +169,20 @@ def _run_generate(options: dict[str, Any]) -> None:
         if name == DEFAULT_MODEL and not Path(name).exists():
             _convert_bundled(name)
         model, tokenizer = load(name, trust_remote_code=trust)
-        if prompt == "-" or (prompt is None and _piped()):
+        if prompt == "-":
             prompt = sys.stdin.read()
-        tale = not prompt and not tokenizer.has_chat_template
+        elif prompt is None and _piped():
+            prompt = sys.stdin.read() or None
+        talk = prompt is None and sys.stdin.isatty() and not json_file
+        tale = prompt is None and not (talk and tokenizer.has_chat_template)
         if options["temp"] is None:
             options["temp"] = generation.TALE_TEMP if tale else 0.0
-        if prompt is None and sys.stdin.isatty() and not json_file:
+        if talk:
             chat.chat(model, tokenizer, opening=generation.TALE if tale else None, **options)
             return
         if tale:
-            prompt = generation.TALE
-            print(prompt, end="", flush=True)
+            prompt = generation.prompt_tokens(tokenizer, generation.TALE, chat=False)
+            print(generation.TALE, end="", flush=True)
         if other is not None:
             second = load(other, trust_remote_code=trust)
             result = generation.compare([(model, tokenizer), second], prompt, **options)
@@ -207,7 +210,7 @@ def _convert_bundled(out: str) -> None:
 
 def _piped() -> bool:
     """Whether standard input is no terminal and holds something, or has ended."""
-    if sys.stdin is None or sys.stdin.isatty():
+    if sys.stdin.isatty():
         return False
     return bool(select.select([sys.stdin], [], [], 0)[0])
 
@@ -471,6 +474,8 @@ def _run(run: Any, options: dict[str, Any]) -> int:
         raise KeyboardInterrupt  # unwinds, so that nothing is left behind
 
     signal.signal(signal.SIGTERM, terminate)
+    if sys.stdin is None:  # closed: else the next file is descriptor 0, which MLX takes for none
+        sys.stdin = open(os.devnull)  # noqa: SIM115
     try:
         run(options)
     except UserError as error:

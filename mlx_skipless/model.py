@@ -396,7 +396,8 @@ class Model(nn.Module):
         # A layer may lack a gain (one) or a linear path (none) that others have.
         norms = ("q_norm.weight", "k_norm.weight", "v_norm.weight", "hidden_norm.weight")
         paths = ("gate_offset", "value_skip", "attention_gain", "uniform_gain")
-        dtype = next((w.dtype for k, w in weights.items() if k.endswith(norms)), mx.float32)
+        known = (w.dtype for k, w in weights.items() if k.endswith((*norms, *paths)))
+        dtype = next(known, mx.float32)
         for name, own in dict(tree_flatten(self.parameters())).items():
             if name.endswith((*norms, *paths)) and name not in weights:
                 weights[name] = own.astype(dtype)  # type: ignore[union-attr]
