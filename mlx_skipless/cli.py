@@ -111,14 +111,8 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 def _run_convert(options: dict[str, Any]) -> None:
     json_file = options.pop("json")
     options["verify"] = not options.pop("no_verify")
-    out = Path(options["mlx_path"]).absolute()
-    if (
-        json_file
-        and not options["dry_run"]
-        and out in [(p := Path(json_file).absolute()), *p.parents]
-    ):
-        raise UserError(f"--json {json_file}: --mlx-path {out} is made there, give another file")
-    with _json_file(json_file) as write_json:
+    out = None if options["dry_run"] else options["mlx_path"]
+    with _json_file(json_file, out) as write_json:
         with _progress() as progress:
             report = conversion.convert(**options, progress=progress)
         _print_report(report, Console(highlight=False, markup=False))
@@ -298,7 +292,7 @@ def _run_train(options: dict[str, Any]) -> None:
     steps = recipe.get("steps") if options["resume"] else None
     if options["resume"] and (config or pace or set(recipe) - {"steps"}):
         raise UserError("--resume goes on with the run's own recipe: only --steps may change")
-    with _json_file(json_file) as write_json:
+    with _json_file(json_file, None if options["resume"] else options["mlx_path"]) as write_json:
         result = training.train(
             recipe=from_options({**_read_yaml(config), **recipe}),
             pace=training.Pace(**pace),
@@ -386,8 +380,13 @@ def _curves_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run_curves(options: dict[str, Any]) -> None:
     folders = [Path(run) for run in options["runs"]]
+    names = [folder.name for folder in folders]
     curve.plot(
-        {folder.name: training.read_log(folder) for folder in folders}, Path(options["output"])
+        {
+            name if names.count(name) == 1 else str(folder): training.read_log(folder)
+            for name, folder in zip(names, folders, strict=True)
+        },
+        Path(options["output"]),
     )
     print(f"wrote {options['output']}")
 
@@ -406,12 +405,17 @@ COMMANDS = {
 
 
 @contextlib.contextmanager
-def _json_file(name: str | None) -> Iterator[Any]:
-    """A function that writes the JSON file; an impossible path is refused before the work."""
+def _json_file(name: str | None, out: str | None = None) -> Iterator[Any]:
+    """A function that writes the JSON file; an impossible path is refused before the work.
+
+    ``out`` is a folder that the work itself makes.
+    """
     if name is None:
         yield lambda content: None
         return
     path = Path(name)
+    if out is not None and (made := Path(out).absolute()) in [(p := path.absolute()), *p.parents]:
+        raise UserError(f"--json {name}: --mlx-path {made} is made there, give another file")
     partial = path.with_name(f".{path.name}.partial")
     try:
         if path.is_dir():

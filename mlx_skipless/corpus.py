@@ -93,20 +93,27 @@ def _documents(file: Path, lines: Sequence[str]) -> tuple[list[str], bool]:
                 chat = True
                 documents.append(
                     "".join(
-                        f"{TURN_START}{m['role']}\n{m['content']}{TURN_END}\n"
+                        f"{TURN_START}{_text(m['role'])}\n{_text(m['content'])}{TURN_END}\n"
                         for m in record["messages"]
                     )
                 )
             elif "text" in record:
-                documents.append(record["text"] + "")
+                documents.append(_text(record["text"]))
             else:
-                documents.append(record["prompt"] + record["completion"])
+                documents.append(_text(record["prompt"]) + _text(record["completion"]))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{file} has a line that is no record ({first_line(error)}): each must be JSON "
                 'with "text", "prompt" and "completion", or "messages"'
             ) from error
     return documents, chat
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.40} is no text")
+    value.encode()  # JSON allows half a surrogate pair; no tokenizer does
+    return value
 
 
 def make_tokenizer(documents: Sequence[str], vocab_size: int, *, chat: bool) -> Any:
@@ -149,10 +156,16 @@ def make_tokenizer(documents: Sequence[str], vocab_size: int, *, chat: bool) -> 
 
 
 def encode(documents: Sequence[str], tokenizer: Any) -> np.ndarray:
-    """The documents as one row of token ids, int32, the end token after each."""
+    """The documents as one row of token ids, int32, the end token after each.
+
+    Raises:
+        UserError: if the tokenizer has no end token.
+    """
     end = tokenizer.convert_tokens_to_ids(END)
     if end is None or end == tokenizer.unk_token_id:
         end = tokenizer.eos_token_id
+    if end is None:
+        raise UserError("the tokenizer has no end token: give one that has")
     if not documents:
         return np.zeros(0, np.int32)
     rows = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]

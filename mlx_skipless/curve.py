@@ -35,9 +35,9 @@ def plot(runs: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> None:
             for e in events
             if "validation_loss" in e and e["step"] in tokens
         ]
-        label = name
+        label = name.replace("$", r"\$")  # else matplotlib takes it for mathematics
         if held_out:
-            label = f"{name}: {held_out[-1][1]:.3f}"
+            label += f": {held_out[-1][1]:.3f}"
         axes.plot(*zip(*losses, strict=True) if losses else ([], []), color=colour, alpha=0.35)
         axes.plot(
             *zip(*held_out, strict=True) if held_out else ([], []),

@@ -67,14 +67,19 @@ def evaluate(
     longest = getattr(getattr(network, "args", None), "max_position_embeddings", None)
     length = context or min(CONTEXT, longest or CONTEXT)
     tokens = corpus.encode(texts.validation, tokenizer._tokenizer)
+    check_length(tokens, length)
+    return score(
+        lambda batch: nll(network, batch), tokens, tokenizer._tokenizer, length, batch_size
+    )
+
+
+def check_length(tokens: np.ndarray, length: int) -> None:
+    """Raise a UserError if held-out tokens fill no window of ``length``."""
     if len(tokens) <= length:
         raise UserError(
             f"the held-out text has {len(tokens):,} tokens, too few for a context of {length:,}: "
             "give more text or a shorter --context"
         )
-    return score(
-        lambda batch: nll(network, batch), tokens, tokenizer._tokenizer, length, batch_size
-    )
 
 
 def nll(network: nn.Module, batch: mx.array) -> mx.array:

@@ -290,8 +290,11 @@ def _folded(
 ) -> tuple[str, ...]:
     """Gains that go into the matrices behind them."""
     behind = []
-    if fold_norms or before is not source:
+    if before is not source:
         behind += [*GAINS["pre"]]
+    elif fold_norms:  # where Q, K or V is gone, no matrix is there to take its gain
+        behind += [] if any(source.removed.get(part) for part in "qkv") else ["attention"]
+        behind += ["ffn"]
     if fold_norms or removing:
         behind += ["hidden"]
         behind += [] if source.removed.get("p") else ["v"]  # P absorbs it

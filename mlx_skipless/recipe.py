@@ -71,12 +71,12 @@ class Recipe:
     temperature: float = _option(1.0, "start of the gain of the queries' norm, with --norm qkv")
     own_token: bool = _option(True, "start k as the mean of its group's q")
 
-    steps: int = _option(4000, "optimizer steps")
+    steps: int = _option(6000, "optimizer steps")
     batch_size: int = _option(8, "windows a step")
     learning_rate: float = _option(0.02, "Muon's, for matrices, at its highest")
     adam_learning_rate: float = _option(3e-3, "AdamW's, for all else, at its highest")
     warmup: int = _option(20, "steps of rising rates")
-    decay: float = _option(0.65, "share of the steps, at the end, in which the rates fall to zero")
+    decay: float = _option(0.75, "share of the steps, at the end, in which the rates fall to zero")
     orthogonal_q: float = _option(
         0.05,
         "pull of a removable Q towards its orthogonal factor at each step, at the highest rate",
@@ -98,6 +98,8 @@ class Recipe:
         for name in ("steps", "batch_size", "context"):
             if getattr(self, name) < 1:
                 raise UserError(f"{_flag(name)} {getattr(self, name)}: must be at least 1")
+        if self.seed < 0:
+            raise UserError(f"--seed {self.seed}: must be at least 0")
         if self.warmup < 0 or not 0 <= self.decay <= 1 or not 0 <= self.orthogonal_q <= 1:
             raise UserError("--warmup must be at least 0, --decay and --orthogonal-q from 0 to 1")
 

@@ -137,7 +137,7 @@ def train(
             text.
         pace: how often to log, evaluate and save; with ``resume`` the run's own holds.
         dtype: of the arithmetic, "float32", "bfloat16" or "auto" (bfloat16 on a GPU, float32 on a
-            CPU); weights and optimizer are float32 throughout.
+            CPU); weights and optimizer are float32 throughout; with ``resume`` the run's own holds.
         resume: go on from the last checkpoint.
         steps: with ``resume``, another number of steps in all (the decay moves with it).
         report: called with each event, as ``training/log.jsonl`` has it.
@@ -147,12 +147,10 @@ def train(
             the last good checkpoint is kept.
     """
     out = Path(mlx_path)
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise UserError(f"--dtype {dtype}: choose auto, float32 or bfloat16")
     sources = Sources([], [], validation_share, None if tokenizer is None else str(tokenizer))
-    digest = None
+    dtype, digest = _compute_type(dtype), None
     if resume:
-        recipe, pace, sources, digest = _read_run(out)
+        recipe, pace, sources, dtype, digest = _read_run(out)
         recipe = recipe if steps is None else dataclasses.replace(recipe, steps=steps)
     elif not data:
         raise UserError("--data is missing: name text files to train on")
@@ -165,12 +163,14 @@ def train(
         sources = dataclasses.replace(sources, data=train_files, validation=held_out)
     text = _read_text(sources, recipe or Recipe(), out if resume else None)
     recipe = dataclasses.replace(recipe or Recipe(), vocab_size=len(text.tokenizer))
+    if len(text.held_out):
+        evaluation.check_length(text.held_out, recipe.context)
     if digest not in (None, text.fingerprint()):
         raise UserError(
             f"{out} was trained on other text than these files hold now: give the same --data"
         )
     with _made(out, resume):
-        run = Run(out, recipe, pace or Pace(), sources, text, _compute_type(dtype))
+        run = Run(out, recipe, pace or Pace(), sources, text, dtype)
         if resume:
             run.load()
         else:
@@ -189,7 +189,7 @@ class Run:
         pace: Pace,
         sources: Sources,
         text: Text,
-        dtype: mx.Dtype,
+        dtype: str,
     ):
         self._out, self._recipe, self._pace, self._sources = out, recipe, pace, sources
         self._text, self._dtype = text, dtype
@@ -200,6 +200,7 @@ class Run:
         self._optimizer = recipe.optimizer()
         self._optimizer.init(self.model.trainable_parameters())
         self._step, self._loss, self._seconds = 0, math.nan, 0.0
+        self._losses: list[mx.array] = []  # of the steps since the last line of the log
         self._saved: int | None = None
         mx.eval(self.model.state, self._optimizer.state)
 
@@ -220,6 +221,7 @@ class Run:
             "recipe": asdict(self._recipe),
             "pace": asdict(self._pace),
             "text": asdict(self._sources),
+            "dtype": self._dtype,
             "fingerprint": self._text.fingerprint(),
         }
         _write_json(self._out / TRAINING / RUN, run)
@@ -235,13 +237,14 @@ class Run:
             loaded: Any = mx.load(str(file), return_metadata=True)
             arrays, metadata = loaded
             self._step, self._seconds = int(metadata["step"]), float(metadata["seconds"])
+            self._losses = [mx.array(loss) for loss in json.loads(metadata["losses"])]
             own = self._state()
             if {k: a.shape for k, a in arrays.items()} != {k: a.shape for k, a in own.items()}:
                 raise ValueError("it holds another network's state")
             both: Any = tree_unflatten(list(arrays.items()))
             self.model.update(both["weights"])
             self._optimizer.state = both["optimizer"]
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
+        except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
             raise UserError(
                 f"{file} cannot be resumed from ({first_line(error)}): start the run again"
             ) from error
@@ -265,6 +268,7 @@ class Run:
     def _save(self) -> None:
         weights, state = tensors_of(self.model), self._state()
         metadata = {"step": str(self._step), "seconds": repr(self._seconds)}
+        metadata["losses"] = json.dumps([loss.item() for loss in self._losses])
         if not all(bool(mx.isfinite(w).all()) for w in weights.values()):
             raise UserError(self._diverged())
         try:
@@ -300,7 +304,6 @@ class Run:
         step = self._compiled_step()
         started, begun_at = time.perf_counter(), self._step
         before = self._seconds
-        losses: list[mx.array] = []
         logged_at, logged_step = started, self._step
         report(
             {
@@ -314,14 +317,14 @@ class Run:
         while self._step < recipe.steps:
             loss = step(mx.array(self._batches.at(self._step)))
             mx.eval(loss, self.model.state, self._optimizer.state)
-            losses.append(loss)
+            self._losses.append(loss)
             self._step += 1
             self._seconds = before + time.perf_counter() - started
             last = self._step == recipe.steps
             if not bool(mx.isfinite(loss)):
                 raise UserError(self._diverged())
             if last or _due(self._step, pace.log_every):
-                self._loss = mx.stack(losses).mean().item()  # type: ignore[assignment]
+                self._loss = mx.stack(self._losses).mean().item()  # type: ignore[assignment]
                 now = time.perf_counter()
                 size = recipe.batch_size * recipe.context
                 done = (self._step - logged_step) * size
@@ -334,12 +337,12 @@ class Run:
                     "memory_bytes": peak_memory_bytes(),
                 }
                 self._log(event, report)
-                losses, logged_step = [], self._step
+                self._losses, logged_step = [], self._step
             if not last and _due(self._step, pace.eval_every) and len(self._text.held_out):
                 self._log(self._evaluation(pace.eval_tokens), report)
             if last or _due(self._step, pace.sample_every):
                 self._log({"step": self._step, "sample": self._sample()}, report)
-            if stopped():
+            if stopped() and not last:
                 self._save()
                 raise UserError(f"interrupted at step {self._step}: --resume goes on from there")
             if not last and _due(self._step, pace.save_every):
@@ -391,8 +394,9 @@ class Run:
 
     def _nll(self, weights: dict[str, Any], batch: mx.array) -> mx.array:
         """``evaluation.nll`` with these weights in the type of the arithmetic."""
-        if self._dtype != mx.float32:
-            weights = tree_map(lambda w: w.astype(self._dtype), weights)
+        if self._dtype != "float32":
+            dtype = getattr(mx, self._dtype)
+            weights = tree_map(lambda w: w.astype(dtype), weights)
         self.model.update(weights)
         return evaluation.nll(self.model, batch)
 
@@ -461,13 +465,15 @@ def read_log(run: Path) -> list[Event]:
         raise UserError(f"{file} cannot be read ({first_line(error)})") from error
 
 
-def _read_run(out: Path) -> tuple[Recipe, Pace, Sources, str]:
+def _read_run(out: Path) -> tuple[Recipe, Pace, Sources, str, str]:
+    """What ``Run.begin`` wrote: recipe, pace, text, type of the arithmetic, digest of the text."""
     if not (out / TRAINING / STATE).is_file():
         raise UserError(f"{out} has no {TRAINING}/{STATE}: there is nothing to resume")
     run = read_json(out / TRAINING / RUN)
     try:
         recipe, pace = from_options(run["recipe"]), Pace(**run["pace"])
-        return recipe, pace, Sources(**run["text"]), str(run["fingerprint"])
+        sources, dtype = Sources(**run["text"]), _compute_type(run["dtype"])
+        return recipe, pace, sources, dtype, str(run["fingerprint"])
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{out / TRAINING / RUN} is not of this version ({first_line(error)}): start the run "
@@ -504,10 +510,12 @@ def _read_tokenizer(source: str) -> Any:
         ) from error
 
 
-def _compute_type(dtype: str) -> mx.Dtype:
+def _compute_type(dtype: str) -> str:
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"--dtype {dtype}: choose auto, float32 or bfloat16")
     if dtype == "auto":
-        dtype = "bfloat16" if mx.default_device().type == mx.DeviceType.gpu else "float32"
-    return getattr(mx, dtype)
+        return "bfloat16" if mx.default_device().type == mx.DeviceType.gpu else "float32"
+    return dtype
 
 
 def _due(step: int, every: int) -> bool:
