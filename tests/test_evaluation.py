@@ -1,0 +1,128 @@
+"""Scores of models on held-out text, against NumPy in float64."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+from factory import EOS, make_checkpoint, make_llama
+from transformers import PreTrainedTokenizerFast
+
+import mlx_skipless
+from mlx_skipless import UserError, cli
+
+TEXT = "".join(f"{n} — the fox & {'é' * (n % 4)} the crow, {n * n}\n" for n in range(60))
+
+
+def numpy_score(
+    folder: Path, config: reference.Config, weights: reference.Weights, length: int
+) -> tuple[float, float, int, int]:
+    """Nats per token, bits per character, tokens and characters of whole windows of TEXT."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    text = TEXT.removesuffix("\n")
+    tokens = np.array([*tokenizer.encode(text, add_special_tokens=False), EOS])
+    count = (len(tokens) - 1) // length
+    rows = np.stack([tokens[i * length : (i + 1) * length + 1] for i in range(count)])
+    logits = reference.logits(config, weights, rows[:, :-1])
+    shifted = logits - logits.max(-1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    nats = -np.take_along_axis(log_p, rows[:, 1:, None], -1).sum()
+    characters = sum(len(tokenizer.decode(row[row != EOS])) for row in rows[:, 1:])
+    predicted = count * length
+    return nats / predicted, nats / math.log(2) / characters, predicted, characters
+
+
+def make(kind: str, folder: Path, **config: Any) -> tuple[reference.Config, reference.Weights]:
+    if kind == "skipless":
+        return make_checkpoint(folder, norm="qkv", **config)
+    config, weights = make_llama(folder, model_type=kind, **config)
+    return reference.llama_config(config), weights
+
+
+@pytest.mark.parametrize("kind", ["skipless", "llama", "mistral"])
+@pytest.mark.parametrize(("length", "batch_size"), [(16, 1), (50, 3), (333, 16)])
+def test_scores(tmp_path: Path, kind: str, length: int, batch_size: int):
+    model, text = tmp_path / "model", tmp_path / "text.txt"
+    config, weights = make(kind, model, seed=length)
+    text.write_text(TEXT, encoding="utf-8")
+    score = mlx_skipless.evaluate(
+        model, validation=[text], context=length, batch_size=batch_size
+    ).as_dict()
+    expected = numpy_score(model, config, weights, length)
+    assert list(score.values()) == pytest.approx(expected, rel=1e-4)
+    assert list(score) == ["loss", "bits_per_character", "tokens", "characters"]
+
+
+@pytest.mark.parametrize(("positions", "length"), [(40, 40), (512, 512), (4096, 512)])
+def test_windows_are_as_long_as_the_model_was_made_for(tmp_path: Path, positions: int, length: int):
+    model, text = tmp_path / "model", tmp_path / "text.txt"
+    make("skipless", model, max_position_embeddings=positions)
+    text.write_text("a" * 600)
+    default = mlx_skipless.evaluate(model, validation=[text])
+    assert default == mlx_skipless.evaluate(model, validation=[text], context=length)
+    assert default.tokens == 600 // length * length
+
+
+@pytest.mark.parametrize("share", [0.03, 0.5])
+def test_the_end_of_each_file_is_held_out(tmp_path: Path, share: float):
+    model = tmp_path / "model"
+    make("skipless", model)
+    files, ends = [], []
+    for i, count in enumerate((100, 37)):
+        lines = [f"file {i}, line {n}" for n in range(count)]
+        files.append(tmp_path / f"{i}.txt")
+        ends.append(tmp_path / f"{i}-end.txt")
+        files[-1].write_text("\n".join(lines))
+        ends[-1].write_text("\n".join(lines[count - round(share * count) :]))
+    held_out = mlx_skipless.evaluate(model, files, validation_share=share, context=8)
+    assert held_out == mlx_skipless.evaluate(model, validation=ends, context=8)
+    # Files of their own are taken alone.
+    assert held_out == mlx_skipless.evaluate(model, files, validation=ends, context=8)
+
+
+def test_the_command_is_the_function(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model, text, report = tmp_path / "model", tmp_path / "text.txt", tmp_path / "score.json"
+    make("skipless", model)
+    text.write_text(TEXT)
+    score = mlx_skipless.evaluate(model, [text], context=32, validation_share=0.4)
+    arguments = ["evaluate", "--model", model, "--data", text, "--context", 32, "--json", report]
+    assert cli.main([*map(str, arguments), "--validation-share", "0.4"]) == 0
+    assert json.loads(report.read_text()) == score.as_dict()
+    printed = capsys.readouterr().out
+    assert f"{score.loss:.4f} nats per token" in printed
+    assert f"{score.bits_per_character:.4f} bits per character" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"context": 0}, "--context 0: must be at least 1"),
+        ({"batch_size": 0}, "--batch-size 0: must be at least 1"),
+        ({"validation": []}, "the held-out text has 0 tokens"),
+        ({"context": 10**6}, "too few for a context of 1,000,000"),
+        ({"model": "@/none"}, "none"),
+        ({"validation": ["@/none.txt"]}, r"none\.txt cannot be read"),
+        ({"validation": [], "data": ["@/text.txt"], "validation_share": 1.0}, "--validation-share"),
+    ],
+)
+def test_what_cannot_be_scored(tmp_path: Path, options: dict[str, Any], says: str):
+    make("skipless", tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, list):
+            return [placed(v) for v in value]
+        return value.replace("@", str(tmp_path)) if isinstance(value, str) else value
+
+    given = {"model": "@/model", "validation": ["@/text.txt"]} | options
+    with pytest.raises(UserError, match=says) as refusal:
+        mlx_skipless.evaluate(**{key: placed(value) for key, value in given.items()})
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_command_without_text(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["evaluate", "--model", "none"]) == 1
+    assert "no text: give --data" in capsys.readouterr().err
