@@ -179,12 +179,6 @@ def test_a_config_or_a_weight_file_instead_of_the_folder(refused: Refused, place
     assert "is no model" in refused(model=place / "model" / "model.safetensors")
 
 
-def test_no_model_at_all(capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    assert main(["convert", "--mlx-path", str(tmp_path / "out")]) == 1
-    assert "--model" in capsys.readouterr().err
-    assert contents(tmp_path) == {}
-
-
 # Files of the folder
 
 
