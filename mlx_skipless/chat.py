@@ -63,8 +63,11 @@ class Conversation:
         self.turns = self.prompt_tokens = self.generation_tokens = self.reused = 0
         self._drop_cache()
 
-    def ask(self, text: str) -> Generator[str, None, None]:
-        """The answer's pieces, one a token. Close it to stop: what was said so far stays."""
+    def ask(self, text: str, *, same_line: bool = False) -> Generator[str, None, None]:
+        """The answer's pieces, one a token. Close it to stop: what was said so far stays.
+
+        `same_line`: it is shown right behind `text`, and opens with the space that it may need.
+        """
         ids = self._ids(text)
         stream: Stream | None = None
         try:
@@ -72,7 +75,7 @@ class Conversation:
             stream = generation.stream(
                 self._model, self._tokenizer, new, prompt_cache=self.cache, **self._sampling
             )
-            yield from stream
+            yield from generation.spaced(stream, self._tokenizer) if same_line else stream
         except BaseException as e:
             if isinstance(e, GeneratorExit) and stream is not None:  # between two tokens
                 self.cached = ids + stream.tokens
@@ -158,7 +161,7 @@ def chat(
     note("Write to the model; /help lists the commands, Ctrl-D leaves.")
     if opening:
         out.write(opening)
-        note(_costs(talk) if _answer(talk, opening, out) else "")
+        note(_costs(talk) if _answer(talk, opening, out, same_line=True) else "")
     while True:
         try:
             line = input("> ").encode(errors="replace").decode().strip()
@@ -185,7 +188,7 @@ def chat(
             note(f"error: this terminal does not send {e.encoding}; set its encoding to that")
 
 
-def _answer(talk: Conversation, text: str, out: TextIO) -> bool:
+def _answer(talk: Conversation, text: str, out: TextIO, *, same_line: bool = False) -> bool:
     """Write the answer to `text` as it comes; Ctrl-C stops it. False if nothing came."""
     begun = stopped = False
 
@@ -198,7 +201,7 @@ def _answer(talk: Conversation, text: str, out: TextIO) -> bool:
 
     before = signal.signal(signal.SIGINT, stop)
     try:
-        with contextlib.closing(talk.ask(text)) as pieces:
+        with contextlib.closing(talk.ask(text, same_line=same_line)) as pieces:
             for piece in pieces:
                 begun = True
                 out.write(piece.translate(_VISIBLE))

@@ -187,7 +187,7 @@ def _run_generate(options: dict[str, Any]) -> None:
             options["prompt_cache"] = generation.load_cache(cache_file, model)
             prompt = generation.prompt_tokens(tokenizer, prompt, continued=True)
         stream = generation.stream(model, tokenizer, prompt, **options)
-        for piece in stream:
+        for piece in generation.spaced(stream, tokenizer) if tale else stream:
             print(piece, end="", flush=True)
         print()
         print(generation.summary(stream.answer), file=sys.stderr)

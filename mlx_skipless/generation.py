@@ -5,6 +5,7 @@ mlx-lm does the sampling and the decoding. Nothing here prints or parses argumen
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import statistics
@@ -165,6 +166,22 @@ def stream(
         )
 
     return Stream(responses())
+
+
+def spaced(pieces: Stream, tokenizer: TokenizerWrapper) -> Iterator[str]:
+    """The pieces of an answer that goes on from a prompt on the same line.
+
+    With the space that its first token opens with, which mlx-lm's detokenizers drop.
+    """
+    started = False
+    with contextlib.closing(pieces):
+        for piece in pieces:
+            if piece and not started:
+                started = True
+                name = tokenizer.convert_ids_to_tokens(pieces.tokens[0])
+                if name.startswith(("Ġ", "▁")) and not piece.startswith(" "):
+                    piece = f" {piece}"
+            yield piece
 
 
 def generate(

@@ -1,0 +1,110 @@
+"""The bundled model: what ships, what its conversion removes, and that its tales stay the same."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+import mlx_skipless
+from mlx_skipless import generation
+from mlx_skipless.loading import BUNDLED
+
+ROOT = Path(__file__).resolve().parent.parent
+TALES = os.environ.get("MLX_SKIPLESS_TALES")  # the folder of books that it was trained on
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """`python convert.py` in an empty folder, and its report."""
+    folder = tmp_path_factory.mktemp("bundled")
+    command = [sys.executable, str(ROOT / "convert.py"), "--json", "report.json"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=300)
+    return folder, json.loads((folder / "report.json").read_text())
+
+
+def test_it_is_small_and_whole() -> None:
+    """At most 16 MB, 3 to 8 million weights, nothing removed yet, and a card."""
+    assert sum(file.stat().st_size for file in BUNDLED.rglob("*")) <= 16e6
+    weights = mx.load(str(BUNDLED / "model.safetensors"))
+    assert 3e6 <= sum(w.size for w in weights.values()) <= 8e6
+    assert all(bool(mx.isfinite(w).all()) for w in weights.values())
+    config = json.loads((BUNDLED / "config.json").read_text())
+    assert config["skip"] == "none" and config["norm"] != "pre" and not config["final_norm"]
+    assert not any(config["removed"].values())
+    for layer in range(config["num_hidden_layers"]):
+        for matrix in ("q_proj", "o_proj"):
+            assert f"model.layers.{layer}.self_attn.{matrix}.weight" in weights
+    card = (BUNDLED / "README.md").read_text()
+    assert card.count(".txt") == 42 and "license" in card
+
+
+def test_every_q_is_well_conditioned() -> None:
+    weights = mx.load(str(BUNDLED / "model.safetensors"))
+    for name, w in weights.items():
+        if name.endswith("q_proj.weight"):
+            assert np.linalg.cond(np.array(w, dtype=np.float64)) < 10, name
+
+
+def test_conversion_removes_every_q_and_p(converted: tuple[Path, dict]) -> None:
+    _, report = converted
+    layers = list(range(json.loads((BUNDLED / "config.json").read_text())["num_hidden_layers"]))
+    assert report["removed"] == {"q": layers, "p": layers}
+    assert report["params_after"] <= 0.87 * report["params_before"]
+    assert report["verification"]["max_rel_logit_error"] < 1e-3
+    assert report["verification"]["greedy_match"] == 1.0
+
+
+@pytest.mark.parametrize("prompt", ["Once upon a time", "The old king", "Alice"])
+def test_greedy_text_stays_the_same(converted: tuple[Path, dict], prompt: str) -> None:
+    folder, _ = converted
+    texts = [
+        generation.generate(model, None, prompt, max_tokens=200).text
+        for model in (BUNDLED, folder / "mlx_model")
+    ]
+    assert texts[0] == texts[1]
+    assert len(texts[0].split()) > 80
+
+
+def test_it_knows_english() -> None:
+    """A sentence is much likelier than the same tokens in another order."""
+    model, tokenizer = mlx_skipless.load(BUNDLED)
+    text = "Once upon a time there was a king who had three sons, and the youngest was called Hans."
+    tokens = tokenizer.encode(text)
+    shuffled = np.random.default_rng(0).permutation(tokens).tolist()
+
+    def loss(ids: list[int]) -> float:
+        row = mx.array([ids])
+        return nn.losses.cross_entropy(model(row[:, :-1]), row[:, 1:], reduction="mean").item()
+
+    assert loss(tokens) < loss(shuffled) - 2
+
+
+def test_without_arguments_it_tells_a_tale(tmp_path: Path) -> None:
+    """`python generate.py` where there is no mlx_model converts the bundled one first."""
+    command = [sys.executable, str(ROOT / "generate.py"), "--max-tokens", "40"]
+    done = subprocess.run(
+        command, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"Once upon a time[ ,]", done.stdout) and len(done.stdout.split()) > 15
+    assert (tmp_path / "mlx_model" / "model.py").is_file()
+
+
+@pytest.mark.skipif(TALES is None, reason="MLX_SKIPLESS_TALES names no folder of the tales")
+def test_bits_per_character(converted: tuple[Path, dict]) -> None:
+    folder, _ = converted
+    files = sorted(Path(str(TALES)).glob("*.txt"))
+    before, after = (
+        mlx_skipless.evaluate(model, files).bits_per_character
+        for model in (BUNDLED, folder / "mlx_model")
+    )
+    card = (BUNDLED / "README.md").read_text()
+    assert f"{before:.2f}" in card
+    assert abs(after - before) < 1e-3
