@@ -31,8 +31,15 @@ def effect(report: "Report") -> list[str]:
         lines.append(
             f"Against the source on {check.tokens} tokens ({check.text}): worst relative logit "
             f"error {check.max_rel_logit_error:.1e}, KL {check.kl:.2e} nats per token, the same "
-            f"greedy token at {check.greedy_match:.1%}."
+            f"greedy token at {check.greedy_match:.1%}; perplexity {check.source_perplexity:.2f} "
+            f"before, {check.perplexity:.2f} after."
         )
+        if (plain := check.quantized_only) is not None and check.kl_ratio is not None:
+            lines.append(
+                "The source quantized alone, to nearest, without removals: KL "
+                f"{plain.kl:.2e}, perplexity {plain.perplexity:.2f}; so this result's KL is "
+                f"{check.kl_ratio:.2f} times as large."
+            )
     return lines
 
 

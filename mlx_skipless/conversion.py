@@ -4,7 +4,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,18 +12,20 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import card, hub
+from . import card, hub, passages
 from . import model as model_module
 from . import verify as verification
+from .calibrate import CalibratedParts, NearestParts, memory_bytes
 from .checkpoint import FLOAT_NAMES, Checkpoint, open_checkpoint
 from .errors import UserError
 from .families import stock_expresses, stock_settings
 from .layout import Layout, Quantization, dtype_name
 from .loading import BUNDLED, load_tokenizer
 from .merge import Merger
-from .plan import REMOVALS, Conditioning, Plan, make_plan, measurable
+from .plan import REMOVALS, Conditioning, Plan, around_of, make_plan, measurable
+from .points import points
 from .report import Report, make_report
-from .verify import Verification
+from .verify import Parts, StreamedNetwork, Verification
 from .writer import Writer, carry_tokenizer, check_free
 
 MODEL_FILE = "model.py"
@@ -96,7 +98,7 @@ def convert(
         raise UserError(f"--seed {seed}: must be at least 0 and fit 64 bits")
     if upload_repo is not None and not hub.HUB_ID.fullmatch(upload_repo):
         raise UserError(f"--upload-repo {upload_repo}: a repository is called owner/name")
-    text = None if calibration is None else verification.tail_of(Path(calibration))
+    text = None if calibration is None else passages.read_text(Path(calibration))
     checkpoint = open_checkpoint(
         model, revision=revision, config_only=dry_run, trust_remote_code=trust_remote_code
     )
@@ -126,9 +128,13 @@ def convert(
     job = Job(checkpoint, plan, layout, stock, trust_remote_code, upload_repo)
     report = make_report(checkpoint, plan, job.layout, stock, conditioning)
     if not dry_run:
-        check = Check(str(calibration), text, seed) if verify else None
+        inverse = any(
+            around_of(plan.before, points(plan.before), *at) for at in plan.identity.items()
+        )
+        calibrating = quantization is not None and (text is not None or inverse)
+        prose = Prose(str(calibration), text, seed, check=verify, calibrate=calibrating)
         with _small_buffer_cache():
-            report = _write(job, out, report, check, progress)
+            report = _write(job, out, report, prose, progress)
         if upload_repo is not None:
             hub.upload(out, upload_repo)
     return replace(
@@ -149,12 +155,14 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Check:
-    """The text to check with: the user's, or with None sampled from the model by ``seed``."""
+class Prose:
+    """What text to use, the user's or with None the model's own by ``seed``, and what for."""
 
     name: str
     text: str | None
     seed: int
+    check: bool
+    calibrate: bool
 
 
 def _quantization(
@@ -189,7 +197,7 @@ def _measure(
     return measured
 
 
-def _check_memory(job: Job) -> None:
+def _check_memory(job: Job, *, calibrating: bool) -> None:
     """Refuse what cannot fit: three bases and the largest matrix in float64, a shard, the check."""
     args = job.plan.before
     hidden, ffn = args.hidden_size, args.intermediate_size
@@ -197,6 +205,7 @@ def _check_memory(job: Job) -> None:
     float64 = 8 * (6 * hidden * max(hidden, width) + 3 * max(hidden, width) * ffn)
     largest = max(array.nbytes for array in job.layout.tensors.values())
     needed = float64 + (1 << 30) + 4 * job.layout.count("model.layers.0.") + 3 * largest
+    needed += memory_bytes(args) if calibrating else 0
     available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > available:
         raise UserError(
@@ -205,20 +214,11 @@ def _check_memory(job: Job) -> None:
         )
 
 
-def _write(job: Job, out: Path, report: Report, check: Check | None, progress: Progress) -> Report:
+def _write(job: Job, out: Path, report: Report, prose: Prose, progress: Progress) -> Report:
     """Do what is planned; the report with the check's outcome."""
-    _check_memory(job)
+    _check_memory(job, calibrating=prose.calibrate)
     layers = job.plan.before.num_hidden_layers
-    merger = Merger(job.checkpoint, job.plan, job.layout.dtype)
     with Writer(out, job.layout.nbytes()) as writer:
-        writer.add(quantized(merger.embedding(), job.layout))
-        for layer in range(layers):
-            progress("converting", layer, layers)
-            writer.add(quantized(merger.layer(layer), job.layout))
-        writer.add(quantized(merger.head(), job.layout))
-        writer.finish_weights(job.layout.count())
-        progress("converting", layers, layers)
-
         config = output_config(job)
         writer.write_json("config.json", config)
         if not job.stock:
@@ -229,12 +229,70 @@ def _write(job: Job, out: Path, report: Report, check: Check | None, progress: P
         if carry_tokenizer(job.checkpoint, writer.folder, stock=job.stock, **trust):
             name = job.checkpoint.name
             tokenizer = load_tokenizer(writer.folder, config, name=name, **trust)
+        found = _passages(job, tokenizer, prose, progress)
+
+        parts = _result_parts(job, None if found is None else found.calibration)
+        writer.add(parts.embedding())
+        for layer in range(layers):
+            progress("converting", layer, layers)
+            writer.add(parts.layer(layer))
+        writer.add(parts.head())
+        writer.finish_weights(job.layout.count())
+        progress("converting", layers, layers)
+
         report = replace(report, output=str(out))
-        if check is not None:
-            report = report.verified(_verify(job, writer.folder, tokenizer, check, progress))
+        if found is not None and found.calibration is not None:
+            report = report.calibrated(found.calibration.size, found.origin)
+        if found is not None and prose.check:
+            report = report.verified(_verify(job, writer.folder, found, progress))
         writer.write_text("README.md", card.text(report, job.upload_repo or out.name))
         writer.commit()
     return report
+
+
+def _result_parts(job: Job, calibration: mx.array | None) -> Parts:
+    merger = Merger(job.checkpoint, job.plan, job.layout.dtype)
+    if calibration is None:
+        return NearestParts(merger, job.layout)
+    return CalibratedParts(job.plan.before, _source_parts(job), merger, job.layout, calibration)
+
+
+def _source_parts(job: Job, dtype: mx.Dtype = mx.float32) -> Merger:
+    """The network that the removals start from; in float32, whatever its weights were stored in."""
+    plan = job.plan
+    stripped = tuple(gain for gain in plan.folded if gain not in plan.before.gains)
+    start = replace(plan, identity={}, folded=stripped, after=plan.before)
+    return Merger(job.checkpoint, start, dtype)
+
+
+def _source_network(job: Job) -> StreamedNetwork:
+    before = job.plan.before
+    resident = Layout(before, mx.float32).nbytes() <= verification.RESIDENT_BYTES
+    return StreamedNetwork(before, _source_parts(job), resident=resident)
+
+
+def _passages(
+    job: Job, tokenizer: Any, prose: Prose, progress: Progress
+) -> passages.Passages | None:
+    """The tokens that checking and calibrating need; None if neither is wanted."""
+    if not (prose.check or prose.calibrate):
+        return None
+    if prose.text is None:
+        progress("sampling text", 0, 1)
+        begin = None if tokenizer is None else tokenizer.bos_token_id
+        network = _source_network(job)
+        found = passages.sampled(network, seed=prose.seed, start=begin, calibrating=prose.calibrate)
+        progress("sampling text", 1, 1)
+        return found
+    if tokenizer is None:
+        raise UserError("--calibration needs a tokenizer and the source has none: drop it")
+    return passages.from_text(
+        prose.name,
+        prose.text,
+        tokenizer.encode,
+        calibrating=prose.calibrate,
+        longest=job.plan.before.max_position_embeddings,
+    )
 
 
 @contextmanager
@@ -245,27 +303,6 @@ def _small_buffer_cache() -> Iterator[None]:
         yield
     finally:
         mx.set_cache_limit(before)
-
-
-def quantized(tensors: Mapping[str, mx.array], layout: Layout) -> dict[str, mx.array]:
-    """The tensors as the layout stores them, evaluated."""
-    done: dict[str, mx.array] = {}
-    for name, array in tensors.items():
-        where = name.removesuffix(".weight")
-        if f"{where}.scales" not in layout.tensors:
-            done[name] = array
-            continue
-        module = layout.modules[where]
-        parts = mx.quantize(array, module.group_size, module.bits, mode=module.mode)
-        done |= {
-            f"{where}.{part}": a
-            for part, a in zip(("weight", "scales", "biases"), parts, strict=False)
-        }
-    expected = layout.tensors
-    for name, array in done.items():
-        assert array.shape == expected[name].shape, f"{name}: {array.shape}"
-    mx.eval(done)
-    return done
 
 
 def output_config(job: Job) -> dict[str, Any]:
@@ -286,37 +323,27 @@ def output_config(job: Job) -> dict[str, Any]:
     return dict(sorted(config.items()))
 
 
-def _verify(
-    job: Job, folder: Path, tokenizer: Any, check: Check, progress: Progress
-) -> Verification:
+def _verify(job: Job, folder: Path, found: passages.Passages, progress: Progress) -> Verification:
     # The source runs in float32 from the weights it has; the result as it will run.
-    plan, layout = job.plan, job.layout
-    stripped = tuple(gain for gain in plan.folded if gain not in plan.before.gains)
-    start = replace(plan, identity={}, folded=stripped, after=plan.before)
-    source = verification.StreamedNetwork(
-        plan.before,
-        Merger(job.checkpoint, start, mx.float32),
-        resident=Layout(plan.before, mx.float32).nbytes() <= verification.RESIDENT_BYTES,
-    )
-    progress("checking", 0, 2)
-    if check.text is None:
-        begin = None if tokenizer is None else tokenizer.bos_token_id
-        tokens = verification.sample(source, seed=check.seed, start=begin)
-        origin = "sampled from the model"
-    elif tokenizer is None:
-        raise UserError("--calibration needs a tokenizer and the source has none: drop it")
-    else:
-        tokens = verification.text_tokens(check.name, check.text, tokenizer.encode)
-        origin = check.name
-    progress("checking", 1, 2)
+    progress("checking", 0, 1)
     result: verification.Network
     if job.stock:
         result = verification.StockNetwork(folder)
     else:
         parts = verification.WrittenParts(folder)
-        result = verification.StreamedNetwork(layout.args, parts, layout.settings)
-    outcome = verification.compare(source, result, tokens, origin)
-    progress("checking", 2, 2)
+        result = StreamedNetwork(job.layout.args, parts, job.layout.settings)
+    source = _source_network(job)
+    if job.layout.quantization is None:
+        (outcome,) = verification.compare(source, [result], found.check, found.origin)
+    else:
+        unremoved = Layout(job.plan.before, job.layout.dtype, job.layout.quantization)
+        rounded = NearestParts(_source_parts(job, unremoved.dtype), unremoved)
+        plain = StreamedNetwork(unremoved.args, rounded, unremoved.settings)
+        of_result, of_plain = verification.compare(
+            source, [result, plain], found.check, found.origin
+        )
+        outcome = of_result.beside(of_plain)
+    progress("checking", 1, 1)
     return outcome
 
 

@@ -13,6 +13,7 @@ from mlx_lm.utils import quantize_model
 
 from .families import EMBEDDING
 from .model import Model, ModelArgs, quant_predicate
+from .rounding import Format
 
 
 def dtype_name(dtype: mx.Dtype) -> str:
@@ -78,6 +79,13 @@ class Layout:
     @cached_property
     def modules(self) -> dict[str, Any]:
         return dict(self._built[0].named_modules())
+
+    def format_of(self, where: str) -> Format | None:
+        """How the matrix at a module path is packed; None if it is absent or dense."""
+        if f"{where}.scales" not in self.tensors:
+            return None
+        module = self.modules[where]
+        return Format(module.bits, module.group_size, module.mode, self.dtype)
 
     @cached_property
     def weights(self) -> dict[str, int]:

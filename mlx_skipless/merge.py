@@ -178,13 +178,27 @@ class Merger:
             out[name] = self._through(name)
         return out
 
+    def rewritten(self, where: str, outputs: mx.array) -> mx.array:
+        """What the matrix at a module path wrote before, (..., out), in the basis of the result."""
+        basis = self._basis(self._writes[where]) if where in self._writes else None
+        if basis is None:
+            return outputs
+        assert basis.matrix is not None
+        if basis.shift is not None and self._owns(where):
+            outputs = outputs + mx.array(basis.shift.astype(np.float32))
+        return outputs @ mx.array(basis.matrix.astype(np.float32))
+
+    def _owns(self, where: str) -> bool:
+        """Whether a writer adds the shift of the point that it writes."""
+        return self._points[self._writes[where]].producers[0] == where
+
     def _projection(self, where: str) -> dict[str, mx.array]:
         reads = self._basis(self._reads[where]) if where in self._reads else None
         writes = self._basis(self._writes[where]) if where in self._writes else None
         if reads is None and writes is None and self._gain_before(where) is None:
             arrays = self._checkpoint.read([f"{where}.weight", f"{where}.bias"])
             return {name: self._finite(name, array) for name, array in arrays.items()}
-        owner = writes is not None and self._points[self._writes[where]].producers[0] == where
+        owner = writes is not None and self._owns(where)
         new = change_basis(self._linear(where), reads=reads, writes=writes, owns_shift=owner)
         out = {f"{where}.weight": self._stored(f"{where}.weight", new.weight.T)}
         if new.bias is not None:

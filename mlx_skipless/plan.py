@@ -129,7 +129,7 @@ def make_plan(
         fold_norms: put every norm's gain into the matrices behind it.
         conditioning: measured, by module path; None where no weights are at hand.
         dtype: of the result; decides with ``conditioning`` what `auto` dares.
-        quantized: whether the result gets quantized.
+        quantized: whether the result gets quantized, against text.
 
     Raises:
         UserError: if an explicit removal is impossible.
@@ -146,8 +146,9 @@ def make_plan(
     for where in identity.values():
         gone.setdefault(letter_of(where), []).append(layer_of(where))
     gone = {letter: sorted(gone[letter]) for letter in LETTERS if letter in gone}
-    folded = _folded(args, before, bool(identity), fold_norms)
-    after = _after(before, found, identity, gone, folded, conditioning or {})
+    # In a quantized matrix a gain would widen the range of weights that share a scale.
+    folded = _folded(args, before, fold_norms, bool(identity) and not quantized)
+    after = _after(before, found, identity, gone, folded, conditioning or {}, quantized)
     return Plan(before, after, identity, folded, gone, tuple(notes))
 
 
@@ -258,7 +259,10 @@ def _choose(
         for letter, where in free.items():
             measured = (conditioning or {}).get(where, Conditioning(1, 1))
             noise[letter] = measured.amplification * UNIT_ROUNDOFF[dtype]
-            if (quantized and measured.extra_bits) or not measured.condition < HOPELESS:
+            if quantized:  # what reads the point is fitted again, but nothing fits a tied embedding
+                tied = _at_tied_embedding(args, found, index)
+                noise[letter] = math.inf if tied and measured.extra_bits else 0
+            if not measured.condition < HOPELESS:
                 noise[letter] = math.inf
         if not noise:
             continue
@@ -270,7 +274,7 @@ def _choose(
             too_noisy.setdefault(best, []).append(str(layer_of(free[best])))
     for letter, layers in too_noisy.items():
         why = (
-            "their neighbours would need more bits than it saves"
+            "the tied embedding would need more bits than it saves"
             if quantized
             else f"their inverses magnify the rounding of {dtype_name(dtype)} too much"
         )
@@ -286,7 +290,7 @@ def _choose(
 
 
 def _folded(
-    source: ModelArgs, before: ModelArgs, removing: bool, fold_norms: bool
+    source: ModelArgs, before: ModelArgs, fold_norms: bool, fold_projections: bool
 ) -> tuple[str, ...]:
     """Gains that go into the matrices behind them."""
     behind = []
@@ -295,7 +299,7 @@ def _folded(
     elif fold_norms:  # where Q, K or V is gone, no matrix is there to take its gain
         behind += [] if any(source.removed.get(part) for part in "qkv") else ["attention"]
         behind += ["ffn"]
-    if fold_norms or removing:
+    if fold_norms or fold_projections:
         behind += ["hidden"]
         behind += [] if source.removed.get("p") else ["v"]  # P absorbs it
     if fold_norms and not source.tie_word_embeddings:
@@ -310,6 +314,7 @@ def _after(
     gone: dict[str, list[int]],
     folded: tuple[str, ...],
     conditioning: Mapping[str, Conditioning],
+    quantized: bool,
 ) -> ModelArgs:
     removed = {
         part: sorted({*before.removed.get(part, ()), *gone.get(part, ())})
@@ -327,7 +332,9 @@ def _after(
             for moved in [owner, *found[index].consumers]:
                 if moved not in (where, EMBEDDING):
                     biases.setdefault(moved.rpartition(".")[2], set()).add(layer_of(moved))
-        if where in conditioning and conditioning[where].extra_bits:
+        # Calibration needs no more bits, but for an embedding that is read at both its ends.
+        fitted = quantized and not _at_tied_embedding(before, found, index)
+        if where in conditioning and conditioning[where].extra_bits and not fitted:
             for matrix in around:
                 previous = extra_bits.get(matrix, 0)
                 extra_bits[matrix] = max(previous, conditioning[where].extra_bits)
@@ -340,10 +347,14 @@ def _after(
     )
 
 
+def _at_tied_embedding(args: ModelArgs, found: list[Point], index: int) -> bool:
+    return args.tie_word_embeddings and index in (0, len(found) - 1)
+
+
 def around_of(args: ModelArgs, found: list[Point], index: int, where: str) -> list[str]:
     """Matrices whose values a change of basis mixes through an inverse (none: P leaving alone)."""
     touched = [found[index]]
-    if args.tie_word_embeddings and index in (0, len(found) - 1):
+    if _at_tied_embedding(args, found, index):
         touched = [found[0], found[-1]]
     if touched[0].producers == [where]:
         return []

@@ -14,6 +14,7 @@ from .verify import Verification
 
 NOTABLE_ERROR = 1e-3  # relative logit error; a well-conditioned merge in float32 stays below
 ALARMING_KL = 0.02  # nats per token: what plain 4-bit quantization costs a small skipless model
+ALARMING_RATIO = 1.5  # of a quantized result's KL to that of quantization alone
 SKIPLESS_WARNING = (
     "--skipless drops the skip connections that the weights were trained with: the result is NOT a "
     "language model until it is trained again. It shows the speed and size of one."
@@ -66,6 +67,11 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def calibrated(self, tokens: int, text: str) -> "Report":
+        """The report of a result that was quantized against so many tokens of a text."""
+        note = f"quantized against {tokens:,} tokens of text ({text})"
+        return replace(self, notes=(*self.notes, note))
+
     def verified(self, check: Verification) -> "Report":
         """The report with the check's outcome, and a warning if that is bad."""
         notes, warnings = self.notes, self.warnings
@@ -77,11 +83,17 @@ class Report:
                 f"rounding of {roundoff:.0e} to logit errors of up to "
                 f"{min(condition * roundoff, 1):.0e}; the merge itself is exact",
             )
-        if check.kl > ALARMING_KL and (condition or not self.quantization):
-            rounding = "quantization" if self.quantization else self.dtype
+        if check.kl_ratio is not None:
+            if check.kl > ALARMING_KL and check.kl_ratio > ALARMING_RATIO:
+                warnings += (
+                    f"the result differs from its source by {check.kl:.2g} nats per token, "
+                    f"{check.kl_ratio:.1f} times what quantization alone costs: --calibration "
+                    "with text of the kind that it will read helps, --remove p needs no inverse",
+                )
+        elif check.kl > ALARMING_KL:
             cause = (
-                f"inverses magnify the rounding of {rounding}. --remove auto leaves such matrices "
-                "in place, --remove p needs no inverse"
+                f"inverses magnify the rounding of {self.dtype}. --remove auto leaves such "
+                "matrices in place, --remove p needs no inverse"
                 if condition
                 else "more than rounding explains. Do not use it, and report this model"
             )

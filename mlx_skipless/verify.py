@@ -1,10 +1,10 @@
-"""Two networks, the same text: how far apart they are, and text to ask them with.
+"""Two networks, the same text: how far apart they are.
 
 Both are run a layer at a time, so that neither has to fit in memory.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,11 +21,7 @@ from .families import EMBEDDING, FINAL_NORM, HEAD
 from .model import Block, ModelArgs, RMSNorm
 
 Arrays = Mapping[str, mx.array]
-SEQUENCES, LENGTH = 4, 32  # of the check's text, in tokens
-# Where the layers are read from disk for each token, text is sampled in fewer steps.
-STREAMED_SEQUENCES, STREAMED_LENGTH = 16, 8
 RESIDENT_BYTES = 2 << 30  # of float32 weights that may stay in memory
-TAIL_BYTES = 1 << 16  # read from the end of a calibration file
 
 
 class Parts(Protocol):
@@ -172,60 +168,6 @@ class StreamedNetwork:
         return self._head(h).astype(mx.float32)
 
 
-def sample(network: StreamedNetwork, *, seed: int, start: int | None) -> mx.array:
-    """Text of the network's own, tokens (sequences, length) at temperature 1.
-
-    Each sequence opens with ``start`` if given and a random token.
-    """
-    sequences, length = (
-        (SEQUENCES, LENGTH) if network.resident else (STREAMED_SEQUENCES, STREAMED_LENGTH)
-    )
-    key = mx.random.key(seed)
-    key, first = mx.random.split(key)
-    tokens = mx.random.randint(0, network.args.vocab_size, (sequences, 1), key=first)
-    if start is not None and 0 <= start < network.args.vocab_size:
-        tokens = mx.concatenate(
-            [mx.full((sequences, 1), start, dtype=tokens.dtype), tokens], axis=1
-        )
-    caches = [KVCache() for _ in range(network.args.num_hidden_layers)]
-    fresh = tokens
-    while tokens.shape[1] < length:
-        logits = network.logits(network.hidden(fresh, caches)[:, -1:])[:, -1]
-        key, now = mx.random.split(key)
-        fresh = mx.random.categorical(mx.nan_to_num(logits), key=now)[:, None].astype(tokens.dtype)
-        tokens = mx.concatenate([tokens, fresh], axis=1)
-    return tokens
-
-
-def tail_of(file: Path) -> str:
-    """The end of a text file.
-
-    Raises:
-        UserError: if it cannot be read.
-    """
-    try:
-        return file.read_bytes()[-TAIL_BYTES:].decode("utf-8", errors="ignore")
-    except OSError as error:
-        raise UserError(
-            f"--calibration {file} cannot be read ({error.strerror}): give a text file"
-        ) from error
-
-
-def text_tokens(name: str, text: str, encode: Callable[[str], list[int]]) -> mx.array:
-    """The end of a text called ``name``, (n, LENGTH) tokens with n up to SEQUENCES.
-
-    Raises:
-        UserError: if it is too short.
-    """
-    ids = encode(text)
-    count = min(len(ids) // LENGTH, SEQUENCES)
-    if not count:
-        raise UserError(
-            f"--calibration {name} has {len(ids)} tokens; the check needs {LENGTH} or more"
-        )
-    return mx.array(ids[-count * LENGTH :]).reshape(count, LENGTH)
-
-
 @dataclass(frozen=True)
 class Verification:
     """How far a result is from its source on the same text.
@@ -234,37 +176,64 @@ class Verification:
         max_rel_logit_error: the worst token's max|a - b| / max|a| over the vocabulary.
         kl: mean KL(source || result), nats per token.
         greedy_match: share of tokens where both prefer the same next token.
+        perplexity: of the result, over each sequence's tokens but the first.
+        source_perplexity: likewise.
         tokens: how many were compared.
         text: where the text came from.
+        quantized_only: of a quantized result, the same for its source quantized in the same way,
+            to nearest, without removals.
+        kl_ratio: ``kl`` as a multiple of that of ``quantized_only``.
     """
 
     max_rel_logit_error: float
     kl: float
     greedy_match: float
+    perplexity: float
+    source_perplexity: float
     tokens: int
     text: str
+    quantized_only: "Verification | None" = None
+    kl_ratio: float | None = None
+
+    def beside(self, quantized_only: "Verification") -> "Verification":
+        """With the figures of the source quantized alone."""
+        ratio = self.kl / quantized_only.kl if quantized_only.kl > 0 else None
+        return replace(self, quantized_only=quantized_only, kl_ratio=ratio)
 
 
-def compare(source: Network, result: Network, tokens: mx.array, text: str) -> Verification:
-    """Run both on tokens (batch, length); ``text`` says where these came from."""
-    return compare_logits(_sequences(source, tokens), _sequences(result, tokens), text)
+def compare(
+    source: Network, results: Sequence[Network], tokens: mx.array, text: str
+) -> list[Verification]:
+    """Run networks on tokens (batch, length), each ``result`` against the source.
+
+    ``text`` says where the tokens came from.
+
+    Raises:
+        UserError: if a network overflows.
+    """
+    rows = np.array(tokens)
+    wanted = source.hidden(tokens)
+    outcomes = []
+    for result in results:
+        pairs = zip(_logits(source, wanted), _logits(result, result.hidden(tokens)), strict=True)
+        outcomes.append(compare_logits(pairs, rows, text))
+    return outcomes
 
 
-def _sequences(network: Network, tokens: mx.array) -> Iterator[np.ndarray]:
-    hidden = network.hidden(tokens)
+def _logits(network: Network, hidden: mx.array) -> Iterator[np.ndarray]:
     return (np.array(network.logits(h[None])[0]) for h in hidden)
 
 
 def compare_logits(
-    source: Iterator[np.ndarray], result: Iterator[np.ndarray], text: str
+    pairs: Iterable[tuple[np.ndarray, np.ndarray]], tokens: np.ndarray, text: str
 ) -> Verification:
-    """Compare logits, a (length, vocabulary) array a sequence.
+    """Compare the logits (length, vocabulary) of source and result, a pair a row of tokens.
 
     Raises:
         UserError: if either overflows.
     """
-    errors, divergences, matches = [], [], []
-    for a, b in zip(source, result, strict=True):
+    errors, divergences, matches, nll, source_nll = [], [], [], [], []
+    for (a, b), row in zip(pairs, tokens, strict=True):
         if not np.isfinite(a).all():
             raise UserError(
                 "the source itself overflows float32 on the check's text: its stream has no norms "
@@ -278,10 +247,15 @@ def compare_logits(
         log_p, log_q = _log_softmax(a), _log_softmax(b)
         divergences.append((np.exp(log_p) * (log_p - log_q)).sum(-1))
         matches.append(a.argmax(-1) == b.argmax(-1))
+        places = np.arange(len(row) - 1)
+        source_nll.append(-log_p[places, row[1:]])
+        nll.append(-log_q[places, row[1:]])
     return Verification(
         max_rel_logit_error=float(np.max(errors)),
         kl=float(np.mean(divergences)),
         greedy_match=float(np.mean(matches)),
+        perplexity=float(np.exp(np.mean(nll))),
+        source_perplexity=float(np.exp(np.mean(source_nll))),
         tokens=int(np.size(errors)),
         text=text,
     )

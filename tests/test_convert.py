@@ -172,17 +172,26 @@ def test_quantizing(
     assert report.bytes_after == sum(array.nbytes for array in ours.values())
 
 
-def test_a_noisy_q_stays_when_quantized(tmp_path: Path) -> None:
-    """auto weighs the extra bits around an ill-conditioned Q against Q, and says why it stays."""
+def test_a_noisy_q_goes_when_quantized(tmp_path: Path) -> None:
+    """Calibration makes up for its inverse, so nothing needs more bits."""
     make_checkpoint(tmp_path / "s", spread=2.0, **SIZES)
+    report = mlx_skipless.convert(tmp_path / "s", dry_run=True, quantize=True)
+    assert report.removed == {"q": [0, 1, 2], "p": [0, 1, 2]}
+    assert report.quantization is not None
+    assert not any(isinstance(v, dict) for v in report.quantization.values())
+    assert not report.warnings
+
+
+def test_a_noisy_q_beside_a_tied_embedding_stays_when_quantized(tmp_path: Path) -> None:
+    """auto weighs the extra bits of the embedding against Q, and says why it stays."""
+    sizes = SIZES | {"tie_word_embeddings": True, "final_norm": False}
+    make_checkpoint(tmp_path / "s", spread=2.0, **sizes)
     auto = mlx_skipless.convert(tmp_path / "s", dry_run=True, quantize=True)
-    assert auto.removed == {"p": [0, 1, 2]}
-    assert any("Q of layers 0, 1, 2 stays" in note for note in auto.notes)
+    assert auto.removed == {"q": [1, 2], "p": [0, 1, 2]}
+    assert any("Q of layers 0 stays: the tied embedding" in note for note in auto.notes)
     insisted = mlx_skipless.convert(tmp_path / "s", dry_run=True, quantize=True, remove="qp")
     assert insisted.removed == {"q": [0, 1, 2], "p": [0, 1, 2]}
-    assert insisted.quantization is not None
-    special = {k for k, v in insisted.quantization.items() if isinstance(v, dict)}
-    assert special or insisted.bytes_after > auto.bytes_after
+    assert insisted.bytes_after > auto.bytes_after
     assert any("magnified" in warning for warning in insisted.warnings)
 
 
@@ -270,7 +279,8 @@ def test_foreign_code_needs_trust(tmp_path: Path) -> None:
 def test_calibration_text(ending: str, tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "s", **SIZES)
     file = tmp_path / f"text.{ending}"
-    file.write_text("The miller's daughter span straw into gold. " * 20)
+    text = "The miller's daughter span straw into gold. " * 20
+    file.write_text(text if ending == "txt" else json.dumps({"text": text}) + "\n")
     report = mlx_skipless.convert(tmp_path / "s", tmp_path / "out", calibration=file)
     assert report.verification is not None
     assert report.verification.text == str(file) and report.verification.tokens == 128

@@ -1,0 +1,331 @@
+"""Quantizing a result against text, so that what a removal magnifies is made up for.
+
+Rounding the stream in a removed matrix's basis adds noise that its neighbours' inverses magnify.
+So the layers are gone through in order, with the text as the layers quantized so far bring it.
+Each matrix is fitted again, by least squares, so that from these inputs it gives the outputs that
+the source gives from its own, and is then rounded with error feedback. Only the source's outputs
+are asked for, so it does not matter that an inverse stands between the two.
+
+Two streams of activations (tokens, hidden) lie in memory, and for one matrix at a time the second
+moments of its inputs (in, in) and their products with its outputs (in, out).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.base import create_attention_mask
+
+from .families import EMBEDDING, FINAL_NORM, HEAD, path
+from .layout import Layout
+from .merge import Merger
+from .model import Block, ModelArgs
+from .rounding import Format, Packed, plus_diagonal
+from .verify import Parts
+
+BATCH_TOKENS = 2048
+HELD_OUT = 8  # every so manyth batch judges, the others are fitted
+WIDE = 4096  # inputs whose second moments are kept in float64
+# Tried as the ridge, a share of the inputs' mean square.
+RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+# Matrices that read the same place, in the order in which a block runs them.
+READERS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+Arrays = dict[str, mx.array]
+
+
+@dataclass
+class Moments:
+    """Of inputs X (tokens, in) and the outputs Y (tokens, out) that matrices shall give from them.
+
+    ``gram`` is X^T X; ``cross`` X^T Y and ``energy`` |Y|^2 by the matrix's name.
+    """
+
+    gram: np.ndarray = field(default_factory=lambda: np.zeros((1, 1), dtype=np.float32))
+    cross: dict[str, np.ndarray] = field(default_factory=dict)
+    energy: dict[str, float] = field(default_factory=dict)
+
+    def add(self, x: mx.array, targets: Mapping[str, mx.array]) -> None:
+        """Take in inputs (batch, length, in) and outputs (batch, length, out)."""
+        x = x.reshape(-1, x.shape[-1]).astype(mx.float32)
+        # In float32 where float64 would take gigabytes; what comes of it is judged in any case.
+        kind = np.float64 if x.shape[-1] <= WIDE else np.float32
+        self.gram = self.gram + np.array(x.T @ x).astype(kind)
+        for name, y in targets.items():
+            y = y.reshape(-1, y.shape[-1])
+            self.cross[name] = self.cross.get(name, 0) + np.array(x.T @ y).astype(kind)
+            self.energy[name] = self.energy.get(name, 0.0) + float(_float64(y.square().sum()))
+
+    def error(self, name: str, weight: np.ndarray) -> float:
+        """|X W - Y|^2 / |Y|^2 for a weight (in, out)."""
+        fit = np.sum(weight * (self.gram @ weight)) - 2 * np.sum(weight * self.cross[name])
+        return float(1 + fit / max(self.energy[name], np.finfo(np.float64).tiny))
+
+
+def memory_bytes(args: ModelArgs) -> int:
+    """About the most memory that calibrating takes, beside a layer's weights."""
+    widest = max(args.hidden_size, args.intermediate_size, args.num_attention_heads * args.head_dim)
+    moments = 6 * widest**2 * (8 if widest <= WIDE else 4)
+    return moments + 8 * 4 * BATCH_TOKENS * widest
+
+
+def fit(seen: Moments, judge: Moments, name: str, prior: np.ndarray, form: Format) -> np.ndarray:
+    """The weight (in, out) that gives the wanted outputs best once it is rounded.
+
+    Of ridge regressions on ``seen``, with several ridges, towards zero and towards ``prior``
+    (in, out), and ``prior`` as it is, that which on ``judge`` errs least when rounded to nearest.
+    """
+    gram = seen.gram
+    size = np.mean(np.diag(gram))
+    best, least = prior, judge.error(name, _rounded(prior, form))
+    for ridge in RIDGES if size else ():
+        added = ridge * size
+        towards = (added * prior).astype(gram.dtype)
+        both = np.linalg.solve(plus_diagonal(gram, added), np.hstack([seen.cross[name], towards]))
+        to_zero, share = np.hsplit(both, 2)
+        for candidate in (to_zero, to_zero + share):
+            error = judge.error(name, _rounded(candidate, form))
+            if error < least:
+                best, least = candidate, error
+    return best
+
+
+def _rounded(weight: np.ndarray, form: Format) -> np.ndarray:
+    stored = mx.array(np.ascontiguousarray(weight.T, dtype=np.float32))
+    return _float64(form.dense(form.nearest(stored))).T
+
+
+class _Recorder(nn.Module):
+    """A linear layer that keeps its latest inputs and outputs."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self.x = x
+        self.y = self.inner(x)
+        return self.y
+
+
+class NearestParts:
+    """Dense tensors in a layout's formats, each weight rounded to nearest."""
+
+    def __init__(self, dense: Parts, layout: Layout):
+        self._dense, self._layout = dense, layout
+
+    def embedding(self) -> Arrays:
+        return self._packed(self._dense.embedding())
+
+    def layer(self, layer: int) -> Arrays:
+        return self._packed(self._dense.layer(layer))
+
+    def head(self) -> Arrays:
+        return self._packed(self._dense.head())
+
+    def _packed(self, tensors: Mapping[str, mx.array]) -> Arrays:
+        out: Arrays = {}
+        for name, array in tensors.items():
+            where = name.removesuffix(".weight")
+            form = self._layout.format_of(where)
+            out |= {name: array} if form is None else _named(where, form.nearest(array))
+        mx.eval(out)
+        return out
+
+
+class CalibratedParts:
+    """A result's tensors, quantized against text; to be asked for in the order of the stream.
+
+    Args:
+        before: the network that the removals start from.
+        source: its tensors, in float32.
+        merger: makes the result's dense tensors.
+        layout: how the result's tensors lie on disk.
+        tokens: (sequences, length) of text.
+    """
+
+    def __init__(
+        self, before: ModelArgs, source: Parts, merger: Merger, layout: Layout, tokens: mx.array
+    ):
+        self._before, self._source = before, source
+        self._merger, self._layout = merger, layout
+        rows = max(1, min(BATCH_TOKENS // tokens.shape[1], tokens.shape[0] // HELD_OUT))
+        self._tokens = [tokens[i : i + rows] for i in range(0, tokens.shape[0], rows)]
+        self._wanted: list[mx.array] = []  # the source's stream, a batch each
+        self._actual: list[mx.array] = []  # the result's
+
+    def embedding(self) -> Arrays:
+        name = f"{EMBEDDING}.weight"
+        wanted = self._source.embedding()[name]
+        out = dict(self._merger.embedding())
+        actual = out[name]
+        if (form := self._layout.format_of(EMBEDDING)) is not None:
+            gram = self._embedding_gram(actual)
+            packed = form.nearest(actual)
+            if gram is not None:
+                packed = form.with_feedback(np.array(actual.astype(mx.float32)), gram)
+            actual, out = form.dense(packed), _named(EMBEDDING, packed)
+        self._wanted = [wanted[tokens] for tokens in self._tokens]
+        self._actual = [actual[tokens].astype(mx.float32) for tokens in self._tokens]
+        return out
+
+    def _embedding_gram(self, embedding: mx.array) -> np.ndarray | None:
+        """How much errors in an embedding's row matter (hidden, hidden).
+
+        By what the first block's matrices make of them, relative to what they make of the text,
+        and at a tied head by the streams that rows are multiplied with there. None where the
+        embedding is read by more than these.
+        """
+        if self._before.norm == "pre" or self._before.skip != "none":
+            return None
+        rows = _float64(embedding[self._tokens_in_a_row()])
+        seen = rows.T @ rows
+        merged, readers = self._merger.layer(0), [*READERS[0]]
+        if self._before.block == "parallel":
+            readers += READERS[2]
+        gram = np.zeros_like(seen)
+        for name in readers:
+            stored = merged.get(f"{path(0, name)}.weight")  # none: it is the identity
+            weight = np.eye(len(seen)) if stored is None else _float64(stored).T
+            gram += weight @ weight.T / np.sum(weight * (seen @ weight))
+        gram /= np.trace(gram)
+        if self._before.tie_word_embeddings:
+            last = self._last_streams()
+            gram += last.T @ last / np.sum(last**2)
+        return gram
+
+    def _tokens_in_a_row(self) -> mx.array:
+        return mx.concatenate([tokens.reshape(-1) for tokens in self._tokens])
+
+    def _last_streams(self) -> np.ndarray:
+        """What the source's head reads on the text, in the result's basis, (tokens, hidden)."""
+        streams = [self._source.embedding()[f"{EMBEDDING}.weight"][t] for t in self._tokens]
+        for layer in range(self._before.num_hidden_layers):
+            prefix = f"model.layers.{layer}."
+            block = _filled(Block(self._before, layer), self._source.layer(layer), prefix)
+            streams = [self._run(block, h) for h in streams]
+            mx.eval(streams)
+        writer = path(self._before.num_hidden_layers - 1, "down_proj")
+        head = self._source.head()
+        streams = [self._merger.rewritten(writer, self._normed(h, head)) for h in streams]
+        return np.concatenate([_float64(h.reshape(-1, h.shape[-1])) for h in streams])
+
+    def layer(self, layer: int) -> Arrays:
+        """Every tensor of a layer; call it once for each, first to last."""
+        prefix = f"model.layers.{layer}."
+        out = dict(self._merger.layer(layer))
+        source = _filled(Block(self._before, layer), self._source.layer(layer), prefix)
+        result = _filled(Block(self._layout.args, layer), out, prefix)
+        for readers in READERS:
+            places = [path(layer, name) for name in readers]
+            places = [where for where in places if self._layout.format_of(where) is not None]
+            if not places:
+                continue
+            seen, judge = self._observe(places, source, result, out)
+            for where in places:
+                packed, dense = self._fitted(where, seen, judge, out.pop(f"{where}.weight"))
+                out |= packed
+                _owner(result, where.removeprefix(prefix)).weight = dense
+        for block, stream in ((source, self._wanted), (result, self._actual)):
+            for i, h in enumerate(stream):
+                stream[i] = self._run(block, h)
+                mx.eval(stream[i])
+        return out
+
+    def head(self) -> Arrays:
+        out = dict(self._merger.head())
+        if self._layout.format_of(HEAD) is None or self._before.tie_word_embeddings:
+            return out
+        source = self._source.head()
+        moments = Moments(), Moments()
+        for i, (wanted, actual) in enumerate(zip(self._wanted, self._actual, strict=True)):
+            y = self._normed(wanted, source) @ source[f"{HEAD}.weight"].T
+            moments[self._judges(i)].add(self._normed(actual, out), {HEAD: y})
+        packed, _ = self._fitted(HEAD, *moments, out.pop(f"{HEAD}.weight"))
+        return out | packed
+
+    def _normed(self, h: mx.array, tensors: Mapping[str, mx.array]) -> mx.array:
+        if not self._before.final_norm:
+            return h
+        return mx.fast.rms_norm(h, tensors.get(f"{FINAL_NORM}.weight"), self._before.rms_norm_eps)
+
+    def _observe(
+        self, places: Sequence[str], source: Block, result: Block, merged: Arrays
+    ) -> tuple[Moments, Moments]:
+        """What reaches the matrices at ``places`` and what they should make of it."""
+        names = [where.split(".", 3)[3] for where in places]
+        wanted = [_record(source, name) for name in names]
+        reader = _record(result, names[0])
+        moments = Moments(), Moments()
+        for i, (exact, actual) in enumerate(zip(self._wanted, self._actual, strict=True)):
+            self._run(source, exact)
+            self._run(result, actual)
+            targets = {
+                where: self._in_new_basis(where, recorder.y, merged)
+                for where, recorder in zip(places, wanted, strict=True)
+            }
+            moments[self._judges(i)].add(reader.x, targets)
+        for block, name, recorder in (
+            *((source, name, recorder) for name, recorder in zip(names, wanted, strict=True)),
+            (result, names[0], reader),
+        ):
+            _replace(block, name, recorder.inner)
+        return moments
+
+    def _fitted(
+        self, where: str, seen: Moments, judge: Moments, merged: mx.array
+    ) -> tuple[Arrays, mx.array]:
+        """A matrix fitted and rounded: its packed parts by name, and what they stand for."""
+        form = self._layout.format_of(where)
+        assert form is not None
+        weight = fit(seen, judge, where, _float64(merged).T, form)
+        packed = form.with_feedback(weight.T, seen.gram + judge.gram)
+        return _named(where, packed), form.dense(packed)
+
+    def _in_new_basis(self, where: str, y: mx.array, merged: Arrays) -> mx.array:
+        """What a matrix writes in the source, as x @ weight should be in the result."""
+        y = self._merger.rewritten(where, y)
+        bias = merged.get(f"{where}.bias")
+        return y if bias is None else y - bias
+
+    def _run(self, block: Block, h: mx.array) -> mx.array:
+        window = self._before.sliding_window if block.use_sliding else None
+        return block(h, create_attention_mask(h, None, window_size=window))
+
+    def _judges(self, batch: int) -> bool:
+        return batch % HELD_OUT == HELD_OUT - 1
+
+
+def _named(where: str, packed: Packed) -> Arrays:
+    return {f"{where}.{part}": array for part, array in packed.items()}
+
+
+def _filled(block: Block, tensors: Mapping[str, mx.array], prefix: str) -> Block:
+    """The block with its tensors, in float32."""
+    own = [(name.removeprefix(prefix), a.astype(mx.float32)) for name, a in tensors.items()]
+    block.load_weights(own)
+    return block
+
+
+def _owner(block: Block, name: str) -> Any:
+    """The linear layer at a path inside a block."""
+    parent, _, last = name.rpartition(".")
+    return getattr(getattr(block, parent), last)
+
+
+def _replace(block: Block, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(getattr(block, parent), last, module)
+
+
+def _record(block: Block, name: str) -> _Recorder:
+    recorder = _Recorder(_owner(block, name))
+    _replace(block, name, recorder)
+    return recorder
+
+
+def _float64(array: mx.array) -> np.ndarray:
+    return np.array(array.astype(mx.float32)).astype(np.float64)

@@ -1,0 +1,131 @@
+"""Text to calibrate and to check with: a user's file, or the source model's own words."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+from mlx_lm.models.cache import KVCache
+
+from . import corpus
+from .errors import UserError
+from .verify import StreamedNetwork
+
+CHECK = (4, 32)  # sequences, tokens each
+CALIBRATION = (64, 256)
+# Where the layers are read from disk for each token, text is sampled in fewer steps.
+STREAMED_CHECK, STREAMED_CALIBRATION = (16, 8), (512, 16)
+SHORTEST = 16  # tokens in a row that calibrate anything
+TAIL = 1 << 16  # characters at a file's end that are kept for the check
+PIECE = 2048  # characters of a file in a row to calibrate with
+
+
+@dataclass(frozen=True)
+class Passages:
+    """Tokens (sequences, length) to check a result with and, if it needs them, to calibrate it.
+
+    ``origin`` says where they come from.
+    """
+
+    check: mx.array
+    calibration: mx.array | None
+    origin: str
+
+
+def read_text(file: Path) -> str:
+    """A calibration file's text: all of a plain file, the documents of a .jsonl file.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    try:
+        return "\n\n".join(corpus.read_texts([file], share=0).train)
+    except UserError as error:
+        raise UserError(f"--calibration {error}") from error
+
+
+def from_text(
+    name: str,
+    text: str,
+    encode: Callable[[str], list[int]],
+    *,
+    calibrating: bool,
+    longest: int | None = None,
+) -> Passages:
+    """Passages of a text called ``name``: its end to check, places all over the rest to calibrate.
+
+    Args:
+        name: what errors call it.
+        text: of any length.
+        encode: text to tokens.
+        calibrating: whether calibration is wanted.
+        longest: tokens that the model can read in a row.
+
+    Raises:
+        UserError: if it is too short.
+    """
+    sequences, length = CHECK
+    tail = min(TAIL, len(text) // 4) if calibrating else TAIL
+    ids = encode(text[-tail:])
+    count = min(len(ids) // length, sequences)
+    if not count:
+        raise UserError(
+            f"--calibration {name} has {len(ids)} tokens"
+            f"{' in its last quarter' if calibrating else ''}; the check needs {length} or more"
+        )
+    check = mx.array(ids[-count * length :]).reshape(count, length)
+    if not calibrating:
+        return Passages(check, None, name)
+    rest = text[:-tail]
+    sequences, length = CALIBRATION
+    step = max(PIECE, len(rest) // sequences)
+    places = range(0, len(rest), step)
+    share = math.ceil(sequences * length / max(1, len(places)))
+    row = [i for at in places for i in encode(rest[at : at + PIECE])[:share]]
+    length = min(length, longest or length, len(row) // sequences)
+    if length < SHORTEST:
+        raise UserError(
+            f"--calibration {name} has {len(row)} tokens to calibrate with; at least "
+            f"{sequences * SHORTEST:,} are needed: give more text"
+        )
+    count = min(len(row) // length, sequences)
+    return Passages(check, mx.array(row[: count * length]).reshape(count, length), name)
+
+
+def sampled(
+    network: StreamedNetwork, *, seed: int, start: int | None, calibrating: bool
+) -> Passages:
+    """Text that the network itself speaks; see ``sample``."""
+    check = CHECK if network.resident else STREAMED_CHECK
+    calibration = None
+    if calibrating:
+        sequences, length = CALIBRATION if network.resident else STREAMED_CALIBRATION
+        length = min(length, network.args.max_position_embeddings or length)
+        calibration = sample(network, sequences, length, seed=(seed + 1) % 2**64, start=start)
+    tokens = sample(network, *check, seed=seed, start=start)
+    return Passages(tokens, calibration, "sampled from the model")
+
+
+def sample(
+    network: StreamedNetwork, sequences: int, length: int, *, seed: int, start: int | None
+) -> mx.array:
+    """Text of the network's own, tokens (sequences, length) at temperature 1.
+
+    Each sequence opens with ``start`` if given and a random token.
+    """
+    key = mx.random.key(seed)
+    key, first = mx.random.split(key)
+    tokens = mx.random.randint(0, network.args.vocab_size, (sequences, 1), key=first)
+    if start is not None and 0 <= start < network.args.vocab_size:
+        tokens = mx.concatenate(
+            [mx.full((sequences, 1), start, dtype=tokens.dtype), tokens], axis=1
+        )
+    caches = [KVCache() for _ in range(network.args.num_hidden_layers)]
+    fresh = tokens
+    while tokens.shape[1] < length:
+        logits = network.logits(network.hidden(fresh, caches)[:, -1:])[:, -1]
+        key, now = mx.random.split(key)
+        fresh = mx.random.categorical(mx.nan_to_num(logits), key=now)[:, None].astype(tokens.dtype)
+        tokens = mx.concatenate([tokens, fresh], axis=1)
+    return tokens

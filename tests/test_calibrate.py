@@ -1,0 +1,186 @@
+"""Calibrated quantization: fits against least squares, conversions against references."""
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import reference
+from factory import make_checkpoint
+
+import mlx_skipless
+from mlx_skipless import passages
+from mlx_skipless.calibrate import Moments, fit
+from mlx_skipless.checkpoint import open_checkpoint
+from mlx_skipless.layout import Layout, Quantization
+from mlx_skipless.rounding import Format
+
+SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4}
+WORDS = [
+    "the",
+    "a",
+    "king",
+    "fox",
+    "mill",
+    "daughter",
+    "said",
+    "went",
+    "saw",
+    "gold",
+    "straw",
+    "and",
+    "to",
+    "of",
+    "in",
+    "wood",
+]
+
+
+def prose(words: int, seed: int) -> str:
+    """Text with far fewer words than the network has tokens for: its activations are alike."""
+    rng = np.random.default_rng(seed)
+    return " ".join(rng.choice(WORDS, words))
+
+
+@pytest.fixture(autouse=True)
+def less_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passages, "CALIBRATION", (64, 64))
+
+
+def moments(x: np.ndarray, y: np.ndarray) -> Moments:
+    found = Moments()
+    for a, b in zip(np.array_split(x, 3), np.array_split(y, 3), strict=True):
+        found.add(mx.array(a[None].astype(np.float32)), {"m": mx.array(b[None].astype(np.float32))})
+    return found
+
+
+def test_moments_know_the_error() -> None:
+    rng = np.random.default_rng(0)
+    x, y, w = (rng.standard_normal(shape) for shape in ((50, 6), (50, 4), (6, 4)))
+    expected = np.sum((x @ w - y) ** 2) / np.sum(y**2)
+    assert moments(x, y).error("m", w) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_fit_finds_the_matrix(noise: float) -> None:
+    """From clean inputs the true matrix whatever the prior; from noisy ones better than it."""
+    rng = np.random.default_rng(1)
+    w = rng.standard_normal((64, 32))
+    x = rng.standard_normal((4000, 64)) * np.logspace(0, -2, 64)
+    inputs = x + noise * 0.05 * rng.standard_normal(x.shape)
+    half = len(x) // 2
+    seen, judge = moments(inputs[:half], x[:half] @ w), moments(inputs[half:], x[half:] @ w)
+    form = Format(8, 32, "affine")
+    got = fit(seen, judge, "m", 5 * rng.standard_normal(w.shape), form)
+    if not noise:
+        assert judge.error("m", got) < 1e-4
+    assert judge.error("m", got) < judge.error("m", w) + 1e-5
+    # Ordinary least squares, by its normal equations: nothing linear does better on what it saw.
+    best = np.linalg.lstsq(inputs[:half], x[:half] @ w, rcond=None)[0]
+    assert judge.error("m", got) < 1.2 * judge.error("m", best) + 1e-4
+
+
+def test_fit_keeps_the_prior_where_nothing_was_seen() -> None:
+    prior = np.random.default_rng(2).standard_normal((32, 8))
+    nothing = np.zeros((10, 32))
+    form = Format(4, 32, "affine")
+    seen, judge = moments(nothing, np.zeros((10, 8))), moments(nothing, np.ones((10, 8)))
+    assert fit(seen, judge, "m", prior, form) is prior
+
+
+def test_fit_keeps_the_prior_where_the_judge_says_so() -> None:
+    """What was seen misleads: random outputs; what is judged follows the prior."""
+    rng = np.random.default_rng(3)
+    prior = rng.standard_normal((32, 8))
+    x = rng.standard_normal((40, 32))
+    seen, judge = moments(x, 9 * rng.standard_normal((40, 8))), moments(x, x @ prior)
+    assert fit(seen, judge, "m", prior, Format(8, 32, "affine")) is prior
+
+
+def ill_conditioned(folder: Path, spread: float = 2.5, **config: Any):
+    """A checkpoint whose Q (and K, V) have condition numbers of 10 ** spread."""
+    config, weights = make_checkpoint(folder, **SIZES | config)
+    rng = np.random.default_rng(0)
+    for name, w in weights.items():
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            u, s, v = np.linalg.svd(w, full_matrices=False)
+            s = np.sqrt(np.mean(s**2)) * rng.permutation(np.logspace(0, -spread, len(s)))
+            weights[name] = 2 * (u * s) @ v
+    arrays = {name: mx.array(w.astype(np.float32)) for name, w in weights.items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays, metadata={"format": "pt"})
+    return config, {name: np.array(a).astype(np.float64) for name, a in arrays.items()}
+
+
+def tokens_of(text: str, folder: Path, length: int = 64) -> np.ndarray:
+    ids = open_checkpoint(folder) and mlx_skipless.load(folder)[1].encode(text)
+    count = len(ids) // length
+    return np.array(ids[: count * length]).reshape(count, length)
+
+
+def kl_of(out: Path, source: tuple[Any, Any], tokens: np.ndarray) -> float:
+    model, _ = mlx_skipless.load(out)
+    got = np.array(model(mx.array(tokens)).astype(mx.float32))
+    return reference.softmax_kl(reference.logits(*source, tokens), got)
+
+
+CASES: list[dict[str, Any]] = [
+    {"remove": "qp"},
+    {"remove": "q", "q_bits": 8},
+    {"remove": "qp", "q_mode": "mxfp4"},
+    {"remove": "qp", "q_mode": "nvfp4", "dtype": "bfloat16"},
+    {"remove": "kp", "num_key_value_heads": 4},
+    {"remove": "vp", "num_key_value_heads": 4, "norm": "none"},
+    {"remove": "q", "block": "parallel"},
+    {"remove": "q", "skip": "ffn"},
+    {"remove": "qp", "bias": ("q_proj", "k_proj", "o_proj", "down_proj")},
+    {"remove": "qp", "linear_paths": True, "gains": True},
+    {"remove": "qp", "final_norm": False, "sliding_window": 9},
+]
+OPTIONS = ("remove", "q_bits", "q_mode", "dtype")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(v) for v in c.values()))
+def test_removal_survives_quantization(case: dict[str, Any], tmp_path: Path) -> None:
+    """Against text, an ill-conditioned matrix goes at a fraction of the naive merge's price."""
+    options = {key: value for key, value in case.items() if key in OPTIONS}
+    config = {"norm": "qkv"} | {k: v for k, v in case.items() if k not in OPTIONS}
+    source = ill_conditioned(tmp_path / "s", **config)
+    (tmp_path / "text.txt").write_text(prose(4000, seed=1))
+    report = mlx_skipless.convert(
+        tmp_path / "s", tmp_path / "ours", quantize=True, calibration=tmp_path / "text.txt",
+        **options,
+    )  # fmt: skip
+    assert set(report.removed) == set(case["remove"])
+    tokens = tokens_of(prose(300, seed=2), tmp_path / "s")
+    ours = kl_of(tmp_path / "ours", source, tokens)
+
+    dense = {key: value for key, value in options.items() if key in ("remove", "dtype")}
+    mlx_skipless.convert(tmp_path / "s", tmp_path / "dense", verify=False, **dense)
+    model, _ = mlx_skipless.load(tmp_path / "dense")
+    layout = Layout(
+        model.args,
+        getattr(mx, case.get("dtype", "float32")),
+        Quantization(case.get("q_bits"), None, case.get("q_mode", "affine")),
+    )
+    naive = rounded_kl(tmp_path / "dense", layout, source, tokens)
+    assert ours < 0.5 * naive
+    check = report.verification
+    assert check is not None and check.quantized_only is not None
+    assert check.kl_ratio == pytest.approx(check.kl / check.quantized_only.kl)
+    assert check.kl < 4 * check.quantized_only.kl
+
+
+def rounded_kl(folder: Path, layout: Layout, source: Any, tokens: np.ndarray) -> float:
+    """KL of a dense folder whose matrices are rounded to nearest, all in the same format."""
+    model, _ = mlx_skipless.load(folder)
+    for _, module in model.named_modules():
+        if hasattr(module, "to_quantized") and module.weight.shape[-1] % 32 == 0:
+            form = layout.quantization
+            assert form is not None
+            size = {"affine": 64, "nvfp4": 16}.get(form.mode, 32)
+            bits = form.bits or 4
+            plain = Format(bits, size, form.mode, layout.dtype)
+            module.weight = plain.dense(plain.nearest(module.weight)).astype(layout.dtype)
+    got = np.array(model(mx.array(tokens)).astype(mx.float32))
+    return reference.softmax_kl(reference.logits(*source, tokens), got)

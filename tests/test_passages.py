@@ -1,0 +1,97 @@
+"""Text to calibrate and to check with."""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import reference
+from factory import make_checkpoint
+
+from mlx_skipless import passages, verify
+from mlx_skipless.checkpoint import open_checkpoint
+from mlx_skipless.errors import UserError
+from mlx_skipless.merge import Merger
+from mlx_skipless.plan import make_plan
+
+
+@pytest.fixture(params=[True, False], ids=["resident", "streamed"])
+def network(request: pytest.FixtureRequest, tmp_path: Path):
+    source = make_checkpoint(
+        tmp_path, norm="qkv", gains=True, linear_paths=True, sliding_window=5,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+    )  # fmt: skip
+    checkpoint = open_checkpoint(tmp_path)
+    plan = make_plan(checkpoint.args, remove="none")
+    parts = Merger(checkpoint, plan, mx.float32)
+    return source, verify.StreamedNetwork(checkpoint.args, parts, resident=request.param)
+
+
+def test_sampled_text_is_the_networks_own(network) -> None:
+    """By the seed the same, by another one other; and likelier than chance under the network."""
+    source, streamed = network
+    tokens = np.array(passages.sample(streamed, 4, 32, seed=1, start=7))
+    again = np.array(passages.sample(streamed, 4, 32, seed=1, start=7))
+    other = np.array(passages.sample(streamed, 4, 32, seed=2, start=7))
+    assert (tokens == again).all() and (tokens != other).any()
+    assert (tokens[:, 0] == 7).all() and tokens.size == 128
+    logits = reference.logits(*source, tokens)[:, 1:-1]
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    chosen = np.take_along_axis(log_p, tokens[:, 2:, None], axis=-1)
+    entropy = -(np.exp(log_p) * log_p).sum(-1)
+    assert -chosen.mean() == pytest.approx(entropy.mean(), abs=0.6)
+    assert entropy.mean() < np.log(264) - 0.1
+
+
+@pytest.mark.parametrize("calibrating", [True, False])
+def test_passages_that_the_network_speaks(network, calibrating: bool) -> None:
+    _, streamed = network
+    found = passages.sampled(streamed, seed=3, start=7, calibrating=calibrating)
+    assert found.check.size == 128 and "sampled" in found.origin
+    if not calibrating:
+        assert found.calibration is None
+        return
+    assert found.calibration is not None and found.calibration.size >= 8192
+    check, calibration = np.array(found.check), np.array(found.calibration)
+    assert (check[:, :8] != calibration[: len(check), :8]).any()
+
+
+def encode(text: str) -> list[int]:
+    return list(text.encode())
+
+
+@pytest.mark.parametrize("size", [5_000, 40_000, 1_000_000])
+def test_passages_of_a_text(size: int) -> None:
+    """The check gets the end, calibration places all over what comes before it."""
+    text = "".join(chr(ord("a") + 26 * i // size) for i in range(size))
+    found = passages.from_text("a.txt", text, encode, calibrating=True)
+    assert found.calibration is not None
+    check, calibration = np.array(found.check), np.array(found.calibration)
+    assert bytes(check.reshape(-1).tolist()) == text[-128:].encode()
+    assert calibration.shape[0] == 64 and 16 <= calibration.shape[1] <= 256
+    seen = {chr(i) for i in np.unique(calibration)}
+    assert {"a", "e", "i", "m", "q"} <= seen and "z" not in seen
+    short = passages.from_text("a.txt", text, encode, calibrating=True, longest=20)
+    assert short.calibration is not None and short.calibration.shape == (64, 20)
+    plain = passages.from_text("a.txt", text, encode, calibrating=False)
+    assert plain.calibration is None and mx.array_equal(plain.check, found.check).item()
+
+
+@pytest.mark.parametrize(
+    ("text", "calibrating", "said"),
+    [("abc", False, "3 tokens"), ("a" * 99, True, "quarter"), ("a" * 999, True, "1,024")],
+)
+def test_short_text_is_refused(text: str, calibrating: bool, said: str) -> None:
+    with pytest.raises(UserError, match=f"--calibration short.txt.*{said}"):
+        passages.from_text("short.txt", text, encode, calibrating=calibrating)
+
+
+def test_reading_files(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    assert passages.read_text(tmp_path / "a.txt") == "one\ntwo"
+    records = [{"text": "one"}, {"prompt": "two", "completion": " three"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    assert passages.read_text(tmp_path / "a.jsonl") == "one\n\ntwo three"
+    with pytest.raises(UserError, match=r"--calibration .*none\.txt"):
+        passages.read_text(tmp_path / "none.txt")
