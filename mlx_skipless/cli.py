@@ -59,7 +59,7 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--calibration", metavar="TEXT_FILE",
-        help="text whose end is used for the check (default: text sampled from the model)",
+        help="text to quantize against, its end for the check (default: sampled from the model)",
     )  # fmt: skip
     parser.add_argument(
         "--dtype", choices=["float16", "bfloat16", "float32"],

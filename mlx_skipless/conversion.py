@@ -69,8 +69,8 @@ def convert(
         fold_norms: put every norm's gain into the matrices behind it; ``remove="auto"`` does that
             to a pretrained model unasked.
         quantize: quantize the result, by mlx-lm's modes: ``q_mode``, ``q_bits``, ``q_group_size``.
-        calibration: a text file whose end serves as the check's text; default: text sampled from
-            the model.
+        calibration: a text file to quantize against, its end to check with; default: text sampled
+            from the model.
         dtype: "float16", "bfloat16" or "float32"; default: the source's.
         revision: of a Hub id.
         upload_repo: upload the result there.

@@ -146,8 +146,7 @@ def make_plan(
     for where in identity.values():
         gone.setdefault(letter_of(where), []).append(layer_of(where))
     gone = {letter: sorted(gone[letter]) for letter in LETTERS if letter in gone}
-    # In a quantized matrix a gain would widen the range of weights that share a scale.
-    folded = _folded(args, before, fold_norms, bool(identity) and not quantized)
+    folded = _folded(args, before, fold_norms)
     after = _after(before, found, identity, gone, folded, conditioning or {}, quantized)
     return Plan(before, after, identity, folded, gone, tuple(notes))
 
@@ -289,17 +288,19 @@ def _choose(
     return identity
 
 
-def _folded(
-    source: ModelArgs, before: ModelArgs, fold_norms: bool, fold_projections: bool
-) -> tuple[str, ...]:
-    """Gains that go into the matrices behind them."""
+def _folded(source: ModelArgs, before: ModelArgs, fold_norms: bool) -> tuple[str, ...]:
+    """Gains that go into the matrices behind them.
+
+    Only those that must, or all if asked: a gain in a matrix widens the range of the weights that
+    share a scale once it is quantized, and weighs next to nothing outside.
+    """
     behind = []
     if before is not source:
         behind += [*GAINS["pre"]]
     elif fold_norms:  # where Q, K or V is gone, no matrix is there to take its gain
         behind += [] if any(source.removed.get(part) for part in "qkv") else ["attention"]
         behind += ["ffn"]
-    if fold_norms or fold_projections:
+    if fold_norms:
         behind += ["hidden"]
         behind += [] if source.removed.get("p") else ["v"]  # P absorbs it
     if fold_norms and not source.tie_word_embeddings:
