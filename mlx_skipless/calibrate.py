@@ -19,6 +19,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.base import create_attention_mask
 
+from .errors import UserError
 from .families import EMBEDDING, FINAL_NORM, HEAD, path
 from .layout import Layout
 from .merge import Merger
@@ -268,6 +269,12 @@ class CalibratedParts:
                 for where, recorder in zip(places, wanted, strict=True)
             }
             moments[self._judges(i)].add(reader.x, targets)
+        for found in moments:
+            if not all(np.isfinite(m).all() for m in (found.gram, *found.cross.values())):
+                raise UserError(
+                    f"activations overflow float32 at {places[0]} on the text to quantize against: "
+                    "the stream has no norms to hold it. --remove none and --remove p need no text"
+                )
         for block, name, recorder in (
             *((source, name, recorder) for name, recorder in zip(names, wanted, strict=True)),
             (result, names[0], reader),

@@ -7,12 +7,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import reference
-from factory import make_checkpoint
+from factory import make_checkpoint, make_llama
 
 import mlx_skipless
 from mlx_skipless import passages
 from mlx_skipless.calibrate import Moments, fit
-from mlx_skipless.checkpoint import open_checkpoint
 from mlx_skipless.layout import Layout, Quantization
 from mlx_skipless.rounding import Format
 
@@ -113,7 +112,7 @@ def ill_conditioned(folder: Path, spread: float = 2.5, **config: Any):
 
 
 def tokens_of(text: str, folder: Path, length: int = 64) -> np.ndarray:
-    ids = open_checkpoint(folder) and mlx_skipless.load(folder)[1].encode(text)
+    ids = mlx_skipless.load(folder)[1].encode(text)
     count = len(ids) // length
     return np.array(ids[: count * length]).reshape(count, length)
 
@@ -169,6 +168,38 @@ def test_removal_survives_quantization(case: dict[str, Any], tmp_path: Path) -> 
     assert check is not None and check.quantized_only is not None
     assert check.kl_ratio == pytest.approx(check.kl / check.quantized_only.kl)
     assert check.kl < 4 * check.quantized_only.kl
+
+
+def test_overflow_is_named(tmp_path: Path) -> None:
+    """A stream without norms that grows beyond float32 calibrates nothing, and says so."""
+    _, weights = make_checkpoint(tmp_path / "s", norm="none", **SIZES)
+    for name, w in weights.items():
+        if name.endswith(("up_proj.weight", "down_proj.weight")):
+            weights[name] = 1e15 * w
+    arrays = {name: mx.array(w.astype(np.float32)) for name, w in weights.items()}
+    mx.save_safetensors(str(tmp_path / "s/model.safetensors"), arrays, metadata={"format": "pt"})
+    with pytest.raises(mlx_skipless.UserError, match="overflow float32 at"):
+        mlx_skipless.convert(tmp_path / "s", tmp_path / "o", remove="qp", quantize=True)
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("mode", ["affine", "mxfp4"])
+def test_a_pretrained_model_is_calibrated_too(family: str, mode: str, tmp_path: Path) -> None:
+    """With nothing removed, a text makes quantization better; the result stays plain mlx-lm."""
+    config, weights = make_llama(tmp_path / "s", model_type=family, **SIZES)
+    source = reference.llama_config(config), weights
+    (tmp_path / "text.txt").write_text(prose(4000, seed=1))
+    tokens = tokens_of(prose(300, seed=2), tmp_path / "s")
+    kls = []
+    for calibration in (None, tmp_path / "text.txt"):
+        out = tmp_path / f"out{len(kls)}"
+        mlx_skipless.convert(
+            tmp_path / "s", out, quantize=True, q_mode=mode, calibration=calibration
+        )
+        assert not (out / "model.py").exists()
+        kls.append(kl_of(out, source, tokens))
+    assert kls[1] < 0.8 * kls[0]
 
 
 def rounded_kl(folder: Path, layout: Layout, source: Any, tokens: np.ndarray) -> float:
