@@ -289,7 +289,7 @@ def _passages(
     return passages.from_text(
         prose.name,
         prose.text,
-        tokenizer.encode,
+        lambda text: tokenizer.encode(text, verbose=False),  # of its length; pieces get cut
         calibrating=prose.calibrate,
         longest=job.plan.before.max_position_embeddings,
     )

@@ -72,6 +72,16 @@ def test_greedy_text_stays_the_same(converted: tuple[Path, dict], prompt: str) -
     assert len(texts[0].split()) > 80
 
 
+def test_it_survives_four_bits(tmp_path: Path) -> None:
+    """Quantized without Q and P it is nearer to itself than quantized alone, to nearest."""
+    report = mlx_skipless.convert(None, tmp_path / "q", quantize=True)
+    assert report.removed == {"q": [0, 1, 2, 3], "p": [0, 1, 2, 3]}
+    check = report.verification
+    assert check is not None and check.quantized_only is not None and check.kl_ratio is not None
+    assert check.kl_ratio < 0.45
+    assert check.perplexity < check.quantized_only.perplexity
+
+
 def test_it_knows_english() -> None:
     """A sentence is much likelier than the same tokens in another order."""
     model, tokenizer = mlx_skipless.load(BUNDLED)

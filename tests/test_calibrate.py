@@ -11,8 +11,12 @@ from factory import make_checkpoint, make_llama
 
 import mlx_skipless
 from mlx_skipless import passages
-from mlx_skipless.calibrate import Moments, fit
+from mlx_skipless.calibrate import CalibratedParts, Moments, fit
+from mlx_skipless.checkpoint import open_checkpoint
 from mlx_skipless.layout import Layout, Quantization
+from mlx_skipless.merge import Merger
+from mlx_skipless.model import Model
+from mlx_skipless.plan import make_plan
 from mlx_skipless.rounding import Format
 
 SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4}
@@ -168,6 +172,38 @@ def test_removal_survives_quantization(case: dict[str, Any], tmp_path: Path) -> 
     assert check is not None and check.quantized_only is not None
     assert check.kl_ratio == pytest.approx(check.kl / check.quantized_only.kl)
     assert check.kl < 4 * check.quantized_only.kl
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(v) for v in c.values()))
+def test_without_rounding_the_function_stays(
+    case: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a format that loses nothing, fitting finds what the exact merge finds."""
+    monkeypatch.setattr(Format, "nearest", lambda form, w: {"weight": w.astype(mx.float32)})
+    monkeypatch.setattr(Format, "dense", lambda form, packed: packed["weight"])
+    monkeypatch.setattr(
+        Format, "with_feedback", lambda form, w, *_: {"weight": mx.array(w.astype(np.float32))}
+    )
+    config = {"norm": "qkv"} | {k: v for k, v in case.items() if k not in OPTIONS}
+    source = ill_conditioned(tmp_path / "s", spread=1.5, **config)
+    checkpoint = open_checkpoint(tmp_path / "s")
+    plan = make_plan(checkpoint.args, remove=case["remove"], quantized=True)
+    parts = CalibratedParts(
+        plan.before,
+        Merger(checkpoint, make_plan(checkpoint.args, remove="none"), mx.float32),
+        Merger(checkpoint, plan, mx.float32),
+        Layout(plan.after, mx.float32, Quantization()),
+        mx.array(tokens_of(prose(4000, seed=1), tmp_path / "s")[:64]),
+    )
+    tensors = dict(parts.embedding())
+    for layer in range(plan.before.num_hidden_layers):
+        tensors |= parts.layer(layer)
+    tensors |= parts.head()
+    model = Model(plan.after)
+    model.load_weights(list(tensors.items()))
+    tokens = tokens_of(prose(300, seed=2), tmp_path / "s")
+    got = np.array(model(mx.array(tokens)))
+    assert reference.worst_relative_error(reference.logits(*source, tokens), got) < 1e-2
 
 
 def test_overflow_is_named(tmp_path: Path) -> None:
