@@ -7,25 +7,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import reference
-from factory import make_checkpoint
 
-from mlx_skipless import passages, verify
-from mlx_skipless.checkpoint import open_checkpoint
+from mlx_skipless import passages
 from mlx_skipless.errors import UserError
-from mlx_skipless.merge import Merger
-from mlx_skipless.plan import make_plan
-
-
-@pytest.fixture(params=[True, False], ids=["resident", "streamed"])
-def network(request: pytest.FixtureRequest, tmp_path: Path):
-    source = make_checkpoint(
-        tmp_path, norm="qkv", gains=True, linear_paths=True, sliding_window=5,
-        layer_types=["full_attention", "sliding_attention", "full_attention"],
-    )  # fmt: skip
-    checkpoint = open_checkpoint(tmp_path)
-    plan = make_plan(checkpoint.args, remove="none")
-    parts = Merger(checkpoint, plan, mx.float32)
-    return source, verify.StreamedNetwork(checkpoint.args, parts, resident=request.param)
 
 
 def test_sampled_text_is_the_networks_own(network) -> None:

@@ -10,10 +10,7 @@ from factory import make_checkpoint
 
 import mlx_skipless
 from mlx_skipless import verify
-from mlx_skipless.checkpoint import open_checkpoint
 from mlx_skipless.errors import UserError
-from mlx_skipless.merge import Merger
-from mlx_skipless.plan import make_plan
 
 
 @pytest.mark.parametrize("scale", [1e-6, 0.1, 3.0])
@@ -40,18 +37,6 @@ def test_overflow_is_named(which: int, words: str) -> None:
     logits[which][0, 1, 3] = np.inf
     with pytest.raises(UserError, match=words):
         verify.compare_logits(zip(*logits, strict=True), np.zeros((1, 2), dtype=int), "")
-
-
-@pytest.fixture(params=[True, False], ids=["resident", "streamed"])
-def network(request: pytest.FixtureRequest, tmp_path: Path):
-    source = make_checkpoint(
-        tmp_path, norm="qkv", gains=True, linear_paths=True, sliding_window=5,
-        layer_types=["full_attention", "sliding_attention", "full_attention"],
-    )  # fmt: skip
-    checkpoint = open_checkpoint(tmp_path)
-    plan = make_plan(checkpoint.args, remove="none")
-    parts = Merger(checkpoint, plan, mx.float32)
-    return source, verify.StreamedNetwork(checkpoint.args, parts, resident=request.param)
 
 
 def test_streaming_is_the_network(network) -> None:

@@ -1,0 +1,28 @@
+"""Fixtures that several files of tests share."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from factory import make_checkpoint
+from reference import Config, Weights
+
+from mlx_skipless import verify
+from mlx_skipless.checkpoint import open_checkpoint
+from mlx_skipless.merge import Merger
+from mlx_skipless.plan import make_plan
+
+
+@pytest.fixture(params=[True, False], ids=["resident", "streamed"])
+def network(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> tuple[tuple[Config, Weights], verify.StreamedNetwork]:
+    """A random source, and the same in layers that stay in memory or are read again."""
+    source = make_checkpoint(
+        tmp_path, norm="qkv", gains=True, linear_paths=True, sliding_window=5,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+    )  # fmt: skip
+    checkpoint = open_checkpoint(tmp_path)
+    plan = make_plan(checkpoint.args, remove="none")
+    parts = Merger(checkpoint, plan, mx.float32)
+    return source, verify.StreamedNetwork(checkpoint.args, parts, resident=request.param)
