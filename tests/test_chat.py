@@ -503,7 +503,8 @@ def test_control_characters_of_an_answer_do_not_reach_the_terminal(
     llama: Loaded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     type_lines(monkeypatch, "Hello")
-    monkeypatch.setattr(Conversation, "ask", lambda *_: (piece for piece in ("a\x1b[2J\x07\tb\n",)))
+    pieces = (piece for piece in ("a\x1b[2J\x07\tb\n",))
+    monkeypatch.setattr(Conversation, "ask", lambda *_, **__: pieces)
     monkeypatch.setattr("mlx_skipless.chat._costs", lambda _: "costs")
     chat(*llama)
     out, err = capsys.readouterr()
