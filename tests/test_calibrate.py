@@ -48,7 +48,7 @@ def prose(words: int, seed: int) -> str:
 
 @pytest.fixture(autouse=True)
 def less_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passages, "CALIBRATION", (64, 64))
+    monkeypatch.setattr(passages, "CALIBRATION", (32, 64))
 
 
 def moments(x: np.ndarray, y: np.ndarray) -> Moments:
@@ -149,7 +149,7 @@ def test_removal_survives_quantization(case: dict[str, Any], tmp_path: Path) -> 
     options = {key: value for key, value in case.items() if key in OPTIONS}
     config = {"norm": "qkv"} | {k: v for k, v in case.items() if k not in OPTIONS}
     source = ill_conditioned(tmp_path / "s", **config)
-    (tmp_path / "text.txt").write_text(prose(4000, seed=1))
+    (tmp_path / "text.txt").write_text(prose(2500, seed=1))
     report = mlx_skipless.convert(
         tmp_path / "s", tmp_path / "ours", quantize=True, calibration=tmp_path / "text.txt",
         **options,
@@ -193,7 +193,7 @@ def test_without_rounding_the_function_stays(
         Merger(checkpoint, make_plan(checkpoint.args, remove="none"), mx.float32),
         Merger(checkpoint, plan, mx.float32),
         Layout(plan.after, mx.float32, Quantization()),
-        mx.array(tokens_of(prose(4000, seed=1), tmp_path / "s")[:64]),
+        mx.array(tokens_of(prose(2500, seed=1), tmp_path / "s")[:64]),
     )
     tensors = dict(parts.embedding())
     for layer in range(plan.before.num_hidden_layers):
@@ -225,7 +225,7 @@ def test_a_pretrained_model_is_calibrated_too(family: str, mode: str, tmp_path: 
     """With nothing removed, a text makes quantization better; the result stays plain mlx-lm."""
     config, weights = make_llama(tmp_path / "s", model_type=family, **SIZES)
     source = reference.llama_config(config), weights
-    (tmp_path / "text.txt").write_text(prose(4000, seed=1))
+    (tmp_path / "text.txt").write_text(prose(2500, seed=1))
     tokens = tokens_of(prose(300, seed=2), tmp_path / "s")
     kls = []
     for calibration in (None, tmp_path / "text.txt"):
