@@ -54,23 +54,25 @@ class Moments:
         x = x.reshape(-1, x.shape[-1]).astype(mx.float32)
         # In float32 where float64 would take gigabytes; what comes of it is judged in any case.
         kind = np.float64 if x.shape[-1] <= WIDE else np.float32
-        self.gram = self.gram + np.array(x.T @ x).astype(kind)
+        self.gram = self.gram + np.array(x.T @ x).astype(kind, copy=False)
         for name, y in targets.items():
             y = y.reshape(-1, y.shape[-1])
-            self.cross[name] = self.cross.get(name, 0) + np.array(x.T @ y).astype(kind)
+            self.cross[name] = self.cross.get(name, 0) + np.array(x.T @ y).astype(kind, copy=False)
             self.energy[name] = self.energy.get(name, 0.0) + float(_float64(y.square().sum()))
 
     def error(self, name: str, weight: np.ndarray) -> float:
         """|X W - Y|^2 / |Y|^2 for a weight (in, out)."""
-        fit = np.sum(weight * (self.gram @ weight)) - 2 * np.sum(weight * self.cross[name])
-        return float(1 + fit / max(self.energy[name], np.finfo(np.float64).tiny))
+        weight = weight.astype(self.gram.dtype, copy=False)
+        spread = np.vdot(weight, self.gram @ weight) - 2 * np.vdot(weight, self.cross[name])
+        return float(1 + spread / max(self.energy[name], np.finfo(np.float64).tiny))
 
 
 def memory_bytes(args: ModelArgs) -> int:
     """About the most memory that calibrating takes, beside a layer's weights."""
-    widest = max(args.hidden_size, args.intermediate_size, args.num_attention_heads * args.head_dim)
-    moments = 6 * widest**2 * (8 if widest <= WIDE else 4)
-    return moments + 8 * 4 * BATCH_TOKENS * widest
+    hidden, width = args.hidden_size, args.num_attention_heads * args.head_dim
+    widest = max(hidden, args.intermediate_size, width)
+    moments = 6 * widest**2 + 20 * widest * hidden  # with a solver's and a rounding's copies
+    return moments * (8 if widest <= WIDE else 4) + 8 * 4 * BATCH_TOKENS * widest
 
 
 def fit(seen: Moments, judge: Moments, name: str, prior: np.ndarray, form: Format) -> np.ndarray:
@@ -96,7 +98,7 @@ def fit(seen: Moments, judge: Moments, name: str, prior: np.ndarray, form: Forma
 
 def _rounded(weight: np.ndarray, form: Format) -> np.ndarray:
     stored = mx.array(np.ascontiguousarray(weight.T, dtype=np.float32))
-    return _float64(form.dense(form.nearest(stored))).T
+    return np.array(form.dense(form.nearest(stored))).T
 
 
 class _Recorder(nn.Module):
