@@ -30,6 +30,7 @@ from .verify import Parts
 BATCH_TOKENS = 2048
 HELD_OUT = 8  # every so manyth batch judges, the others are fitted
 WIDE = 4096  # inputs whose second moments are kept in float64
+JUDGED = 512  # outputs, spread over all, that choose the ridge
 # Tried as the ridge, a share of the inputs' mean square.
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 # Matrices that read the same place, in the order in which a block runs them.
@@ -42,12 +43,12 @@ Arrays = dict[str, mx.array]
 class Moments:
     """Of inputs X (tokens, in) and the outputs Y (tokens, out) that matrices shall give from them.
 
-    ``gram`` is X^T X; ``cross`` X^T Y and ``energy`` |Y|^2 by the matrix's name.
+    ``gram`` is X^T X; ``cross`` X^T Y and ``energy`` |y|^2 of each output, by the matrix's name.
     """
 
     gram: np.ndarray = field(default_factory=lambda: np.zeros((1, 1), dtype=np.float32))
     cross: dict[str, np.ndarray] = field(default_factory=dict)
-    energy: dict[str, float] = field(default_factory=dict)
+    energy: dict[str, np.ndarray] = field(default_factory=dict)
 
     def add(self, x: mx.array, targets: Mapping[str, mx.array]) -> None:
         """Take in inputs (batch, length, in) and outputs (batch, length, out)."""
@@ -58,13 +59,14 @@ class Moments:
         for name, y in targets.items():
             y = y.reshape(-1, y.shape[-1])
             self.cross[name] = self.cross.get(name, 0) + np.array(x.T @ y).astype(kind, copy=False)
-            self.energy[name] = self.energy.get(name, 0.0) + float(_float64(y.square().sum()))
+            self.energy[name] = self.energy.get(name, 0) + _float64(y.square().sum(0))
 
-    def error(self, name: str, weight: np.ndarray) -> float:
-        """|X W - Y|^2 / |Y|^2 for a weight (in, out)."""
+    def error(self, name: str, weight: np.ndarray, outputs: Any = slice(None)) -> float:
+        """|X W - Y|^2 / |Y|^2 for a weight (in, out), or those of its outputs alone."""
         weight = weight.astype(self.gram.dtype, copy=False)
-        spread = np.vdot(weight, self.gram @ weight) - 2 * np.vdot(weight, self.cross[name])
-        return float(1 + spread / max(self.energy[name], np.finfo(np.float64).tiny))
+        cross, energy = self.cross[name][:, outputs], self.energy[name][outputs].sum()
+        spread = np.vdot(weight, self.gram @ weight) - 2 * np.vdot(weight, cross)
+        return float(1 + spread / max(energy, np.finfo(np.float64).tiny))
 
 
 def memory_bytes(args: ModelArgs) -> int:
@@ -81,19 +83,24 @@ def fit(seen: Moments, judge: Moments, name: str, prior: np.ndarray, form: Forma
     Of ridge regressions on ``seen``, with several ridges, towards zero and towards ``prior``
     (in, out), and ``prior`` as it is, that which on ``judge`` errs least when rounded to nearest.
     """
-    gram = seen.gram
+    gram, cross = seen.gram, seen.cross[name]
     size = np.mean(np.diag(gram))
-    best, least = prior, judge.error(name, _rounded(prior, form))
+    some = np.unique(np.linspace(0, prior.shape[1] - 1, JUDGED).astype(int))
+    best, least = None, judge.error(name, _rounded(prior[:, some], form), some)
     for ridge in RIDGES if size else ():
         added = ridge * size
-        towards = (added * prior).astype(gram.dtype)
-        both = np.linalg.solve(plus_diagonal(gram, added), np.hstack([seen.cross[name], towards]))
+        towards = (added * prior[:, some]).astype(gram.dtype)
+        both = np.linalg.solve(plus_diagonal(gram, added), np.hstack([cross[:, some], towards]))
         to_zero, share = np.hsplit(both, 2)
-        for candidate in (to_zero, to_zero + share):
-            error = judge.error(name, _rounded(candidate, form))
+        for candidate, pull in ((to_zero, 0.0), (to_zero + share, added)):
+            error = judge.error(name, _rounded(candidate, form), some)
             if error < least:
-                best, least = candidate, error
-    return best
+                best, least = (added, pull), error
+    if best is None:
+        return prior
+    added, pull = best
+    wanted = cross + (pull * prior).astype(gram.dtype)
+    return np.linalg.solve(plus_diagonal(gram, added), wanted)
 
 
 def _rounded(weight: np.ndarray, form: Format) -> np.ndarray:
@@ -155,10 +162,18 @@ class CalibratedParts:
     ):
         self._before, self._source = before, source
         self._merger, self._layout = merger, layout
-        rows = max(1, min(BATCH_TOKENS // tokens.shape[1], tokens.shape[0] // HELD_OUT))
-        self._tokens = [tokens[i : i + rows] for i in range(0, tokens.shape[0], rows)]
+        self._tokens = split(tokens)
         self._wanted: list[mx.array] = []  # the source's stream, a batch each
         self._actual: list[mx.array] = []  # the result's
+
+    @property
+    def streams(self) -> list[mx.array]:
+        """What the result's layers so far made of ``split``'s batches, (rows, length, hidden)."""
+        return self._actual
+
+    def enter(self, streams: Sequence[mx.array]) -> None:
+        """Begin behind some layers, with the source's streams in the source's basis."""
+        self._wanted, self._actual = [*streams], [*streams]
 
     def embedding(self) -> Arrays:
         name = f"{EMBEDDING}.weight"
@@ -208,8 +223,8 @@ class CalibratedParts:
         streams = [self._source.embedding()[f"{EMBEDDING}.weight"][t] for t in self._tokens]
         for layer in range(self._before.num_hidden_layers):
             prefix = f"model.layers.{layer}."
-            block = _filled(Block(self._before, layer), self._source.layer(layer), prefix)
-            streams = [self._run(block, h) for h in streams]
+            block = filled(Block(self._before, layer), self._source.layer(layer), prefix)
+            streams = [run(self._before, block, h) for h in streams]
             mx.eval(streams)
         writer = path(self._before.num_hidden_layers - 1, "down_proj")
         head = self._source.head()
@@ -220,8 +235,8 @@ class CalibratedParts:
         """Every tensor of a layer; call it once for each, first to last."""
         prefix = f"model.layers.{layer}."
         out = dict(self._merger.layer(layer))
-        source = _filled(Block(self._before, layer), self._source.layer(layer), prefix)
-        result = _filled(Block(self._layout.args, layer), out, prefix)
+        source = filled(Block(self._before, layer), self._source.layer(layer), prefix)
+        result = filled(Block(self._layout.args, layer), out, prefix)
         for readers in READERS:
             places = [path(layer, name) for name in readers]
             places = [where for where in places if self._layout.format_of(where) is not None]
@@ -234,7 +249,7 @@ class CalibratedParts:
                 _owner(result, where.removeprefix(prefix)).weight = dense
         for block, stream in ((source, self._wanted), (result, self._actual)):
             for i, h in enumerate(stream):
-                stream[i] = self._run(block, h)
+                stream[i] = run(self._before, block, h)
                 mx.eval(stream[i])
         return out
 
@@ -246,7 +261,7 @@ class CalibratedParts:
         moments = Moments(), Moments()
         for i, (wanted, actual) in enumerate(zip(self._wanted, self._actual, strict=True)):
             y = self._normed(wanted, source) @ source[f"{HEAD}.weight"].T
-            moments[self._judges(i)].add(self._normed(actual, out), {HEAD: y})
+            moments[judges(i)].add(self._normed(actual, out), {HEAD: y})
         packed, _ = self._fitted(HEAD, *moments, out.pop(f"{HEAD}.weight"))
         return out | packed
 
@@ -264,13 +279,13 @@ class CalibratedParts:
         reader = _record(result, names[0])
         moments = Moments(), Moments()
         for i, (exact, actual) in enumerate(zip(self._wanted, self._actual, strict=True)):
-            self._run(source, exact)
-            self._run(result, actual)
+            run(self._before, source, exact)
+            run(self._before, result, actual)
             targets = {
                 where: self._in_new_basis(where, recorder.y, merged)
                 for where, recorder in zip(places, wanted, strict=True)
             }
-            moments[self._judges(i)].add(reader.x, targets)
+            moments[judges(i)].add(reader.x, targets)
         for found in moments:
             if not all(np.isfinite(m).all() for m in (found.gram, *found.cross.values())):
                 raise UserError(
@@ -300,19 +315,29 @@ class CalibratedParts:
         bias = merged.get(f"{where}.bias")
         return y if bias is None else y - bias
 
-    def _run(self, block: Block, h: mx.array) -> mx.array:
-        window = self._before.sliding_window if block.use_sliding else None
-        return block(h, create_attention_mask(h, None, window_size=window))
 
-    def _judges(self, batch: int) -> bool:
-        return batch % HELD_OUT == HELD_OUT - 1
+def split(tokens: mx.array) -> list[mx.array]:
+    """Text, tokens (sequences, length), in the batches that calibration takes it in."""
+    rows = max(1, min(BATCH_TOKENS // tokens.shape[1], tokens.shape[0] // HELD_OUT))
+    return [tokens[i : i + rows] for i in range(0, tokens.shape[0], rows)]
+
+
+def judges(batch: int) -> bool:
+    """Whether a batch judges fits instead of being fitted."""
+    return batch % HELD_OUT == HELD_OUT - 1
 
 
 def _named(where: str, packed: Packed) -> Arrays:
     return {f"{where}.{part}": array for part, array in packed.items()}
 
 
-def _filled(block: Block, tensors: Mapping[str, mx.array], prefix: str) -> Block:
+def run(args: ModelArgs, block: Block, h: mx.array) -> mx.array:
+    """One block on whole sequences (rows, length, hidden)."""
+    window = args.sliding_window if block.use_sliding else None
+    return block(h, create_attention_mask(h, None, window_size=window))
+
+
+def filled(block: Block, tensors: Mapping[str, mx.array], prefix: str) -> Block:
     """The block with its tensors, in float32."""
     own = [(name.removeprefix(prefix), a.astype(mx.float32)) for name, a in tensors.items()]
     block.load_weights(own)

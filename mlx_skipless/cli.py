@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import __version__, card, chat, conversion, curve, evaluation, generation, training
+from . import __version__, budget, card, chat, conversion, curve, evaluation, generation, training
 from .errors import UserError, first_line
 from .loading import load
 from .plan import REMOVALS
@@ -60,6 +60,15 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration", metavar="TEXT_FILE",
         help="text to quantize against, its end for the check (default: sampled from the model)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--target-bytes", type=budget.size, metavar="SIZE",
+        help="quantize to the best mixture of bits of this size, for instance 1.6MB or 4GB",
+    )  # fmt: skip
+    parser.add_argument(
+        "--target-kl", type=float, metavar="NATS",
+        help="quantize to the smallest mixture of bits that is so close to the source, in nats "
+        "per token; tries several",
     )  # fmt: skip
     parser.add_argument(
         "--dtype", choices=["float16", "bfloat16", "float32"],
@@ -124,13 +133,16 @@ def _print_report(report: Report, console: Console) -> None:
         again = "" if report.quantization else ", and not quantized again: -q does that"
         console.print(f"the source is quantized ({report.packing}): dequantized first{again}")
     table = Table("part", "goes", box=None, pad_edge=False)
-    for title in ("weights", "after", "MB", "after", "condition"):
+    measured = any(row.cost for row in report.rows)
+    costs = ("KL without", "KL with") if measured else ()
+    for title in ("weights", "after", "MB", "after", "condition", *costs):
         table.add_column(title, justify="right")
     for row in report.rows:
         condition = "" if row.condition is None else f"{row.condition:.1e}"
         table.add_row(
             row.name, row.goes, f"{row.weights_before:,}", f"{row.weights_after:,}",
             f"{row.bytes_before / 1e6:.2f}", f"{row.bytes_after / 1e6:.2f}", condition,
+            *((f"{row.cost.removed:.1e}", f"{row.cost.rounded:.1e}") if row.cost else ()),
         )  # fmt: skip
     console.print(table)
     lines = [f"note: {note}" for note in report.notes]

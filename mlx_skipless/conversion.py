@@ -1,28 +1,39 @@
 """The way through: read, plan, merge layer by layer, quantize, write, verify."""
 
+import math
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from . import card, hub, passages
+from . import budget, card, hub, passages, sensitivity
 from . import model as model_module
 from . import verify as verification
 from .calibrate import CalibratedParts, NearestParts, memory_bytes
 from .checkpoint import FLOAT_NAMES, Checkpoint, open_checkpoint
 from .errors import UserError
-from .families import stock_expresses, stock_settings
+from .families import EMBEDDING, HEAD, stock_expresses, stock_settings
 from .layout import Layout, Quantization, dtype_name
 from .loading import BUNDLED, load_tokenizer
 from .merge import Merger
-from .plan import REMOVALS, Conditioning, Plan, around_of, make_plan, measurable
+from .plan import (
+    REMOVALS,
+    Conditioning,
+    Plan,
+    RemovalCost,
+    alone,
+    around_of,
+    make_plan,
+    measurable,
+)
 from .points import points
 from .report import Report, make_report
 from .verify import Parts, StreamedNetwork, Verification
@@ -49,6 +60,8 @@ def convert(
     q_group_size: int | None = None,
     q_mode: str = "affine",
     calibration: str | Path | None = None,
+    target_bytes: int | None = None,
+    target_kl: float | None = None,
     dtype: str | None = None,
     revision: str | None = None,
     upload_repo: str | None = None,
@@ -71,6 +84,8 @@ def convert(
         quantize: quantize the result, by mlx-lm's modes: ``q_mode``, ``q_bits``, ``q_group_size``.
         calibration: a text file to quantize against, its end to check with; default: text sampled
             from the model.
+        target_bytes: quantize to the best mixture of bits whose weights take at most so many bytes.
+        target_kl: quantize to the smallest whose check finds at most so many nats per token of KL.
         dtype: "float16", "bfloat16" or "float32"; default: the source's.
         revision: of a Hub id.
         upload_repo: upload the result there.
@@ -85,7 +100,10 @@ def convert(
     """
     started = time.perf_counter()
     mx.reset_peak_memory()
-    quantization = _quantization(quantize, q_bits, q_group_size, q_mode)
+    goal = None
+    if target_bytes is not None or target_kl is not None:
+        goal = _goal(target_bytes, target_kl, q_bits, q_mode, verify)
+    quantization = _quantization(quantize or goal is not None, q_bits, q_group_size, q_mode)
     if remove not in REMOVALS:
         raise UserError(f"--remove {remove}: choose one of {', '.join(REMOVALS)}")
     if dtype is not None and dtype not in FLOAT_NAMES:
@@ -115,26 +133,32 @@ def convert(
         "quantized": quantization is not None,
     }
     plan = make_plan(args, **options)
-    conditioning: dict[str, Conditioning] = {}
     if checkpoint.store is not None:
-        conditioning = _measure(checkpoint, plan, remove, target, progress)
-        plan = make_plan(args, **options, conditioning=conditioning)
+        options["conditioning"] = _measure(checkpoint, plan, remove, target, progress)
+        plan = make_plan(args, **options)
     stock = checkpoint.family.stock and plan.before == args and stock_expresses(args)
-    if checkpoint.family.stock and plan.before == args and not stock:
-        plan = replace(plan, notes=(*plan.notes, STOCK_CANNOT))
-    if stock:  # mlx-lm's own architecture wants every gain: folded ones are written as ones
-        plan = replace(plan, after=replace(plan.after, gains=args.gains))
+    inexpressible = checkpoint.family.stock and plan.before == args and not stock
+
+    def planned(costs: Mapping[str, RemovalCost]) -> Plan:
+        plan = make_plan(args, **options, costs=costs)
+        if inexpressible:
+            plan = replace(plan, notes=(*plan.notes, STOCK_CANNOT))
+        if stock:  # mlx-lm's own architecture wants every gain: folded ones are written as ones
+            plan = replace(plan, after=replace(plan.after, gains=args.gains))
+        return plan
+
+    plan = planned({})
     layout = Layout(plan.after, target, quantization)
-    job = Job(checkpoint, plan, layout, stock, trust_remote_code, upload_repo)
-    report = make_report(checkpoint, plan, job.layout, stock, conditioning)
-    if not dry_run:
-        inverse = any(
-            around_of(plan.before, points(plan.before), *at) for at in plan.identity.items()
+    job = Job(checkpoint, plan, layout, stock, trust_remote_code, upload_repo, options, planned)
+    if dry_run:
+        report = job.report()
+    else:
+        calibrating = quantization is not None and (
+            text is not None or goal is not None or bool(_inverses(plan))
         )
-        calibrating = quantization is not None and (text is not None or inverse)
         prose = Prose(str(calibration), text, seed, check=verify, calibrate=calibrating)
         with _small_buffer_cache():
-            report = _write(job, out, report, prose, progress)
+            report = _write(job, out, prose, goal, progress)
         if upload_repo is not None:
             hub.upload(out, upload_repo)
     return replace(
@@ -152,6 +176,30 @@ class Job:
     stock: bool
     trust_remote_code: bool
     upload_repo: str | None
+    options: Mapping[str, Any]
+    planned: Callable[[Mapping[str, RemovalCost]], Plan]
+    costs: Mapping[str, RemovalCost] = field(default_factory=dict)
+
+    def unremoved(self) -> Layout:
+        """Of the network before the removals, quantized alike, with the same bits everywhere."""
+        quantization = self.layout.quantization
+        plain = None if quantization is None else replace(quantization, own={})
+        return Layout(self.plan.before, self.layout.dtype, plain)
+
+    def report(self) -> Report:
+        """Of the plan, before anything is checked."""
+        conditioning = self.options.get("conditioning", {})
+        return make_report(
+            self.checkpoint, self.plan, self.layout, self.stock, conditioning, self.costs
+        )
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a mixture of bits shall keep: a size in bytes or a KL in nats per token."""
+
+    nbytes: int | None
+    kl: float | None
 
 
 @dataclass(frozen=True)
@@ -163,6 +211,21 @@ class Prose:
     seed: int
     check: bool
     calibrate: bool
+
+
+def _goal(nbytes: int | None, kl: float | None, bits: int | None, mode: str, verify: bool) -> Goal:
+    if nbytes is not None and kl is not None:
+        raise UserError("--target-bytes and --target-kl are two ends of one trade: drop one")
+    if bits is not None or mode != "affine":
+        raise UserError(
+            "--target-bytes and --target-kl choose the bits, of affine mode: drop --q-bits and "
+            "--q-mode"
+        )
+    if kl is not None and not 0 < kl < math.inf:
+        raise UserError(f"--target-kl {kl}: must be a positive number of nats per token")
+    if kl is not None and not verify:
+        raise UserError("--target-kl measures the result: drop --no-verify")
+    return Goal(nbytes, kl)
 
 
 def _quantization(
@@ -214,40 +277,148 @@ def _check_memory(job: Job, *, calibrating: bool) -> None:
         )
 
 
-def _write(job: Job, out: Path, report: Report, prose: Prose, progress: Progress) -> Report:
+def _write(job: Job, out: Path, prose: Prose, goal: Goal | None, progress: Progress) -> Report:
     """Do what is planned; the report with the check's outcome."""
     _check_memory(job, calibrating=prose.calibrate)
-    layers = job.plan.before.num_hidden_layers
-    with Writer(out, job.layout.nbytes()) as writer:
-        config = output_config(job)
-        writer.write_json("config.json", config)
+    largest = Layout(job.plan.before, job.layout.dtype, None if goal else job.layout.quantization)
+    with Writer(out, max(largest.nbytes(), job.layout.nbytes())) as writer:
         if not job.stock:
             code = Path(str(model_module.__file__)).read_text(encoding="utf-8")
             writer.write_text(MODEL_FILE, code)
         trust = {"trust_remote_code": job.trust_remote_code}
         tokenizer = None
         if carry_tokenizer(job.checkpoint, writer.folder, stock=job.stock, **trust):
-            name = job.checkpoint.name
+            name, config = job.checkpoint.name, output_config(job)
             tokenizer = load_tokenizer(writer.folder, config, name=name, **trust)
         found = _passages(job, tokenizer, prose, progress)
 
-        parts = _result_parts(job, None if found is None else found.calibration)
-        writer.add(parts.embedding())
-        for layer in range(layers):
-            progress("converting", layer, layers)
-            writer.add(parts.layer(layer))
-        writer.add(parts.head())
-        writer.finish_weights(job.layout.count())
-        progress("converting", layers, layers)
+        if found is not None and found.calibration is not None:
+            job = _settled(job, found.calibration, progress)
+        if goal is None:
+            check = _attempt(job, writer, found, prose.check, progress)
+        else:
+            assert found is not None
+            job, check = _towards(goal, job, writer, found, prose.check, progress)
 
-        report = replace(report, output=str(out))
+        report = replace(job.report(), output=str(out))
         if found is not None and found.calibration is not None:
             report = report.calibrated(found.calibration.size, found.origin)
-        if found is not None and prose.check:
-            report = report.verified(_verify(job, writer.folder, found, progress))
+        if check is not None:
+            report = report.verified(check)
         writer.write_text("README.md", card.text(report, job.upload_repo or out.name))
         writer.commit()
     return report
+
+
+def _attempt(
+    job: Job, writer: Writer, found: passages.Passages | None, check: bool, progress: Progress
+) -> Verification | None:
+    """Write config and weights, in the place of earlier ones; then check them if asked."""
+    layers = job.plan.before.num_hidden_layers
+    writer.discard_weights()
+    writer.write_json("config.json", output_config(job))
+    parts = _result_parts(job, None if found is None else found.calibration)
+    writer.add(parts.embedding())
+    for layer in range(layers):
+        progress("converting", layer, layers)
+        writer.add(parts.layer(layer))
+    writer.add(parts.head())
+    writer.finish_weights(job.layout.count())
+    progress("converting", layers, layers)
+    return _verify(job, writer.folder, found, progress) if check and found is not None else None
+
+
+def _inverses(plan: Plan) -> dict[int, list[str]]:
+    """By point, the matrices whose values a removal mixes through an inverse."""
+    found = points(plan.before)
+    around = {
+        index: around_of(plan.before, found, index, where) for index, where in plan.identity.items()
+    }
+    return {index: matrices for index, matrices in around.items() if matrices}
+
+
+def _settled(job: Job, tokens: mx.array, progress: Progress) -> Job:
+    """The job with its plan made again from what each removal costs, measured on the text."""
+    if job.options["remove"] != "auto":
+        return job
+    trials, plan = [], job.plan
+    for index, around in _inverses(plan).items():
+        if HEAD in around or (EMBEDDING in around and plan.before.tie_word_embeddings):
+            continue  # what the head reads is no stream that later layers could bring back
+        single = alone(plan, index)
+        trials.append(
+            sensitivity.Trial(
+                plan.identity[index],
+                tuple(around),
+                Merger(job.checkpoint, single, job.layout.dtype),
+                replace(job.layout, args=single.after),
+            )
+        )
+    if not trials:
+        return job
+    costs = sensitivity.removal_costs(
+        plan.before,
+        _source_parts(job),
+        trials,
+        job.unremoved().format_of,
+        tokens,
+        partial(progress, "measuring removals"),
+    )
+    plan = job.planned(costs)
+    return replace(job, plan=plan, layout=replace(job.layout, args=plan.after), costs=costs)
+
+
+def _towards(
+    goal: Goal,
+    job: Job,
+    writer: Writer,
+    found: passages.Passages,
+    check: bool,
+    progress: Progress,
+) -> tuple[Job, Verification | None]:
+    """Choose bits for a goal, and write and check the result."""
+    assert found.calibration is not None and job.layout.quantization is not None
+    unremoved = job.unremoved()
+    free = [where for where in job.layout.free if unremoved.format_of(where) is not None]
+    costs = sensitivity.rounding_costs(
+        job.plan.before,
+        _source_parts(job),
+        free,
+        unremoved.format_of,
+        found.calibration,
+        partial(progress, "measuring matrices"),
+    )
+    raises = budget.Raises(
+        {where: job.layout.weights[f"{where}.weight"] for where in free},
+        costs,
+        job.layout.quantization.usual_bits,
+        {where: job.layout.scale_bytes(where) for where in free},
+        job.layout.nbytes() - sum(job.layout.nbytes(f"{where}.") for where in free),
+    )
+
+    quantization = job.layout.quantization
+
+    def with_bits(mixture: budget.Mixture) -> Job:
+        mixed = replace(quantization, own=mixture.bits)
+        return replace(job, layout=replace(job.layout, quantization=mixed))
+
+    if goal.nbytes is not None:
+        job = with_bits(raises.mixtures(goal.nbytes)[-1])
+        return job, _attempt(job, writer, found, check, progress)
+
+    checks: dict[int, Verification] = {}
+
+    def measure(mixture: budget.Mixture) -> float:
+        outcome = _attempt(with_bits(mixture), writer, found, True, progress)
+        assert outcome is not None
+        checks[mixture.nbytes] = outcome
+        return outcome.kl
+
+    assert goal.kl is not None
+    chosen, written = budget.smallest_below(raises.mixtures(), goal.kl, measure)
+    if not written:
+        measure(chosen)
+    return with_bits(chosen), checks[chosen.nbytes]
 
 
 def _result_parts(job: Job, calibration: mx.array | None) -> Parts:
@@ -336,7 +507,7 @@ def _verify(job: Job, folder: Path, found: passages.Passages, progress: Progress
     if job.layout.quantization is None:
         (outcome,) = verification.compare(source, [result], found.check, found.origin)
     else:
-        unremoved = Layout(job.plan.before, job.layout.dtype, job.layout.quantization)
+        unremoved = job.unremoved()
         rounded = NearestParts(_source_parts(job, unremoved.dtype), unremoved)
         plain = StreamedNetwork(unremoved.args, rounded, unremoved.settings)
         of_result, of_plain = verification.compare(

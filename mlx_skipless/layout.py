@@ -2,7 +2,8 @@
 
 import contextlib
 import io
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -28,11 +29,25 @@ def tensors_of(module: nn.Module) -> dict[str, mx.array]:
 
 @dataclass(frozen=True)
 class Quantization:
-    """mlx-lm's quantization settings; None means the mode's own default."""
+    """mlx-lm's quantization settings; None means the mode's own default.
+
+    ``own`` gives matrices, by module path, bits of their own.
+    """
 
     bits: int | None = None
     group_size: int | None = None
     mode: str = "affine"
+    own: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def usual_bits(self) -> int:
+        """Bits of a matrix that has none of its own."""
+        return self.bits or (8 if self.mode == "mxfp8" else 4)
+
+    @property
+    def usual_group_size(self) -> int:
+        """Weights that share a scale."""
+        return self.group_size or {"affine": 64, "nvfp4": 16}.get(self.mode, 32)
 
 
 @dataclass(frozen=True)
@@ -61,11 +76,19 @@ class Layout:
                 q.group_size,
                 q.bits,
                 mode=q.mode,
-                quant_predicate=quant_predicate(
-                    self.args.extra_bits, q.bits or (8 if q.mode == "mxfp8" else 4)
-                ),
+                quant_predicate=self._predicate(q),
             )
         return model, config["quantization"]
+
+    def _predicate(self, q: Quantization) -> Callable[..., bool | dict[str, Any]]:
+        usual = quant_predicate(self.args.extra_bits, q.usual_bits)
+
+        def predicate(path: str, module: nn.Module, *rest: Any) -> bool | dict[str, Any]:
+            if path in q.own and usual(path, module, *rest) is True:
+                return {"group_size": q.usual_group_size, "bits": q.own[path], "mode": q.mode}
+            return usual(path, module, *rest)
+
+        return predicate
 
     @property
     def settings(self) -> dict[str, Any] | None:
@@ -86,6 +109,16 @@ class Layout:
             return None
         module = self.modules[where]
         return Format(module.bits, module.group_size, module.mode, self.dtype)
+
+    @property
+    def free(self) -> list[str]:
+        """Module paths of the matrices whose bits can be chosen: packed, without extra bits."""
+        packed = [name.removesuffix(".scales") for name in self.tensors if name.endswith(".scales")]
+        return [where for where in packed if not self.args.extra_bits.get(where)]
+
+    def scale_bytes(self, where: str) -> int:
+        """Bytes of a packed matrix's scales and biases."""
+        return self.nbytes(f"{where}.scales") + self.nbytes(f"{where}.biases")
 
     @cached_property
     def weights(self) -> dict[str, int]:

@@ -13,6 +13,7 @@ from .errors import UserError
 from .verify import StreamedNetwork
 
 CHECK = (4, 32)  # sequences, tokens each
+CHECK_CALIBRATED = (16, 128)  # of what is compared with a result that is as close
 CALIBRATION = (64, 256)
 # Where the layers are read from disk for each token, text is sampled in fewer steps.
 STREAMED_CHECK, STREAMED_CALIBRATION = (16, 8), (512, 16)
@@ -65,7 +66,8 @@ def from_text(
     Raises:
         UserError: if it is too short.
     """
-    sequences, length = CHECK
+    sequences, length = CHECK_CALIBRATED if calibrating else CHECK
+    length = min(length, longest or length)
     tail = min(TAIL, len(text) // 4) if calibrating else TAIL
     ids = encode(text[-tail:])
     count = min(len(ids) // length, sequences)
@@ -98,12 +100,14 @@ def sampled(
 ) -> Passages:
     """Text that the network itself speaks; see ``sample``."""
     check = CHECK if network.resident else STREAMED_CHECK
+    longest = network.args.max_position_embeddings or CALIBRATION[1]
     calibration = None
     if calibrating:
+        check = CHECK_CALIBRATED if network.resident else STREAMED_CHECK
         sequences, length = CALIBRATION if network.resident else STREAMED_CALIBRATION
-        length = min(length, network.args.max_position_embeddings or length)
+        length = min(length, longest)
         calibration = sample(network, sequences, length, seed=(seed + 1) % 2**64, start=start)
-    tokens = sample(network, *check, seed=seed, start=start)
+    tokens = sample(network, check[0], min(check[1], longest), seed=seed, start=start)
     return Passages(tokens, calibration, "sampled from the model")
 
 

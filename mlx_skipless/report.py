@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from .checkpoint import Checkpoint
 from .layout import Layout, dtype_name
-from .plan import UNIT_ROUNDOFF, Conditioning, Plan
+from .plan import UNIT_ROUNDOFF, Conditioning, Plan, RemovalCost
 from .points import LETTERS
 from .verify import Verification
 
@@ -32,6 +32,7 @@ class LayerRow:
     bytes_before: int
     bytes_after: int
     condition: float | None
+    cost: RemovalCost | None
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def make_report(
     layout: Layout,
     stock: bool,
     conditioning: Mapping[str, Conditioning],
+    costs: Mapping[str, RemovalCost],
 ) -> Report:
     """The report of a planned conversion, before anything is measured."""
     source = Layout(plan.before, checkpoint.dtype)
@@ -137,7 +139,7 @@ def make_report(
         stock=stock,
         skipless=skipless,
         speedup_from_bytes=same_format.bytes_per_token / layout.bytes_per_token,
-        rows=tuple(_rows(plan, source, layout, conditioning)),
+        rows=tuple(_rows(plan, source, layout, conditioning, costs)),
         notes=plan.notes,
         warnings=tuple(warnings),
         verification=None,
@@ -147,7 +149,11 @@ def make_report(
 
 
 def _rows(
-    plan: Plan, source: Layout, layout: Layout, conditioning: Mapping[str, Conditioning]
+    plan: Plan,
+    source: Layout,
+    layout: Layout,
+    conditioning: Mapping[str, Conditioning],
+    costs: Mapping[str, RemovalCost],
 ) -> Iterator[LayerRow]:
     names = ["model.embed_tokens"]
     names += [f"model.layers.{i}" for i in range(plan.before.num_hidden_layers)]
@@ -165,4 +171,5 @@ def _rows(
             bytes_before=source.nbytes(prefix),
             bytes_after=layout.nbytes(prefix),
             condition=max(measured) if measured else None,
+            cost=next((cost for where, cost in costs.items() if where.startswith(prefix)), None),
         )

@@ -105,6 +105,13 @@ class Writer:
         self._pending, self._pending_bytes = {}, 0
         mx.clear_cache()
 
+    def discard_weights(self) -> None:
+        """Forget all tensors taken so far, to take others."""
+        for file in self.folder.glob("*.safetensors"):
+            file.unlink()
+        self._shards, self._pending = [], {}
+        self._pending_bytes = self._total_bytes = 0
+
     def finish_weights(self, weights: int) -> None:
         """Name the shards as mlx-lm does and write their index.
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 import pytest
 import reference
@@ -251,3 +252,94 @@ def rounded_kl(folder: Path, layout: Layout, source: Any, tokens: np.ndarray) ->
             module.weight = plain.dense(plain.nearest(module.weight)).astype(layout.dtype)
     got = np.array(model(mx.array(tokens)).astype(mx.float32))
     return reference.softmax_kl(reference.logits(*source, tokens), got)
+
+
+def test_auto_keeps_a_matrix_whose_removal_costs_more(tmp_path: Path) -> None:
+    """Where Q keeps little of the stream K and V would lose the rest; and a table says why."""
+    _, weights = make_checkpoint(tmp_path / "s", norm="qkv", **SIZES)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    u, s, v = np.linalg.svd(weights[name])
+    weights[name] = np.mean(s) * (u * np.where(np.arange(len(s)) < 6, 1, 1e-5)) @ v
+    arrays = {key: mx.array(w.astype(np.float32)) for key, w in weights.items()}
+    mx.save_safetensors(str(tmp_path / "s/model.safetensors"), arrays, metadata={"format": "pt"})
+    report = mlx_skipless.convert(tmp_path / "s", tmp_path / "o", quantize=True)
+    assert report.removed == {"q": [0, 2], "p": [0, 1, 2]}
+    assert any(note.startswith("Q of layer 1 stays") for note in report.notes)
+    costs = {row.name: row.cost for row in report.rows}
+    for name, pays in (("layers.0", True), ("layers.1", False), ("layers.2", True)):
+        cost = costs[name]
+        assert cost is not None and (cost.removed < cost.rounded) == pays
+    model, _ = mlx_skipless.load(tmp_path / "o")
+    present = [layer.self_attn.q_proj is not None for layer in model.layers]
+    assert present == [False, True, False]
+    insists = mlx_skipless.convert(tmp_path / "s", tmp_path / "i", quantize=True, remove="qp")
+    assert insists.removed["q"] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("config", [{"norm": "qkv"}, {"norm": "qkv", "tie_word_embeddings": True}])
+def test_a_target_size(config: dict[str, Any], tmp_path: Path) -> None:
+    """Mixed bits keep the size asked for, and are better than the same bits everywhere."""
+    source = make_checkpoint(tmp_path / "s", **SIZES | config)
+    (tmp_path / "text.txt").write_text(prose(2500, seed=1))
+    options: dict[str, Any] = {"calibration": tmp_path / "text.txt", "remove": "p"}
+    plain = mlx_skipless.convert(tmp_path / "s", tmp_path / "plain", quantize=True, **options)
+    mixed = mlx_skipless.convert(
+        tmp_path / "s", tmp_path / "mixed", target_bytes=plain.bytes_after, **options
+    )
+    assert 0.95 * plain.bytes_after < mixed.bytes_after <= plain.bytes_after
+    assert mixed.removed == plain.removed
+    written = sum(a.nbytes for a in mx.load(str(tmp_path / "mixed/model.safetensors")).values())  # type: ignore[union-attr]
+    assert written == mixed.bytes_after
+    tokens = tokens_of(prose(300, seed=2), tmp_path / "s")
+    assert kl_of(tmp_path / "mixed", source, tokens) < kl_of(tmp_path / "plain", source, tokens)
+    stock, _ = mlx_lm.load(str(tmp_path / "mixed"), trust_remote_code=True)  # type: ignore[misc]
+    own, _ = mlx_skipless.load(tmp_path / "mixed")
+    x = mx.array(tokens[:1])
+    assert mx.array_equal(stock(x), own(x)).item()
+    widths = {m.bits for _, m in own.named_modules() if hasattr(m, "bits")}
+    assert len(widths) > 1 and widths <= {2, 3, 4, 5, 6, 8}
+
+
+def test_a_target_kl(tmp_path: Path) -> None:
+    """The result keeps the limit, and does not by being much larger than it must."""
+    make_checkpoint(tmp_path / "s", norm="qkv", **SIZES)
+    sizes = []
+    for limit in (0.02, 0.002):
+        report = mlx_skipless.convert(tmp_path / "s", tmp_path / str(limit), target_kl=limit)
+        check = report.verification
+        assert check is not None and 0.3 * limit < check.kl <= limit
+        sizes.append(report.bytes_after)
+    assert sizes[0] < 0.9 * sizes[1]
+    with pytest.raises(mlx_skipless.UserError, match=r"--target-kl 1e-09 is out of reach"):
+        mlx_skipless.convert(tmp_path / "s", tmp_path / "none", target_kl=1e-9)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_pretrained_model_keeps_its_architecture_under_a_target(tmp_path: Path) -> None:
+    make_llama(tmp_path / "s", **SIZES)
+    plain = mlx_skipless.convert(tmp_path / "s", tmp_path / "plain", quantize=True)
+    target = int(0.9 * plain.bytes_after)
+    mixed = mlx_skipless.convert(tmp_path / "s", tmp_path / "mixed", target_bytes=target)
+    assert mixed.stock and mixed.bytes_after <= target
+    assert not (tmp_path / "mixed" / "model.py").exists()
+    model, _ = mlx_lm.load(str(tmp_path / "mixed"))  # type: ignore[misc]
+    assert len({m.bits for _, m in model.named_modules() if hasattr(m, "bits")}) > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"target_bytes": 10**6, "target_kl": 0.1}, "drop one"),
+        ({"target_bytes": 10**6, "q_bits": 4}, "drop --q-bits"),
+        ({"target_kl": 0.1, "q_mode": "mxfp4"}, "drop --q-bits"),
+        ({"target_kl": 0.1, "verify": False}, "drop --no-verify"),
+        ({"target_kl": -1.0}, "positive"),
+        ({"target_kl": float("nan")}, "positive"),
+        ({"target_bytes": 5}, "out of reach: at 2 bits"),
+    ],
+)
+def test_targets_that_cannot_be(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "s", norm="qkv", **SIZES)
+    with pytest.raises(mlx_skipless.UserError, match=said):
+        mlx_skipless.convert(tmp_path / "s", tmp_path / "o", **options)
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]

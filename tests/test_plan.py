@@ -10,7 +10,7 @@ import pytest
 from mlx_skipless.errors import UserError
 from mlx_skipless.layout import Layout, Quantization
 from mlx_skipless.model import ModelArgs, quant_predicate
-from mlx_skipless.plan import Conditioning, make_plan, measurable
+from mlx_skipless.plan import Conditioning, RemovalCost, alone, make_plan, measurable
 from mlx_skipless.points import points
 
 BASE = ModelArgs(
@@ -197,3 +197,29 @@ def test_layout_counts_bytes_without_weights() -> None:
     assert packed.count() == dense.count()
     assert packed.nbytes() / dense.count() * 8 == pytest.approx(4.5, abs=0.01)
     assert mx.get_active_memory() - before < 1 << 20
+
+
+def test_auto_keeps_what_does_not_pay() -> None:
+    """A measured cost decides where the result gets quantized; an explicit removal is obeyed."""
+    where = "model.layers.1.self_attn.q_proj"
+    dear, cheap = RemovalCost(removed=0.02, rounded=0.01), RemovalCost(0.01, 0.02)
+    costs = {where: dear, where.replace("1", "2"): cheap}
+    plan = make_plan(BASE, conditioning={}, quantized=True, costs=costs)
+    assert plan.gone == {"q": [0, 2], "p": [0, 1, 2]}
+    (note,) = plan.notes
+    assert note.startswith("Q of layer 1 stays") and "0.02" in note and "0.01" in note
+    insists = make_plan(BASE, remove="qp", conditioning={}, quantized=True, costs=costs)
+    assert insists.gone["q"] == [0, 1, 2] and not insists.notes
+
+
+@pytest.mark.parametrize(
+    ("args", "remove"),
+    [(BASE, "qp"), (MHA, "kp"), (replace(BASE, block="parallel"), "p"), (BASE, "auto")],
+)
+def test_a_removal_alone(args: ModelArgs, remove: str) -> None:
+    plan = make_plan(args, remove=remove, quantized=True)
+    for index, where in plan.identity.items():
+        single = alone(plan, index)
+        assert single.identity == {index: where} and single.before == plan.before
+        before = set(Layout(plan.before, mx.float32).tensors)
+        assert before - set(Layout(single.after, mx.float32).tensors) == {f"{where}.weight"}
