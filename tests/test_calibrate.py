@@ -11,7 +11,7 @@ import reference
 from factory import make_checkpoint, make_llama
 
 import mlx_skipless
-from mlx_skipless import passages
+from mlx_skipless import budget, passages
 from mlx_skipless.calibrate import CalibratedParts, Moments, fit
 from mlx_skipless.checkpoint import open_checkpoint
 from mlx_skipless.layout import Layout, Quantization
@@ -279,7 +279,7 @@ def test_auto_keeps_a_matrix_whose_removal_costs_more(tmp_path: Path) -> None:
 @pytest.mark.parametrize("config", [{"norm": "qkv"}, {"norm": "qkv", "tie_word_embeddings": True}])
 def test_a_target_size(config: dict[str, Any], tmp_path: Path) -> None:
     """Mixed bits keep the size asked for, and are better than the same bits everywhere."""
-    source = make_checkpoint(tmp_path / "s", **SIZES | config)
+    source = make_checkpoint(tmp_path / "s", num_hidden_layers=2, **SIZES | config)
     (tmp_path / "text.txt").write_text(prose(2500, seed=1))
     options: dict[str, Any] = {"calibration": tmp_path / "text.txt", "remove": "p"}
     plain = mlx_skipless.convert(tmp_path / "s", tmp_path / "plain", quantize=True, **options)
@@ -300,9 +300,10 @@ def test_a_target_size(config: dict[str, Any], tmp_path: Path) -> None:
     assert len(widths) > 1 and widths <= {2, 3, 4, 5, 6, 8}
 
 
-def test_a_target_kl(tmp_path: Path) -> None:
+def test_a_target_kl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The result keeps the limit, and does not by being much larger than it must."""
-    make_checkpoint(tmp_path / "s", norm="qkv", **SIZES)
+    monkeypatch.setattr(passages, "CALIBRATION", (16, 32))
+    make_checkpoint(tmp_path / "s", norm="qkv", num_hidden_layers=2, **SIZES)
     sizes = []
     for limit in (0.02, 0.002):
         report = mlx_skipless.convert(tmp_path / "s", tmp_path / str(limit), target_kl=limit)
@@ -315,8 +316,29 @@ def test_a_target_kl(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+def test_what_a_target_kl_chose_is_what_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if another mixture was tried after it."""
+
+    def smallest(found: Any, limit: float, measure: Any) -> Any:
+        kls = [measure(found[i]) for i in (3, 5)]
+        assert kls[0] > kls[1] > 0
+        return found[3], False
+
+    monkeypatch.setattr(budget, "smallest_below", smallest)
+    monkeypatch.setattr(passages, "CALIBRATION", (16, 32))
+    make_checkpoint(tmp_path / "s", norm="qkv", num_hidden_layers=2, **SIZES)
+    report = mlx_skipless.convert(tmp_path / "s", tmp_path / "o", target_kl=0.1)
+    (file,) = (tmp_path / "o").glob("*.safetensors")
+    written: Any = mx.load(str(file))
+    assert sum(array.nbytes for array in written.values()) == report.bytes_after
+    model, _ = mlx_skipless.load(tmp_path / "o")  # config and weights are of one mixture
+    assert mx.isfinite(model(mx.array([[1, 2, 3]]))).all().item()
+
+
 def test_a_pretrained_model_keeps_its_architecture_under_a_target(tmp_path: Path) -> None:
-    make_llama(tmp_path / "s", **SIZES)
+    make_llama(tmp_path / "s", num_hidden_layers=2, **SIZES)
     plain = mlx_skipless.convert(tmp_path / "s", tmp_path / "plain", quantize=True)
     target = int(0.9 * plain.bytes_after)
     mixed = mlx_skipless.convert(tmp_path / "s", tmp_path / "mixed", target_bytes=target)
@@ -339,7 +361,7 @@ def test_a_pretrained_model_keeps_its_architecture_under_a_target(tmp_path: Path
     ],
 )
 def test_targets_that_cannot_be(options: dict[str, Any], said: str, tmp_path: Path) -> None:
-    make_checkpoint(tmp_path / "s", norm="qkv", **SIZES)
+    make_checkpoint(tmp_path / "s", norm="qkv", num_hidden_layers=2, **SIZES)
     with pytest.raises(mlx_skipless.UserError, match=said):
         mlx_skipless.convert(tmp_path / "s", tmp_path / "o", **options)
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
