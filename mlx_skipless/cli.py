@@ -71,6 +71,11 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         "per token; tries several",
     )  # fmt: skip
     parser.add_argument(
+        "--distill", type=int, default=0, metavar="STEPS",
+        help="train the scales and biases of the quantized result towards the source, for instance "
+        "200 steps; holds both in memory",
+    )  # fmt: skip
+    parser.add_argument(
         "--dtype", choices=["float16", "bfloat16", "float32"],
         help="type of the weights that are not quantized (default: the source's)",
     )  # fmt: skip

@@ -5,47 +5,46 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from . import budget, card, hub, passages, sensitivity
+from . import card, hub, passages, settle
 from . import model as model_module
 from . import verify as verification
 from .calibrate import CalibratedParts, NearestParts, memory_bytes
 from .checkpoint import FLOAT_NAMES, Checkpoint, open_checkpoint
+from .distill import LOGITS_BYTES, distilled
 from .errors import UserError
-from .families import EMBEDDING, HEAD, stock_expresses, stock_settings
-from .layout import Layout, Quantization, dtype_name
+from .families import stock_expresses
+from .job import MODEL_FILE, Job
+from .layout import Layout, Quantization
 from .loading import BUNDLED, load_tokenizer
 from .merge import Merger
+from .model import Model, ModelArgs
 from .plan import (
     REMOVALS,
     Conditioning,
     Plan,
     RemovalCost,
-    alone,
-    around_of,
     make_plan,
     measurable,
 )
-from .points import points
-from .report import Report, make_report
+from .report import Report
+from .settle import Goal, Progress
 from .verify import Parts, StreamedNetwork, Verification
 from .writer import Writer, carry_tokenizer, check_free
 
-MODEL_FILE = "model.py"
 STOCK_CANNOT = (
     "mlx-lm's own network for this architecture leaves out what this config asks for (a sliding "
     "window in every layer, an activation or some biases): the result carries a network of its own"
 )
 BUFFER_CACHE_BYTES = 256 << 20
-Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
 def convert(
@@ -62,6 +61,7 @@ def convert(
     calibration: str | Path | None = None,
     target_bytes: int | None = None,
     target_kl: float | None = None,
+    distill: int = 0,
     dtype: str | None = None,
     revision: str | None = None,
     upload_repo: str | None = None,
@@ -86,6 +86,8 @@ def convert(
             from the model.
         target_bytes: quantize to the best mixture of bits whose weights take at most so many bytes.
         target_kl: quantize to the smallest whose check finds at most so many nats per token of KL.
+        distill: steps of training the quantized result's scales and biases towards the source;
+            both are in memory then.
         dtype: "float16", "bfloat16" or "float32"; default: the source's.
         revision: of a Hub id.
         upload_repo: upload the result there.
@@ -104,6 +106,10 @@ def convert(
     if target_bytes is not None or target_kl is not None:
         goal = _goal(target_bytes, target_kl, q_bits, q_mode, verify)
     quantization = _quantization(quantize or goal is not None, q_bits, q_group_size, q_mode)
+    if distill < 0:
+        raise UserError(f"--distill {distill}: must be a number of steps, 0 or more")
+    if distill and (quantization is None or quantization.mode != "affine"):
+        raise UserError("--distill trains scales and biases: it needs -q in affine mode")
     if remove not in REMOVALS:
         raise UserError(f"--remove {remove}: choose one of {', '.join(REMOVALS)}")
     if dtype is not None and dtype not in FLOAT_NAMES:
@@ -154,9 +160,9 @@ def convert(
         report = job.report()
     else:
         calibrating = quantization is not None and (
-            text is not None or goal is not None or bool(_inverses(plan))
+            text is not None or goal is not None or distill > 0 or bool(settle.inverses(plan))
         )
-        prose = Prose(str(calibration), text, seed, check=verify, calibrate=calibrating)
+        prose = Prose(str(calibration), text, seed, verify, calibrating, distill)
         with _small_buffer_cache():
             report = _write(job, out, prose, goal, progress)
         if upload_repo is not None:
@@ -164,42 +170,6 @@ def convert(
     return replace(
         report, seconds=time.perf_counter() - started, peak_memory_bytes=peak_memory_bytes()
     )
-
-
-@dataclass(frozen=True)
-class Job:
-    """What goes in and what comes out: ``stock`` results are of mlx-lm's own architectures."""
-
-    checkpoint: Checkpoint
-    plan: Plan
-    layout: Layout
-    stock: bool
-    trust_remote_code: bool
-    upload_repo: str | None
-    options: Mapping[str, Any]
-    planned: Callable[[Mapping[str, RemovalCost]], Plan]
-    costs: Mapping[str, RemovalCost] = field(default_factory=dict)
-
-    def unremoved(self) -> Layout:
-        """Of the network before the removals, quantized alike, with the same bits everywhere."""
-        quantization = self.layout.quantization
-        plain = None if quantization is None else replace(quantization, own={})
-        return Layout(self.plan.before, self.layout.dtype, plain)
-
-    def report(self) -> Report:
-        """Of the plan, before anything is checked."""
-        conditioning = self.options.get("conditioning", {})
-        return make_report(
-            self.checkpoint, self.plan, self.layout, self.stock, conditioning, self.costs
-        )
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What a mixture of bits shall keep: a size in bytes or a KL in nats per token."""
-
-    nbytes: int | None
-    kl: float | None
 
 
 @dataclass(frozen=True)
@@ -211,6 +181,7 @@ class Prose:
     seed: int
     check: bool
     calibrate: bool
+    distill: int  # steps
 
 
 def _goal(nbytes: int | None, kl: float | None, bits: int | None, mode: str, verify: bool) -> Goal:
@@ -260,7 +231,7 @@ def _measure(
     return measured
 
 
-def _check_memory(job: Job, *, calibrating: bool) -> None:
+def _check_memory(job: Job, prose: Prose) -> None:
     """Refuse what cannot fit: three bases and the largest matrix in float64, a shard, the check."""
     args = job.plan.before
     hidden, ffn = args.hidden_size, args.intermediate_size
@@ -268,7 +239,9 @@ def _check_memory(job: Job, *, calibrating: bool) -> None:
     float64 = 8 * (6 * hidden * max(hidden, width) + 3 * max(hidden, width) * ffn)
     largest = max(array.nbytes for array in job.layout.tensors.values())
     needed = float64 + (1 << 30) + 4 * job.layout.count("model.layers.0.") + 3 * largest
-    needed += memory_bytes(args) if calibrating else 0
+    needed += memory_bytes(args) if prose.calibrate else 0
+    if prose.distill:  # the source, the result's codes, its dense matrices and their gradients
+        needed += 5 * Layout(args, mx.float32).nbytes() + 8 * LOGITS_BYTES
     available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > available:
         raise UserError(
@@ -279,7 +252,7 @@ def _check_memory(job: Job, *, calibrating: bool) -> None:
 
 def _write(job: Job, out: Path, prose: Prose, goal: Goal | None, progress: Progress) -> Report:
     """Do what is planned; the report with the check's outcome."""
-    _check_memory(job, calibrating=prose.calibrate)
+    _check_memory(job, prose)
     largest = Layout(job.plan.before, job.layout.dtype, None if goal else job.layout.quantization)
     with Writer(out, max(largest.nbytes(), job.layout.nbytes())) as writer:
         if not job.stock:
@@ -288,17 +261,21 @@ def _write(job: Job, out: Path, prose: Prose, goal: Goal | None, progress: Progr
         trust = {"trust_remote_code": job.trust_remote_code}
         tokenizer = None
         if carry_tokenizer(job.checkpoint, writer.folder, stock=job.stock, **trust):
-            name, config = job.checkpoint.name, output_config(job)
+            name, config = job.checkpoint.name, job.config()
             tokenizer = load_tokenizer(writer.folder, config, name=name, **trust)
         found = _passages(job, tokenizer, prose, progress)
 
         if found is not None and found.calibration is not None:
-            job = _settled(job, found.calibration, progress)
+            job = settle.settled(job, found.calibration, progress)
+
+        def attempt(job: Job) -> Verification | None:
+            return _attempt(job, writer, found, prose, progress)
+
         if goal is None:
-            check = _attempt(job, writer, found, prose.check, progress)
+            check = attempt(job)
         else:
-            assert found is not None
-            job, check = _towards(goal, job, writer, found, prose.check, progress)
+            assert found is not None and found.calibration is not None
+            job, check = settle.towards(goal, job, found.calibration, attempt, progress)
 
         report = replace(job.report(), output=str(out))
         if found is not None and found.calibration is not None:
@@ -311,12 +288,12 @@ def _write(job: Job, out: Path, prose: Prose, goal: Goal | None, progress: Progr
 
 
 def _attempt(
-    job: Job, writer: Writer, found: passages.Passages | None, check: bool, progress: Progress
+    job: Job, writer: Writer, found: passages.Passages | None, prose: Prose, progress: Progress
 ) -> Verification | None:
     """Write config and weights, in the place of earlier ones; then check them if asked."""
     layers = job.plan.before.num_hidden_layers
     writer.discard_weights()
-    writer.write_json("config.json", output_config(job))
+    writer.write_json("config.json", job.config())
     parts = _result_parts(job, None if found is None else found.calibration)
     writer.add(parts.embedding())
     for layer in range(layers):
@@ -325,121 +302,60 @@ def _attempt(
     writer.add(parts.head())
     writer.finish_weights(job.layout.count())
     progress("converting", layers, layers)
-    return _verify(job, writer.folder, found, progress) if check and found is not None else None
+    if prose.distill and found is not None and found.calibration is not None:
+        _distill(job, writer, found.calibration, prose, progress)
+    if prose.check and found is not None:
+        return _verify(job, writer.folder, found, progress)
+    return None
 
 
-def _inverses(plan: Plan) -> dict[int, list[str]]:
-    """By point, the matrices whose values a removal mixes through an inverse."""
-    found = points(plan.before)
-    around = {
-        index: around_of(plan.before, found, index, where) for index, where in plan.identity.items()
+def _distill(job: Job, writer: Writer, tokens: mx.array, prose: Prose, progress: Progress) -> None:
+    """Write the weights again with scales and biases that are trained towards the source."""
+    written = verification.WrittenParts(writer.folder)
+    result = _tensors(written, job.layout.args)
+    mx.eval(result)
+    forms = {
+        where: form
+        for where in (name.removesuffix(".scales") for name in result if name.endswith(".scales"))
+        if (form := job.layout.format_of(where)) is not None
     }
-    return {index: matrices for index, matrices in around.items() if matrices}
-
-
-def _settled(job: Job, tokens: mx.array, progress: Progress) -> Job:
-    """The job with its plan made again from what each removal costs, measured on the text."""
-    if job.options["remove"] != "auto":
-        return job
-    trials, plan = [], job.plan
-    for index, around in _inverses(plan).items():
-        if HEAD in around or (EMBEDDING in around and plan.before.tie_word_embeddings):
-            continue  # what the head reads is no stream that later layers could bring back
-        single = alone(plan, index)
-        trials.append(
-            sensitivity.Trial(
-                plan.identity[index],
-                tuple(around),
-                Merger(job.checkpoint, single, job.layout.dtype),
-                replace(job.layout, args=single.after),
-            )
-        )
-    if not trials:
-        return job
-    costs = sensitivity.removal_costs(
-        plan.before,
-        _source_parts(job),
-        trials,
-        job.unremoved().format_of,
+    teacher, student = Model(job.plan.before), Model(job.layout.args)
+    teacher.load_weights([*_tensors(job.source_parts(), job.plan.before).items()])
+    dense = {name: array for name, array in result.items() if name.rpartition(".")[0] not in forms}
+    student.load_weights([*dense.items()], strict=False)
+    teacher.set_dtype(mx.float32)
+    student.set_dtype(mx.float32)
+    changed = distilled(
+        teacher,
+        student,
+        result,
+        forms,
         tokens,
-        partial(progress, "measuring removals"),
+        steps=prose.distill,
+        seed=prose.seed,
+        progress=partial(progress, "distilling"),
     )
-    plan = job.planned(costs)
-    return replace(job, plan=plan, layout=replace(job.layout, args=plan.after), costs=costs)
+    writer.discard_weights()
+    writer.add(result | {name: array.astype(job.layout.dtype) for name, array in changed.items()})
+    writer.finish_weights(job.layout.count())
 
 
-def _towards(
-    goal: Goal,
-    job: Job,
-    writer: Writer,
-    found: passages.Passages,
-    check: bool,
-    progress: Progress,
-) -> tuple[Job, Verification | None]:
-    """Choose bits for a goal, and write and check the result."""
-    assert found.calibration is not None and job.layout.quantization is not None
-    unremoved = job.unremoved()
-    free = [where for where in job.layout.free if unremoved.format_of(where) is not None]
-    costs = sensitivity.rounding_costs(
-        job.plan.before,
-        _source_parts(job),
-        free,
-        unremoved.format_of,
-        found.calibration,
-        partial(progress, "measuring matrices"),
-    )
-    raises = budget.Raises(
-        {where: job.layout.weights[f"{where}.weight"] for where in free},
-        costs,
-        job.layout.quantization.usual_bits,
-        {where: job.layout.scale_bytes(where) for where in free},
-        job.layout.nbytes() - sum(job.layout.nbytes(f"{where}.") for where in free),
-    )
-
-    quantization = job.layout.quantization
-
-    def with_bits(mixture: budget.Mixture) -> Job:
-        mixed = replace(quantization, own=mixture.bits)
-        return replace(job, layout=replace(job.layout, quantization=mixed))
-
-    if goal.nbytes is not None:
-        job = with_bits(raises.mixtures(goal.nbytes)[-1])
-        return job, _attempt(job, writer, found, check, progress)
-
-    checks: dict[int, Verification] = {}
-
-    def measure(mixture: budget.Mixture) -> float:
-        outcome = _attempt(with_bits(mixture), writer, found, True, progress)
-        assert outcome is not None
-        checks[mixture.nbytes] = outcome
-        return outcome.kl
-
-    assert goal.kl is not None
-    chosen, written = budget.smallest_below(raises.mixtures(), goal.kl, measure)
-    if not written:
-        measure(chosen)
-    return with_bits(chosen), checks[chosen.nbytes]
+def _tensors(parts: Parts, args: ModelArgs) -> dict[str, mx.array]:
+    layers = [parts.layer(layer) for layer in range(args.num_hidden_layers)]
+    return {k: v for part in (parts.embedding(), *layers, parts.head()) for k, v in part.items()}
 
 
 def _result_parts(job: Job, calibration: mx.array | None) -> Parts:
     merger = Merger(job.checkpoint, job.plan, job.layout.dtype)
     if calibration is None:
         return NearestParts(merger, job.layout)
-    return CalibratedParts(job.plan.before, _source_parts(job), merger, job.layout, calibration)
-
-
-def _source_parts(job: Job, dtype: mx.Dtype = mx.float32) -> Merger:
-    """The network that the removals start from; in float32, whatever its weights were stored in."""
-    plan = job.plan
-    stripped = tuple(gain for gain in plan.folded if gain not in plan.before.gains)
-    start = replace(plan, identity={}, folded=stripped, after=plan.before)
-    return Merger(job.checkpoint, start, dtype)
+    return CalibratedParts(job.plan.before, job.source_parts(), merger, job.layout, calibration)
 
 
 def _source_network(job: Job) -> StreamedNetwork:
     before = job.plan.before
     resident = Layout(before, mx.float32).nbytes() <= verification.RESIDENT_BYTES
-    return StreamedNetwork(before, _source_parts(job), resident=resident)
+    return StreamedNetwork(before, job.source_parts(), resident=resident)
 
 
 def _passages(
@@ -476,24 +392,6 @@ def _small_buffer_cache() -> Iterator[None]:
         mx.set_cache_limit(before)
 
 
-def output_config(job: Job) -> dict[str, Any]:
-    """config.json of the result."""
-    source, layout = job.checkpoint.config, job.layout
-    if job.stock:
-        config = {k: v for k, v in source.items() if not k.startswith("quantization")}
-        config |= stock_settings(layout.args)
-    else:
-        keep = ("bos_token_id", "eos_token_id", "pad_token_id")
-        config = {key: source[key] for key in keep if key in source}
-        config |= {k: v for k, v in asdict(layout.args).items() if v is not None}
-        config |= {"model_file": MODEL_FILE, "architectures": ["SkiplessForCausalLM"]}
-    config["torch_dtype"] = dtype_name(layout.dtype)
-    config.pop("dtype", None)
-    if layout.settings is not None:
-        config["quantization"] = config["quantization_config"] = layout.settings
-    return dict(sorted(config.items()))
-
-
 def _verify(job: Job, folder: Path, found: passages.Passages, progress: Progress) -> Verification:
     # The source runs in float32 from the weights it has; the result as it will run.
     progress("checking", 0, 1)
@@ -508,7 +406,7 @@ def _verify(job: Job, folder: Path, found: passages.Passages, progress: Progress
         (outcome,) = verification.compare(source, [result], found.check, found.origin)
     else:
         unremoved = job.unremoved()
-        rounded = NearestParts(_source_parts(job, unremoved.dtype), unremoved)
+        rounded = NearestParts(job.source_parts(unremoved.dtype), unremoved)
         plain = StreamedNetwork(unremoved.args, rounded, unremoved.settings)
         of_result, of_plain = verification.compare(
             source, [result, plain], found.check, found.origin

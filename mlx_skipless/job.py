@@ -1,0 +1,68 @@
+"""One conversion: what goes in, what is planned, what comes out."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import mlx.core as mx
+
+from .checkpoint import Checkpoint
+from .families import stock_settings
+from .layout import Layout, dtype_name
+from .merge import Merger
+from .plan import Plan, RemovalCost
+from .report import Report, make_report
+
+MODEL_FILE = "model.py"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What goes in and what comes out: ``stock`` results are of mlx-lm's own architectures."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    layout: Layout
+    stock: bool
+    trust_remote_code: bool
+    upload_repo: str | None
+    options: Mapping[str, Any]
+    planned: Callable[[Mapping[str, RemovalCost]], Plan]
+    costs: Mapping[str, RemovalCost] = field(default_factory=dict)
+
+    def unremoved(self) -> Layout:
+        """Of the network before the removals, quantized alike, with the same bits everywhere."""
+        quantization = self.layout.quantization
+        plain = None if quantization is None else replace(quantization, own={})
+        return Layout(self.plan.before, self.layout.dtype, plain)
+
+    def report(self) -> Report:
+        """Of the plan, before anything is checked."""
+        conditioning = self.options.get("conditioning", {})
+        return make_report(
+            self.checkpoint, self.plan, self.layout, self.stock, conditioning, self.costs
+        )
+
+    def source_parts(self, dtype: mx.Dtype = mx.float32) -> Merger:
+        """The network that the removals start from; in float32, however its weights are stored."""
+        plan = self.plan
+        stripped = tuple(gain for gain in plan.folded if gain not in plan.before.gains)
+        start = replace(plan, identity={}, folded=stripped, after=plan.before)
+        return Merger(self.checkpoint, start, dtype)
+
+    def config(self) -> dict[str, Any]:
+        """config.json of the result."""
+        source, layout = self.checkpoint.config, self.layout
+        if self.stock:
+            config = {k: v for k, v in source.items() if not k.startswith("quantization")}
+            config |= stock_settings(layout.args)
+        else:
+            keep = ("bos_token_id", "eos_token_id", "pad_token_id")
+            config = {key: source[key] for key in keep if key in source}
+            config |= {k: v for k, v in asdict(layout.args).items() if v is not None}
+            config |= {"model_file": MODEL_FILE, "architectures": ["SkiplessForCausalLM"]}
+        config["torch_dtype"] = dtype_name(layout.dtype)
+        config.pop("dtype", None)
+        if layout.settings is not None:
+            config["quantization"] = config["quantization_config"] = layout.settings
+        return dict(sorted(config.items()))

@@ -1,0 +1,116 @@
+"""Decisions that need text: which removals pay, and how many bits each matrix gets."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+
+from . import budget, sensitivity
+from .families import EMBEDDING, HEAD
+from .job import Job
+from .merge import Merger
+from .plan import Plan, alone, around_of
+from .points import points
+from .verify import Verification
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a mixture of bits shall keep: a size in bytes or a KL in nats per token."""
+
+    nbytes: int | None
+    kl: float | None
+
+
+def inverses(plan: Plan) -> dict[int, list[str]]:
+    """By point, the matrices whose values a removal mixes through an inverse."""
+    found = points(plan.before)
+    around = {
+        index: around_of(plan.before, found, index, where) for index, where in plan.identity.items()
+    }
+    return {index: matrices for index, matrices in around.items() if matrices}
+
+
+def settled(job: Job, tokens: mx.array, progress: Progress) -> Job:
+    """The job with its plan made again from what each removal costs, measured on the text."""
+    if job.options["remove"] != "auto":
+        return job
+    trials, plan = [], job.plan
+    for index, around in inverses(plan).items():
+        if HEAD in around or (EMBEDDING in around and plan.before.tie_word_embeddings):
+            continue  # what the head reads is no stream that later layers could bring back
+        single = alone(plan, index)
+        trials.append(
+            sensitivity.Trial(
+                plan.identity[index],
+                tuple(around),
+                Merger(job.checkpoint, single, job.layout.dtype),
+                replace(job.layout, args=single.after),
+            )
+        )
+    if not trials:
+        return job
+    costs = sensitivity.removal_costs(
+        plan.before,
+        job.source_parts(),
+        trials,
+        job.unremoved().format_of,
+        tokens,
+        lambda done, total: progress("measuring removals", done, total),
+    )
+    plan = job.planned(costs)
+    return replace(job, plan=plan, layout=replace(job.layout, args=plan.after), costs=costs)
+
+
+def towards(
+    goal: Goal,
+    job: Job,
+    tokens: mx.array,
+    attempt: Callable[[Job], Verification | None],
+    progress: Progress,
+) -> tuple[Job, Verification | None]:
+    """Choose bits for a goal by the text; ``attempt`` writes the result and checks it."""
+    assert job.layout.quantization is not None
+    unremoved = job.unremoved()
+    free = [where for where in job.layout.free if unremoved.format_of(where) is not None]
+    costs = sensitivity.rounding_costs(
+        job.plan.before,
+        job.source_parts(),
+        free,
+        unremoved.format_of,
+        tokens,
+        lambda done, total: progress("measuring matrices", done, total),
+    )
+    raises = budget.Raises(
+        {where: job.layout.weights[f"{where}.weight"] for where in free},
+        costs,
+        job.layout.quantization.usual_bits,
+        {where: job.layout.scale_bytes(where) for where in free},
+        job.layout.nbytes() - sum(job.layout.nbytes(f"{where}.") for where in free),
+    )
+
+    quantization = job.layout.quantization
+
+    def with_bits(mixture: budget.Mixture) -> Job:
+        mixed = replace(quantization, own=mixture.bits)
+        return replace(job, layout=replace(job.layout, quantization=mixed))
+
+    if goal.nbytes is not None:
+        job = with_bits(raises.mixtures(goal.nbytes)[-1])
+        return job, attempt(job)
+
+    checks: dict[int, Verification] = {}
+
+    def measure(mixture: budget.Mixture) -> float:
+        outcome = attempt(with_bits(mixture))
+        assert outcome is not None
+        checks[mixture.nbytes] = outcome
+        return outcome.kl
+
+    assert goal.kl is not None
+    chosen, written = budget.smallest_below(raises.mixtures(), goal.kl, measure)
+    if not written:
+        measure(chosen)
+    return with_bits(chosen), checks[chosen.nbytes]
