@@ -61,7 +61,7 @@ def test_scales_and_biases_move_towards_the_source(bits: int, steps: int) -> Non
         module = dict(student.named_modules())[where]
         module.weight = form.dense(new)
     after = kl(teacher, student, others)
-    assert after < 0.9 * before if steps else after == pytest.approx(before, rel=1e-4)
+    assert after < 0.95 * before if steps else after == pytest.approx(before, rel=1e-4)
 
 
 def test_a_training_that_does_not_help_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
