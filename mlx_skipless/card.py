@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .report import Report
     from .training import Result
 
-NAMES = {"q": "Q", "k": "K", "v": "V", "p": "P"}
+NAMES = {"q": "Q", "k": "K", "v": "V", "p": "P", "attention": "Attention", "ffn": "The FFN"}
 
 
 def effect(report: "Report") -> list[str]:
@@ -26,6 +26,11 @@ def effect(report: "Report") -> list[str]:
         lines.append(
             f"Decoding a token reads {report.speedup_from_bytes:.2f} times fewer bytes of weights "
             "than without the removals in the same number format: the speed-up to expect at most."
+        )
+    if report.cache_bytes_after != report.cache_bytes_before:
+        lines.append(
+            f"Each token of context takes {report.cache_bytes_after:,} bytes of KV cache, "
+            f"{report.cache_bytes_before:,} before."
         )
     if (check := report.verification) is not None:
         lines.append(

@@ -22,7 +22,7 @@ from .families import LINEAR_PATHS, Config, Family, family_of, model_args
 from .gguf_file import GGUFStore
 from .layout import tensors_of
 from .model import Model, ModelArgs
-from .packed import Scheme, scheme_of
+from .packed import MLXScheme, Scheme, scheme_of
 
 FLOATS = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}
 FLOAT_NAMES = ("float16", "bfloat16", "float32")
@@ -110,8 +110,9 @@ class UnpackedStore:
     """A store whose packed matrices look dense: ``X.weight`` whatever its parts on disk."""
 
     def __init__(self, store: Store, scheme: Scheme):
-        self._store, self._scheme = store, scheme
-        self._packed = {
+        self.packed, self._scheme = store, scheme
+        self.runs = isinstance(scheme, MLXScheme)
+        self._paths = {
             name.removesuffix(scheme.marker)
             for name in store.shapes
             if name.endswith(scheme.marker)
@@ -120,17 +121,17 @@ class UnpackedStore:
         self.dtypes: dict[str, mx.Dtype | None] = {}
         for name in store.shapes:
             path = name.rpartition(".")[0]
-            if path in self._packed and name.endswith(scheme.parts):
+            if path in self._paths and name.endswith(scheme.parts):
                 self.shapes[f"{path}.weight"] = scheme.shape(path, store.shapes)
                 self.dtypes[f"{path}.weight"] = store.dtypes[f"{path}.scales"] or mx.bfloat16
-            elif path in self._packed and name.endswith(".bias") and not self._is_bias(name):
+            elif path in self._paths and name.endswith(".bias") and not self._is_bias(name):
                 continue  # GPTQ exporters write a bias of zeros beside matrices that have none
             else:
                 self.shapes[name] = store.shapes[name]
                 self.dtypes[name] = store.dtypes[name]
 
     def _is_bias(self, name: str) -> bool:
-        return bool(mx.any(self._store.read([name])[name] != 0).item())
+        return bool(mx.any(self.packed.read([name])[name] != 0).item())
 
     def read(self, names: Iterable[str]) -> dict[str, mx.array]:
         parts: list[str] = []
@@ -138,12 +139,12 @@ class UnpackedStore:
         plain: list[str] = []
         for name in names:
             path = name.removesuffix(".weight")
-            if path in self._packed and name.endswith(".weight"):
+            if path in self._paths and name.endswith(".weight"):
                 packed.append(path)
-                parts += [path + p for p in self._scheme.parts if path + p in self._store.shapes]
+                parts += [path + p for p in self._scheme.parts if path + p in self.packed.shapes]
             else:
                 plain.append(name)
-        arrays = self._store.read([*plain, *parts])
+        arrays = self.packed.read([*plain, *parts])
         read = {name: arrays[name] for name in plain}
         return read | {f"{path}.weight": self._scheme.dense(path, arrays) for path in packed}
 
@@ -205,6 +206,19 @@ class Checkpoint:
         wanted = {name: self._original[name] for name in names if name in self._original}
         arrays = self.store.read(wanted.values())
         return {name: arrays[original] for name, original in wanted.items()}
+
+    @property
+    def packed_by_mlx(self) -> bool:
+        """Whether its matrices are packed in a way that mlx-lm runs as it is."""
+        return isinstance(self.store, UnpackedStore) and self.store.runs
+
+    def read_packed(self, prefix: str = "") -> dict[str, mx.array]:
+        """The tensors whose canonical names start with ``prefix``, lazy, packed as on disk."""
+        assert isinstance(self.store, UnpackedStore)
+        names = {self.family.canonical(name): name for name in self.store.packed.shapes}
+        wanted = {name: own for name, own in names.items() if name.startswith(prefix)}
+        arrays = self.store.packed.read(wanted.values())
+        return {name: arrays[own] for name, own in wanted.items()}
 
     def validate(self) -> None:
         """Compare every name and shape with the network's.

@@ -75,6 +75,19 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         help="train the scales and biases of the quantized result towards the source, for instance "
         "200 steps; holds both in memory",
     )  # fmt: skip
+    for kind, what in (("attention", "attention"), ("ffn", "FFN"), ("block", "attention and FFN")):
+        parser.add_argument(
+            f"--drop-{kind}", type=_count_or_auto, metavar="N",
+            help=f"so many layers lose their {what}, the least important; auto: as many as "
+            "--max-loss allows (approximate; needs skip connections)",
+        )  # fmt: skip
+    parser.add_argument(
+        "--greedy", action="store_true", help="measure again after each drop: better, slower"
+    )
+    parser.add_argument(
+        "--max-loss", type=_share, metavar="SHARE",
+        help="by how much auto may raise the loss, nats per token (default: 1%%)",
+    )  # fmt: skip
     parser.add_argument(
         "--dtype", choices=["float16", "bfloat16", "float32"],
         help="type of the weights that are not quantized (default: the source's)",
@@ -122,6 +135,14 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the measurements there")
 
 
+def _count_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+def _share(text: str) -> float:
+    return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+
+
 def _run_convert(options: dict[str, Any]) -> None:
     json_file = options.pop("json")
     options["verify"] = not options.pop("no_verify")
@@ -136,7 +157,8 @@ def _run_convert(options: dict[str, Any]) -> None:
 def _print_report(report: Report, console: Console) -> None:
     if report.packing:
         again = "" if report.quantization else ", and not quantized again: -q does that"
-        console.print(f"the source is quantized ({report.packing}): dequantized first{again}")
+        done = "and stays as it is" if report.kept_packed else f"dequantized first{again}"
+        console.print(f"the source is quantized ({report.packing}): {done}")
     table = Table("part", "goes", box=None, pad_edge=False)
     measured = any(row.cost for row in report.rows)
     costs = ("KL without", "KL with") if measured else ()
@@ -152,7 +174,7 @@ def _print_report(report: Report, console: Console) -> None:
     console.print(table)
     lines = [f"note: {note}" for note in report.notes]
     if report.stock:
-        done = "norm gains folded, exactly" if report.folded else "a copy"
+        done = "norm gains folded, exactly" if report.folded else "matrices as they were"
         lines += [
             f"note: {done}; the result runs in plain mlx-lm",
             "note: for the speed and size of its skipless network (no language model until it is "

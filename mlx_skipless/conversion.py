@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import card, hub, passages, settle
+from . import card, drop, hub, passages, settle
 from . import model as model_module
 from . import verify as verification
 from .calibrate import CalibratedParts, NearestParts, memory_bytes
@@ -22,8 +22,8 @@ from .checkpoint import FLOAT_NAMES, Checkpoint, open_checkpoint
 from .distill import LOGITS_BYTES, distilled
 from .errors import UserError
 from .families import stock_expresses
-from .job import MODEL_FILE, Job
-from .layout import Layout, Quantization
+from .job import MODEL_FILE, Job, PackedParts
+from .layout import Layout, PackedLayout, Quantization
 from .loading import BUNDLED, load_tokenizer
 from .merge import Merger
 from .model import Model, ModelArgs
@@ -62,6 +62,11 @@ def convert(
     target_bytes: int | None = None,
     target_kl: float | None = None,
     distill: int = 0,
+    drop_attention: int | str | None = None,
+    drop_ffn: int | str | None = None,
+    drop_block: int | str | None = None,
+    greedy: bool = False,
+    max_loss: float | None = None,
     dtype: str | None = None,
     revision: str | None = None,
     upload_repo: str | None = None,
@@ -88,6 +93,12 @@ def convert(
         target_kl: quantize to the smallest whose check finds at most so many nats per token of KL.
         distill: steps of training the quantized result's scales and biases towards the source;
             both are in memory then.
+        drop_attention: how many layers lose their attention, by importance on the text (arXiv
+            2406.15786), or "auto": one after another until ``max_loss``.
+        drop_ffn: likewise of their FFN.
+        drop_block: likewise of both.
+        greedy: measure again after each drop, also where a number is given.
+        max_loss: the share by which "auto" may raise the loss, nats per token; default 0.01.
         dtype: "float16", "bfloat16" or "float32"; default: the source's.
         revision: of a Hub id.
         upload_repo: upload the result there.
@@ -110,6 +121,8 @@ def convert(
         raise UserError(f"--distill {distill}: must be a number of steps, 0 or more")
     if distill and (quantization is None or quantization.mode != "affine"):
         raise UserError("--distill trains scales and biases: it needs -q in affine mode")
+    kinds = {"attention": drop_attention, "ffn": drop_ffn, "block": drop_block}
+    drops = _drops({kind: n for kind, n in kinds.items() if n is not None}, greedy, max_loss)
     if remove not in REMOVALS:
         raise UserError(f"--remove {remove}: choose one of {', '.join(REMOVALS)}")
     if dtype is not None and dtype not in FLOAT_NAMES:
@@ -130,7 +143,15 @@ def convert(
         raise UserError(f"{model} is a config without weights: add --dry-run, or give the model")
     target = getattr(mx, dtype) if dtype else checkpoint.dtype
     args = checkpoint.args
-    pretrained = args.norm == "pre" and not skipless  # folding is what is exact for it
+    if drops is not None:
+        if skipless:
+            raise UserError("--skipless drops every skip connection: drop it to drop sub-layers")
+        drop.check(args, drops.wishes)
+    # What nothing touches stays packed as it is.
+    packed = drops is not None and checkpoint.packed_by_mlx and quantization is None and not dtype
+    packed = packed and not fold_norms
+    # Folding is what is exact for it.
+    pretrained = args.norm == "pre" and not skipless and not packed
     options: dict[str, Any] = {
         "remove": remove,
         "skipless": skipless,
@@ -142,29 +163,35 @@ def convert(
     if checkpoint.store is not None:
         options["conditioning"] = _measure(checkpoint, plan, remove, target, progress)
         plan = make_plan(args, **options)
-    stock = checkpoint.family.stock and plan.before == args and stock_expresses(args)
+    stock = checkpoint.family.stock and plan.before == args
+    stock = stock and stock_expresses(args, dropping=drops is not None)
     inexpressible = checkpoint.family.stock and plan.before == args and not stock
 
-    def planned(costs: Mapping[str, RemovalCost]) -> Plan:
-        plan = make_plan(args, **options, costs=costs)
+    def planned(costs: Mapping[str, RemovalCost], dropped: Mapping[str, list[int]]) -> Plan:
+        plan = make_plan(args, **options, costs=costs, dropped=dropped)
         if inexpressible:
             plan = replace(plan, notes=(*plan.notes, STOCK_CANNOT))
         if stock:  # mlx-lm's own architecture wants every gain: folded ones are written as ones
             plan = replace(plan, after=replace(plan.after, gains=args.gains))
         return plan
 
-    plan = planned({})
+    plan = planned({}, {})
     layout = Layout(plan.after, target, quantization)
+    if packed:
+        entry = checkpoint.config["quantization"]
+        layout = PackedLayout(plan.after, target, None, checkpoint.read_packed(), entry)
     job = Job(checkpoint, plan, layout, stock, trust_remote_code, upload_repo, options, planned)
     if dry_run:
         report = job.report()
+        if drops is not None:
+            report = replace(report, notes=(*report.notes, drop.promise(args, drops.wishes)))
     else:
         calibrating = quantization is not None and (
             text is not None or goal is not None or distill > 0 or bool(settle.inverses(plan))
         )
         prose = Prose(str(calibration), text, seed, verify, calibrating, distill)
         with _small_buffer_cache():
-            report = _write(job, out, prose, goal, progress)
+            report = _write(job, out, prose, goal, drops, progress)
         if upload_repo is not None:
             hub.upload(out, upload_repo)
     return replace(
@@ -197,6 +224,26 @@ def _goal(nbytes: int | None, kl: float | None, bits: int | None, mode: str, ver
     if kl is not None and not verify:
         raise UserError("--target-kl measures the result: drop --no-verify")
     return Goal(nbytes, kl)
+
+
+def _drops(
+    kinds: Mapping[str, int | str], greedy: bool, max_loss: float | None
+) -> settle.Drops | None:
+    wishes = []
+    for kind, n in kinds.items():
+        if n != "auto" and not isinstance(n, int):
+            raise UserError(f"--drop-{kind} {n}: give a number of layers, or auto")
+        wishes.append(drop.Wish(kind, None if n == "auto" else int(n)))
+    open_ended = any(wish.count is None for wish in wishes)
+    if max_loss is not None and not open_ended:
+        raise UserError("--max-loss is for --drop-attention auto, --drop-ffn auto or -block auto")
+    if max_loss is not None and not 0 < max_loss < math.inf:
+        raise UserError(f"--max-loss {max_loss}: must be a positive share, for instance 1%")
+    if greedy and not wishes:
+        raise UserError("--greedy is for --drop-attention, --drop-ffn and --drop-block")
+    if not wishes:
+        return None
+    return settle.Drops(tuple(wishes), greedy, 0.01 if max_loss is None else max_loss)
 
 
 def _quantization(
@@ -250,7 +297,14 @@ def _check_memory(job: Job, prose: Prose) -> None:
         )
 
 
-def _write(job: Job, out: Path, prose: Prose, goal: Goal | None, progress: Progress) -> Report:
+def _write(
+    job: Job,
+    out: Path,
+    prose: Prose,
+    goal: Goal | None,
+    drops: settle.Drops | None,
+    progress: Progress,
+) -> Report:
     """Do what is planned; the report with the check's outcome."""
     _check_memory(job, prose)
     largest = Layout(job.plan.before, job.layout.dtype, None if goal else job.layout.quantization)
@@ -260,13 +314,17 @@ def _write(job: Job, out: Path, prose: Prose, goal: Goal | None, progress: Progr
             writer.write_text(MODEL_FILE, code)
         trust = {"trust_remote_code": job.trust_remote_code}
         tokenizer = None
-        if carry_tokenizer(job.checkpoint, writer.folder, stock=job.stock, **trust):
+        same_type = job.stock and drops is None
+        if carry_tokenizer(job.checkpoint, writer.folder, stock=same_type, **trust):
             name, config = job.checkpoint.name, job.config()
             tokenizer = load_tokenizer(writer.folder, config, name=name, **trust)
-        found = _passages(job, tokenizer, prose, progress)
-
+        wanted = replace(prose, calibrate=prose.calibrate or drops is not None)
+        found = _passages(job, tokenizer, wanted, progress)
         if found is not None and found.calibration is not None:
-            job = settle.settled(job, found.calibration, progress)
+            if drops is not None:
+                job = settle.dropped(job, drops, found.calibration, progress)
+            if prose.calibrate:
+                job = settle.settled(job, found.calibration, progress)
 
         def attempt(job: Job) -> Verification | None:
             return _attempt(job, writer, found, prose, progress)
@@ -278,7 +336,7 @@ def _write(job: Job, out: Path, prose: Prose, goal: Goal | None, progress: Progr
             job, check = settle.towards(goal, job, found.calibration, attempt, progress)
 
         report = replace(job.report(), output=str(out))
-        if found is not None and found.calibration is not None:
+        if found is not None and found.calibration is not None and prose.calibrate:
             report = report.calibrated(found.calibration.size, found.origin)
         if check is not None:
             report = report.verified(check)
@@ -294,7 +352,8 @@ def _attempt(
     layers = job.plan.before.num_hidden_layers
     writer.discard_weights()
     writer.write_json("config.json", job.config())
-    parts = _result_parts(job, None if found is None else found.calibration)
+    text = found.calibration if found is not None and prose.calibrate else None
+    parts = _result_parts(job, text)
     writer.add(parts.embedding())
     for layer in range(layers):
         progress("converting", layer, layers)
@@ -346,6 +405,8 @@ def _tensors(parts: Parts, args: ModelArgs) -> dict[str, mx.array]:
 
 
 def _result_parts(job: Job, calibration: mx.array | None) -> Parts:
+    if isinstance(job.layout, PackedLayout):
+        return PackedParts(job.checkpoint, job.layout)
     merger = Merger(job.checkpoint, job.plan, job.layout.dtype)
     if calibration is None:
         return NearestParts(merger, job.layout)

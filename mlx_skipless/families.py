@@ -265,7 +265,7 @@ def model_args(config: Config, tensors: Collection[str] | None = None) -> ModelA
             sliding_window=None if window is None else _whole(own, "sliding_window"),
             layer_types=_given(own, "layer_types", []),
             tie_word_embeddings=_flag(own, "tie_word_embeddings"),
-            removed=_layer_lists(own, "removed", ("q", "k", "v", "p", "attention"), layers),
+            removed=_layer_lists(own, "removed", ("q", "k", "v", "p", "attention", "ffn"), layers),
             extra_bits=_extra_bits(own),
         )
     except ValueError as error:
@@ -338,8 +338,11 @@ def _complete_from_tensors(args: ModelArgs, config: Config, tensors: Collection[
         setattr(args, flag, bool(_layers_with(tensors, name)))
 
 
-def stock_expresses(args: ModelArgs) -> bool:
-    """Whether mlx-lm's own llama is the same function; it knows fewer mixes than configs do."""
+def stock_expresses(args: ModelArgs, *, dropping: bool = False) -> bool:
+    """Whether mlx-lm's own llama is the same function; it knows fewer mixes than configs do.
+
+    With ``dropping``, whether its nemotron-nas is, which knows blocks without attention or FFN.
+    """
     slides = [kind == "sliding_attention" for kind in args.layer_types]
     everywhere = list(range(args.num_hidden_layers))
     uniform = all(
@@ -347,12 +350,17 @@ def stock_expresses(args: ModelArgs) -> bool:
         and args.biases.get(names[0], everywhere) == everywhere
         for names in (ATTENTION, MLP)
     )
-    return args.hidden_act == "silu" and not all(slides) and uniform
+    expresses = args.hidden_act == "silu" and not all(slides) and uniform
+    if not dropping:
+        return expresses
+    rope = args.rope is None or "factor" in args.rope
+    heads = args.hidden_size == args.num_attention_heads * args.head_dim
+    return expresses and not any(slides) and rope and heads and not args.intermediate_size % 256
 
 
 def stock_settings(args: ModelArgs) -> Config:
     """What mlx-lm's llama must be told: it has defaults of its own where configs are silent."""
-    settings = {
+    settings: Config = {
         "tie_word_embeddings": args.tie_word_embeddings,
         "num_key_value_heads": args.num_key_value_heads,
         "head_dim": args.head_dim,
@@ -361,4 +369,27 @@ def stock_settings(args: ModelArgs) -> Config:
         "attention_bias": bool(args.biases.get(ATTENTION[0])),
         "mlp_bias": bool(args.biases.get(MLP[0])),
     }
-    return settings | ({"rope_scaling": args.rope} if args.rope else {})
+    settings |= {"rope_scaling": args.rope} if args.rope else {}
+    if args.removed:
+        settings |= _nemotron_nas(args)
+    return settings
+
+
+def _nemotron_nas(args: ModelArgs) -> Config:
+    """Blocks without attention or FFN, in the terms of mlx-lm's nemotron-nas."""
+    group = args.num_attention_heads // args.num_key_value_heads
+    # Widths are given as two thirds of a multiple of the stream's, and rounded up to 256.
+    width = {"ffn_mult": 1.5 * (args.intermediate_size - 128) / args.hidden_size}
+    nothing: Config = {"no_op": True}
+    return {
+        "model_type": "nemotron-nas",
+        "architectures": ["DeciLMForCausalLM"],
+        "max_position_embeddings": args.max_position_embeddings,
+        "block_configs": [
+            {
+                "attention": nothing if args.lacks("attention", i) else {"n_heads_in_group": group},
+                "ffn": nothing if args.lacks("ffn", i) else width,
+            }
+            for i in range(args.num_hidden_layers)
+        ],
+    }

@@ -7,8 +7,8 @@ from typing import Any
 import mlx.core as mx
 
 from .checkpoint import Checkpoint
-from .families import stock_settings
-from .layout import Layout, dtype_name
+from .families import EMBEDDING, FINAL_NORM, HEAD, stock_settings
+from .layout import Layout, PackedLayout, dtype_name
 from .merge import Merger
 from .plan import Plan, RemovalCost
 from .report import Report, make_report
@@ -27,8 +27,14 @@ class Job:
     trust_remote_code: bool
     upload_repo: str | None
     options: Mapping[str, Any]
-    planned: Callable[[Mapping[str, RemovalCost]], Plan]
+    planned: Callable[[Mapping[str, RemovalCost], Mapping[str, list[int]]], Plan]
     costs: Mapping[str, RemovalCost] = field(default_factory=dict)
+    dropped: Mapping[str, list[int]] = field(default_factory=dict)
+
+    def replanned(self) -> "Job":
+        """With the plan that follows from what was measured."""
+        plan = self.planned(self.costs, self.dropped)
+        return replace(self, plan=plan, layout=replace(self.layout, args=plan.after))
 
     def unremoved(self) -> Layout:
         """Of the network before the removals, quantized alike, with the same bits everywhere."""
@@ -66,3 +72,23 @@ class Job:
         if layout.settings is not None:
             config["quantization"] = config["quantization_config"] = layout.settings
         return dict(sorted(config.items()))
+
+
+class PackedParts:
+    """A source's tensors, packed as they are, as far as a layout has them."""
+
+    def __init__(self, checkpoint: Checkpoint, layout: PackedLayout):
+        self._checkpoint, self._layout = checkpoint, layout
+
+    def embedding(self) -> dict[str, mx.array]:
+        return self._under(f"{EMBEDDING}.")
+
+    def layer(self, layer: int) -> dict[str, mx.array]:
+        return self._under(f"model.layers.{layer}.")
+
+    def head(self) -> dict[str, mx.array]:
+        return self._under(f"{FINAL_NORM}.") | self._under(f"{HEAD}.")
+
+    def _under(self, prefix: str) -> dict[str, mx.array]:
+        read = self._checkpoint.read_packed(prefix)
+        return {name: array for name, array in read.items() if name in self._layout.tensors}

@@ -135,7 +135,41 @@ class Layout:
         return sum(array.nbytes for name, array in self.tensors.items() if name.startswith(prefix))
 
     @property
+    def cache_bytes_per_token(self) -> int:
+        """Bytes that a token adds to the KV cache."""
+        args = self.args
+        layers = sum(not args.lacks("attention", i) for i in range(args.num_hidden_layers))
+        return 2 * layers * args.num_key_value_heads * args.head_dim * self.dtype.size
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes of weights that decoding a token reads: of an untied embedding a single row."""
         embedding = 0 if self.args.tie_word_embeddings else self.nbytes(EMBEDDING)
         return self.nbytes() - embedding + embedding // self.args.vocab_size
+
+
+@dataclass(frozen=True)
+class PackedLayout(Layout):
+    """Of a network whose tensors stay packed as its source has them.
+
+    ``stored`` are the source's tensors, lazy, by canonical name; ``entry`` its ``quantization``.
+    """
+
+    stored: Mapping[str, mx.array] = field(default_factory=dict)
+    entry: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def tensors(self) -> dict[str, mx.array]:
+        modules = {name.rpartition(".")[0] for name in tensors_of(Model(self.args))}
+        return {n: array for n, array in self.stored.items() if n.rpartition(".")[0] in modules}
+
+    @property
+    def settings(self) -> dict[str, Any] | None:
+        return dict(self.entry)
+
+    @cached_property
+    def weights(self) -> dict[str, int]:
+        return {name: array.size for name, array in tensors_of(Model(self.args)).items()}
+
+    def format_of(self, where: str) -> Format | None:
+        return None

@@ -23,7 +23,7 @@ import numpy as np
 
 from .checkpoint import Checkpoint
 from .errors import UserError
-from .families import EMBEDDING, FINAL_NORM, GAINS, HEAD, LINEAR_PATHS, PROJECTIONS, path
+from .families import ATTENTION, EMBEDDING, FINAL_NORM, GAINS, HEAD, LINEAR_PATHS, PROJECTIONS, path
 from .layout import dtype_name
 from .plan import Conditioning, Plan
 from .points import layer_of, letter_of, points
@@ -154,6 +154,8 @@ class Merger:
             where = path(layer, projection)
             if where in gone or where not in self._reads.keys() | self._writes.keys():
                 continue
+            if self._plan.after.lacks("attention" if projection in ATTENTION else "ffn", layer):
+                continue
             out |= self._projection(where)
         return out | self._vectors(layer)
 
@@ -209,12 +211,12 @@ class Merger:
         """Gains and linear paths; one that this layer lacks and others have is written out."""
         out: dict[str, mx.array] = {}
         args, prefix = self._plan.after, f"model.layers.{layer}"
-        attention = not args.lacks("attention", layer)
+        attention, ffn = not args.lacks("attention", layer), not args.lacks("ffn", layer)
         width = args.num_attention_heads * args.head_dim
         kv_width = args.num_key_value_heads * args.head_dim
         sizes = {"q": width, "k": kv_width, "v": kv_width, "hidden": args.intermediate_size}
         for gain, module in GAINS[args.norm].items():
-            if gain in args.gains and (attention or gain in ("hidden", "ffn")):
+            if gain in args.gains and (ffn if gain in ("hidden", "ffn") else attention):
                 name = f"{prefix}.{module}.weight"
                 found = {} if gain in self._plan.folded else self._checkpoint.read([name])
                 ones = mx.ones((sizes.get(gain, args.hidden_size),))
@@ -226,7 +228,7 @@ class Merger:
             ("attention_gain", mx.ones(heads)),
             ("uniform_gain", mx.zeros(heads)),
         ):
-            if getattr(args, flag) and (attention or flag == "gate_offset"):
+            if getattr(args, flag) and (ffn if flag == "gate_offset" else attention):
                 name = f"{prefix}.{LINEAR_PATHS[flag]}"
                 found = self._checkpoint.read([name])
                 out[name] = self._finite(name, found.get(name, absent))

@@ -70,7 +70,7 @@ class ModelArgs(BaseModelArgs):
     sliding_window: Optional[int] = None
     layer_types: List[str] = field(default_factory=list)  # full_attention or sliding_attention
     tie_word_embeddings: bool = False
-    # Which layers lack "q", "k", "v", "p" or their whole "attention".
+    # Which layers lack "q", "k", "v", "p", their whole "attention" or their whole "ffn".
     removed: Dict[str, List[int]] = field(default_factory=dict)
     # Which layers' matrices ("q_proj", "down_proj", ...) have a bias.
     biases: Dict[str, List[int]] = field(default_factory=dict)
@@ -101,8 +101,9 @@ class ModelArgs(BaseModelArgs):
                 raise ValueError(f'"{key}": {value!r} is not supported; known: {", ".join(known)}')
 
     def lacks(self, part: str, layer: int) -> bool:
-        """Whether ``layer`` has no ``part``: "q", "k", "v", "p" or "attention"."""
-        return layer in self.removed.get(part, ()) or layer in self.removed.get("attention", ())
+        """Whether ``layer`` has no ``part``: "q", "k", "v", "p", "attention" or "ffn"."""
+        whole = part if part == "ffn" else "attention"
+        return layer in self.removed.get(part, ()) or layer in self.removed.get(whole, ())
 
     def linear(self, name: str, layer: int, n_in: int, n_out: int) -> nn.Linear:
         return nn.Linear(n_in, n_out, bias=layer in self.biases.get(name, ()))
@@ -290,7 +291,8 @@ class Block(nn.Module):
         super().__init__()
         attention = not args.lacks("attention", layer)
         self.self_attn: Any = Attention(args, layer) if attention else None
-        self.mlp = MLP(args, layer)
+        ffn = not args.lacks("ffn", layer)
+        self.mlp: Any = MLP(args, layer) if ffn else None
         self.input_layernorm: Optional[RMSNorm] = None
         self.post_attention_layernorm: Optional[RMSNorm] = None
         if args.norm == "pre":
@@ -300,7 +302,8 @@ class Block(nn.Module):
             }
             if attention:
                 self.input_layernorm = RMSNorm(dims["attention"], args.rms_norm_eps)
-            self.post_attention_layernorm = RMSNorm(dims["ffn"], args.rms_norm_eps)
+            if ffn:
+                self.post_attention_layernorm = RMSNorm(dims["ffn"], args.rms_norm_eps)
         self.parallel = args.block == "parallel"
         self.skip_attention = args.skip == "both"
         self.skip_ffn = args.skip != "none"
@@ -316,15 +319,17 @@ class Block(nn.Module):
 
     def __call__(self, x: mx.array, mask=None, cache: Optional[Any] = None) -> mx.array:
         if self.parallel:
-            out = self.ffn(x)
+            out = self.ffn(x) if self.mlp is not None else mx.zeros_like(x)
             if self.self_attn is not None:
                 out = out + self.attention(x, mask, cache)
             return x + out if self.skip_ffn else out
         if self.self_attn is not None:
             h = self.attention(x, mask, cache)
             x = x + h if self.skip_attention else h
-        h = self.ffn(x)
-        return x + h if self.skip_ffn else h
+        if self.mlp is not None:
+            h = self.ffn(x)
+            x = x + h if self.skip_ffn else h
+        return x
 
 
 class SkiplessModel(nn.Module):
@@ -429,7 +434,8 @@ class Model(nn.Module):
         for layer in self.layers:
             if layer.self_attn is not None:
                 layer.self_attn.shard(group)
-            layer.mlp.shard(group)
+            if layer.mlp is not None:
+                layer.mlp.shard(group)
 
 
 def quant_predicate(extra_bits: Dict[str, int], bits: Optional[int] = None):

@@ -6,7 +6,7 @@ is every exact removal (Graef, arXiv 2404.12362, section 2). A plan is these cho
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
@@ -16,6 +16,7 @@ from .layout import dtype_name
 from .model import ModelArgs
 from .points import LETTERS, Point, layer_of, letter_of, points
 
+PARTS = (*LETTERS, "attention", "ffn")  # that a layer can lack
 REMOVALS = ("auto", "qp", "kp", "vp", "q", "k", "v", "p", "none")
 # Largest noise, relative to a projection's output, that `auto` accepts from rounding the stream in
 # its new basis: about what 6-bit weights add.
@@ -73,6 +74,7 @@ class Plan:
         identity: for each point that gets a new basis, the matrix that becomes the identity.
         folded: norms whose gains go into the matrices behind them.
         gone: the removed matrices' layers by the paper's letter.
+        dropped: the layers whose whole "attention" or "ffn" goes.
         notes: what the user should know, one line each.
     """
 
@@ -82,6 +84,7 @@ class Plan:
     folded: tuple[str, ...]
     gone: dict[str, list[int]]
     notes: tuple[str, ...]
+    dropped: Mapping[str, list[int]] = field(default_factory=dict)
 
 
 def strip(args: ModelArgs) -> ModelArgs:
@@ -140,6 +143,7 @@ def make_plan(
     dtype: mx.Dtype = mx.float32,
     quantized: bool = False,
     costs: Mapping[str, RemovalCost] | None = None,
+    dropped: Mapping[str, list[int]] | None = None,
 ) -> Plan:
     """Decide what goes.
 
@@ -152,6 +156,7 @@ def make_plan(
         dtype: of the result; decides with ``conditioning`` what `auto` dares.
         quantized: whether the result gets quantized, against text.
         costs: measured, of removals by module path; `auto` leaves in place what does not pay.
+        dropped: layers whose whole "attention" or "ffn" goes.
 
     Raises:
         UserError: if an explicit removal is impossible.
@@ -170,7 +175,15 @@ def make_plan(
     gone = {letter: sorted(gone[letter]) for letter in LETTERS if letter in gone}
     folded = _folded(args, before, fold_norms)
     after = _after(before, found, identity, gone, folded, conditioning or {}, quantized)
-    return Plan(before, after, identity, folded, gone, tuple(notes))
+    dropped = {part: layers for part, layers in (dropped or {}).items() if layers}
+    after = replace(after, removed=_united(after.removed, dropped))
+    return Plan(before, after, identity, folded, gone, tuple(notes), dropped)
+
+
+def _united(*maps: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    """Layers by part, of some such maps."""
+    parts = {part: sorted({i for of in maps for i in of.get(part, ())}) for part in PARTS}
+    return {part: layers for part, layers in parts.items() if layers}
 
 
 def _candidates(point: Point) -> dict[str, str]:
@@ -348,10 +361,6 @@ def _after(
     conditioning: Mapping[str, Conditioning],
     quantized: bool,
 ) -> ModelArgs:
-    removed = {
-        part: sorted({*before.removed.get(part, ()), *gone.get(part, ())})
-        for part in (*LETTERS, "attention")
-    }
     biases = {name: set(layers) for name, layers in before.biases.items()}
     extra_bits = dict(before.extra_bits)
     for index, where in identity.items():
@@ -372,7 +381,7 @@ def _after(
                 extra_bits[matrix] = max(previous, conditioning[where].extra_bits)
     return replace(
         before,
-        removed={part: layers for part, layers in removed.items() if layers},
+        removed=_united(before.removed, gone),
         biases={name: sorted(layers) for name, layers in sorted(biases.items()) if layers},
         gains=[gain for gain in before.gains if gain not in folded],
         extra_bits=extra_bits,

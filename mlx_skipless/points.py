@@ -58,9 +58,9 @@ def points(args: ModelArgs) -> list[Point]:
             point.consumers.append(path(layer, LETTERS.get(part, part)))
 
     for layer in range(args.num_hidden_layers):
-        attention = not args.lacks("attention", layer)
+        attention, ffn = not args.lacks("attention", layer), not args.lacks("ffn", layer)
         p = [] if args.lacks("p", layer) or not attention else [path(layer, "o_proj")]
-        down = path(layer, "down_proj")
+        down = [path(layer, "down_proj")] if ffn else []
         if args.norm == "pre":
             point.pin("a norm acts on the stream")
         if attention:
@@ -76,10 +76,11 @@ def points(args: ModelArgs) -> list[Point]:
                 point.pin(f"P of layer {layer} is gone already")
             if args.norm == "pre":
                 point.pin("a norm acts on the stream")
-        read(layer, "gate_proj")
-        read(layer, "up_proj")
-        writers = [*p, down] if args.block == "parallel" else [down]
-        if args.skip == "none":
+        if ffn:
+            read(layer, "gate_proj")
+            read(layer, "up_proj")
+        writers = [*p, *down] if args.block == "parallel" else down
+        if args.skip == "none" and writers:
             point = Point(producers=writers)
             found.append(point)
             if args.block == "parallel" and attention and not p:

@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 
 from .checkpoint import Checkpoint
-from .layout import Layout, dtype_name
+from .layout import Layout, PackedLayout, dtype_name
 from .plan import UNIT_ROUNDOFF, Conditioning, Plan, RemovalCost
 from .points import LETTERS
 from .verify import Verification
@@ -47,6 +47,7 @@ class Report:
     source: str
     output: str | None
     packing: str | None
+    kept_packed: bool
     dtype: str
     quantization: dict[str, Any] | None
     params_before: int
@@ -58,6 +59,8 @@ class Report:
     stock: bool
     skipless: bool
     speedup_from_bytes: float
+    cache_bytes_before: int
+    cache_bytes_after: int
     rows: tuple[LayerRow, ...]
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -84,7 +87,9 @@ class Report:
                 f"rounding of {roundoff:.0e} to logit errors of up to "
                 f"{min(condition * roundoff, 1):.0e}; the merge itself is exact",
             )
-        if check.kl_ratio is not None:
+        if any(part in self.removed for part in ("attention", "ffn")):
+            pass  # a drop is no rounding: its price is the perplexity that is reported
+        elif check.kl_ratio is not None:
             if check.kl > ALARMING_KL and check.kl_ratio > ALARMING_RATIO:
                 warnings += (
                     f"the result differs from its source by {check.kl:.2g} nats per token, "
@@ -114,7 +119,7 @@ def make_report(
 ) -> Report:
     """The report of a planned conversion, before anything is measured."""
     source = Layout(plan.before, checkpoint.dtype)
-    same_format = Layout(plan.before, layout.dtype, layout.quantization)
+    same_format = replace(layout, args=plan.before)
     warnings = []
     skipless = plan.before != checkpoint.args
     if skipless:
@@ -128,17 +133,20 @@ def make_report(
         source=checkpoint.name,
         output=None,
         packing=checkpoint.packing,
+        kept_packed=isinstance(layout, PackedLayout),
         dtype=dtype_name(layout.dtype),
         quantization=layout.settings,
         params_before=source.count(),
         params_after=layout.count(),
         bytes_before=source.nbytes(),
         bytes_after=layout.nbytes(),
-        removed=plan.gone,
+        removed={**plan.gone, **plan.dropped},
         folded=plan.folded,
         stock=stock,
         skipless=skipless,
         speedup_from_bytes=same_format.bytes_per_token / layout.bytes_per_token,
+        cache_bytes_before=same_format.cache_bytes_per_token,
+        cache_bytes_after=layout.cache_bytes_per_token,
         rows=tuple(_rows(plan, source, layout, conditioning, costs)),
         notes=plan.notes,
         warnings=tuple(warnings),
@@ -163,9 +171,14 @@ def _rows(
         goes = [w for w in plan.identity.values() if w.startswith(prefix)]
         measured = [conditioning[w].condition for w in goes if w in conditioning]
         letters = [x.upper() for x in LETTERS if any(w.endswith(LETTERS[x]) for w in goes)]
+        whole = [
+            part
+            for part, layers in plan.dropped.items()
+            if name in (f"model.layers.{i}" for i in layers)
+        ]
         yield LayerRow(
             name=name.removeprefix("model."),
-            goes=" ".join(letters),
+            goes=" ".join([*letters, *whole]),
             weights_before=source.count(prefix),
             weights_after=layout.count(prefix),
             bytes_before=source.nbytes(prefix),

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from . import budget, sensitivity
+from . import budget, drop, sensitivity
 from .families import EMBEDDING, HEAD
 from .job import Job
 from .merge import Merger
@@ -22,6 +22,34 @@ class Goal:
 
     nbytes: int | None
     kl: float | None
+
+
+@dataclass(frozen=True)
+class Drops:
+    """Sub-layers to drop; see ``drop.choose``."""
+
+    wishes: tuple[drop.Wish, ...]
+    greedy: bool
+    max_loss: float
+
+
+def dropped(job: Job, drops: Drops, tokens: mx.array, progress: Progress) -> Job:
+    """The job without the sub-layers that matter least on the text."""
+    layers, path = drop.choose(
+        job.plan.before,
+        job.source_parts(),
+        tokens,
+        drops.wishes,
+        greedy=drops.greedy,
+        max_loss=drops.max_loss,
+        progress=lambda done, total: progress("dropping", done, total),
+    )
+    job = replace(job, dropped=layers).replanned()
+    if path:
+        text = " ".join(f"{loss:.3f}" for loss in path)
+        note = f"loss on the text, nats per token, before and after each drop: {text}"
+        job = replace(job, plan=replace(job.plan, notes=(*job.plan.notes, note)))
+    return job
 
 
 def inverses(plan: Plan) -> dict[int, list[str]]:
@@ -60,8 +88,7 @@ def settled(job: Job, tokens: mx.array, progress: Progress) -> Job:
         tokens,
         lambda done, total: progress("measuring removals", done, total),
     )
-    plan = job.planned(costs)
-    return replace(job, plan=plan, layout=replace(job.layout, args=plan.after), costs=costs)
+    return replace(job, costs=costs).replanned()
 
 
 def towards(

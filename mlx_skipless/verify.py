@@ -50,7 +50,8 @@ class StockNetwork:
         inner = self._model.model
         h = inner.embed_tokens(tokens)
         for i, layer in enumerate(inner.layers):
-            window = inner.sliding_window if layer.use_sliding else None
+            slides = getattr(layer, "use_sliding", False)  # nemotron-nas knows no windows
+            window = inner.sliding_window if slides else None
             h = layer(h, create_attention_mask(h, None, window_size=window))
             mx.eval(h)
             inner.layers[i] = layer = None

@@ -36,14 +36,17 @@ def block(config: Config, weights: Weights, layer: int, x: np.ndarray) -> np.nda
     if kind not in ("serial", "parallel") or skip not in ("none", "ffn", "both"):
         raise ValueError(f"block {kind!r} with skip {skip!r}")
     has_attention = any(f"model.layers.{layer}.self_attn." in name for name in weights)
+    has_ffn = any(f"model.layers.{layer}.mlp." in name for name in weights)
     if kind == "parallel":
-        out = feed_forward(config, weights, layer, x)
+        out = feed_forward(config, weights, layer, x) if has_ffn else np.zeros_like(x)
         if has_attention:
             out = out + attention(config, weights, layer, x)
         return out if skip == "none" else x + out
     if has_attention:
         out = attention(config, weights, layer, x)
         x = x + out if skip == "both" else out
+    if not has_ffn:
+        return x
     out = feed_forward(config, weights, layer, x)
     return out if skip == "none" else x + out
 
