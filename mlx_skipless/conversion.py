@@ -425,11 +425,20 @@ def _passages(
     """The tokens that checking and calibrating need; None if neither is wanted."""
     if not (prose.check or prose.calibrate):
         return None
+    # MLX's quantized products are slow on a CPU.
+    affordable = job.layout.count() <= passages.LONG_CHECK_WEIGHTS or mx.default_device().type != mx.cpu
+    long_check = prose.calibrate and affordable
     if prose.text is None:
         progress("sampling text", 0, 1)
         begin = None if tokenizer is None else tokenizer.bos_token_id
         network = _source_network(job)
-        found = passages.sampled(network, seed=prose.seed, start=begin, calibrating=prose.calibrate)
+        found = passages.sampled(
+            network,
+            seed=prose.seed,
+            start=begin,
+            calibrating=prose.calibrate,
+            long_check=long_check,
+        )
         progress("sampling text", 1, 1)
         return found
     if tokenizer is None:
@@ -439,6 +448,7 @@ def _passages(
         prose.text,
         lambda text: tokenizer.encode(text, verbose=False),  # of its length; pieces get cut
         calibrating=prose.calibrate,
+        long_check=long_check,
         longest=job.plan.before.max_position_embeddings,
     )
 

@@ -13,7 +13,8 @@ from .errors import UserError
 from .verify import StreamedNetwork
 
 CHECK = (4, 32)  # sequences, tokens each
-CHECK_CALIBRATED = (16, 128)  # of what is compared with a result that is as close
+LONG_CHECK = (16, 128)  # where quantization is compared with quantization
+LONG_CHECK_WEIGHTS = 1 << 25  # of a network that a CPU can run, quantized, on a long check
 CALIBRATION = (64, 256)
 # Where the layers are read from disk for each token, text is sampled in fewer steps.
 STREAMED_CHECK, STREAMED_CALIBRATION = (16, 8), (512, 16)
@@ -52,6 +53,7 @@ def from_text(
     encode: Callable[[str], list[int]],
     *,
     calibrating: bool,
+    long_check: bool = False,
     longest: int | None = None,
 ) -> Passages:
     """Passages of a text called ``name``: its end to check, places all over the rest to calibrate.
@@ -61,12 +63,13 @@ def from_text(
         text: of any length.
         encode: text to tokens.
         calibrating: whether calibration is wanted.
+        long_check: whether to check more than usual.
         longest: tokens that the model can read in a row.
 
     Raises:
         UserError: if it is too short.
     """
-    sequences, length = CHECK_CALIBRATED if calibrating else CHECK
+    sequences, length = LONG_CHECK if long_check else CHECK
     length = min(length, longest or length)
     tail = min(TAIL, len(text) // 4) if calibrating else TAIL
     ids = encode(text[-tail:])
@@ -96,14 +99,18 @@ def from_text(
 
 
 def sampled(
-    network: StreamedNetwork, *, seed: int, start: int | None, calibrating: bool
+    network: StreamedNetwork,
+    *,
+    seed: int,
+    start: int | None,
+    calibrating: bool,
+    long_check: bool = False,
 ) -> Passages:
     """Text that the network itself speaks; see ``sample``."""
-    check = CHECK if network.resident else STREAMED_CHECK
+    check = (LONG_CHECK if long_check else CHECK) if network.resident else STREAMED_CHECK
     longest = network.args.max_position_embeddings or CALIBRATION[1]
     calibration = None
     if calibrating:
-        check = CHECK_CALIBRATED if network.resident else STREAMED_CHECK
         sequences, length = CALIBRATION if network.resident else STREAMED_CALIBRATION
         length = min(length, longest)
         calibration = sample(network, sequences, length, seed=(seed + 1) % 2**64, start=start)

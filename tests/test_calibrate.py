@@ -50,6 +50,7 @@ def prose(words: int, seed: int) -> str:
 @pytest.fixture(autouse=True)
 def less_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passages, "CALIBRATION", (32, 64))
+    monkeypatch.setattr(passages, "LONG_CHECK", (8, 32))
 
 
 def moments(x: np.ndarray, y: np.ndarray) -> Moments:

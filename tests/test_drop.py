@@ -28,6 +28,7 @@ SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidde
 @pytest.fixture(autouse=True)
 def less_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passages, "CALIBRATION", (16, 16))
+    monkeypatch.setattr(passages, "LONG_CHECK", (4, 32))
 
 
 def made(folder: Path, **config: Any) -> tuple[Config, Weights]:

@@ -31,7 +31,9 @@ def test_sampled_text_is_the_networks_own(network) -> None:
 @pytest.mark.parametrize("calibrating", [True, False])
 def test_passages_that_the_network_speaks(network, calibrating: bool) -> None:
     _, streamed = network
-    found = passages.sampled(streamed, seed=3, start=7, calibrating=calibrating)
+    found = passages.sampled(
+        streamed, seed=3, start=7, calibrating=calibrating, long_check=calibrating
+    )
     assert "sampled" in found.origin
     if not calibrating:
         assert found.calibration is None and found.check.size == 128
@@ -50,7 +52,7 @@ def encode(text: str) -> list[int]:
 def test_passages_of_a_text(size: int) -> None:
     """The check gets the end, calibration places all over what comes before it."""
     text = "".join(chr(ord("a") + 26 * i // size) for i in range(size))
-    found = passages.from_text("a.txt", text, encode, calibrating=True)
+    found = passages.from_text("a.txt", text, encode, calibrating=True, long_check=True)
     assert found.calibration is not None
     check, calibration = np.array(found.check), np.array(found.calibration)
     count = min(16, size // 4 // 128)
@@ -59,7 +61,7 @@ def test_passages_of_a_text(size: int) -> None:
     assert calibration.shape[0] == 64 and 16 <= calibration.shape[1] <= 256
     seen = {chr(i) for i in np.unique(calibration)}
     assert {"a", "e", "i", "m", "q"} <= seen and "z" not in seen
-    short = passages.from_text("a.txt", text, encode, calibrating=True, longest=20)
+    short = passages.from_text("a.txt", text, encode, calibrating=True, long_check=True, longest=20)
     assert short.calibration is not None and short.calibration.shape == (64, 20)
     assert short.check.shape == (16, 20)
     plain = passages.from_text("a.txt", text, encode, calibrating=False)
