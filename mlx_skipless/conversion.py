@@ -312,11 +312,13 @@ def _write(
         if not job.stock:
             code = Path(str(model_module.__file__)).read_text(encoding="utf-8")
             writer.write_text(MODEL_FILE, code)
+        config = job.config()  # transformers reads it with the tokenizer
+        writer.write_json("config.json", config)
         trust = {"trust_remote_code": job.trust_remote_code}
         tokenizer = None
         same_type = job.stock and drops is None
         if carry_tokenizer(job.checkpoint, writer.folder, stock=same_type, **trust):
-            name, config = job.checkpoint.name, job.config()
+            name = job.checkpoint.name
             tokenizer = load_tokenizer(writer.folder, config, name=name, **trust)
         wanted = replace(prose, calibrate=prose.calibrate or drops is not None)
         found = _passages(job, tokenizer, wanted, progress)
@@ -426,7 +428,9 @@ def _passages(
     if not (prose.check or prose.calibrate):
         return None
     # MLX's quantized products are slow on a CPU.
-    affordable = job.layout.count() <= passages.LONG_CHECK_WEIGHTS or mx.default_device().type != mx.cpu
+    affordable = (
+        job.layout.count() <= passages.LONG_CHECK_WEIGHTS or mx.default_device().type != mx.cpu
+    )
     long_check = prose.calibrate and affordable
     if prose.text is None:
         progress("sampling text", 0, 1)

@@ -178,7 +178,8 @@ def spaced(pieces: Stream, tokenizer: TokenizerWrapper) -> Iterator[str]:
         for piece in pieces:
             if piece and not started:
                 started = True
-                name = tokenizer.convert_ids_to_tokens(pieces.tokens[0])
+                # None for a token that the network has and the tokenizer does not.
+                name = tokenizer.convert_ids_to_tokens(pieces.tokens[0]) or ""
                 if name.startswith(("Ġ", "▁")) and not piece.startswith(" "):
                     piece = f" {piece}"
             yield piece

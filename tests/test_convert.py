@@ -188,7 +188,7 @@ def test_a_noisy_q_beside_a_tied_embedding_stays_when_quantized(tmp_path: Path) 
     make_checkpoint(tmp_path / "s", spread=2.0, **sizes)
     auto = mlx_skipless.convert(tmp_path / "s", dry_run=True, quantize=True)
     assert auto.removed == {"q": [1, 2], "p": [0, 1, 2]}
-    assert any("Q of layers 0 stays: the tied embedding" in note for note in auto.notes)
+    assert any("Q of layer 0 stays: the tied embedding" in note for note in auto.notes)
     insisted = mlx_skipless.convert(tmp_path / "s", dry_run=True, quantize=True, remove="qp")
     assert insisted.removed == {"q": [0, 1, 2], "p": [0, 1, 2]}
     assert insisted.bytes_after > auto.bytes_after
