@@ -466,9 +466,10 @@ def test_a_bundled_model_that_cannot_be_converted_leaves_nothing(
         ("Ġman", [" man", " lived"], " man lived"),
         ("ly", ["ly", " lived"], "ly lived"),
         ("Ċ", ["\n", "Far"], "\nFar"),
+        (None, ["?", " lived"], "? lived"),  # a token that the tokenizer does not know
     ],
 )
-def test_a_tale_keeps_its_first_space(name: str, pieces: list[str], shown: str):
+def test_a_tale_keeps_its_first_space(name: str | None, pieces: list[str], shown: str):
     """What goes on on the prompt's line opens with the space that its first token has."""
     responses = (SimpleNamespace(token=0, text=piece) for piece in pieces)
     tokenizer: Any = SimpleNamespace(convert_ids_to_tokens=[name].__getitem__)
