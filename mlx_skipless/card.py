@@ -67,7 +67,9 @@ def text(report: "Report", name: str) -> str:
         body.append(f"- The source was quantized ({report.packing}) and dequantized first.")
     if report.quantization:
         q = report.quantization
-        body.append(f"- Quantized: {q['mode']}, {q['bits']} bits, groups of {q['group_size']}.")
+        widths = [own["bits"] for own in q.values() if isinstance(own, dict)] or [q["bits"]]
+        bits = f"{min(widths)} to {max(widths)}" if len({*widths}) > 1 else f"{widths[0]}"
+        body.append(f"- Quantized: {q['mode']}, {bits} bits, groups of {q['group_size']}.")
     body += [f"- {note[0].upper()}{note[1:]}." for note in report.notes]
     body += ["", "## Effect, measured on this model", ""]
     body += [f"- {line}" for line in effect(report)]

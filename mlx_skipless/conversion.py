@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import card, drop, hub, passages, settle
+from . import budget, card, drop, hub, passages, settle
 from . import model as model_module
 from . import verify as verification
 from .calibrate import CalibratedParts, NearestParts, memory_bytes
@@ -307,8 +307,7 @@ def _write(
 ) -> Report:
     """Do what is planned; the report with the check's outcome."""
     _check_memory(job, prose)
-    largest = Layout(job.plan.before, job.layout.dtype, None if goal else job.layout.quantization)
-    with Writer(out, max(largest.nbytes(), job.layout.nbytes())) as writer:
+    with Writer(out, _most_bytes(job, goal)) as writer:
         if not job.stock:
             code = Path(str(model_module.__file__)).read_text(encoding="utf-8")
             writer.write_text(MODEL_FILE, code)
@@ -345,6 +344,15 @@ def _write(
         writer.write_text("README.md", card.text(report, job.upload_repo or out.name))
         writer.commit()
     return report
+
+
+def _most_bytes(job: Job, goal: Goal | None) -> int:
+    """What the weights take if nothing goes after all, and a goal takes the most bits there are."""
+    unremoved = job.unremoved()
+    if goal is not None and unremoved.quantization is not None:
+        widest = replace(unremoved.quantization, bits=budget.BITS[-1])
+        unremoved = replace(unremoved, quantization=widest)
+    return max(unremoved.nbytes(), job.layout.nbytes())
 
 
 def _attempt(

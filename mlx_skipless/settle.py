@@ -1,5 +1,6 @@
 """Decisions that need text: which removals pay, and how many bits each matrix gets."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -122,7 +123,12 @@ def towards(
 
     def with_bits(mixture: budget.Mixture) -> Job:
         mixed = replace(quantization, own=mixture.bits)
-        return replace(job, layout=replace(job.layout, quantization=mixed))
+        counts = sorted(Counter(mixture.bits.values()).items())
+        note = "bits chosen by what rounding each matrix costs: " + ", ".join(
+            f"{bits} in {count} matri{'x' if count == 1 else 'ces'}" for bits, count in counts
+        )
+        plan = replace(job.plan, notes=(*job.plan.notes, note))
+        return replace(job, plan=plan, layout=replace(job.layout, quantization=mixed))
 
     if goal.nbytes is not None:
         job = with_bits(raises.mixtures(goal.nbytes)[-1])

@@ -289,6 +289,10 @@ def test_a_target_size(config: dict[str, Any], tmp_path: Path) -> None:
     )
     assert 0.95 * plain.bytes_after < mixed.bytes_after <= plain.bytes_after
     assert mixed.removed == plain.removed
+    (note,) = [note for note in mixed.notes if note.startswith("bits chosen")]
+    card = (tmp_path / "mixed/README.md").read_text()
+    assert " in 1 matri" in note or " matrices" in note
+    assert " to " in card[card.index("Quantized:") :].splitlines()[0]
     written = sum(a.nbytes for a in mx.load(str(tmp_path / "mixed/model.safetensors")).values())  # type: ignore[union-attr]
     assert written == mixed.bytes_after
     tokens = tokens_of(prose(300, seed=2), tmp_path / "s")
