@@ -80,20 +80,18 @@ def importance(
         progress(layer, args.num_hidden_layers)
         block = _block(args, source, layer)
         gone = _gone(dropped or {}, layer)
-        halves = {
-            "attention": _without(block, {"ffn"} | gone),
-            "ffn": _without(block, {"attention"} | gone),
-            "block": _without(block, gone),
-        }
+        attention, ffn = _without(block, {"ffn"} | gone), _without(block, {"attention"} | gone)
         sums = dict.fromkeys(KINDS, 0.0)
         for i, x in enumerate(streams):
-            out = run(args, halves["block"], x)
-            middle = run(args, halves["attention"], x)
-            # In a parallel block the FFN too reads and is added to the block's input.
-            second = run(args, halves["ffn"], x) if args.block == "parallel" else out
-            before = x if args.block == "parallel" else middle
+            middle = run(args, attention, x)
+            if args.block == "parallel":  # both read the block's input
+                before, behind = x, run(args, ffn, x)
+                out = middle + behind - x
+            else:
+                before, behind = middle, run(args, ffn, middle)
+                out = behind
             for kind, a, b in (
-                ("attention", x, middle), ("ffn", before, second), ("block", x, out),
+                ("attention", x, middle), ("ffn", before, behind), ("block", x, out),
             ):  # fmt: skip
                 sums[kind] += float(mx.sum(1 - _cosine(a, b)).item())  # type: ignore[arg-type]
             streams[i] = out
