@@ -435,7 +435,7 @@ def test_without_arguments_the_bundled_model_is_converted_once(
     code, out, err = command("--max-tokens", "4")
     assert code == 0 and out.startswith("Once upon a time")
     assert "no mlx_model here: converting the bundled model first" in err
-    assert "fewer)" in err and "worst relative logit error" in err and "answer 4 tokens" in err
+    assert "fewer)" in err and "worst relative logit error" in err and "; answer " in err
     config = json.loads((tmp_path / "mlx_model/config.json").read_text())
     assert config["removed"] == {"q": [0, 1, 2], "p": [0, 1, 2]}
     monkeypatch.setattr(conversion, "BUNDLED", tmp_path / "gone")
