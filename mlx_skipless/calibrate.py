@@ -12,7 +12,7 @@ moments of its inputs (in, in) and their products with its outputs (in, out).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,7 +22,6 @@ from mlx_lm.models.base import create_attention_mask
 from .errors import UserError
 from .families import EMBEDDING, FINAL_NORM, HEAD, path
 from .layout import Layout
-from .merge import Merger
 from .model import Block, ModelArgs
 from .rounding import Format, Packed, plus_diagonal
 from .verify import Parts
@@ -37,6 +36,12 @@ RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 READERS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
 Arrays = dict[str, mx.array]
+
+
+class Merged(Parts, Protocol):
+    """A result's dense tensors; ``rewritten`` as in ``Merger``."""
+
+    def rewritten(self, where: str, outputs: mx.array) -> mx.array: ...
 
 
 @dataclass
@@ -158,7 +163,7 @@ class CalibratedParts:
     """
 
     def __init__(
-        self, before: ModelArgs, source: Parts, merger: Merger, layout: Layout, tokens: mx.array
+        self, before: ModelArgs, source: Parts, merger: Merged, layout: Layout, tokens: mx.array
     ):
         self._before, self._source = before, source
         self._merger, self._layout = merger, layout
@@ -195,9 +200,11 @@ class CalibratedParts:
 
         By what the first block's matrices make of them, relative to what they make of the text,
         and at a tied head by the streams that rows are multiplied with there. None where the
-        embedding is read by more than these.
+        embedding is read by more than these, or is a table.
         """
         if self._before.norm == "pre" or self._before.skip != "none":
+            return None
+        if self._layout.args.precomputed:
             return None
         rows = _float64(embedding[self._tokens_in_a_row()])
         seen = rows.T @ rows
@@ -255,9 +262,11 @@ class CalibratedParts:
 
     def head(self) -> Arrays:
         out = dict(self._merger.head())
-        if self._layout.format_of(HEAD) is None or self._before.tie_word_embeddings:
+        if self._layout.format_of(HEAD) is None:
             return out
-        source = self._source.head()
+        source = dict(self._source.head())
+        if self._before.tie_word_embeddings:
+            source[f"{HEAD}.weight"] = self._source.embedding()[f"{EMBEDDING}.weight"]
         moments = Moments(), Moments()
         for i, (wanted, actual) in enumerate(zip(self._wanted, self._actual, strict=True)):
             y = self._normed(wanted, source) @ source[f"{HEAD}.weight"].T

@@ -22,7 +22,15 @@ def effect(report: "Report") -> list[str]:
         f"fewer); {report.bytes_before / 1e6:,.1f} MB before, {report.bytes_after / 1e6:,.1f} MB "
         "after."
     ]
-    if report.removed:
+    if (table := report.first_layer) is not None:
+        times = [table.reads_before(batch) / table.reads_after(batch) for batch in (1, 16, 256)]
+        lines.append(
+            "The first layer's projections are read from a table by token: "
+            f"{table.reads_after():,} numbers instead of {table.reads_before():,} at batch 1, "
+            f"{times[0]:,.0f} times fewer ({times[1]:,.0f} at batch 16, {times[2]:,.0f} at 256). "
+            f"That costs {table.growth:+,} weights, {table.growth / report.params_before:+.1%}."
+        )
+    if report.removed or report.first_layer:
         lines.append(
             f"Decoding a token reads {report.speedup_from_bytes:.2f} times fewer bytes of weights "
             "than without the removals in the same number format: the speed-up to expect at most."

@@ -89,6 +89,11 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         help="by how much auto may raise the loss, nats per token (default: 1%%)",
     )  # fmt: skip
     parser.add_argument(
+        "--precompute-first-layer", nargs="?", const="auto", choices=["auto", "force"],
+        help="make the first layer's projections a table by token, where that pays or by force "
+        "(exact; more memory, fewer bytes read)",
+    )  # fmt: skip
+    parser.add_argument(
         "--dtype", choices=["float16", "bfloat16", "float32"],
         help="type of the weights that are not quantized (default: the source's)",
     )  # fmt: skip

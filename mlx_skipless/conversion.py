@@ -14,14 +14,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import budget, card, drop, hub, passages, settle
+from . import budget, card, drop, first_layer, hub, passages, settle
 from . import model as model_module
 from . import verify as verification
 from .calibrate import CalibratedParts, NearestParts, memory_bytes
 from .checkpoint import FLOAT_NAMES, Checkpoint, open_checkpoint
 from .distill import LOGITS_BYTES, distilled
 from .errors import UserError
-from .families import stock_expresses
+from .families import HEAD, stock_expresses
 from .job import MODEL_FILE, Job, PackedParts
 from .layout import Layout, PackedLayout, Quantization
 from .loading import BUNDLED, load_tokenizer
@@ -43,6 +43,9 @@ from .writer import Writer, carry_tokenizer, check_free
 STOCK_CANNOT = (
     "mlx-lm's own network for this architecture leaves out what this config asks for (a sliding "
     "window in every layer, an activation or some biases): the result carries a network of its own"
+)
+NO_STOCK_TABLE = (
+    "mlx-lm's own network computes its first layer: the result carries one that reads it"
 )
 BUFFER_CACHE_BYTES = 256 << 20
 
@@ -67,6 +70,7 @@ def convert(
     drop_block: int | str | None = None,
     greedy: bool = False,
     max_loss: float | None = None,
+    precompute_first_layer: str | None = None,
     dtype: str | None = None,
     revision: str | None = None,
     upload_repo: str | None = None,
@@ -99,6 +103,8 @@ def convert(
         drop_block: likewise of both.
         greedy: measure again after each drop, also where a number is given.
         max_loss: the share by which "auto" may raise the loss, nats per token; default 0.01.
+        precompute_first_layer: "auto" makes the first layer's projections a table by token where
+            that pays (arXiv 2402.13388), "force" in any case.
         dtype: "float16", "bfloat16" or "float32"; default: the source's.
         revision: of a Hub id.
         upload_repo: upload the result there.
@@ -121,6 +127,8 @@ def convert(
         raise UserError(f"--distill {distill}: must be a number of steps, 0 or more")
     if distill and (quantization is None or quantization.mode != "affine"):
         raise UserError("--distill trains scales and biases: it needs -q in affine mode")
+    if precompute_first_layer not in (None, "auto", "force"):
+        raise UserError(f"--precompute-first-layer {precompute_first_layer}: give nothing or force")
     kinds = {"attention": drop_attention, "ffn": drop_ffn, "block": drop_block}
     drops = _drops({kind: n for kind, n in kinds.items() if n is not None}, greedy, max_loss)
     if remove not in REMOVALS:
@@ -146,10 +154,13 @@ def convert(
     if drops is not None:
         if skipless:
             raise UserError("--skipless drops every skip connection: drop it to drop sub-layers")
-        drop.check(args, drops.wishes)
+        tables = precompute_first_layer is not None
+        drop.check(args, drops.wishes, first_layer.needed(args) if tables else {})
     # What nothing touches stays packed as it is.
-    packed = drops is not None and checkpoint.packed_by_mlx and quantization is None and not dtype
-    packed = packed and not fold_norms
+    packed = drops is not None or precompute_first_layer is not None
+    packed = packed and checkpoint.packed_by_mlx and quantization is None and not dtype
+    packed = packed and not fold_norms and not skipless
+    packed = packed and not make_plan(args, remove=remove).identity
     # Folding is what is exact for it.
     pretrained = args.norm == "pre" and not skipless and not packed
     options: dict[str, Any] = {
@@ -159,28 +170,47 @@ def convert(
         "dtype": target,
         "quantized": quantization is not None,
     }
+
+    def layout_of(plan: Plan) -> Layout:
+        if not packed:
+            return Layout(plan.after, target, quantization)
+        stored = checkpoint.read_packed()
+        if args.tie_word_embeddings:  # a head on disk is not read
+            stored = {name: a for name, a in stored.items() if not name.startswith(f"{HEAD}.")}
+        entry = checkpoint.config["quantization"]
+        return PackedLayout(plan.after, target, None, stored, entry)
+
+    declined = None
+    if precompute_first_layer is not None:
+        if (reason := first_layer.obstacle(args)) is not None:
+            raise UserError(f"--precompute-first-layer: {reason}")
+        if precompute_first_layer == "auto":
+            both = (make_plan(args, **options, precompute=done) for done in (False, True))
+            declined = first_layer.price(*map(layout_of, both))
+        options["precompute"] = declined is None
     plan = make_plan(args, **options)
     if checkpoint.store is not None:
         options["conditioning"] = _measure(checkpoint, plan, remove, target, progress)
         plan = make_plan(args, **options)
-    stock = checkpoint.family.stock and plan.before == args
-    stock = stock and stock_expresses(args, dropping=drops is not None)
-    inexpressible = checkpoint.family.stock and plan.before == args and not stock
+    known = checkpoint.family.stock and plan.before == args
+    expressed = stock_expresses(args, dropping=drops is not None)
+    stock = known and expressed and not plan.tabled
+    more: tuple[str, ...] = (STOCK_CANNOT,) if known and not expressed else ()
+    more += (NO_STOCK_TABLE,) if known and expressed and plan.tabled else ()
+    if declined is not None:
+        more += (f"the first layer stays computed: {declined} (--precompute-first-layer force)",)
 
     def planned(costs: Mapping[str, RemovalCost], dropped: Mapping[str, list[int]]) -> Plan:
         plan = make_plan(args, **options, costs=costs, dropped=dropped)
-        if inexpressible:
-            plan = replace(plan, notes=(*plan.notes, STOCK_CANNOT))
+        plan = replace(plan, notes=(*plan.notes, *more))
         if stock:  # mlx-lm's own architecture wants every gain: folded ones are written as ones
-            plan = replace(plan, after=replace(plan.after, gains=args.gains))
+            plan = replace(plan, merged=replace(plan.merged, gains=args.gains))
         return plan
 
     plan = planned({}, {})
-    layout = Layout(plan.after, target, quantization)
-    if packed:
-        entry = checkpoint.config["quantization"]
-        layout = PackedLayout(plan.after, target, None, checkpoint.read_packed(), entry)
-    job = Job(checkpoint, plan, layout, stock, trust_remote_code, upload_repo, options, planned)
+    job = Job(
+        checkpoint, plan, layout_of(plan), stock, trust_remote_code, upload_repo, options, planned
+    )
     if dry_run:
         report = job.report()
         if drops is not None:
@@ -415,12 +445,12 @@ def _tensors(parts: Parts, args: ModelArgs) -> dict[str, mx.array]:
 
 
 def _result_parts(job: Job, calibration: mx.array | None) -> Parts:
+    dense = job.result_parts()
     if isinstance(job.layout, PackedLayout):
-        return PackedParts(job.checkpoint, job.layout)
-    merger = Merger(job.checkpoint, job.plan, job.layout.dtype)
+        return PackedParts(job.checkpoint, job.layout, dense if job.plan.tabled else None)
     if calibration is None:
-        return NearestParts(merger, job.layout)
-    return CalibratedParts(job.plan.before, job.source_parts(), merger, job.layout, calibration)
+        return NearestParts(dense, job.layout)
+    return CalibratedParts(job.plan.before, job.source_parts(), dense, job.layout, calibration)
 
 
 def _source_network(job: Job) -> StreamedNetwork:

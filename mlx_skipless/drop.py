@@ -37,20 +37,25 @@ class Wish:
 
 def droppable(args: ModelArgs) -> str | None:
     """Why no sub-layer of a network can go; None if they can."""
+    if args.precomputed:
+        return "the first layer is a table; drop from the model that it is of"
     if args.skip != "both" and not (args.skip == "ffn" and args.block == "parallel"):
-        return "nothing passes a dropped sub-layer where no skip connection leads around it"
+        return (
+            "nothing passes a dropped sub-layer where no skip connection leads around it; --remove "
+            "removes weights from this model"
+        )
     return None
 
 
-def check(args: ModelArgs, wishes: Sequence[Wish]) -> None:
-    """Raises UserError if what is asked for cannot be."""
+def check(args: ModelArgs, wishes: Sequence[Wish], spared: Drops) -> None:
+    """Raises UserError if what is asked for cannot be; ``spared`` sub-layers must stay."""
     reason = droppable(args)
     layers = args.num_hidden_layers
     for wish in wishes:
         flag = f"--drop-{wish.kind} {'auto' if wish.count is None else wish.count}"
         if reason is not None:
-            raise UserError(f"{flag}: {reason}; --remove removes weights from this model")
-        most = layers if wish.kind == "ffn" else layers - 1
+            raise UserError(f"{flag}: {reason}")
+        most = layers if wish.kind == "ffn" and not spared.get("ffn") else layers - 1
         if wish.count is not None and not 1 <= wish.count <= most:
             raise UserError(f"{flag}: of this model's {layers} layers 1 to {most} can lose theirs")
 
@@ -143,6 +148,7 @@ def choose(
     *,
     greedy: bool,
     max_loss: float,
+    spared: Drops | None = None,
     progress: Progress = lambda done, total: None,
 ) -> tuple[dict[str, list[int]], list[float]]:
     """The sub-layers that go.
@@ -154,15 +160,17 @@ def choose(
         wishes: how many of each kind; a count of None goes on until ``max_loss``.
         greedy: measure again after each drop even where a count is given.
         max_loss: the share by which the loss, nats per token, may grow where no count is given.
+        spared: sub-layers that must stay.
 
     Returns:
         The layers by part, and for a greedy search the loss before and after each drop.
     """
     dropped: dict[str, set[int]] = {part: set() for part in PARTS}
+    spared = spared or {}
     if not greedy and all(wish.count is not None for wish in wishes):
         measured = importance(args, source, tokens, progress=progress)
         for wish in sorted(wishes, key=lambda wish: KINDS.index(wish.kind), reverse=True):
-            for layer in _least(measured[wish.kind], dropped, wish.kind)[: wish.count]:
+            for layer in _least(measured[wish.kind], wish.kind, dropped, spared)[: wish.count]:
                 _drop(dropped, wish.kind, layer)
         return _sorted(dropped), []
     rows = max(1, SEARCH_TOKENS // tokens.shape[1])
@@ -176,7 +184,7 @@ def choose(
             (kind, layer)
             for kind, count in left.items()
             if count is None or count > 0
-            for layer in _least(measured[kind], dropped, kind)[:CANDIDATES]
+            for layer in _least(measured[kind], kind, dropped, spared)[:CANDIDATES]
         ]
         if not candidates:
             break
@@ -212,10 +220,11 @@ def _weights(args: ModelArgs, kind: str) -> int:
     return {"attention": attention, "ffn": ffn, "block": attention + ffn}[kind]
 
 
-def _least(measured: Sequence[float], dropped: Drops, kind: str) -> list[int]:
-    """Layers that still have all of a kind, the least important first."""
+def _least(measured: Sequence[float], kind: str, *kept_out: Drops) -> list[int]:
+    """Layers with nothing of a kind kept out, the least important first."""
     parts = PARTS if kind == "block" else (kind,)
-    there = [layer for layer in range(len(measured)) if not any(layer in dropped[p] for p in parts)]
+    out = {layer for drops in kept_out for part in parts for layer in drops.get(part, ())}
+    there = [layer for layer in range(len(measured)) if layer not in out]
     return sorted(there, key=lambda layer: measured[layer])
 
 

@@ -267,6 +267,7 @@ def model_args(config: Config, tensors: Collection[str] | None = None) -> ModelA
             tie_word_embeddings=_flag(own, "tie_word_embeddings"),
             removed=_layer_lists(own, "removed", ("q", "k", "v", "p", "attention", "ffn"), layers),
             extra_bits=_extra_bits(own),
+            precomputed=_flag(own, "precomputed"),
         )
     except ValueError as error:
         raise UserError(f"config.json: {error}") from error
@@ -287,6 +288,11 @@ def model_args(config: Config, tensors: Collection[str] | None = None) -> ModelA
         _complete_from_config(args, own)
     else:
         _complete_from_tensors(args, own, tensors)
+    if args.precomputed and (args.lacks("attention", 0) or args.tie_word_embeddings):
+        raise UserError(
+            'config.json says "precomputed", which needs an attention in layer 0 and a head of its '
+            "own: correct config.json"
+        )
     return args
 
 

@@ -6,8 +6,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from .calibrate import Merged
 from .checkpoint import Checkpoint
 from .families import EMBEDDING, FINAL_NORM, HEAD, stock_settings
+from .first_layer import TabledParts
 from .layout import Layout, PackedLayout, dtype_name
 from .merge import Merger
 from .plan import Plan, RemovalCost
@@ -53,8 +55,17 @@ class Job:
         """The network that the removals start from; in float32, however its weights are stored."""
         plan = self.plan
         stripped = tuple(gain for gain in plan.folded if gain not in plan.before.gains)
-        start = replace(plan, identity={}, folded=stripped, after=plan.before)
+        start = replace(plan, tabled=False, identity={}, folded=stripped, merged=plan.before)
         return Merger(self.checkpoint, start, dtype)
+
+    def result_parts(self) -> Merged:
+        """The result's dense tensors."""
+        plan, dtype = self.plan, self.layout.dtype
+        merger = Merger(self.checkpoint, plan, dtype)
+        if not plan.tabled:
+            return merger
+        exact = Merger(self.checkpoint, plan, mx.float32)
+        return TabledParts(merger, exact, plan.merged, dtype)
 
     def config(self) -> dict[str, Any]:
         """config.json of the result."""
@@ -75,19 +86,28 @@ class Job:
 
 
 class PackedParts:
-    """A source's tensors, packed as they are, as far as a layout has them."""
+    """A source's tensors, packed as they are, as far as a layout has them.
 
-    def __init__(self, checkpoint: Checkpoint, layout: PackedLayout):
-        self._checkpoint, self._layout = checkpoint, layout
+    ``table`` makes the dense rows of a table of the first layer, where the layout has one.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, layout: PackedLayout, table: Merged | None):
+        self._checkpoint, self._layout, self._table = checkpoint, layout, table
 
     def embedding(self) -> dict[str, mx.array]:
-        return self._under(f"{EMBEDDING}.")
+        if self._table is None:
+            return self._under(f"{EMBEDDING}.")
+        rows = self._table.embedding()[f"{EMBEDDING}.weight"]
+        return self._layout.table(rows, self._checkpoint.read_packed(f"{EMBEDDING}."))
 
     def layer(self, layer: int) -> dict[str, mx.array]:
         return self._under(f"model.layers.{layer}.")
 
     def head(self) -> dict[str, mx.array]:
-        return self._under(f"{FINAL_NORM}.") | self._under(f"{HEAD}.")
+        head = self._under(f"{HEAD}.")
+        if not head and self._table is not None:
+            head = self._layout.untied(self._checkpoint.read_packed(f"{EMBEDDING}."))
+        return self._under(f"{FINAL_NORM}.") | head
 
     def _under(self, prefix: str) -> dict[str, mx.array]:
         read = self._checkpoint.read_packed(prefix)

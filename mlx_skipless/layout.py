@@ -12,8 +12,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import quantize_model
 
-from .families import EMBEDDING
+from .families import EMBEDDING, HEAD
 from .model import Model, ModelArgs, quant_predicate
+from .packed import MLXScheme
 from .rounding import Format
 
 
@@ -153,6 +154,8 @@ class PackedLayout(Layout):
     """Of a network whose tensors stay packed as its source has them.
 
     ``stored`` are the source's tensors, lazy, by canonical name; ``entry`` its ``quantization``.
+    A table of the first layer is new and packed as the embedding is; a head that it unties is the
+    source's embedding.
     """
 
     stored: Mapping[str, mx.array] = field(default_factory=dict)
@@ -160,11 +163,53 @@ class PackedLayout(Layout):
 
     @cached_property
     def tensors(self) -> dict[str, mx.array]:
-        modules = {name.rpartition(".")[0] for name in tensors_of(Model(self.args))}
-        return {n: array for n, array in self.stored.items() if n.rpartition(".")[0] in modules}
+        dense = tensors_of(Model(self.args))
+        modules = {name.rpartition(".")[0] for name in dense}
+        kept = {n: array for n, array in self.stored.items() if n.rpartition(".")[0] in modules}
+        if not self.args.precomputed:
+            return kept
+        name = f"{EMBEDDING}.weight"
+        table = self.table(dense[name].astype(self.dtype), self.stored)
+        return kept | table | (self.untied(self.stored) if self._unties else {})
+
+    @property
+    def _unties(self) -> bool:
+        return not any(name.startswith(f"{HEAD}.") for name in self.stored)
+
+    def table(self, rows: mx.array, stored: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """A table's rows (vocabulary, row) as they are stored beside the source's tensors.
+
+        The stream's part is the packed embedding itself. Where the other parts have no whole number
+        of groups, the rows stay as they are.
+        """
+        if f"{EMBEDDING}.scales" not in stored:
+            return {f"{EMBEDDING}.weight": rows}
+        group_size, bits, mode = MLXScheme(self.entry).settings(EMBEDDING)
+        form = Format(bits, group_size, mode, self.dtype)
+        widths = self.args.row()
+        same = widths.get("x", 0) if self.args.block == "serial" else 0
+        if (rows.shape[1] - same) % group_size:
+            return {f"{EMBEDDING}.weight": rows}
+        packed = form.nearest(rows[:, same:])
+        if same:
+            packed = {
+                part: mx.concatenate([stored[f"{EMBEDDING}.{part}"], new], axis=1)
+                for part, new in packed.items()
+            }
+        return {f"{EMBEDDING}.{part}": array for part, array in packed.items()}
+
+    def untied(self, stored: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """The head's tensors, of the source's packed embedding."""
+        return {
+            name.replace(EMBEDDING, HEAD): array
+            for name, array in stored.items()
+            if name.startswith(f"{EMBEDDING}.")
+        }
 
     @property
     def settings(self) -> dict[str, Any] | None:
+        if self.args.precomputed and self._unties and EMBEDDING in self.entry:
+            return {**self.entry, HEAD: self.entry[EMBEDDING]}
         return dict(self.entry)
 
     @cached_property

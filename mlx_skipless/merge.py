@@ -154,7 +154,7 @@ class Merger:
             where = path(layer, projection)
             if where in gone or where not in self._reads.keys() | self._writes.keys():
                 continue
-            if self._plan.after.lacks("attention" if projection in ATTENTION else "ffn", layer):
+            if self._plan.merged.lacks("attention" if projection in ATTENTION else "ffn", layer):
                 continue
             out |= self._projection(where)
         return out | self._vectors(layer)
@@ -162,7 +162,7 @@ class Merger:
     def head(self) -> dict[str, mx.array]:
         """The final norm's gain and the head, as far as the result has them."""
         out: dict[str, mx.array] = {}
-        args, folded = self._plan.after, self._plan.folded
+        args, folded = self._plan.merged, self._plan.folded
         if "final" in args.gains:
             name = f"{FINAL_NORM}.weight"
             stored = self._through(name)
@@ -210,12 +210,14 @@ class Merger:
     def _vectors(self, layer: int) -> dict[str, mx.array]:
         """Gains and linear paths; one that this layer lacks and others have is written out."""
         out: dict[str, mx.array] = {}
-        args, prefix = self._plan.after, f"model.layers.{layer}"
+        args, prefix = self._plan.merged, f"model.layers.{layer}"
         attention, ffn = not args.lacks("attention", layer), not args.lacks("ffn", layer)
         width = args.num_attention_heads * args.head_dim
         kv_width = args.num_key_value_heads * args.head_dim
         sizes = {"q": width, "k": kv_width, "v": kv_width, "hidden": args.intermediate_size}
         for gain, module in GAINS[args.norm].items():
+            if layer == 0 and gain == "attention" and args.precomputed:
+                continue  # the table is behind it
             if gain in args.gains and (ffn if gain in ("hidden", "ffn") else attention):
                 name = f"{prefix}.{module}.weight"
                 found = {} if gain in self._plan.folded else self._checkpoint.read([name])
@@ -306,21 +308,25 @@ class Merger:
         return self._finite(name, mx.array(np.ascontiguousarray(values, dtype=np.float32)))
 
     def _finite(self, name: str, array: mx.array) -> mx.array:
-        """``array`` in the result's type.
+        return finite(name, array, self._dtype)
 
-        Raises:
-            UserError: for NaN or infinity, in the source or because the type is too narrow.
-        """
-        cast = array.astype(self._dtype)
-        if not mx.all(mx.isfinite(cast)).item():
-            if mx.all(mx.isfinite(array)).item():
-                wider = "bfloat16 or float32" if self._dtype == mx.float16 else "float32"
-                raise UserError(
-                    f"{name} does not fit {dtype_name(self._dtype)} (largest value "
-                    f"{mx.abs(array).max().item():.3g}): use --dtype {wider}"
-                )
-            _refuse_not_finite(name)
-        return cast
+
+def finite(name: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
+    """``array`` in another type.
+
+    Raises:
+        UserError: for NaN or infinity, in ``array`` or because the type is too narrow.
+    """
+    cast = array.astype(dtype)
+    if not mx.all(mx.isfinite(cast)).item():
+        if mx.all(mx.isfinite(array)).item():
+            wider = "bfloat16 or float32" if dtype == mx.float16 else "float32"
+            raise UserError(
+                f"{name} does not fit {dtype_name(dtype)} (largest value "
+                f"{mx.abs(array).max().item():.3g}): use --dtype {wider}"
+            )
+        _refuse_not_finite(name)
+    return cast
 
 
 def _float64(name: str, array: mx.array) -> np.ndarray:

@@ -10,7 +10,8 @@ Built and tested for mlx-lm 0.32.
 # and dataclass could not resolve string annotations then.
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Union
+from itertools import accumulate
+from typing import Any, Dict, List, Optional, Sequence, Union
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -80,6 +81,8 @@ class ModelArgs(BaseModelArgs):
     value_skip: bool = False  # attention + alpha * the token's own value
     attention_gain: bool = False  # attention times beta
     uniform_gain: bool = False  # attention - gamma * the mean of the values that it may see
+    # Layer 0's Q, K and V, in a parallel block its FFN too, are a table: the embedding's rows.
+    precomputed: bool = False
     # Matrices that need more bits than the rest when quantized, and how many more.
     extra_bits: Dict[str, int] = field(default_factory=dict)
 
@@ -103,7 +106,29 @@ class ModelArgs(BaseModelArgs):
     def lacks(self, part: str, layer: int) -> bool:
         """Whether ``layer`` has no ``part``: "q", "k", "v", "p", "attention" or "ffn"."""
         whole = part if part == "ffn" else "attention"
-        return layer in self.removed.get(part, ()) or layer in self.removed.get(whole, ())
+        gone = layer in self.removed.get(part, ()) or layer in self.removed.get(whole, ())
+        return gone or (layer == 0 and self.tabled(part))
+
+    def tabled(self, part: str) -> bool:
+        """Whether layer 0 finds the outputs of ``part`` in the embedding's rows."""
+        return self.precomputed and (
+            part in ("q", "k", "v") or (part == "ffn" and self.block == "parallel")
+        )
+
+    def row(self) -> Dict[str, int]:
+        """Widths of what lies side by side in an embedding's row.
+
+        "x" is the stream; of a precomputed first layer it is what passes the attention (in a
+        parallel block with the FFN's output), if anything does, and "q", "k", "v" follow.
+        """
+        width, kv_width = (
+            n * self.head_dim for n in (self.num_attention_heads, self.num_key_value_heads)
+        )
+        if not self.precomputed:
+            return {"x": self.hidden_size}
+        passes = self.block == "parallel" or self.skip == "both"
+        heads = {"q": width, "k": kv_width, "v": kv_width}
+        return {"x": self.hidden_size, **heads} if passes else heads
 
     def linear(self, name: str, layer: int, n_in: int, n_out: int) -> nn.Linear:
         return nn.Linear(n_in, n_out, bias=layer in self.biases.get(name, ()))
@@ -196,11 +221,18 @@ class Attention(nn.Module):
             x = norm(x)
         return x.transpose(0, 2, 1, 3)
 
-    def __call__(self, x: mx.array, mask=None, cache: Optional[Any] = None) -> mx.array:
-        B, L, _ = x.shape
-        queries = self.heads(x, self.q_proj, self.q_norm, self.n_heads)
-        keys = self.heads(x, self.k_proj, self.k_norm, self.n_kv_heads)
-        values = own = self.heads(x, self.v_proj, self.v_norm, self.n_kv_heads)
+    def __call__(
+        self,
+        x: Union[mx.array, Sequence[mx.array]],
+        mask=None,
+        cache: Optional[Any] = None,
+    ) -> mx.array:
+        """``x`` is the stream, or what a table has for q, k and v."""
+        q, k, v = (x, x, x) if isinstance(x, mx.array) else x
+        B, L, _ = q.shape
+        queries = self.heads(q, self.q_proj, self.q_norm, self.n_heads)
+        keys = self.heads(k, self.k_proj, self.k_norm, self.n_kv_heads)
+        values = own = self.heads(v, self.v_proj, self.v_norm, self.n_kv_heads)
 
         offset = cache.offset if cache is not None else 0
         queries = self.rope(queries, offset=offset)
@@ -291,6 +323,7 @@ class Block(nn.Module):
         super().__init__()
         attention = not args.lacks("attention", layer)
         self.self_attn: Any = Attention(args, layer) if attention else None
+        self._row = args.row() if args.precomputed and layer == 0 else {}
         ffn = not args.lacks("ffn", layer)
         self.mlp: Any = MLP(args, layer) if ffn else None
         self.input_layernorm: Optional[RMSNorm] = None
@@ -300,7 +333,7 @@ class Block(nn.Module):
                 part: args.hidden_size if part in args.gains else None
                 for part in ("attention", "ffn")
             }
-            if attention:
+            if attention and not self._row:
                 self.input_layernorm = RMSNorm(dims["attention"], args.rms_norm_eps)
             if ffn:
                 self.post_attention_layernorm = RMSNorm(dims["ffn"], args.rms_norm_eps)
@@ -313,17 +346,26 @@ class Block(nn.Module):
         h = x if self.input_layernorm is None else self.input_layernorm(x)
         return self.self_attn(h, mask, cache)
 
+    def behind_table(self, row: mx.array, mask, cache) -> mx.array:
+        """The stream behind the attention of rows of a table, (batch, length, row)."""
+        ends = [*accumulate(self._row.values())]
+        parts = dict(zip(self._row, mx.split(row, ends[:-1], axis=-1), strict=True))
+        h = self.self_attn([parts[name] for name in ("q", "k", "v")], mask, cache)
+        return parts["x"] + h if "x" in parts else h
+
     def ffn(self, x: mx.array) -> mx.array:
         h = x if self.post_attention_layernorm is None else self.post_attention_layernorm(x)
         return self.mlp(h)
 
     def __call__(self, x: mx.array, mask=None, cache: Optional[Any] = None) -> mx.array:
-        if self.parallel:
+        if self._row:
+            x = self.behind_table(x, mask, cache)
+        elif self.parallel:
             out = self.ffn(x) if self.mlp is not None else mx.zeros_like(x)
             if self.self_attn is not None:
                 out = out + self.attention(x, mask, cache)
             return x + out if self.skip_ffn else out
-        if self.self_attn is not None:
+        elif self.self_attn is not None:
             h = self.attention(x, mask, cache)
             x = x + h if self.skip_attention else h
         if self.mlp is not None:
@@ -337,7 +379,7 @@ class SkiplessModel(nn.Module):
         super().__init__()
         self.args = args
         self.sliding_window = args.sliding_window
-        self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
+        self.embed_tokens = nn.Embedding(args.vocab_size, sum(args.row().values()))
         self.layers = [Block(args, layer) for layer in range(args.num_hidden_layers)]
         self.norm = None
         if args.final_norm:
@@ -364,6 +406,8 @@ class SkiplessModel(nn.Module):
         cache: Optional[List[Any]] = None,
         input_embeddings: Optional[mx.array] = None,
     ) -> mx.array:
+        if input_embeddings is not None and self.args.precomputed:
+            raise ValueError("the first layer is a table by token: there is no use for embeddings")
         h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
         caches = self.spread(cache)
         masks = self.masks(h, caches)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import mlx.core as mx
 
 from .errors import UserError
-from .families import EMBEDDING, GAINS, HEAD
+from .families import ATTENTION, EMBEDDING, GAINS, HEAD, MLP
 from .layout import dtype_name
 from .model import ModelArgs
 from .points import LETTERS, Point, layer_of, letter_of, points
@@ -70,21 +70,28 @@ class Plan:
 
     Attributes:
         before: the network that the removals start from.
-        after: the network that comes out.
+        merged: the network behind them, all but the table.
         identity: for each point that gets a new basis, the matrix that becomes the identity.
         folded: norms whose gains go into the matrices behind them.
         gone: the removed matrices' layers by the paper's letter.
         dropped: the layers whose whole "attention" or "ffn" goes.
         notes: what the user should know, one line each.
+        tabled: whether layer 0's projections become a table by token.
     """
 
     before: ModelArgs
-    after: ModelArgs
+    merged: ModelArgs
     identity: dict[int, str]
     folded: tuple[str, ...]
     gone: dict[str, list[int]]
     notes: tuple[str, ...]
     dropped: Mapping[str, list[int]] = field(default_factory=dict)
+    tabled: bool = False
+
+    @property
+    def after(self) -> ModelArgs:
+        """The network that comes out."""
+        return tabled(self.merged) if self.tabled else self.merged
 
 
 def strip(args: ModelArgs) -> ModelArgs:
@@ -93,12 +100,29 @@ def strip(args: ModelArgs) -> ModelArgs:
     Raises:
         UserError: if it is not a pre-norm network.
     """
+    if args.precomputed:
+        raise UserError("--skipless: the first layer is a table; convert the model that it is of")
     if args.norm != "pre":
         raise UserError(
             "--skipless is for models with skips and norms; this one is skipless: drop it"
         )
     gains = [gain for gain in args.gains if gain not in GAINS["pre"]]
     return replace(args, skip="none", norm="qkv", gains=gains)
+
+
+def tabled(args: ModelArgs) -> ModelArgs:
+    """The network with a table in the place of its first layer's projections."""
+    gone = {*ATTENTION[:3], *(MLP if args.block == "parallel" else ())}
+    biases = {
+        name: [layer for layer in layers if layer or name not in gone]
+        for name, layers in args.biases.items()
+    }
+    return replace(
+        args,
+        precomputed=True,
+        tie_word_embeddings=False,
+        biases={name: layers for name, layers in biases.items() if layers},
+    )
 
 
 def _shape_refusal(args: ModelArgs, letter: str) -> str | None:
@@ -144,6 +168,7 @@ def make_plan(
     quantized: bool = False,
     costs: Mapping[str, RemovalCost] | None = None,
     dropped: Mapping[str, list[int]] | None = None,
+    precompute: bool = False,
 ) -> Plan:
     """Decide what goes.
 
@@ -157,6 +182,7 @@ def make_plan(
         quantized: whether the result gets quantized, against text.
         costs: measured, of removals by module path; `auto` leaves in place what does not pay.
         dropped: layers whose whole "attention" or "ffn" goes.
+        precompute: make the first layer's projections a table.
 
     Raises:
         UserError: if an explicit removal is impossible.
@@ -166,7 +192,9 @@ def make_plan(
     notes: list[str] = []
     identity: dict[int, str] = {}
     if remove == "auto":
-        identity = _choose(before, found, notes, conditioning, dtype, quantized, costs or {})
+        identity = _choose(
+            before, found, notes, conditioning, dtype, quantized, costs or {}, precompute
+        )
     elif remove != "none":
         identity = _obey(before, found, notes, remove, conditioning or {})
     gone: dict[str, list[int]] = {}
@@ -174,10 +202,10 @@ def make_plan(
         gone.setdefault(letter_of(where), []).append(layer_of(where))
     gone = {letter: sorted(gone[letter]) for letter in LETTERS if letter in gone}
     folded = _folded(args, before, fold_norms)
-    after = _after(before, found, identity, gone, folded, conditioning or {}, quantized)
+    merged = _merged(before, found, identity, gone, folded, conditioning or {}, quantized)
     dropped = {part: layers for part, layers in (dropped or {}).items() if layers}
-    after = replace(after, removed=_united(after.removed, dropped))
-    return Plan(before, after, identity, folded, gone, tuple(notes), dropped)
+    merged = replace(merged, removed=_united(merged.removed, dropped))
+    return Plan(before, merged, identity, folded, gone, tuple(notes), dropped, precompute)
 
 
 def _united(*maps: Mapping[str, list[int]]) -> dict[str, list[int]]:
@@ -273,13 +301,14 @@ def _choose(
     dtype: mx.Dtype,
     quantized: bool,
     costs: Mapping[str, RemovalCost],
+    precompute: bool,
 ) -> dict[int, str]:
     """`auto`: at each point the matrix whose removal saves weights at the least noise."""
     identity: dict[int, str] = {}
     too_noisy: dict[str, list[str]] = {}
     for index, point in enumerate(found):
         linked = args.tie_word_embeddings and index == len(found) - 1 and 0 in identity
-        if linked or point.pinned:
+        if linked or point.pinned or (precompute and index == 0):  # a table saves what reads it
             continue
         free = {
             letter: where
@@ -352,7 +381,7 @@ def _folded(source: ModelArgs, before: ModelArgs, fold_norms: bool) -> tuple[str
     return tuple(gain for gain in behind if gain in source.gains)
 
 
-def _after(
+def _merged(
     before: ModelArgs,
     found: list[Point],
     identity: dict[int, str],
@@ -392,8 +421,8 @@ def alone(plan: Plan, index: int) -> Plan:
     """The plan of one removal of ``plan``, that at a point."""
     found, where = points(plan.before), plan.identity[index]
     identity, gone = {index: where}, {letter_of(where): [layer_of(where)]}
-    after = _after(plan.before, found, identity, gone, plan.folded, {}, quantized=True)
-    return replace(plan, identity=identity, gone=gone, after=after)
+    merged = _merged(plan.before, found, identity, gone, plan.folded, {}, quantized=True)
+    return replace(plan, identity=identity, gone=gone, merged=merged, tabled=False)
 
 
 def _at_tied_embedding(args: ModelArgs, found: list[Point], index: int) -> bool:

@@ -52,7 +52,9 @@ def points(args: ModelArgs) -> list[Point]:
         point.pin("its skip connections make the whole stream share one basis")
 
     def read(layer: int, part: str) -> None:
-        if part in LETTERS and args.lacks(part, layer):
+        if layer == 0 and args.tabled(part):
+            point.pin("a table holds what layer 0 makes of it")
+        elif part in LETTERS and args.lacks(part, layer):
             point.pin(f"{part.upper()} of layer {layer} is gone already")
         else:
             point.consumers.append(path(layer, LETTERS.get(part, part)))
@@ -85,6 +87,8 @@ def points(args: ModelArgs) -> list[Point]:
             found.append(point)
             if args.block == "parallel" and attention and not p:
                 point.pin(f"P of layer {layer} is gone already")
+            if layer == 0 and args.tabled("ffn"):
+                point.pin("a table writes it")
         else:
             point.producers += writers
     point.head = True

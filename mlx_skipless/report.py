@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 
 from .checkpoint import Checkpoint
+from .first_layer import FirstLayer, first_layer
 from .layout import Layout, PackedLayout, dtype_name
 from .plan import UNIT_ROUNDOFF, Conditioning, Plan, RemovalCost
 from .points import LETTERS
@@ -42,6 +43,7 @@ class Report:
     ``params_before`` counts the network that the removals start from, ``bytes_before`` its bytes as
     dense weights of the source's type. ``speedup_from_bytes`` compares the bytes that decoding a
     token reads with those of the same network in the result's format without the removals.
+    ``first_layer`` is what a table saves and costs, None without one.
     """
 
     source: str
@@ -59,6 +61,7 @@ class Report:
     stock: bool
     skipless: bool
     speedup_from_bytes: float
+    first_layer: FirstLayer | None
     cache_bytes_before: int
     cache_bytes_after: int
     rows: tuple[LayerRow, ...]
@@ -145,6 +148,7 @@ def make_report(
         stock=stock,
         skipless=skipless,
         speedup_from_bytes=same_format.bytes_per_token / layout.bytes_per_token,
+        first_layer=first_layer(plan.merged) if plan.tabled else None,
         cache_bytes_before=same_format.cache_bytes_per_token,
         cache_bytes_after=layout.cache_bytes_per_token,
         rows=tuple(_rows(plan, source, layout, conditioning, costs)),
@@ -176,9 +180,10 @@ def _rows(
             for part, layers in plan.dropped.items()
             if name in (f"model.layers.{i}" for i in layers)
         ]
+        into = ["into the table"] if plan.tabled and name == "model.layers.0" else []
         yield LayerRow(
             name=name.removeprefix("model."),
-            goes=" ".join([*letters, *whole]),
+            goes=" ".join([*letters, *whole, *into]),
             weights_before=source.count(prefix),
             weights_after=layout.count(prefix),
             bytes_before=source.nbytes(prefix),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from . import budget, drop, sensitivity
+from . import budget, drop, first_layer, sensitivity
 from .families import EMBEDDING, HEAD
 from .job import Job
 from .merge import Merger
@@ -43,6 +43,7 @@ def dropped(job: Job, drops: Drops, tokens: mx.array, progress: Progress) -> Job
         drops.wishes,
         greedy=drops.greedy,
         max_loss=drops.max_loss,
+        spared=first_layer.needed(job.plan.before) if job.plan.tabled else None,
         progress=lambda done, total: progress("dropping", done, total),
     )
     job = replace(job, dropped=layers).replanned()

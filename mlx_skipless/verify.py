@@ -106,7 +106,7 @@ class StreamedNetwork:
         self.args, self._parts, self._settings = args, parts, settings
         self.resident = resident
         self._kept: dict[int, Block] = {}
-        self._embedding = nn.Embedding(args.vocab_size, args.hidden_size)
+        self._embedding = nn.Embedding(args.vocab_size, sum(args.row().values()))
         self._embedding = self._filled(self._embedding, EMBEDDING, parts.embedding())
         head = parts.head()
         self._norm = None
