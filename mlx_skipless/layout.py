@@ -164,13 +164,17 @@ class PackedLayout(Layout):
     @cached_property
     def tensors(self) -> dict[str, mx.array]:
         dense = tensors_of(Model(self.args))
-        modules = {name.rpartition(".")[0] for name in dense}
+        made = self._made(dense)
+        modules = {name.rpartition(".")[0] for name in dense.keys() - made.keys()}
         kept = {n: array for n, array in self.stored.items() if n.rpartition(".")[0] in modules}
+        return kept | made
+
+    def _made(self, dense: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """The tensors that the source does not have."""
         if not self.args.precomputed:
-            return kept
-        name = f"{EMBEDDING}.weight"
-        table = self.table(dense[name].astype(self.dtype), self.stored)
-        return kept | table | (self.untied(self.stored) if self._unties else {})
+            return {}
+        rows = dense[f"{EMBEDDING}.weight"].astype(self.dtype)
+        return self.table(rows, self.stored) | (self.untied(self.stored) if self._unties else {})
 
     @property
     def _unties(self) -> bool:
