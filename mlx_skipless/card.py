@@ -17,10 +17,10 @@ NAMES = {"q": "Q", "k": "K", "v": "V", "p": "P", "attention": "Attention", "ffn"
 def effect(report: "Report") -> list[str]:
     """The measured effect, a sentence each."""
     saved = 1 - report.params_after / report.params_before
+    share = f"{abs(saved):.1%} {'fewer' if saved >= 0 else 'more'}"
     lines = [
-        f"{report.params_before:,} weights before, {report.params_after:,} after ({saved:.1%} "
-        f"fewer); {report.bytes_before / 1e6:,.1f} MB before, {report.bytes_after / 1e6:,.1f} MB "
-        "after."
+        f"{report.params_before:,} weights before, {report.params_after:,} after ({share}); "
+        f"{report.bytes_before / 1e6:,.1f} MB before, {report.bytes_after / 1e6:,.1f} MB after."
     ]
     if (table := report.first_layer) is not None:
         times = [table.reads_before(batch) / table.reads_after(batch) for batch in (1, 16, 256)]
@@ -31,9 +31,11 @@ def effect(report: "Report") -> list[str]:
             f"That costs {table.growth:+,} weights, {table.growth / report.params_before:+.1%}."
         )
     if report.removed or report.first_layer:
+        ratio = report.speedup_from_bytes
+        fewer = f"{ratio:.2f} times" if ratio >= 1.01 else f"{1 - 1 / ratio:.2%}"
         lines.append(
-            f"Decoding a token reads {report.speedup_from_bytes:.2f} times fewer bytes of weights "
-            "than without the removals in the same number format: the speed-up to expect at most."
+            f"Decoding a token reads {fewer} fewer bytes of weights than without "
+            "the removals in the same number format: the speed-up to expect at most."
         )
     if report.cache_bytes_after != report.cache_bytes_before:
         lines.append(
