@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import mlx_skipless
-from mlx_skipless import generation
+from mlx_skipless import generation, passages
 from mlx_skipless.loading import BUNDLED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,8 +72,10 @@ def test_greedy_text_stays_the_same(converted: tuple[Path, dict], prompt: str) -
     assert len(texts[0].split()) > 80
 
 
-def test_it_survives_four_bits(tmp_path: Path) -> None:
+def test_it_survives_four_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Quantized without Q and P it is nearer to itself than quantized alone, to nearest."""
+    monkeypatch.setattr(passages, "CALIBRATION", (32, 128))
+    monkeypatch.setattr(passages, "LONG_CHECK", (4, 128))
     report = mlx_skipless.convert(None, tmp_path / "q", quantize=True)
     assert report.removed == {"q": [0, 1, 2, 3], "p": [0, 1, 2, 3]}
     check = report.verification
