@@ -4,9 +4,20 @@ from .conversion import convert
 from .errors import UserError
 from .evaluation import evaluate
 from .generation import generate
+from .healing import Treatment, heal
 from .loading import load
 from .recipe import Recipe
 from .training import train
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "UserError", "convert", "evaluate", "generate", "load", "train"]
+__all__ = [
+    "Recipe",
+    "Treatment",
+    "UserError",
+    "convert",
+    "evaluate",
+    "generate",
+    "heal",
+    "load",
+    "train",
+]

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from . import hub
 
 if TYPE_CHECKING:
+    from .healing import Distance
+    from .healing import Result as HealingResult
     from .model import ModelArgs
     from .report import Report
     from .training import Result
@@ -128,3 +130,38 @@ def trained(
     body += ["", "## Recipe", "", *(f"- {key}: {value}" for key, value in recipe.items())]
     body += ["", "## Text", "", *(f"- {name}" for name in sources), ""]
     return "\n".join(body)
+
+
+def healing(result: "HealingResult") -> list[str]:
+    """What a distillation gave, a sentence each."""
+
+    def figures(found: "Distance") -> str:
+        return (
+            f"KL to the original {found.kl:.4f} nats per token, loss {found.loss:.4f} "
+            f"(x {found.loss / found.teacher_loss:.3f}), "
+            f"{found.bits_per_character:.4f} bits per character"
+        )
+
+    original = result.before
+    return [
+        f"Before: {figures(result.before)}.",
+        f"After {result.step:,} steps on {result.tokens:,} tokens: {figures(result.after)}.",
+        f"The original: loss {original.teacher_loss:.4f}, "
+        f"{original.teacher_bits_per_character:.4f} bits per character; all on "
+        f"{original.tokens:,} held-out tokens.",
+    ]
+
+
+def healed(result: "HealingResult", treatment: Mapping[str, Any], teacher: str) -> str:
+    """The card of a model that learnt from the one that it was made from."""
+    origin = teacher if hub.is_id(teacher) else Path(teacher).name
+    header = ["---", "library_name: mlx", "pipeline_tag: text-generation", "tags:", "- mlx"]
+    header += [f"base_model: {teacher}"] if hub.is_id(teacher) else []
+    body = [
+        *("---", "", f"# {Path(result.output).name}", ""),
+        f"A reduced model, distilled towards its original `{origin}` by `mlx-skipless heal`.",
+        *("", "## Effect, measured on this model", "", *(f"- {s}" for s in healing(result))),
+        *("", "## Treatment", "", *(f"- {key}: {value}" for key, value in treatment.items())),
+        *(f"- text: {result.text}", ""),
+    ]
+    return "\n".join([*header, *body])

@@ -17,9 +17,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import __version__, budget, card, chat, conversion, curve, evaluation, generation, training
+from . import (
+    __version__,
+    budget,
+    card,
+    chat,
+    conversion,
+    curve,
+    evaluation,
+    generation,
+    healing,
+    training,
+)
 from .errors import UserError, first_line
 from .loading import load
+from .loop import read_log
+from .options import read_options
 from .plan import REMOVALS
 from .recipe import Recipe, from_options
 from .report import Report
@@ -302,7 +315,32 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the arithmetic (default: bfloat16 on a GPU, float32 on a CPU)",
     )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write the outcome there")
-    for title, kind in (("pace (0: never)", training.Pace), ("recipe", Recipe)):
+    _field_groups(parser, ("pace (0: never)", training.Pace), ("recipe", Recipe))
+
+
+def _heal_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", metavar="DIR_OR_REPO", help="the reduced model: what convert wrote"
+    )
+    parser.add_argument("--teacher", metavar="DIR_OR_REPO", help="the model that it was made from")
+    _held_out_arguments(parser)
+    parser.add_argument(
+        "--mlx-path", default="healed_model", metavar="OUT",
+        help="folder of the run and of the healed model; must not exist (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resume", action="store_true",
+        help="go on with the run in OUT, bit for bit; only --steps may change",
+    )  # fmt: skip
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="let a model of another kind run its code"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the outcome there")
+    _field_groups(parser, ("pace (0: never)", healing.Pace), ("treatment", healing.Treatment))
+
+
+def _field_groups(parser: argparse.ArgumentParser, *groups: tuple[str, type]) -> None:
+    for title, kind in groups:
         group = parser.add_argument_group(title)
         for option in fields(kind):
             _field_argument(group, option)
@@ -327,12 +365,41 @@ def _field_argument(group: Any, option: Field[Any]) -> None:
     )  # fmt: skip
 
 
+def _taken(options: dict[str, Any], kind: type) -> dict[str, Any]:
+    """Those options that are fields of a dataclass, which go from the others."""
+    return {one.name: options.pop(one.name) for one in fields(kind) if one.name in options}
+
+
+def _run_heal(options: dict[str, Any]) -> None:
+    json_file = options.pop("json")
+    pace, treatment = _taken(options, healing.Pace), _taken(options, healing.Treatment)
+    resume = options["resume"]
+    steps = treatment.get("steps") if resume else None
+    other = [options[name] for name in ("model", "teacher", "data", "validation")]
+    if resume and (pace or set(treatment) - {"steps"} or any(other)):
+        raise UserError("--resume goes on with the run's own treatment: only --steps may change")
+    if options["validation"] and not options["data"]:
+        raise UserError("--validation is for --data: the original's own text is held out in part")
+    with _json_file(json_file, None if resume else options["mlx_path"]) as write_json:
+        result = healing.heal(
+            treatment=read_options(healing.Treatment, "treatment", treatment),
+            pace=healing.Pace(**pace),
+            steps=steps,
+            report=_print_event,
+            **options,
+        )
+        for line in card.healing(result):
+            print(line)
+        print(
+            f"wrote {result.output}: {result.trained_parameters:,} weights trained, "
+            f"{result.seconds:,.0f} s, peak memory {generation.size(result.peak_memory_bytes)}"
+        )
+        write_json(result.as_dict())
+
+
 def _run_train(options: dict[str, Any]) -> None:
     json_file, config = options.pop("json"), options.pop("config")
-    pace, recipe = (
-        {option.name: options.pop(option.name) for option in fields(kind) if option.name in options}
-        for kind in (training.Pace, Recipe)
-    )
+    pace, recipe = _taken(options, training.Pace), _taken(options, Recipe)
     steps = recipe.get("steps") if options["resume"] else None
     if options["resume"] and (config or pace or set(recipe) - {"steps"}):
         raise UserError("--resume goes on with the run's own recipe: only --steps may change")
@@ -367,11 +434,22 @@ def _print_event(event: dict[str, Any]) -> None:
     step = f"step {event['step']:>6,}"
     if "parameters" in event:
         line = (
-            f"{event['parameters']:,} weights; {event['train_tokens']:,} tokens to train on, "
+            f"{event['parameters']:,} weights and {event['train_tokens']:,} tokens to train on, "
             f"{event['validation_tokens']:,} held out; {event['steps']:,} steps"
         )
     elif "sample" in event:
         line = f"{step}  sample: {event['sample']}"
+    elif "before" in event or "after" in event:
+        when, found = next((k, event[k]) for k in ("before", "after") if k in event)
+        line = (
+            f"{step}  {when}: KL {found['kl']:.4f}  loss {found['loss']:.4f}  the original's "
+            f"{found['teacher_loss']:.4f}"
+        )
+    elif "perplexity" in event:
+        line = (
+            f"{step}  held-out KL {event['validation_loss']:.4f}  perplexity "
+            f"{event['perplexity']:.2f}"
+        )
     elif "validation_loss" in event:
         line = (
             f"{step}  held-out loss {event['validation_loss']:.4f}  "
@@ -427,7 +505,7 @@ def _run_curves(options: dict[str, Any]) -> None:
     names = [folder.name for folder in folders]
     curve.plot(
         {
-            name if names.count(name) == 1 else str(folder): training.read_log(folder)
+            name if names.count(name) == 1 else str(folder): read_log(folder)
             for name, folder in zip(names, folders, strict=True)
         },
         Path(options["output"]),
@@ -443,6 +521,7 @@ COMMANDS = {
         "chat with a model, measure tokens per second",
     ),
     "train": (_train_arguments, _run_train, "train a model, skipless unless told otherwise"),
+    "heal": (_heal_arguments, _run_heal, "distil a reduced model towards its original"),
     "evaluate": (_evaluate_arguments, _run_evaluate, "score a model on held-out text"),
     "curves": (_curves_arguments, _run_curves, "draw the losses of training runs in one figure"),
 }

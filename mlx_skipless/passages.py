@@ -121,21 +121,42 @@ def sampled(
 def sample(
     network: StreamedNetwork, sequences: int, length: int, *, seed: int, start: int | None
 ) -> mx.array:
-    """Text of the network's own, tokens (sequences, length) at temperature 1.
+    """Text of the network's own; see ``spoken``."""
+    caches = [KVCache() for _ in range(network.args.num_hidden_layers)]
+
+    def next_logits(fresh: mx.array) -> mx.array:
+        return network.logits(network.hidden(fresh, caches)[:, -1:])[:, -1]
+
+    return spoken(next_logits, network.args.vocab_size, sequences, length, seed=seed, start=start)
+
+
+def spoken(
+    next_logits: Callable[[mx.array], mx.array],
+    vocab_size: int,
+    sequences: int,
+    length: int,
+    *,
+    seed: int,
+    start: int | None,
+) -> mx.array:
+    """Text of a network's own, tokens (sequences, length) at temperature 1.
 
     Each sequence opens with ``start`` if given and a random token.
+
+    Args:
+        next_logits: takes the tokens (sequences, new) that follow those it took before, and gives
+            logits (sequences, vocab_size) of the next one.
     """
     key = mx.random.key(seed)
     key, first = mx.random.split(key)
-    tokens = mx.random.randint(0, network.args.vocab_size, (sequences, 1), key=first)
-    if start is not None and 0 <= start < network.args.vocab_size:
+    tokens = mx.random.randint(0, vocab_size, (sequences, 1), key=first)
+    if start is not None and 0 <= start < vocab_size:
         tokens = mx.concatenate(
             [mx.full((sequences, 1), start, dtype=tokens.dtype), tokens], axis=1
         )
-    caches = [KVCache() for _ in range(network.args.num_hidden_layers)]
     fresh = tokens
     while tokens.shape[1] < length:
-        logits = network.logits(network.hidden(fresh, caches)[:, -1:])[:, -1]
+        logits = next_logits(fresh)
         key, now = mx.random.split(key)
         fresh = mx.random.categorical(mx.nan_to_num(logits), key=now)[:, None].astype(tokens.dtype)
         tokens = mx.concatenate([tokens, fresh], axis=1)

@@ -3,12 +3,10 @@
 A recipe is data, from flags or a YAML file. Knows nothing of text, files or the loop.
 """
 
-import contextlib
 import dataclasses
 import math
-import typing
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -19,13 +17,9 @@ from .errors import UserError
 from .families import GAINS, PROJECTIONS, model_args
 from .layout import tensors_of
 from .model import ACTIVATIONS, Model, ModelArgs
+from .options import check_choices, flag, option, read_options
 
 EMBEDDING_SCALE = 0.02
-
-
-def _option(default: Any, help_text: str, choices: Sequence[str] = ()) -> Any:
-    """A field that is a flag too; the command line takes its help from here."""
-    return field(default=default, metadata={"help": help_text, "choices": tuple(choices)})
 
 
 @dataclass(frozen=True)
@@ -38,66 +32,60 @@ class Recipe:
     ``shaped_attention`` and ``kv_heads`` themselves.
     """
 
-    hidden_size: int = _option(256, "width of the stream")
-    intermediate_size: int = _option(512, "width of the FFN's hidden activations")
-    layers: int = _option(4, "number of blocks")
-    heads: int = _option(4, "query heads")
-    kv_heads: int = _option(2, "key-value heads; must divide the query heads")
-    vocab_size: int = _option(4096, "entries of the tokenizer that is made")
-    context: int = _option(256, "tokens of a training window")
-    hidden_act: str = _option("silu", "the gate's activation", tuple(ACTIVATIONS))
-    rope_theta: float = _option(10000.0, "base of RoPE")
-    tie: bool = _option(True, "use the embedding as the head")
+    hidden_size: int = option(256, "width of the stream")
+    intermediate_size: int = option(512, "width of the FFN's hidden activations")
+    layers: int = option(4, "number of blocks")
+    heads: int = option(4, "query heads")
+    kv_heads: int = option(2, "key-value heads; must divide the query heads")
+    vocab_size: int = option(4096, "entries of the tokenizer that is made")
+    context: int = option(256, "tokens of a training window")
+    hidden_act: str = option("silu", "the gate's activation", tuple(ACTIVATIONS))
+    rope_theta: float = option(10000.0, "base of RoPE")
+    tie: bool = option(True, "use the embedding as the head")
 
-    block: str = _option("serial", "how a block is wired", ("serial", "parallel", "sas", "sas-p"))
-    skip: str = _option("none", "skip connections", ("none", "ffn", "both"))
-    norm: str = _option(
+    block: str = option("serial", "how a block is wired", ("serial", "parallel", "sas", "sas-p"))
+    skip: str = option("none", "skip connections", ("none", "ffn", "both"))
+    norm: str = option(
         "qkv", "RMS norms: on projections' outputs (qkv) or on the stream (pre)",
         ("none", "qkv", "pre"),
     )  # fmt: skip
-    without: str = _option(
+    without: str = option(
         "", "matrices that the network never has", ("", "q", "p", "qp", "v", "vp", "k", "kp")
     )
-    final_norm: bool | None = _option(
+    final_norm: bool | None = option(
         None, "norm before the head; default: unless --norm qkv without skips has fixed the scale"
     )
-    gate_offset: float | None = _option(
+    gate_offset: float | None = option(
         1.0, "start of c in (act(gate) + c) * up, or none to leave it out"
     )
-    value_skip: float | None = _option(
+    value_skip: float | None = option(
         1.0, "start of alpha, a head's weight on the token's own value, or none to leave it out"
     )
-    shaped_attention: bool = _option(False, "alpha I + beta A - gamma C in place of A")
-    temperature: float = _option(1.0, "start of the gain of the queries' norm, with --norm qkv")
-    own_token: bool = _option(True, "start k as the mean of its group's q")
+    shaped_attention: bool = option(False, "alpha I + beta A - gamma C in place of A")
+    temperature: float = option(1.0, "start of the gain of the queries' norm, with --norm qkv")
+    own_token: bool = option(True, "start k as the mean of its group's q")
 
-    steps: int = _option(6000, "optimizer steps")
-    batch_size: int = _option(8, "windows a step")
-    learning_rate: float = _option(0.02, "Muon's, for matrices, at its highest")
-    adam_learning_rate: float = _option(3e-3, "AdamW's, for all else, at its highest")
-    warmup: int = _option(20, "steps of rising rates")
-    decay: float = _option(0.75, "share of the steps, at the end, in which the rates fall to zero")
-    orthogonal_q: float = _option(
+    steps: int = option(6000, "optimizer steps")
+    batch_size: int = option(8, "windows a step")
+    learning_rate: float = option(0.02, "Muon's, for matrices, at its highest")
+    adam_learning_rate: float = option(3e-3, "AdamW's, for all else, at its highest")
+    warmup: int = option(20, "steps of rising rates")
+    decay: float = option(0.75, "share of the steps, at the end, in which the rates fall to zero")
+    orthogonal_q: float = option(
         0.05,
         "pull of a removable Q towards its orthogonal factor at each step, at the highest rate",
     )
-    clip: float = _option(1.0, "largest norm of the whole gradient")
-    seed: int = _option(0, "of the starting weights and the order of the text")
+    clip: float = option(1.0, "largest norm of the whole gradient")
+    seed: int = option(0, "of the starting weights and the order of the text")
 
     def __post_init__(self) -> None:
-        for option in dataclasses.fields(self):
-            choices, value = option.metadata["choices"], getattr(self, option.name)
-            if choices and value not in choices:
-                raise UserError(
-                    f"{_flag(option.name)} {value!r}: choose one of "
-                    f"{', '.join(filter(None, choices))}"
-                )
+        check_choices(self)
         for name in ("learning_rate", "adam_learning_rate", "clip", "temperature"):
             if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"{_flag(name)} {getattr(self, name)}: must be above 0")
+                raise UserError(f"{flag(name)} {getattr(self, name)}: must be above 0")
         for name in ("steps", "batch_size", "context"):
             if getattr(self, name) < 1:
-                raise UserError(f"{_flag(name)} {getattr(self, name)}: must be at least 1")
+                raise UserError(f"{flag(name)} {getattr(self, name)}: must be at least 1")
         if self.seed < 0:
             raise UserError(f"--seed {self.seed}: must be at least 0")
         if self.warmup < 0 or not 0 <= self.decay <= 1 or not 0 <= self.orthogonal_q <= 1:
@@ -287,27 +275,10 @@ def own_token_keys(queries: mx.array | None, args: ModelArgs) -> mx.array | None
     return mean * math.sqrt(groups.shape[1])
 
 
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
 def from_options(options: Mapping[str, Any]) -> Recipe:
     """A recipe from a mapping, of flags or from YAML.
 
     Raises:
         UserError: for an unknown key or a value of the wrong type.
     """
-    known = {option.name: option.type for option in dataclasses.fields(Recipe)}
-    values = dict(options)
-    for name, value in options.items():
-        if name not in known:
-            raise UserError(f"{name!r} is no part of a recipe; known: {', '.join(known)}")
-        accepted = typing.get_args(known[name]) or (known[name],)
-        if float in accepted:
-            accepted = (*accepted, int)
-            with contextlib.suppress(TypeError, ValueError):  # YAML takes 1e-3 for text
-                values[name] = value = float(value) if isinstance(value, str) else value
-        if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted):
-            kind = accepted[0].__name__
-            raise UserError(f"{name} in the recipe is {value!r}; it must be of type {kind}")
-    return Recipe(**values)
+    return read_options(Recipe, "recipe", options)

@@ -27,8 +27,9 @@ from transformers import PreTrainedTokenizerFast
 
 import mlx_skipless
 from mlx_skipless import UserError, cli, training
+from mlx_skipless.loop import Event, read_log
 from mlx_skipless.recipe import Recipe
-from mlx_skipless.training import Event, Pace, Result, read_log
+from mlx_skipless.training import Pace, Result
 
 SMALL = Recipe(
     hidden_size=16, intermediate_size=32, layers=2, heads=2, kv_heads=1, vocab_size=300,
