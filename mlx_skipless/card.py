@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from .report import Report
     from .training import Result
 
+HEALING_FAILED = (
+    "So it did not help: do not use the result. Other text, more of it or another --learning-rate "
+    "may do; a quantized model is better healed before it is quantized, for then its matrices need "
+    "no second rounding."
+)
 NAMES = {"q": "Q", "k": "K", "v": "V", "p": "P", "attention": "Attention", "ffn": "The FFN"}
 
 
@@ -143,12 +148,14 @@ def healing(result: "HealingResult") -> list[str]:
         )
 
     original = result.before
+    worse = result.after.kl >= result.before.kl
     return [
         f"Before: {figures(result.before)}.",
         f"After {result.step:,} steps on {result.tokens:,} tokens: {figures(result.after)}.",
         f"The original: loss {original.teacher_loss:.4f}, "
         f"{original.teacher_bits_per_character:.4f} bits per character; all on "
         f"{original.tokens:,} held-out tokens.",
+        *([HEALING_FAILED] if worse else []),
     ]
 
 

@@ -200,7 +200,7 @@ def heal(
         if resume:
             train, held_out = _read_tokens(out)
         else:
-            train, held_out = _text(sources, treatment, original, tokenizer)
+            train, held_out = text(sources, treatment, original, tokenizer)
         if len(held_out):
             evaluation.check_length(held_out, treatment.context)
         else:
@@ -431,10 +431,13 @@ def _check_pair(student: nn.Module, tokenizer: Any, teacher: nn.Module, own: Any
         )
 
 
-def _text(
+def text(
     sources: Sources, treatment: Treatment, teacher: nn.Module, tokenizer: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens to train on and tokens to measure with, rows of int32."""
+    """Tokens to train on and tokens to measure with, a row of int32 each.
+
+    Of the user's files, or what the teacher says at temperature 1.
+    """
     if sources.data:
         files, validation = ([Path(f) for f in part] for part in (sources.data, sources.validation))
         texts = corpus.read_texts(files, validation, share=sources.validation_share)
