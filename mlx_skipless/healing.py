@@ -38,7 +38,7 @@ from .writer import check_free
 TOKENS = "tokens.safetensors"
 SPOKEN = 512  # tokens in a row that the original speaks
 HELD_OUT = 8  # of that text, one part in so many measures
-MEASURED_TOKENS = 16384  # of held-out text, before and after
+MEASURED_TOKENS = 8192  # of held-out text, before and after
 LORA_SCALE = 2.0
 LEARNING_RATES = {"lora": 1e-3, "full": 5e-5}
 
