@@ -7,7 +7,7 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -19,6 +19,8 @@ from rich.table import Table
 
 from . import (
     __version__,
+    analysis,
+    analysis_view,
     budget,
     card,
     chat,
@@ -278,6 +280,40 @@ def _print_comparison(result: Any, name: str, other: str) -> None:
     Console(highlight=False, markup=False).print(table)
 
 
+def _analyze_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="SRC",
+        help="Hub id, Hugging Face folder, .gguf file, or a config.json alone",
+    )  # fmt: skip
+    parser.add_argument(
+        "--calibration", metavar="TEXT_FILE",
+        help="text to measure on (default: sampled from the model)",
+    )  # fmt: skip
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="let the source's tokenizer run its code"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the sampled text (default: 0)")
+    parser.add_argument("--plot", metavar="PNG", help="draw what was measured there")
+    parser.add_argument("--json", metavar="FILE", help="write every figure there")
+
+
+def _run_analyze(options: dict[str, Any]) -> None:
+    figure = options.pop("plot")
+    if figure is not None and options["model"].endswith(".json"):
+        raise UserError("--plot: a config has no weights to measure; give the model")
+    with _json_file(options.pop("json")) as write_json, _output_file("--plot", figure) as draw:
+        with _progress() as progress:
+            found = analysis.analyze(**options, progress=progress)
+        console = Console(highlight=False, markup=False)
+        for part in analysis_view.tables(found):
+            console.print(part, soft_wrap=isinstance(part, str))
+        for note in found.notes:
+            console.print(f"note: {note}", soft_wrap=True)
+        draw(lambda file: analysis_view.plot(found, file))
+        write_json(found.as_dict())
+
+
 def _held_out_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", nargs="+", metavar="FILE",
@@ -520,6 +556,7 @@ COMMANDS = {
         _run_generate,
         "chat with a model, measure tokens per second",
     ),
+    "analyze": (_analyze_arguments, _run_analyze, "measure what a model could do without"),
     "train": (_train_arguments, _run_train, "train a model, skipless unless told otherwise"),
     "heal": (_heal_arguments, _run_heal, "distil a reduced model towards its original"),
     "evaluate": (_evaluate_arguments, _run_evaluate, "score a model on held-out text"),
@@ -528,17 +565,17 @@ COMMANDS = {
 
 
 @contextlib.contextmanager
-def _json_file(name: str | None, out: str | None = None) -> Iterator[Any]:
-    """A function that writes the JSON file; an impossible path is refused before the work.
+def _output_file(flag: str, name: str | None, out: str | None = None) -> Iterator[Any]:
+    """A function that has another write a file; an impossible path is refused before the work.
 
     ``out`` is a folder that the work itself makes.
     """
     if name is None:
-        yield lambda content: None
+        yield lambda write: None
         return
     path = Path(name)
     if out is not None and (made := Path(out).absolute()) in [(p := path.absolute()), *p.parents]:
-        raise UserError(f"--json {name}: --mlx-path {made} is made there, give another file")
+        raise UserError(f"{flag} {name}: --mlx-path {made} is made there, give another file")
     partial = path.with_name(f".{path.name}.partial")
     try:
         if path.is_dir():
@@ -547,16 +584,25 @@ def _json_file(name: str | None, out: str | None = None) -> Iterator[Any]:
         partial.unlink()
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"--json {name}: cannot be written ({reason}), give a file") from error
+        raise UserError(f"{flag} {name}: cannot be written ({reason}), give a file") from error
 
-    def write(content: dict[str, Any]) -> None:
+    def put(write: Callable[[Path], Any]) -> None:
         try:
-            partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            write(partial)
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
 
-    yield write
+    yield put
+
+
+@contextlib.contextmanager
+def _json_file(name: str | None, out: str | None = None) -> Iterator[Any]:
+    """A function that writes the JSON file; see ``_output_file``."""
+    with _output_file("--json", name, out) as put:
+        yield lambda content: put(
+            lambda file: file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        )
 
 
 @contextlib.contextmanager

@@ -138,6 +138,16 @@ class Merger:
         """Of the matrix at a module path, its norm's gain folded in."""
         return measure(self._linear(where).weight)
 
+    def condition(self, where: str) -> float:
+        """Largest over smallest singular value of a matrix of any shape; infinite if singular."""
+        weight = self._linear(where).weight
+        if weight.shape[0] == weight.shape[1]:
+            return measure(weight).condition
+        gram = weight @ weight.T if weight.shape[0] < weight.shape[1] else weight.T @ weight
+        values = np.linalg.eigvalsh(gram)
+        # Below that the squares say nothing.
+        return math.sqrt(values[-1] / values[0]) if values[0] > 1e-14 * values[-1] else math.inf
+
     def embedding(self) -> dict[str, mx.array]:
         name = f"{EMBEDDING}.weight"
         basis = self._basis(self._writes[EMBEDDING])

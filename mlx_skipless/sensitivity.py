@@ -75,7 +75,7 @@ def removal_costs(
     """
     batches = split(tokens)
     rows = mx.concatenate([t for i, t in enumerate(batches) if judges(i)])
-    rows = _affordable(rows, 2 * len(trials), before.hidden_size)
+    rows = affordable(rows, 2 * len(trials), before.hidden_size)
     starts: dict[int, list[Trial]] = {}
     for trial in trials:
         starts.setdefault(trial.layers()[0], []).append(trial)
@@ -114,11 +114,11 @@ def rounding_costs(
         tokens: (sequences, length) of text, of which as much is used as memory is meant for.
     """
     alone = {where: (where,) for where in matrices}
-    rows = _affordable(tokens, len(alone), before.hidden_size)
+    rows = affordable(tokens, len(alone), before.hidden_size)
     return _divergences(before, source, rows, alone, format_of, {}, progress)
 
 
-def _affordable(tokens: mx.array, copies: int, hidden: int) -> mx.array:
+def affordable(tokens: mx.array, copies: int, hidden: int) -> mx.array:
     """The first sequences of a text, as many as so many copies of their stream have room for."""
     one = 4 * hidden * tokens.shape[1] * (copies + 2)
     return tokens[: max(1, min(STREAMS_BYTES // one, MEASURED_TOKENS // tokens.shape[1]))]

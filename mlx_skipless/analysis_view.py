@@ -1,0 +1,162 @@
+"""An analysis for the eye: tables for the terminal, a figure for a document."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from rich.table import Table
+
+from .analysis import Analysis
+from .curve import COLOURS
+from .points import LETTERS
+
+
+def tables(analysis: Analysis) -> Iterator[Table | str]:
+    """Weights by part, what each removal would save, and what each layer is worth."""
+    parts = Table("part", box=None, pad_edge=False)
+    for title in ("weights", "share"):
+        parts.add_column(title, justify="right")
+    for part, count in analysis.parts.items():
+        if count:
+            parts.add_row(part, f"{count:,}", f"{count / analysis.weights:.1%}")
+    parts.add_row("all", f"{analysis.weights:,}", "")
+    yield parts
+    yield ""
+    yield _removals(analysis)
+    obstacles: dict[str, list[str]] = {}
+    for one in analysis.removals:
+        if one.obstacle is not None:
+            obstacles.setdefault(one.obstacle, []).append(one.letters)
+    for why, letters in obstacles.items():
+        yield f"not {', '.join(letters)}: {why}"
+    if (table := analysis.first_layer) is not None and analysis.first_layer_reads:
+        reads = ", ".join(
+            f"{times:,.0f} at batch {n:,}" for n, times in analysis.first_layer_reads.items()
+        )
+        yield (
+            f"--precompute-first-layer: times fewer numbers read there: {reads}; "
+            f"{table.growth:+,} weights ({table.growth / analysis.weights:+.1%})"
+        )
+    if any(layer.condition or layer.importance for layer in analysis.layers):
+        yield ""
+        yield _layers(analysis)
+    if analysis.drops:
+        yield ""
+        yield _drops(analysis)
+        yield f"importance and losses: {analysis.text}"
+
+
+def _removals(analysis: Analysis) -> Table:
+    table = Table("--remove", box=None, pad_edge=False)
+    for title in ("weights that go", "share", "weights", "bytes read"):
+        table.add_column(title, justify="right")
+    table.add_column("")
+    for one in analysis.removals:
+        if one.obstacle is not None:
+            continue
+        assert one.weights is not None and one.share is not None
+        table.add_row(
+            one.letters, f"{one.weights:,}", f"{one.share:.1%}", f"{one.speedup:.2f} x",
+            f"{one.reads:.2f} x", "with --skipless, then training" if one.skipless else "exact",
+        )  # fmt: skip
+    return table
+
+
+def _layers(analysis: Analysis) -> Table:
+    measured = analysis.layers[0].importance is not None
+    letters = [x for x in LETTERS if any(x in (one.condition or {}) for one in analysis.layers)]
+    table = Table("layer", box=None, pad_edge=False)
+    if measured:
+        for title in ("1 - cos attention", "1 - cos FFN", "loss without attention", "without FFN"):
+            table.add_column(title, justify="right")
+    for letter in letters:
+        table.add_column(f"cond {letter.upper()}", justify="right")
+    for one in analysis.layers:
+        cells = []
+        if one.importance is not None and one.drop_cost is not None:
+            cells += [f"{one.importance[part]:.4f}" for part in ("attention", "ffn")]
+            costs = [one.drop_cost.get(part) for part in ("attention", "ffn")]
+            cells += ["gone" if cost is None else f"{cost:+.4f}" for cost in costs]
+        condition = one.condition or {}
+        cells += [f"{condition[x]:.1e}" if x in condition else "gone" for x in letters]
+        table.add_row(str(one.layer), *cells)
+    return table
+
+
+def _drops(analysis: Analysis) -> Table:
+    table = Table("attentions dropped", box=None, pad_edge=False)
+    for title in ("weights", "KV cache / token", "loss", "perplexity"):
+        table.add_column(title, justify="right")
+    weights = {one.layer: one.weights["attention"] for one in analysis.layers}
+    there = sum(count > 0 for count in weights.values())
+    for one in analysis.drops or ():
+        left = analysis.weights - sum(weights[layer] for layer in one.layers)
+        cache = analysis.cache_bytes * (there - len(one.layers))
+        table.add_row(
+            str(len(one.layers)), f"{left:,}", f"{cache:,}", f"{one.loss:.4f}",
+            f"{one.perplexity:.2f}",
+        )  # fmt: skip
+    return table
+
+
+def plot(analysis: Analysis, file: Path) -> None:
+    """Draw what was measured: importance, perplexity against drops, condition numbers.
+
+    Args:
+        analysis: with some of these.
+        file: the PNG to write; white behind, for documents of either kind.
+    """
+    panels = [
+        draw
+        for draw, there in (
+            (_draw_importance, analysis.layers[0].importance is not None),
+            (_draw_drops, bool(analysis.drops)),
+            (_draw_conditions, any(one.condition for one in analysis.layers)),
+        )
+        if there
+    ]
+    size = (5.2 * len(panels), 4.2)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, facecolor="white", squeeze=False)
+    for draw, ax in zip(panels, axes[0], strict=True):
+        draw(analysis, ax)
+        ax.grid(alpha=0.3)
+    figure.suptitle(Path(analysis.source).name.replace("$", r"\$"))
+    figure.tight_layout()
+    figure.savefig(file, format="png", dpi=120)
+    plt.close(figure)
+
+
+def _draw_importance(analysis: Analysis, ax: Any) -> None:
+    layers = [one.layer for one in analysis.layers]
+    for part, label, colour in (
+        ("attention", "attention", COLOURS[0]), ("ffn", "FFN", COLOURS[1]),
+    ):  # fmt: skip
+        values = [(one.importance or {})[part] for one in analysis.layers]
+        ax.plot(layers, values, color=colour, marker="o", markersize=4, label=label)
+    ax.set(xlabel="layer", ylabel="1 - cosine", yscale="log", title="importance")
+    ax.legend()
+
+
+def _draw_drops(analysis: Analysis, ax: Any) -> None:
+    drops = analysis.drops or ()
+    counts = [len(one.layers) for one in drops]
+    ax.plot(counts, [one.perplexity for one in drops], color=COLOURS[0], marker="o", markersize=4)
+    ax.set(xlabel="attentions dropped, least important first", ylabel="perplexity", yscale="log")
+    ax.set_title("what drops cost")
+
+
+def _draw_conditions(analysis: Analysis, ax: Any) -> None:
+    for i, letter in enumerate(LETTERS):
+        found = [(one.layer, one.condition[letter]) for one in analysis.layers
+                 if one.condition and letter in one.condition]  # fmt: skip
+        if found:
+            ax.plot(
+                *zip(*found, strict=True), color=COLOURS[i], marker="o", markersize=4,
+                label=letter.upper(),
+            )  # fmt: skip
+    ax.set(xlabel="layer", ylabel="condition number", yscale="log", title="conditioning")
+    ax.legend()
