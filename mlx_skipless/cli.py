@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import math
 import os
 import select
 import signal
@@ -601,8 +602,19 @@ def _json_file(name: str | None, out: str | None = None) -> Iterator[Any]:
     """A function that writes the JSON file; see ``_output_file``."""
     with _output_file("--json", name, out) as put:
         yield lambda content: put(
-            lambda file: file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            lambda file: file.write_text(
+                json.dumps(_plain(content), indent=2) + "\n", encoding="utf-8"
+            )
         )
+
+
+def _plain(content: Any) -> Any:
+    """What JSON can hold: null for an infinity or what is no number."""
+    if isinstance(content, dict):
+        return {key: _plain(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_plain(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 @contextlib.contextmanager
