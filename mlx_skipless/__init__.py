@@ -6,7 +6,17 @@ from .evaluation import evaluate
 from .generation import generate
 from .loading import load
 from .recipe import Recipe
+from .tasks import compare_tasks
 from .training import train
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "UserError", "convert", "evaluate", "generate", "load", "train"]
+__all__ = [
+    "Recipe",
+    "UserError",
+    "compare_tasks",
+    "convert",
+    "evaluate",
+    "generate",
+    "load",
+    "train",
+]
