@@ -69,8 +69,9 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         help="quantization mode (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--calibration", metavar="TEXT_FILE",
-        help="text to quantize against, its end for the check (default: sampled from the model)",
+        "--calibration", metavar="TEXT",
+        help="file, or data set of the Hub as OWNER/NAME[:SUBSET[:SPLIT]], to quantize against, "
+        "its end for the check (default: sampled from the model)",
     )  # fmt: skip
     parser.add_argument(
         "--target-bytes", type=budget.size, metavar="SIZE",
