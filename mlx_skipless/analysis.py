@@ -132,7 +132,8 @@ def analyze(
     Args:
         model: a Hub id, a Hugging Face folder, a .gguf file, or a config.json, of which only what
             needs no weights is told.
-        calibration: a text file to measure on; default: text sampled from the model.
+        calibration: a text file or data set of the Hub to measure on; default: text sampled from
+            the model.
         revision: of a Hub id.
         trust_remote_code: let the source's tokenizer run its code.
         seed: of the sampled text.
@@ -141,7 +142,7 @@ def analyze(
     Raises:
         UserError: for anything the user can mend.
     """
-    text = None if calibration is None else passages.read_text(Path(calibration))
+    text = None if calibration is None else passages.read_text(calibration)
     checkpoint = open_checkpoint(
         model,
         revision=revision,

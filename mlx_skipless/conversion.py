@@ -91,8 +91,8 @@ def convert(
         fold_norms: put every norm's gain into the matrices behind it; ``remove="auto"`` does that
             to a pretrained model unasked.
         quantize: quantize the result, by mlx-lm's modes: ``q_mode``, ``q_bits``, ``q_group_size``.
-        calibration: a text file to quantize against, its end to check with; default: text sampled
-            from the model.
+        calibration: a text file or data set of the Hub to quantize against, its end to check with;
+            default: text sampled from the model.
         target_bytes: quantize to the best mixture of bits whose weights take at most so many bytes.
         target_kl: quantize to the smallest whose check finds at most so many nats per token of KL.
         distill: steps of training the quantized result's scales and biases towards the source;
@@ -143,7 +143,7 @@ def convert(
         raise UserError(f"--seed {seed}: must be at least 0 and fit 64 bits")
     if upload_repo is not None and not hub.HUB_ID.fullmatch(upload_repo):
         raise UserError(f"--upload-repo {upload_repo}: a repository is called owner/name")
-    text = None if calibration is None else passages.read_text(Path(calibration))
+    text = None if calibration is None else passages.read_text(calibration)
     checkpoint = open_checkpoint(
         model, revision=revision, config_only=dry_run, trust_remote_code=trust_remote_code
     )

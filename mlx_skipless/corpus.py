@@ -4,7 +4,7 @@ Knows nothing of networks.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -89,24 +89,30 @@ def _documents(file: Path, lines: Sequence[str]) -> tuple[list[str], bool]:
     for line in filter(str.strip, lines):
         try:
             record = json.loads(line)
-            if "messages" in record:
-                chat = True
-                documents.append(
-                    "".join(
-                        f"{TURN_START}{_text(m['role'])}\n{_text(m['content'])}{TURN_END}\n"
-                        for m in record["messages"]
-                    )
-                )
-            elif "text" in record:
-                documents.append(_text(record["text"]))
-            else:
-                documents.append(_text(record["prompt"]) + _text(record["completion"]))
+            documents.append(document(record))
+            chat |= "messages" in record
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{file} has a line that is no record ({first_line(error)}): each must be JSON "
                 'with "text", "prompt" and "completion", or "messages"'
             ) from error
     return documents, chat
+
+
+def document(record: Mapping[str, Any]) -> str:
+    """The text of a record: {"messages"}, {"text"} or {"prompt", "completion"}.
+
+    Raises:
+        KeyError, TypeError, ValueError: if it is none of these.
+    """
+    if "messages" in record:
+        return "".join(
+            f"{TURN_START}{_text(m['role'])}\n{_text(m['content'])}{TURN_END}\n"
+            for m in record["messages"]
+        )
+    if "text" in record:
+        return _text(record["text"])
+    return _text(record["prompt"]) + _text(record["completion"])
 
 
 def _text(value: Any) -> str:

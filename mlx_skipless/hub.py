@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from .errors import UserError, first_line
 CONFIGS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 WEIGHTS = ["model*.safetensors"]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+DATA_SET = re.compile(rf"({HUB_ID.pattern})(?::([\w.-]*))?(?::([\w.-]+))?")
 
 
 def is_id(source: str) -> bool:
@@ -90,6 +92,57 @@ def resolve(
             ) from error
         raise UserError(
             f"the Hub cannot be reached and {where} is not in the cache: connect, or give a folder"
+        ) from error
+
+
+def is_data_set(source: str) -> bool:
+    """Whether a text is a data set: OWNER/NAME[:SUBSET[:SPLIT]], and no such path exists."""
+    named = DATA_SET.fullmatch(source) and not source.endswith((".txt", ".jsonl"))
+    return bool(named) and not os.path.exists(source)
+
+
+def data_set_rows(source: str) -> Iterator[Mapping[str, Any]]:
+    """The rows of a data set, from the first on, fetched as they are asked for.
+
+    Args:
+        source: OWNER/NAME[:SUBSET[:SPLIT]]; the split is train, unless told otherwise.
+
+    Raises:
+        UserError: if it cannot be had.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(
+            f"no such file: {source}; and to read it as a data set of the Hub takes a package "
+            f"({first_line(error)}): pip install 'mlx-lm[train]'"
+        ) from error
+    match = DATA_SET.fullmatch(source)
+    assert match is not None
+    name, subset, split = match.groups()
+    try:
+        huggingface_hub.dataset_info(name)  # at once; the package tries again for half a minute
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(
+            f"no such file, and no such data set on the Hub: {source} (a private one needs "
+            "`hf auth login`)"
+        ) from error
+    except HfHubHTTPError as error:
+        raise UserError(f"the Hub refuses the data set {name} ({first_line(error)})") from error
+    except Exception as error:
+        raise UserError(
+            f"no such file: {source}; and the Hub, for a data set of that name, cannot be reached: "
+            "connect, or give a file"
+        ) from error
+    try:
+        yield from datasets.load_dataset(
+            name, subset or None, split=split or "train", streaming=True
+        )
+    except Exception as error:  # of every format that a data set may have
+        said = " ".join(str(error).partition("Example of usage")[0].split()) or type(error).__name__
+        raise UserError(
+            f"the data set {source} cannot be read ({said}): it is called OWNER/NAME, "
+            "OWNER/NAME:SUBSET or OWNER/NAME:SUBSET:SPLIT"
         ) from error
 
 

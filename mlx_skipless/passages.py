@@ -1,14 +1,14 @@
 """Text to calibrate and to check with: a user's file, or the source model's own words."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
-from . import corpus
+from . import corpus, hub
 from .errors import UserError
 from .verify import StreamedNetwork
 
@@ -20,6 +20,7 @@ CALIBRATION = (64, 256)
 STREAMED_CHECK, STREAMED_CALIBRATION = (16, 8), (512, 16)
 SHORTEST = 16  # tokens in a row that calibrate anything
 TAIL = 1 << 16  # characters at a file's end that are kept for the check
+DATA_SET = 1 << 22  # characters of a data set that are read
 PIECE = 2048  # characters of a file in a row to calibrate with
 
 
@@ -35,16 +36,41 @@ class Passages:
     origin: str
 
 
-def read_text(file: Path) -> str:
-    """A calibration file's text: all of a plain file, the documents of a .jsonl file.
+def read_text(source: str | Path) -> str:
+    """The text to calibrate with.
+
+    Args:
+        source: a plain file, all of it; a .jsonl file, its documents; or a data set of the Hub,
+            its first ones, as many as ``DATA_SET`` characters take.
 
     Raises:
         UserError: if it cannot be read.
     """
     try:
-        return "\n\n".join(corpus.read_texts([file], share=0).train)
+        if hub.is_data_set(str(source)):
+            documents = list(_first_documents(str(source)))
+        else:
+            documents = corpus.read_texts([Path(source)], share=0).train
     except UserError as error:
         raise UserError(f"--calibration {error}") from error
+    return "\n\n".join(documents)
+
+
+def _first_documents(source: str) -> Iterator[str]:
+    size = 0
+    for row in hub.data_set_rows(source):
+        try:
+            text = corpus.document(row)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f'the data set {source} has no column "text", "messages", or "prompt" and '
+                f'"completion" of text; its columns are {", ".join(row)}'
+            ) from error
+        if text.strip():
+            yield text
+        size += len(text)
+        if size >= DATA_SET:
+            return
 
 
 def from_text(

@@ -1,8 +1,8 @@
 """A Hugging Face Hub on this machine: what the real client asks of one when it fetches or uploads.
 
-Serves folders as model repositories, refuses or breaks off as told, and records what was asked and
-what was uploaded. No file is answered as Xet or LFS and every upload is told to be "regular", so
-the client keeps to plain HTTP and file contents inside the commit.
+Serves folders as repositories of models and data sets alike, refuses or breaks off as told, and
+records what was asked and what was uploaded. No file is answered as Xet or LFS and every upload is
+told to be "regular", so the client keeps to plain HTTP and file contents inside the commit.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ from urllib.parse import unquote, urlsplit
 
 Revisions = dict[str, Path]  # branch or tag to folder
 
-_MODEL = re.compile(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree|preupload|commit)/([^/]+))?$")
-_RESOLVE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)$")
+_REPO = re.compile(
+    r"/api/(?:models|datasets)/([^/]+/[^/]+)"
+    r"(?:/(revision|tree|preupload|commit)/([^/]+)(?:/(.*))?)?$"
+)
+_RESOLVE = re.compile(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)$")
 
 
 @dataclass
@@ -120,7 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._json({"url": f"{self.hub.url}/{repo}"})
         elif path == "/api/validate-yaml":
             self._json({"errors": [], "warnings": []})
-        elif match := _MODEL.match(path):
+        elif match := _REPO.match(path):
             repo = match[1]
             if self._refused(repo):
                 return
@@ -151,13 +154,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _get(self) -> None:
         path = self._path()
-        if match := _MODEL.match(path):
-            repo, what, revision = match.groups()
+        if match := _REPO.match(path):
+            repo, what, revision, place = match.groups()
             folder = self._folder(repo, revision or "main", files=False)
             if folder is not None and what in (None, "revision"):
                 self._json({"id": repo, "sha": commit_of(folder), "siblings": []})
             elif folder is not None:
-                self._json([_entry(folder, file) for file in _files(folder)])
+                found = [file for file in _files(folder) if file.startswith(place or "")]
+                if found:
+                    self._json([_entry(folder, file) for file in found])
+                else:
+                    self._refuse(Refusal(404, "EntryNotFound", "Entry not found"))
         elif match := _RESOLVE.match(path):
             folder = self._folder(match[1], match[2], files=True)
             if folder is not None:

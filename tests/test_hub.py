@@ -15,6 +15,8 @@ import pytest
 from factory import make_checkpoint
 from hub_server import Drop, HubServer, Refusal
 
+from mlx_skipless import UserError, passages
+
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("PATH", "LD_PRELOAD", "LD_LIBRARY_PATH", "TMPDIR", "LANG", "VIRTUAL_ENV")
 SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -232,3 +234,144 @@ def test_a_failed_upload_keeps_the_folder(
     assert error.startswith("error: out is written") and "hf upload me/tiny-skipless out" in error
     assert ("You don't have the rights" in error) == reached
     assert (tmp_path / "place" / "out" / "README.md").is_file()
+
+
+ROWS = [{"text": f"Row {i} of a long and winding tale.\n" * 40} for i in range(120)]
+TALKS = [
+    {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "Yes."}]}
+    for i in range(3)
+]
+CARD = """---
+configs:
+- {config_name: plain, data_files: [{split: train, path: a.jsonl}, {split: test, path: b.jsonl}]}
+- {config_name: talks, data_files: talks.jsonl}
+---
+"""
+READ = """
+import json, sys
+from mlx_skipless import UserError, passages
+passages.DATA_SET = int(sys.argv[1])
+for source in sys.argv[2:]:
+    try:
+        print(json.dumps(passages.read_text(source)))
+    except UserError as error:
+        print(json.dumps({"error": str(error)}))
+"""
+
+
+def lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.fixture
+def data_sets(hub: HubServer, tmp_path: Path) -> None:
+    """The same rows in two formats, and a data set with subsets and splits."""
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("datasets")
+    for name in ("rows", "parquet", "parts"):
+        (tmp_path / name).mkdir()
+        hub.repos[f"tales/{name}"] = {"main": tmp_path / name}
+    (tmp_path / "rows" / "train.jsonl").write_text(lines(ROWS))
+    pandas.DataFrame(ROWS).to_parquet(tmp_path / "parquet" / "train-00000-of-00001.parquet")
+    (tmp_path / "parts" / "README.md").write_text(CARD)
+    for name, rows in (("a", ROWS[:2]), ("b", [{"text": " \n"}, *ROWS[2:4]]), ("talks", TALKS)):
+        (tmp_path / "parts" / f"{name}.jsonl").write_text(lines(rows))
+
+
+@pytest.fixture
+def read(hub: HubServer, tmp_path: Path) -> Callable[..., list[Any]]:
+    """Texts, or {"error"}, of sources; a data set is read up to so many characters."""
+
+    def read(most: int, *sources: str) -> list[Any]:
+        home = {"HOME": str(tmp_path), "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.url}
+        done = subprocess.run(
+            [sys.executable, "-c", READ, str(most), *sources],
+            cwd=tmp_path,
+            env={name: os.environ[name] for name in KEPT if name in os.environ}
+            | {**home, "PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    return read
+
+
+@pytest.mark.usefixtures("data_sets")
+def test_a_data_set_checks_as_its_rows_in_a_file_do(model: Path, run: Run, tmp_path: Path):
+    (tmp_path / "place" / "rows.jsonl").write_text(lines(ROWS))
+    checks = []
+    for source in ("tales/rows", "rows.jsonl"):
+        report = tmp_path / "report.json"
+        made = run("--model", str(model), "--calibration", source, "--json", str(report))
+        assert (made.code, made.stderr) == (0, "")
+        checks.append(json.loads(report.read_text())["verification"])
+        (tmp_path / "place" / "out").rename(tmp_path / f"out of {len(checks)}")
+    assert [check.pop("text") for check in checks] == ["tales/rows", "rows.jsonl"]
+    assert checks[0]["source_perplexity"] == pytest.approx(checks[1]["source_perplexity"])
+
+
+@pytest.mark.usefixtures("data_sets")
+def test_formats_subsets_and_splits_of_a_data_set(read: Callable[..., list[Any]], tmp_path: Path):
+    texts = [row["text"] for row in ROWS]
+    talk = "<|im_start|>user\n{}?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n"
+    expected = {
+        "tales/rows": texts[:9],  # no more than it takes
+        "tales/parquet": texts[:9],
+        "tales/parts:plain": texts[:2],
+        "tales/parts:plain:test": texts[2:4],
+        "tales/parts:talks": [talk.format(i) for i in range(3)],
+        "tales/here": ["a file comes first"],
+    }
+    (tmp_path / "tales").mkdir()
+    (tmp_path / "tales" / "here").write_text("a file comes first")
+    found = read(sum(map(len, texts[:8])) + 1, *expected)
+    assert found == ["\n\n".join(rows) for rows in expected.values()]
+
+
+@pytest.mark.usefixtures("data_sets")
+def test_what_is_wrong_with_a_data_set_is_told(
+    hub: HubServer, read: Callable[..., list[Any]], tmp_path: Path
+):
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "train.jsonl").write_text(lines([{"title": "A tale", "body": "Once."}]))
+    for name in ("odd", "down"):
+        hub.repos[f"tales/{name}"] = {"main": tmp_path / "odd"}
+    hub.refusals["tales/down"] = Refusal(500)
+    wrong = {
+        "tales/parts": "'plain', 'talks'",
+        "tales/parts:plain:dev": "dev",
+        "tales/odd": "its columns are title, body",
+        "tales/down": "the Hub refuses",
+        "tales/missing.jsonl": "tales/missing.jsonl cannot be read",
+    }
+    for (source, said), found in zip(wrong.items(), read(1000, *wrong), strict=True):
+        assert found["error"].startswith("--calibration ") and "\n" not in found["error"]
+        assert source in found["error"] and said in found["error"]
+
+
+@pytest.mark.parametrize(
+    ("reached", "environment", "said"),
+    [
+        (True, {}, "no such file, and no such data set on the Hub: tales/none"),
+        (False, {}, "connect, or give a file"),
+        (True, {"HF_HUB_OFFLINE": "1"}, "connect, or give a file"),
+    ],
+    ids=["none", "unreachable", "offline"],
+)
+def test_no_data_set_is_one_line(
+    hub: HubServer, model: Path, run: Run, reached: bool, environment: dict[str, str], said: str
+):
+    pytest.importorskip("datasets")
+    if not reached:
+        hub.stop()
+    error = the_error(run("--model", str(model), "--calibration", "tales/none", **environment))
+    assert "tales/none" in error and said in error
+
+
+def test_a_data_set_without_its_package_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"no such file: a/b; .*pip install 'mlx-lm\[train\]'"):
+        passages.read_text("a/b")
