@@ -30,6 +30,7 @@ from .verify import RESIDENT_BYTES, StreamedNetwork
 
 TEXT = (8, 256)  # sequences, tokens each
 STREAMED_TEXT = (128, 16)  # where layers are read from disk for each sampled token
+JUDGES = 2  # one sequence in so many for the losses of all that could be dropped
 BATCHES = (1, 16, 256, 1024)  # for which a table of the first layer is reckoned
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -322,7 +323,7 @@ def _measured(args: ModelArgs, parts: Merger, tokens: mx.array, progress: Progre
     prefixes = [order[:count] for count in range(len(order))]  # one keeps its attention
     variants: list[drop.Drops] = [{part: [layer]} for layer, part in alone]
     variants += [{"attention": prefix} for prefix in prefixes]
-    rows = affordable(tokens, len(variants), args.hidden_size)
+    rows = affordable(tokens[::JUDGES], len(variants), args.hidden_size)
     losses = drop.losses(args, parts, rows, variants, at("losses"))
     curve = losses[len(alone) :]
     costs: list[dict[str, float]] = [{} for _ in layers]
