@@ -1,5 +1,6 @@
 """Fixtures that several files of tests share."""
 
+import os
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,6 +14,8 @@ from mlx_skipless.checkpoint import open_checkpoint
 from mlx_skipless.merge import Merger
 from mlx_skipless.plan import make_plan
 
+# One test a core: a BLAS that takes them all would only stand in the others' way.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 settings.register_profile("busy", deadline=None)  # a loaded machine is no failure
 settings.load_profile("busy")
 
