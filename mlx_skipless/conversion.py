@@ -2,8 +2,6 @@
 
 import math
 import os
-import resource
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +23,7 @@ from .families import HEAD, stock_expresses
 from .job import MODEL_FILE, Job, PackedParts
 from .layout import Layout, PackedLayout, Quantization
 from .loading import BUNDLED, load_tokenizer
+from .memory import peak_memory_bytes
 from .merge import Merger
 from .model import Model, ModelArgs
 from .plan import (
@@ -527,10 +526,3 @@ def _verify(job: Job, folder: Path, found: passages.Passages, progress: Progress
         outcome = of_result.beside(of_plain)
     progress("checking", 1, 1)
     return outcome
-
-
-def peak_memory_bytes() -> int:
-    """The most memory this process has held so far."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return max(resident, mx.get_peak_memory())

@@ -26,12 +26,12 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from . import card, corpus, evaluation, hub, loop, passages
 from .checkpoint import read_json
-from .conversion import peak_memory_bytes
 from .corpus import Batches
 from .errors import UserError, first_line
 from .layout import tensors_of
 from .loading import load
 from .loop import Event
+from .memory import peak_memory_bytes
 from .options import check_choices, flag, option, read_options
 from .writer import check_free
 

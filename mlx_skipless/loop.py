@@ -24,9 +24,9 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from .checkpoint import read_json
-from .conversion import peak_memory_bytes
 from .curve import plot
 from .errors import UserError, first_line
+from .memory import peak_memory_bytes
 from .options import flag, option
 
 TRAINING = "training"

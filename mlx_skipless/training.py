@@ -21,12 +21,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import card, corpus, evaluation, generation, hub, loop
 from .checkpoint import read_json
-from .conversion import peak_memory_bytes
 from .corpus import Batches
 from .errors import UserError, first_line
 from .layout import tensors_of
 from .loading import tokenizer_options
 from .loop import Event
+from .memory import peak_memory_bytes
 from .model import Model
 from .options import option
 from .recipe import Recipe, from_options

@@ -19,8 +19,9 @@ from factory import make_checkpoint, make_llama
 from reference import Config, Weights
 
 import mlx_skipless
-from mlx_skipless import cli, corpus, healing, passages
+from mlx_skipless import corpus, healing, passages
 from mlx_skipless.cli import main
+from mlx_skipless.commands import events
 from mlx_skipless.healing import Pace, Result, Treatment
 from mlx_skipless.loop import Event, read_log
 
@@ -200,7 +201,7 @@ def test_a_resumed_run_is_the_whole_one(
     out = tmp_path / "h"
     models = ["--model", str(pair[0] / "r"), "--teacher", str(pair[0] / "s")]
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "_print_event", stop_at(6, signal.SIGINT))
+        patch.setattr(events, "print_event", stop_at(6, signal.SIGINT))
         assert main(["heal", *models, "--mlx-path", str(out), *flags(treatment)]) == 1
     assert "interrupted at step 6: --resume goes on" in capsys.readouterr().err
     assert [p.name for p in out.iterdir()] == ["training"]

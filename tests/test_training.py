@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerFast
 
 import mlx_skipless
 from mlx_skipless import UserError, cli, training
+from mlx_skipless.commands import events
 from mlx_skipless.loop import Event, read_log
 from mlx_skipless.recipe import Recipe
 from mlx_skipless.training import Pace, Result
@@ -460,7 +461,7 @@ def test_an_interrupted_run_saves_and_tells(
     out = tmp_path / "run"
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "_print_event", stop_at(6, which))
+        patch.setattr(events, "print_event", stop_at(6, which))
         assert command("train", "--data", text, "--mlx-path", out, *flags()) == 1
     assert "interrupted at step 6: --resume goes on" in one_error(capsys)
     assert signal.getsignal(signal.SIGINT) == handler
@@ -499,7 +500,7 @@ def test_a_second_signal_ends_at_once(
     capsys: pytest.CaptureFixture[str],
 ):
     out = tmp_path / "run"
-    monkeypatch.setattr(cli, "_print_event", stop_at(6, signal.SIGINT, signal.SIGINT))
+    monkeypatch.setattr(events, "print_event", stop_at(6, signal.SIGINT, signal.SIGINT))
     assert command("train", "--data", text, "--mlx-path", out, *flags()) == 1
     assert one_error(capsys) == "error: interrupted\n"
     state: Any = mx.load(str(out / "training/state.safetensors"), return_metadata=True)
@@ -809,12 +810,13 @@ def test_a_checkpoint_that_cannot_be_written(
 FULL_DISK = """
 import resource, signal, sys
 from mlx_skipless import cli
+from mlx_skipless.commands import events
 
 def report(event):
     if event["step"] == 6:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
-cli._print_event = report
+events.print_event = report
 sys.exit(cli.main(sys.argv[1:]))
 """
 

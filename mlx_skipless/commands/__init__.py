@@ -1,0 +1,1 @@
+"""The commands, a module each: ``HELP``, ``arguments(parser)`` and ``run(options)``."""

@@ -1,0 +1,46 @@
+"""analyze: measure what a model could do without."""
+
+import argparse
+from typing import Any
+
+from rich.console import Console
+
+from .. import analysis, analysis_view
+from ..errors import UserError
+from .shared import json_file, output_file, progress_bars
+
+HELP = "measure what a model could do without"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="SRC",
+        help="Hub id, Hugging Face folder, .gguf file, or a config.json alone",
+    )  # fmt: skip
+    parser.add_argument(
+        "--calibration", metavar="TEXT",
+        help="file or data set to measure on, as for convert (default: sampled from the model)",
+    )  # fmt: skip
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="let the source's tokenizer run its code"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the sampled text (default: 0)")
+    parser.add_argument("--plot", metavar="PNG", help="draw what was measured there")
+    parser.add_argument("--json", metavar="FILE", help="write every figure there")
+
+
+def run(options: dict[str, Any]) -> None:
+    figure = options.pop("plot")
+    if figure is not None and options["model"].endswith(".json"):
+        raise UserError("--plot: a config has no weights to measure; give the model")
+    with json_file(options.pop("json")) as write_json, output_file("--plot", figure) as draw:
+        with progress_bars() as progress:
+            found = analysis.analyze(**options, progress=progress)
+        console = Console(highlight=False, markup=False)
+        for part in analysis_view.tables(found):
+            console.print(part, soft_wrap=isinstance(part, str))
+        for note in found.notes:
+            console.print(f"note: {note}", soft_wrap=True)
+        draw(lambda file: analysis_view.plot(found, file))
+        write_json(found.as_dict())

@@ -1,0 +1,153 @@
+"""convert: remove weights from a model."""
+
+import argparse
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .. import budget, card, conversion
+from ..generation import size
+from ..plan import REMOVALS
+from ..report import Report
+from .shared import DEFAULT_MODEL, json_file, progress_bars
+
+HELP = "remove weights from a model"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--hf-path", "--model", metavar="SRC", dest="model",
+        help="Hub id, Hugging Face folder or .gguf file; with --dry-run a config.json will do "
+        "(default: the bundled model)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mlx-path", default=DEFAULT_MODEL, metavar="OUT",
+        help="folder to write; must not exist (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--remove", default="auto", choices=REMOVALS,
+        help="matrices to merge into their neighbours; auto: all that pays (default)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--skipless", action="store_true",
+        help="first make the skipless network of a pretrained model; it needs training to speak",
+    )  # fmt: skip
+    parser.add_argument(
+        "--fold-norms", action="store_true",
+        help="put every norm's gain into the matrices behind it (exact)",
+    )  # fmt: skip
+    parser.add_argument("-q", "--quantize", action="store_true", help="quantize the result")
+    parser.add_argument("--q-bits", type=int, help="bits per weight (default: the mode's own)")
+    parser.add_argument("--q-group-size", type=int, help="weights that share a scale")
+    parser.add_argument(
+        "--q-mode", default="affine", choices=["affine", "mxfp4", "nvfp4", "mxfp8"],
+        help="quantization mode (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--calibration", metavar="TEXT",
+        help="file, or data set of the Hub as OWNER/NAME[:SUBSET[:SPLIT]], to quantize against, "
+        "its end for the check (default: sampled from the model)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--target-bytes", type=budget.size, metavar="SIZE",
+        help="quantize to the best mixture of bits of this size, for instance 1.6MB or 4GB",
+    )  # fmt: skip
+    parser.add_argument(
+        "--target-kl", type=float, metavar="NATS",
+        help="quantize to the smallest mixture of bits that is so close to the source, in nats "
+        "per token; tries several",
+    )  # fmt: skip
+    parser.add_argument(
+        "--distill", type=int, default=0, metavar="STEPS",
+        help="train the scales and biases of the quantized result towards the source, for instance "
+        "200 steps; holds both in memory",
+    )  # fmt: skip
+    for kind, what in (("attention", "attention"), ("ffn", "FFN"), ("block", "attention and FFN")):
+        parser.add_argument(
+            f"--drop-{kind}", type=_count_or_auto, metavar="N",
+            help=f"so many layers lose their {what}, the least important; auto: as many as "
+            "--max-loss allows (approximate; needs skip connections)",
+        )  # fmt: skip
+    parser.add_argument(
+        "--greedy", action="store_true", help="measure again after each drop: better, slower"
+    )
+    parser.add_argument(
+        "--max-loss", type=_share, metavar="SHARE",
+        help="by how much auto may raise the loss, nats per token (default: 1%%)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--precompute-first-layer", nargs="?", const="auto", choices=["auto", "force"],
+        help="make the first layer's projections a table by token, where that pays or by force "
+        "(exact; more memory, fewer bytes read)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=["float16", "bfloat16", "float32"],
+        help="type of the weights that are not quantized (default: the source's)",
+    )  # fmt: skip
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    parser.add_argument(
+        "--upload-repo", metavar="REPO", help="Hub repository to upload the result to"
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="let the source's tokenizer run its code"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the sampled text (default: 0)")
+    parser.add_argument("--dry-run", action="store_true", help="show the plan, write nothing")
+    parser.add_argument("--no-verify", action="store_true", help="skip the check at the end")
+    parser.add_argument("--json", metavar="FILE", help="write the report there")
+
+
+def _count_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+def _share(text: str) -> float:
+    return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+
+
+def run(options: dict[str, Any]) -> None:
+    json_name = options.pop("json")
+    options["verify"] = not options.pop("no_verify")
+    out = None if options["dry_run"] else options["mlx_path"]
+    with json_file(json_name, out) as write_json:
+        with progress_bars() as progress:
+            report = conversion.convert(**options, progress=progress)
+        _print_report(report, Console(highlight=False, markup=False))
+        write_json(report.as_dict())
+
+
+def _print_report(report: Report, console: Console) -> None:
+    if report.packing:
+        again = "" if report.quantization else ", and not quantized again: -q does that"
+        done = "and stays as it is" if report.kept_packed else f"dequantized first{again}"
+        console.print(f"the source is quantized ({report.packing}): {done}")
+    table = Table("part", "goes", box=None, pad_edge=False)
+    measured = any(row.cost for row in report.rows)
+    costs = ("KL without", "KL with") if measured else ()
+    for title in ("weights", "after", "MB", "after", "condition", *costs):
+        table.add_column(title, justify="right")
+    for row in report.rows:
+        condition = "" if row.condition is None else f"{row.condition:.1e}"
+        table.add_row(
+            row.name, row.goes, f"{row.weights_before:,}", f"{row.weights_after:,}",
+            f"{row.bytes_before / 1e6:.2f}", f"{row.bytes_after / 1e6:.2f}", condition,
+            *((f"{row.cost.removed:.1e}", f"{row.cost.rounded:.1e}") if row.cost else ()),
+        )  # fmt: skip
+    console.print(table)
+    lines = [f"note: {note}" for note in report.notes]
+    if report.stock:
+        done = "norm gains folded, exactly" if report.folded else "matrices as they were"
+        lines += [
+            f"note: {done}; the result runs in plain mlx-lm",
+            "note: for the speed and size of its skipless network (no language model until it is "
+            f"trained): --model {report.source} --skipless --remove qp",
+        ]
+    lines += card.effect(report)
+    for line in lines:
+        console.print(line, soft_wrap=True)
+    for warning in report.warnings:
+        console.print(f"WARNING: {warning}", style="bold red", soft_wrap=True)
+    where = f"wrote {report.output}" if report.output else "dry run: nothing written"
+    memory = size(report.peak_memory_bytes)
+    console.print(f"{where}; {report.seconds:.1f} s, peak memory {memory}", soft_wrap=True)

@@ -1,0 +1,148 @@
+"""What several commands have in common: files to write, progress bars, groups of flags."""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any, get_args
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from .. import conversion
+from ..errors import UserError
+
+DEFAULT_MODEL = "mlx_model"
+
+
+@contextlib.contextmanager
+def output_file(flag: str, name: str | None, out: str | None = None) -> Iterator[Any]:
+    """A function that has another write a file; an impossible path is refused before the work.
+
+    ``out`` is a folder that the work itself makes.
+    """
+    if name is None:
+        yield lambda write: None
+        return
+    path = Path(name)
+    if out is not None and (made := Path(out).absolute()) in [(p := path.absolute()), *p.parents]:
+        raise UserError(f"{flag} {name}: --mlx-path {made} is made there, give another file")
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        partial.touch()
+        partial.unlink()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{flag} {name}: cannot be written ({reason}), give a file") from error
+
+    def put(write: Callable[[Path], Any]) -> None:
+        try:
+            write(partial)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    yield put
+
+
+@contextlib.contextmanager
+def json_file(name: str | None, out: str | None = None) -> Iterator[Any]:
+    """A function that writes the JSON file; see ``output_file``."""
+    with output_file("--json", name, out) as put:
+        yield lambda content: put(
+            lambda file: file.write_text(
+                json.dumps(_plain(content), indent=2) + "\n", encoding="utf-8"
+            )
+        )
+
+
+def _plain(content: Any) -> Any:
+    """What JSON can hold: null for an infinity or what is no number."""
+    if isinstance(content, dict):
+        return {key: _plain(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_plain(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+@contextlib.contextmanager
+def progress_bars() -> Iterator[conversion.Progress]:
+    """A bar a stage on stderr, if that is a terminal."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    )  # fmt: skip
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done)
+
+        yield show
+
+
+def held_out_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", nargs="+", metavar="FILE",
+        help='text: .jsonl with "text", "prompt" and "completion" or "messages", else plain',
+    )  # fmt: skip
+    parser.add_argument(
+        "--validation", nargs="+", default=[], metavar="FILE",
+        help="held-out text (default: the end of each file of --data)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--validation-share", type=float, default=0.03,
+        help="share of each file's lines that is held out (default: %(default)s)",
+    )  # fmt: skip
+
+
+def run_arguments(parser: argparse.ArgumentParser, default: str, what: str) -> None:
+    """Of a command whose work is a run that can be resumed, in a folder that holds ``what``."""
+    parser.add_argument(
+        "--mlx-path", default=default, metavar="OUT",
+        help=f"folder of {what}; must not exist (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resume", action="store_true",
+        help="go on with the run in OUT, bit for bit; only --steps may change",
+    )  # fmt: skip
+    parser.add_argument("--json", metavar="FILE", help="write the outcome there")
+
+
+def field_groups(parser: argparse.ArgumentParser, *groups: tuple[str, type]) -> None:
+    for title, kind in groups:
+        group = parser.add_argument_group(title)
+        for option in fields(kind):
+            _field_argument(group, option)
+
+
+def _field_argument(group: Any, option: Field[Any]) -> None:
+    """A flag for a field of a dataclass; absent from the options where it is not given."""
+    kinds = get_args(option.type) or (option.type,)
+    default = "" if option.default in (None, "") else f" (default: {option.default})"
+    how: dict[str, Any]
+    if bool in kinds:
+        how = {"action": argparse.BooleanOptionalAction}
+    elif choices := option.metadata.get("choices"):
+        how = {"choices": [choice for choice in choices if choice]}
+    elif type(None) in kinds:
+        how = {"type": lambda text: None if text == "none" else float(text), "metavar": "NUMBER"}
+    else:
+        how = {"type": kinds[0], "metavar": "N"}
+    group.add_argument(
+        f"--{option.name.replace('_', '-')}", default=argparse.SUPPRESS,
+        help=f"{option.metadata['help']}{default}", **how,
+    )  # fmt: skip
+
+
+def taken(options: dict[str, Any], kind: type) -> dict[str, Any]:
+    """Those options that are fields of a dataclass, which go from the others."""
+    return {one.name: options.pop(one.name) for one in fields(kind) if one.name in options}
