@@ -191,8 +191,9 @@ class CalibratedParts:
             if gram is not None:
                 packed = form.with_feedback(np.array(actual.astype(mx.float32)), gram)
             actual, out = form.dense(packed), _named(EMBEDDING, packed)
-        self._wanted = [wanted[tokens] for tokens in self._tokens]
-        self._actual = [actual[tokens].astype(mx.float32) for tokens in self._tokens]
+        after = self._layout.args
+        self._wanted = [self._before.entered(wanted[tokens]) for tokens in self._tokens]
+        self._actual = [after.entered(actual[tokens].astype(mx.float32)) for tokens in self._tokens]
         return out
 
     def _embedding_gram(self, embedding: mx.array) -> np.ndarray | None:
@@ -227,7 +228,8 @@ class CalibratedParts:
 
     def _last_streams(self) -> np.ndarray:
         """What the source's head reads on the text, in the result's basis, (tokens, hidden)."""
-        streams = [self._source.embedding()[f"{EMBEDDING}.weight"][t] for t in self._tokens]
+        rows = self._source.embedding()[f"{EMBEDDING}.weight"]
+        streams = [self._before.entered(rows[t]) for t in self._tokens]
         for layer in range(self._before.num_hidden_layers):
             prefix = f"model.layers.{layer}."
             block = filled(Block(self._before, layer), self._source.layer(layer), prefix)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from . import hub
 from .errors import UserError
-from .families import LINEAR_PATHS, Config, Family, family_of, model_args
+from .families import LINEAR_PATHS, Config, Family, family_of, is_stream_gain, model_args
 from .gguf_file import GGUFStore
 from .layout import tensors_of
 from .model import Model, ModelArgs
@@ -205,7 +205,12 @@ class Checkpoint:
         assert self.store is not None, "a config alone has no weights"
         wanted = {name: self._original[name] for name in names if name in self._original}
         arrays = self.store.read(wanted.values())
-        return {name: arrays[original] for name, original in wanted.items()}
+        return {name: self._gain(name, arrays[own]) for name, own in wanted.items()}
+
+    def _gain(self, name: str, array: mx.array) -> mx.array:
+        """A tensor as it acts: gains that are stored less an offset get it back, in float32."""
+        offset = self.family.gain_offset
+        return array.astype(mx.float32) + offset if offset and is_stream_gain(name) else array
 
     @property
     def packed_by_mlx(self) -> bool:
@@ -213,7 +218,7 @@ class Checkpoint:
         return isinstance(self.store, UnpackedStore) and self.store.runs
 
     def read_packed(self, prefix: str = "") -> dict[str, mx.array]:
-        """The tensors whose canonical names start with ``prefix``, lazy, packed as on disk."""
+        """The tensors whose canonical names start with ``prefix``, lazy, just as on disk."""
         assert isinstance(self.store, UnpackedStore)
         names = {self.family.canonical(name): name for name in self.store.packed.shapes}
         wanted = {name: own for name, own in names.items() if name.startswith(prefix)}

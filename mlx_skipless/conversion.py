@@ -446,7 +446,8 @@ def _tensors(parts: Parts, args: ModelArgs) -> dict[str, mx.array]:
 def _result_parts(job: Job, calibration: mx.array | None) -> Parts:
     dense = job.result_parts()
     if isinstance(job.layout, PackedLayout):
-        return PackedParts(job.checkpoint, job.layout, dense if job.plan.tabled else None)
+        table = dense if job.plan.tabled else None
+        return PackedParts(job.checkpoint, job.layout, table, job.gain_offset)
     if calibration is None:
         return NearestParts(dense, job.layout)
     return CalibratedParts(job.plan.before, job.source_parts(), dense, job.layout, calibration)
@@ -509,7 +510,7 @@ def _verify(job: Job, folder: Path, found: passages.Passages, progress: Progress
     progress("checking", 0, 1)
     result: verification.Network
     if job.stock:
-        result = verification.StockNetwork(folder)
+        result = verification.StockNetwork(folder, job.layout.args)
     else:
         parts = verification.WrittenParts(folder)
         result = StreamedNetwork(job.layout.args, parts, job.layout.settings)

@@ -80,7 +80,7 @@ def importance(
     """
     found: dict[str, list[float]] = {kind: [] for kind in KINDS}
     batches = split(tokens)
-    streams = _embedded(source, batches)
+    streams = _embedded(args, source, batches)
     for layer in range(args.num_hidden_layers):
         progress(layer, args.num_hidden_layers)
         block = _block(args, source, layer)
@@ -119,7 +119,7 @@ def losses(
     As long as two sets agree, one stream serves both.
     """
     batches = split(tokens)
-    shared: dict[tuple, list[mx.array]] = {(): _embedded(source, batches)}
+    shared: dict[tuple, list[mx.array]] = {(): _embedded(args, source, batches)}
     paths: list[tuple] = [()] * len(variants)
     for layer in range(args.num_hidden_layers):
         progress(layer, args.num_hidden_layers)
@@ -255,9 +255,9 @@ def _block(args: ModelArgs, source: Parts, layer: int) -> Block:
     return filled(Block(args, layer), source.layer(layer), f"model.layers.{layer}.")
 
 
-def _embedded(source: Parts, batches: Sequence[mx.array]) -> list[mx.array]:
+def _embedded(args: ModelArgs, source: Parts, batches: Sequence[mx.array]) -> list[mx.array]:
     embedding = source.embedding()[f"{EMBEDDING}.weight"].astype(mx.float32)
-    return [embedding[tokens] for tokens in batches]
+    return [args.entered(embedding[tokens]) for tokens in batches]
 
 
 def _cosine(a: mx.array, b: mx.array) -> mx.array:

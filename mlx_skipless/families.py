@@ -4,6 +4,7 @@ To add one, add a ``Family`` to ``FAMILIES``. The canonical tensor names are tho
 ``docs/checkpoint.md`` (Hugging Face's for Llama). Knows nothing of files or arrays.
 """
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -59,6 +60,13 @@ LIMITS = {
 }
 
 
+def is_stream_gain(name: str) -> bool:
+    """Whether a tensor is the gain of a norm on the stream, the final one included."""
+    return name.endswith(
+        (*(f"{norm}.weight" for norm in GAINS["pre"].values()), "model.norm.weight")
+    )
+
+
 def path(layer: int, projection: str) -> str:
     """The module path of a layer's projection: ``path(3, "q_proj")``."""
     return f"model.layers.{layer}.{PROJECTIONS[projection]}"
@@ -71,11 +79,13 @@ class Family:
     ``settings`` turns a Hugging Face config into the format's own keys. ``names`` rewrites source
     tensor names (regular expression to replacement, ``re.sub``) into canonical ones. ``stock``
     families run in mlx-lm itself, so an output that keeps skips and norms needs no code of ours.
+    ``gain_offset`` is what the gains of stream norms are stored less than they are.
     """
 
     settings: Callable[[Config], Config]
     names: Mapping[str, str] = field(default_factory=dict)
     stock: bool = True
+    gain_offset: float = 0.0
 
     def canonical(self, name: str) -> str:
         for pattern, replacement in self.names.items():
@@ -95,7 +105,24 @@ def _mistral(config: Config) -> Config:
     return {**_prenorm(config), "sliding_window": config.get("sliding_window")}
 
 
+def _gemma(config: Config) -> Config:
+    """Gemma 1: as Llama, but the embedding, tied, enters the stream times sqrt(hidden_size).
+
+    Whatever "hidden_act" says, the activation is "hidden_activation" (transformers).
+    """
+    size = config.get("hidden_size")
+    return {
+        **_prenorm(config),
+        "sliding_window": None,
+        "layer_types": None,
+        "hidden_act": _given(config, "hidden_activation", "gelu_pytorch_tanh"),
+        "tie_word_embeddings": _given(config, "tie_word_embeddings", True),
+        "embedding_scale": math.sqrt(size) if isinstance(size, int) and size > 0 else 1.0,
+    }
+
+
 FAMILIES: dict[str, Family] = {
+    "gemma": Family(_gemma, gain_offset=1.0),
     "llama": Family(_prenorm),
     "mistral": Family(_mistral),
     "skipless": Family(dict, stock=False),
@@ -265,6 +292,7 @@ def model_args(config: Config, tensors: Collection[str] | None = None) -> ModelA
             sliding_window=None if window is None else _whole(own, "sliding_window"),
             layer_types=_given(own, "layer_types", []),
             tie_word_embeddings=_flag(own, "tie_word_embeddings"),
+            embedding_scale=_real(own, "embedding_scale", 1.0),
             removed=_layer_lists(own, "removed", ("q", "k", "v", "p", "attention", "ffn"), layers),
             extra_bits=_extra_bits(own),
             precomputed=_flag(own, "precomputed"),
@@ -345,10 +373,15 @@ def _complete_from_tensors(args: ModelArgs, config: Config, tensors: Collection[
 
 
 def stock_expresses(args: ModelArgs, *, dropping: bool = False) -> bool:
-    """Whether mlx-lm's own llama is the same function; it knows fewer mixes than configs do.
+    """Whether mlx-lm's own network is the same function; it knows fewer mixes than configs do.
 
-    With ``dropping``, whether its nemotron-nas is, which knows blocks without attention or FFN.
+    That is its gemma where the embedding is scaled (whose GELU is the exact one, not the tanh that
+    approximates it), else its llama. With ``dropping``, whether its nemotron-nas is, which knows
+    blocks without attention or FFN.
     """
+    if args.embedding_scale != 1:
+        gelu = args.hidden_act in ("gelu", "gelu_pytorch_tanh", "gelu_new")
+        return gelu and args.tie_word_embeddings and not args.biases and not dropping
     slides = [kind == "sliding_attention" for kind in args.layer_types]
     everywhere = list(range(args.num_hidden_layers))
     uniform = all(

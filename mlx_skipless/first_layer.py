@@ -116,7 +116,8 @@ class TabledParts:
         rows = self._exact.embedding()[name]
         made = []
         for start in range(0, rows.shape[0], ROWS):
-            row = _row(self._args, block, rows[start : start + ROWS].astype(mx.float32))
+            x = self._args.entered(rows[start : start + ROWS].astype(mx.float32))
+            row = _row(self._args, block, x)
             made.append(finite(name, row, self._dtype))
         return {name: mx.concatenate(made)}
 
@@ -138,7 +139,7 @@ class TabledParts:
 
 
 def _row(args: ModelArgs, block: Block, x: mx.array) -> mx.array:
-    """The table's rows (tokens, row) of the embedding's (tokens, hidden)."""
+    """The table's rows (tokens, row) of what enters the stream (tokens, hidden)."""
     attention = block.self_attn
     read = x if block.input_layernorm is None else block.input_layernorm(x)
     parts = {

@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from .calibrate import Merged
 from .checkpoint import Checkpoint
-from .families import EMBEDDING, FINAL_NORM, HEAD, stock_settings
+from .families import EMBEDDING, FINAL_NORM, HEAD, is_stream_gain, stock_settings
 from .first_layer import TabledParts
 from .layout import Layout, PackedLayout, dtype_name
 from .merge import Merger
@@ -58,10 +58,15 @@ class Job:
         start = replace(plan, tabled=False, identity={}, folded=stripped, merged=plan.before)
         return Merger(self.checkpoint, start, dtype)
 
+    @property
+    def gain_offset(self) -> float:
+        """What the result's gains are stored less than they are; our own network's are whole."""
+        return self.checkpoint.family.gain_offset if self.stock else 0.0
+
     def result_parts(self) -> Merged:
         """The result's dense tensors."""
         plan, dtype = self.plan, self.layout.dtype
-        merger = Merger(self.checkpoint, plan, dtype)
+        merger = Merger(self.checkpoint, plan, dtype, self.gain_offset)
         if not plan.tabled:
             return merger
         exact = Merger(self.checkpoint, plan, mx.float32)
@@ -88,11 +93,19 @@ class Job:
 class PackedParts:
     """A source's tensors, packed as they are, as far as a layout has them.
 
-    ``table`` makes the dense rows of a table of the first layer, where the layout has one.
+    ``table`` makes the dense rows of a table of the first layer, where the layout has one;
+    ``gain_offset`` as in ``Merger``.
     """
 
-    def __init__(self, checkpoint: Checkpoint, layout: PackedLayout, table: Merged | None):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        layout: PackedLayout,
+        table: Merged | None,
+        gain_offset: float,
+    ):
         self._checkpoint, self._layout, self._table = checkpoint, layout, table
+        self._gain_offset = gain_offset
 
     def embedding(self) -> dict[str, mx.array]:
         if self._table is None:
@@ -111,4 +124,10 @@ class PackedParts:
 
     def _under(self, prefix: str) -> dict[str, mx.array]:
         read = self._checkpoint.read_packed(prefix)
-        return {name: array for name, array in read.items() if name in self._layout.tensors}
+        return {name: self._kept(name, read[name]) for name in read if name in self._layout.tensors}
+
+    def _kept(self, name: str, array: mx.array) -> mx.array:
+        change = self._checkpoint.family.gain_offset - self._gain_offset
+        if not (change and is_stream_gain(name)):
+            return array
+        return (array.astype(mx.float32) + change).astype(array.dtype)

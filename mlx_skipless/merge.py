@@ -125,10 +125,16 @@ def _largest_singular_value(matrix: np.ndarray) -> float:
 
 
 class Merger:
-    """Applies a plan to a checkpoint, a layer at a time; holds at most three bases."""
+    """Applies a plan to a checkpoint, a layer at a time; holds at most three bases.
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, dtype: mx.Dtype):
+    ``gain_offset`` is what the result's gains of stream norms are to be stored less than they are.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, plan: Plan, dtype: mx.Dtype, gain_offset: float = 0.0
+    ):
         self._checkpoint, self._plan, self._dtype = checkpoint, plan, dtype
+        self._gain_offset = gain_offset
         self._points = points(plan.before)
         self._reads = {m: i for i, point in enumerate(self._points) for m in point.consumers}
         self._writes = {m: i for i, point in enumerate(self._points) for m in point.producers}
@@ -175,17 +181,18 @@ class Merger:
         args, folded = self._plan.merged, self._plan.folded
         if "final" in args.gains:
             name = f"{FINAL_NORM}.weight"
-            stored = self._through(name)
-            out[name] = mx.ones_like(stored) if "final" in folded else stored
+            gain = self._checkpoint.read([name])[name]
+            gain = mx.ones_like(gain) if "final" in folded else gain
+            out[name] = self._finite(name, self._stored_gain(gain))
         if args.tie_word_embeddings:
             return out
         name = f"{HEAD}.weight"
         basis = self._basis(self._reads[HEAD])
-        gain = self._vector(f"{FINAL_NORM}.weight") if "final" in folded else None
+        behind = self._vector(f"{FINAL_NORM}.weight") if "final" in folded else None
         if basis is not None:
             out[name] = self._rows(name, lambda rows: rows @ basis.inverse.T)
-        elif gain is not None:
-            out[name] = self._rows(name, lambda rows: rows * gain)
+        elif behind is not None:
+            out[name] = self._rows(name, lambda rows: rows * behind)
         else:
             out[name] = self._through(name)
         return out
@@ -231,8 +238,9 @@ class Merger:
             if gain in args.gains and (ffn if gain in ("hidden", "ffn") else attention):
                 name = f"{prefix}.{module}.weight"
                 found = {} if gain in self._plan.folded else self._checkpoint.read([name])
-                ones = mx.ones((sizes.get(gain, args.hidden_size),))
-                out[name] = self._finite(name, found.get(name, ones))
+                values = found.get(name, mx.ones((sizes.get(gain, args.hidden_size),)))
+                values = self._stored_gain(values) if gain in GAINS["pre"] else values
+                out[name] = self._finite(name, values)
         heads = args.num_attention_heads
         for flag, absent in (
             ("gate_offset", mx.zeros(args.intermediate_size)),
@@ -245,6 +253,9 @@ class Merger:
                 found = self._checkpoint.read([name])
                 out[name] = self._finite(name, found.get(name, absent))
         return out
+
+    def _stored_gain(self, gain: mx.array) -> mx.array:
+        return gain - self._gain_offset if self._gain_offset else gain
 
     def _make_basis(self, index: int) -> Basis | None:
         where = self._plan.identity.get(index)

@@ -71,6 +71,7 @@ class ModelArgs(BaseModelArgs):
     sliding_window: Optional[int] = None
     layer_types: List[str] = field(default_factory=list)  # full_attention or sliding_attention
     tie_word_embeddings: bool = False
+    embedding_scale: float = 1.0  # times the embedding where it enters the stream
     # Which layers lack "q", "k", "v", "p", their whole "attention" or their whole "ffn".
     removed: Dict[str, List[int]] = field(default_factory=dict)
     # Which layers' matrices ("q_proj", "down_proj", ...) have a bias.
@@ -108,6 +109,10 @@ class ModelArgs(BaseModelArgs):
         whole = part if part == "ffn" else "attention"
         gone = layer in self.removed.get(part, ()) or layer in self.removed.get(whole, ())
         return gone or (layer == 0 and self.tabled(part))
+
+    def entered(self, rows: mx.array) -> mx.array:
+        """Rows of the embedding as they enter the stream."""
+        return rows if self.embedding_scale == 1 else rows * self.embedding_scale
 
     def tabled(self, part: str) -> bool:
         """Whether layer 0 finds the outputs of ``part`` in the embedding's rows."""
@@ -409,6 +414,7 @@ class SkiplessModel(nn.Module):
         if input_embeddings is not None and self.args.precomputed:
             raise ValueError("the first layer is a table by token: there is no use for embeddings")
         h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
+        h = self.args.entered(h)
         caches = self.spread(cache)
         masks = self.masks(h, caches)
         for layer, c in zip(self.layers, caches, strict=True):

@@ -121,6 +121,7 @@ def tabled(args: ModelArgs) -> ModelArgs:
         args,
         precomputed=True,
         tie_word_embeddings=False,
+        embedding_scale=1.0,
         biases={name: layers for name, layers in biases.items() if layers},
     )
 

@@ -88,7 +88,7 @@ def removal_costs(
             joined.setdefault(trial.layers()[1], {})[trial.where] = held[: rows.shape[0]]
         if layer < 0:
             embedding = source.embedding()[f"{EMBEDDING}.weight"].astype(mx.float32)
-            streams = [embedding[t] for t in batches]
+            streams = [before.entered(embedding[t]) for t in batches]
         else:
             block = filled(Block(before, layer), source.layer(layer), f"model.layers.{layer}.")
             for i, h in enumerate(streams):
@@ -170,11 +170,11 @@ def _divergences(
         return found
 
     embedding = dict(source.embedding())
-    exact = embedding[f"{EMBEDDING}.weight"][tokens].astype(mx.float32)
+    exact = before.entered(embedding[f"{EMBEDDING}.weight"][tokens].astype(mx.float32))
     copies: dict[str, mx.array] = {}
     for name, names in rounded.items():
         if new := changed(embedding, names):
-            copies[name] = new[f"{EMBEDDING}.weight"][tokens]
+            copies[name] = before.entered(new[f"{EMBEDDING}.weight"][tokens])
     for layer in range(before.num_hidden_layers):
         progress(layer, before.num_hidden_layers)
         prefix, tensors = f"model.layers.{layer}.", dict(source.layer(layer))

@@ -40,15 +40,19 @@ class Network(Protocol):
 
 
 class StockNetwork:
-    """A folder of one of mlx-lm's own architectures, in mlx-lm's own code; good for one pass."""
+    """A folder of one of mlx-lm's own architectures, in mlx-lm's own code; good for one pass.
 
-    def __init__(self, folder: Path):
+    ``args`` says what mlx-lm does outside its layers.
+    """
+
+    def __init__(self, folder: Path, args: ModelArgs):
         self._model: Any = load_model(folder, lazy=True)[0]
+        self._args = args
 
     def hidden(self, tokens: mx.array) -> mx.array:
         """The stream before the final norm; each layer is let go once it has run."""
         inner = self._model.model
-        h = inner.embed_tokens(tokens)
+        h = self._args.entered(inner.embed_tokens(tokens))
         for i, layer in enumerate(inner.layers):
             slides = getattr(layer, "use_sliding", False)  # nemotron-nas knows no windows
             window = inner.sliding_window if slides else None
@@ -60,7 +64,7 @@ class StockNetwork:
     def logits(self, hidden: mx.array) -> mx.array:
         """float32 logits (batch, length, vocabulary)."""
         h = self._model.model.norm(hidden)
-        tied = self._model.args.tie_word_embeddings
+        tied = self._args.tie_word_embeddings
         head = self._model.model.embed_tokens.as_linear if tied else self._model.lm_head
         return head(h).astype(mx.float32)
 
@@ -152,7 +156,7 @@ class StreamedNetwork:
         caches: list[KVCache] | None = None,
     ) -> mx.array:
         """The stream before the final norm, (batch, length, hidden), of tokens (batch, length)."""
-        h = self._embedding(tokens)
+        h = self.args.entered(self._embedding(tokens))
         for layer in range(self.args.num_hidden_layers):
             block = self._block(layer)
             cache = caches[layer] if caches is not None else None

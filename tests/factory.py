@@ -105,6 +105,32 @@ def make_llama(
     return config, _write(Path(folder), config, weights, dtype, shards=1)
 
 
+def make_gemma(
+    folder: Path, *, seed: int = 0, dtype: str = "float32", **config: Any
+) -> tuple[Config, Weights]:
+    """Write a random "gemma" folder in Hugging Face's layout.
+
+    Returns the skipless config and the weights of the same function, in float64: gains as they act,
+    one more than they are stored.
+    """
+    defaults = {
+        "model_type": "gemma",
+        "architectures": ["GemmaForCausalLM"],
+        "hidden_act": "gelu",
+        "hidden_activation": None,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+    }
+    config = _complete({**_LLAMA, **defaults, **config}, dtype)
+    del config["tie_word_embeddings"]
+    mapped = reference.gemma_config(config)
+    weights = _weights(mapped, seed, False, False, (), spread=0.3)
+    norms = [name for name in weights if "norm" in name]
+    stored = weights | {name: weights[name] - 1 for name in norms}
+    stored = _write(Path(folder), config, stored, dtype, shards=1)
+    return mapped, stored | {name: stored[name] + 1 for name in norms}
+
+
 def _complete(config: Config, dtype: str) -> Config:
     return {"head_dim": reference.head_dim(config)} | config | {"torch_dtype": dtype}
 
@@ -144,6 +170,7 @@ def _weights(
     scale = 1 / np.sqrt(hidden) if config["tie_word_embeddings"] else 1.0
     weights = {"model.embed_tokens.weight": scale * embedding}
     x = weights["model.embed_tokens.weight"][rng.integers(0, vocab, (2, 24))]
+    x = x * config.get("embedding_scale", 1.0)
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         attn, mlp = f"{prefix}self_attn.", f"{prefix}mlp."

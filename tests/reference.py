@@ -21,7 +21,7 @@ def logits(config: Config, weights: Weights, tokens: np.ndarray) -> np.ndarray:
     """Logits (batch, length, vocab), float64, of tokens (batch, length), int."""
     weights = {name: np.asarray(value, dtype=np.float64) for name, value in weights.items()}
     embedding = weights["model.embed_tokens.weight"]
-    x = embedding[tokens]
+    x = embedding[tokens] * config.get("embedding_scale", 1.0)
     for layer in range(config["num_hidden_layers"]):
         x = block(config, weights, layer, x)
     if config["final_norm"]:
@@ -171,6 +171,24 @@ def llama_config(config: Config) -> Config:
     if config["model_type"] == "llama" and not config.get("layer_types"):
         mapped["sliding_window"] = None
     return mapped
+
+
+def gemma_config(config: Config) -> Config:
+    """Likewise of a Gemma one, whose gains must have had 1 added.
+
+    As in transformers: the head is the embedding, which enters the stream times sqrt(hidden), and
+    "hidden_act" is not what it says.
+    """
+    return config | {
+        "model_type": "skipless",
+        "block": "serial",
+        "skip": "both",
+        "norm": "pre",
+        "final_norm": True,
+        "tie_word_embeddings": True,
+        "hidden_act": config.get("hidden_activation") or "gelu_pytorch_tanh",
+        "embedding_scale": math.sqrt(config["hidden_size"]),
+    }
 
 
 def softmax_kl(a: np.ndarray, b: np.ndarray) -> float:
