@@ -148,11 +148,16 @@ def test_quantized(calibrated: bool, tmp_path: Path) -> None:
     config, weights = make_gemma(tmp_path / "s", **SIZES)
     (tmp_path / "t.txt").write_text("once upon a time there was a king " * 200)
     options: dict[str, Any] = {"calibration": tmp_path / "t.txt"} if calibrated else {}
+    bits = 4 if calibrated else 8
     report = convert(
-        tmp_path / "s", tmp_path / "o", quantize=True, q_bits=8, q_group_size=32, **options
+        tmp_path / "s", tmp_path / "o", quantize=True, q_bits=bits, q_group_size=32, **options
     )
-    assert report.stock and report.verification is not None and report.verification.kl < 2e-3
-    if not calibrated:
+    check = report.verification
+    assert report.stock and check is not None and check.kl_ratio is not None
+    if calibrated:
+        assert check.kl_ratio < 1
+    else:
+        assert check.kl < 2e-3
         expected = reference.logits(config, weights, text())
         assert reference.softmax_kl(expected, logits(tmp_path / "o", text())) < 2e-3
 
@@ -185,6 +190,13 @@ def test_a_widening_q(tmp_path: Path) -> None:
     make_gemma(tmp_path / "s", **SIZES | {"head_dim": 32})
     with pytest.raises(mlx_skipless.UserError, match="Q widens the stream from 64 to 128"):
         convert(tmp_path / "s", tmp_path / "o", skipless=True, remove="q")
+
+
+def test_a_config_alone_is_tied(tmp_path: Path) -> None:
+    make_gemma(tmp_path / "s", **SIZES)
+    found = analysis.analyze(tmp_path / "s/config.json")
+    assert found.parts["head"] == 0
+    assert found.weights == sum(array.size for array in stored(tmp_path / "s").values())
 
 
 def test_importance_sees_the_scaled_stream(tmp_path: Path) -> None:
