@@ -40,8 +40,8 @@ from .verify import Parts, StreamedNetwork, Verification
 from .writer import Writer, carry_tokenizer, check_free
 
 STOCK_CANNOT = (
-    "mlx-lm's own network for this architecture leaves out what this config asks for (a sliding "
-    "window in every layer, an activation or some biases): the result carries a network of its own"
+    "no network of mlx-lm's own is the same function (they may not know this activation, width, "
+    "window or these biases): the result carries one that is"
 )
 NO_STOCK_TABLE = (
     "mlx-lm's own network computes its first layer: the result carries one that reads it"
