@@ -35,7 +35,8 @@ def tables(analysis: Analysis) -> Iterator[Table | str]:
         yield f"not {', '.join(letters)}: {why}"
     if (table := analysis.first_layer) is not None and analysis.first_layer_reads:
         reads = ", ".join(
-            f"{times:,.0f} at batch {n:,}" for n, times in analysis.first_layer_reads.items()
+            f"{times:,.{0 if times >= 10 else 1}f} at batch {n:,}"
+            for n, times in analysis.first_layer_reads.items()
         )
         yield (
             f"--precompute-first-layer: times fewer numbers read there: {reads}; "
@@ -51,17 +52,23 @@ def tables(analysis: Analysis) -> Iterator[Table | str]:
 
 
 def _removals(analysis: Analysis) -> Table:
-    table = Table("--remove", box=None, pad_edge=False)
-    for title in ("weights that go", "share", "weights", "bytes read"):
+    skipless = any(one.skipless for one in analysis.removals)
+    table = Table(f"{'--skipless' if skipless else ''}\n--remove", box=None, pad_edge=False)
+    for title in (
+        "weights\nthat go", "\nshare", "weights\nbefore/after", "MB less\nper token",
+        "MB per token\nbefore/after",
+    ):  # fmt: skip
         table.add_column(title, justify="right")
     table.add_column("")
     for one in analysis.removals:
         if one.obstacle is not None:
             continue
         assert one.weights is not None and one.share is not None
+        assert one.bytes_per_token is not None
         table.add_row(
             one.letters, f"{one.weights:,}", f"{one.share:.1%}", f"{one.speedup:.2f} x",
-            f"{one.reads:.2f} x", "with --skipless, then training" if one.skipless else "exact",
+            f"{one.bytes_per_token / 1e6:,.2f}", f"{one.reads:.2f} x",
+            "" if skipless else "exact",
         )  # fmt: skip
     return table
 
@@ -69,16 +76,19 @@ def _removals(analysis: Analysis) -> Table:
 def _layers(analysis: Analysis) -> Table:
     measured = analysis.layers[0].importance is not None
     letters = [x for x in LETTERS if any(x in (one.condition or {}) for one in analysis.layers)]
-    table = Table("layer", box=None, pad_edge=False)
+    table = Table("\nlayer", box=None, pad_edge=False, collapse_padding=True)
     if measured:
-        for title in ("1 - cos attention", "1 - cos FFN", "loss without attention", "without FFN"):
+        for title in (
+            "1 - cos\nattention", "1 - cos\nFFN", "cost of no\nattention", "cost of no\nFFN",
+        ):  # fmt: skip
             table.add_column(title, justify="right")
     for letter in letters:
-        table.add_column(f"cond {letter.upper()}", justify="right")
+        table.add_column(f"cond\n{letter.upper()}", justify="right")
     for one in analysis.layers:
         cells = []
         if one.importance is not None and one.drop_cost is not None:
-            cells += [f"{one.importance[part]:.4f}" for part in ("attention", "ffn")]
+            values = [one.importance[part] for part in ("attention", "ffn")]
+            cells += ["gone" if value is None else f"{value:.4f}" for value in values]
             costs = [one.drop_cost.get(part) for part in ("attention", "ffn")]
             cells += ["gone" if cost is None else f"{cost:+.4f}" for cost in costs]
         condition = one.condition or {}
@@ -88,17 +98,17 @@ def _layers(analysis: Analysis) -> Table:
 
 
 def _drops(analysis: Analysis) -> Table:
-    table = Table("attentions dropped", box=None, pad_edge=False)
-    for title in ("weights", "KV cache / token", "loss", "perplexity"):
+    table = Table("attentions\ndropped", box=None, pad_edge=False)
+    for title in (
+        "last of\nlayer", "\nweights", "MB read\nper token", "KV cache\nper token", "\nloss",
+        "\nperplexity",
+    ):  # fmt: skip
         table.add_column(title, justify="right")
-    weights = {one.layer: one.weights["attention"] for one in analysis.layers}
-    there = sum(count > 0 for count in weights.values())
     for one in analysis.drops or ():
-        left = analysis.weights - sum(weights[layer] for layer in one.layers)
-        cache = analysis.cache_bytes * (there - len(one.layers))
+        last = str(one.layers[-1]) if one.layers else ""
         table.add_row(
-            str(len(one.layers)), f"{left:,}", f"{cache:,}", f"{one.loss:.4f}",
-            f"{one.perplexity:.2f}",
+            str(len(one.layers)), last, f"{one.weights:,}", f"{one.bytes_per_token / 1e6:,.2f}",
+            f"{one.cache_bytes:,}", f"{one.loss:.4f}", f"{one.perplexity:.2f}",
         )  # fmt: skip
     return table
 
