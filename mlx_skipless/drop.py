@@ -2,8 +2,8 @@
 
 A sub-layer with a skip adds to the stream; one that changes its direction little matters little
 (He et al., *What Matters in Transformers?*, arXiv 2406.15786, section 3.2). That is measured in one
-pass over a text. The greedy search measures again after each drop, and lets the loss decide among
-the least important.
+pass over a text, and in another the loss decides among the least important: without each of them
+alone, or in the greedy search again after each drop.
 """
 
 import copy
@@ -20,7 +20,8 @@ from .verify import Parts, StreamedNetwork
 
 PARTS = ("attention", "ffn")
 KINDS = ("attention", "ffn", "block")  # what can be asked for; a block is both
-CANDIDATES = 6  # the least important of each kind, among which the loss decides
+SHORTLIST = 2  # times as many as shall go, the least important, are tried alone
+CANDIDATES = 6  # the least important of each kind, tried at each step of the greedy search
 SEARCH_TOKENS = 4096  # that judge a drop
 
 Drops = Mapping[str, Collection[int]]  # layers by part
@@ -167,14 +168,21 @@ def choose(
     """
     dropped: dict[str, set[int]] = {part: set() for part in PARTS}
     spared = spared or {}
+    rows = max(1, SEARCH_TOKENS // tokens.shape[1])
+    judged = tokens[:: max(1, tokens.shape[0] // rows)][:rows]
     if not greedy and all(wish.count is not None for wish in wishes):
         measured = importance(args, source, tokens, progress=progress)
         for wish in sorted(wishes, key=lambda wish: KINDS.index(wish.kind), reverse=True):
-            for layer in _least(measured[wish.kind], wish.kind, dropped, spared)[: wish.count]:
-                _drop(dropped, wish.kind, layer)
+            assert wish.count is not None
+            there = _least(measured[wish.kind], wish.kind, dropped, spared)
+            there = there[: SHORTLIST * wish.count]
+            found = losses(
+                args, source, judged, [_with({}, wish.kind, layer) for layer in there], progress
+            )
+            by_loss = sorted(zip(found, there, strict=True))
+            for _, layer in by_loss[: wish.count]:
+                dropped = _with(dropped, wish.kind, layer)
         return _sorted(dropped), []
-    rows = max(1, SEARCH_TOKENS // tokens.shape[1])
-    judged = tokens[:: max(1, tokens.shape[0] // rows)][:rows]
     path = losses(args, source, judged, [{}])
     left = {wish.kind: wish.count for wish in wishes}
     taken = 0
@@ -188,11 +196,7 @@ def choose(
         ]
         if not candidates:
             break
-        variants = []
-        for kind, layer in candidates:
-            variant = {part: set(layers) for part, layers in dropped.items()}
-            _drop(variant, kind, layer)
-            variants.append(variant)
+        variants = [_with(dropped, kind, layer) for kind, layer in candidates]
         found = losses(args, source, judged, variants)
         # By what each weight that goes costs.
         price = [
@@ -228,9 +232,10 @@ def _least(measured: Sequence[float], kind: str, *kept_out: Drops) -> list[int]:
     return sorted(there, key=lambda layer: measured[layer])
 
 
-def _drop(dropped: dict[str, set[int]], kind: str, layer: int) -> None:
-    for part in PARTS if kind == "block" else (kind,):
-        dropped[part].add(layer)
+def _with(dropped: Drops, kind: str, layer: int) -> dict[str, set[int]]:
+    """The drops and one more."""
+    more = PARTS if kind == "block" else (kind,)
+    return {p: {*dropped.get(p, ()), *([layer] if p in more else ())} for p in PARTS}
 
 
 def _sorted(dropped: Drops) -> dict[str, list[int]]:
