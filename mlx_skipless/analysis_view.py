@@ -1,6 +1,7 @@
 """An analysis for the eye: tables for the terminal, a figure for a document."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,14 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 from .analysis import Analysis
 from .curve import COLOURS
 from .points import LETTERS
+
+MARKERS = "osD^"  # curves are told apart without their colours, too
 
 
 def tables(analysis: Analysis) -> Iterator[Table | str]:
@@ -134,6 +138,7 @@ def plot(analysis: Analysis, file: Path) -> None:
     for draw, ax in zip(panels, axes[0], strict=True):
         draw(analysis, ax)
         ax.grid(alpha=0.3)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(Path(analysis.source).name.replace("$", r"\$"))
     figure.tight_layout()
     figure.savefig(file, format="png", dpi=120)
@@ -141,32 +146,44 @@ def plot(analysis: Analysis, file: Path) -> None:
 
 
 def _draw_importance(analysis: Analysis, ax: Any) -> None:
-    layers = [one.layer for one in analysis.layers]
-    for part, label, colour in (
-        ("attention", "attention", COLOURS[0]), ("ffn", "FFN", COLOURS[1]),
-    ):  # fmt: skip
-        values = [(one.importance or {})[part] for one in analysis.layers]
-        ax.plot(layers, values, color=colour, marker="o", markersize=4, label=label)
-    ax.set(xlabel="layer", ylabel="1 - cosine", yscale="log", title="importance")
-    ax.legend()
+    curves = {
+        label: {one.layer: (one.importance or {})[part] for one in analysis.layers}
+        for part, label in (("attention", "attention"), ("ffn", "FFN"))
+    }
+    ax.set(xlabel="layer", ylabel="1 - cosine", title="importance")
+    _draw_curves(curves, ax)
 
 
 def _draw_drops(analysis: Analysis, ax: Any) -> None:
-    drops = analysis.drops or ()
-    counts = [len(one.layers) for one in drops]
-    ax.plot(counts, [one.perplexity for one in drops], color=COLOURS[0], marker="o", markersize=4)
-    ax.set(xlabel="attentions dropped, least important first", ylabel="perplexity", yscale="log")
+    perplexity = {len(one.layers): one.perplexity for one in analysis.drops or ()}
+    ax.set(xlabel="attentions dropped, least important first", ylabel="perplexity")
     ax.set_title("what drops cost")
+    _draw_curves({"": perplexity}, ax)
 
 
 def _draw_conditions(analysis: Analysis, ax: Any) -> None:
-    for i, letter in enumerate(LETTERS):
-        found = [(one.layer, one.condition[letter]) for one in analysis.layers
-                 if one.condition and letter in one.condition]  # fmt: skip
-        if found:
-            ax.plot(
-                *zip(*found, strict=True), color=COLOURS[i], marker="o", markersize=4,
-                label=letter.upper(),
-            )  # fmt: skip
-    ax.set(xlabel="layer", ylabel="condition number", yscale="log", title="conditioning")
-    ax.legend()
+    curves = {
+        letter.upper(): {one.layer: (one.condition or {}).get(letter) for one in analysis.layers}
+        for letter in LETTERS
+    }
+    ax.set(xlabel="layer", ylabel="condition number", title="conditioning")
+    _draw_curves(curves, ax)
+
+
+def _draw_curves(curves: Mapping[str, Mapping[int, float | None]], ax: Any) -> None:
+    """Curves by their names, with gaps where there is no number, on a scale of whole decades."""
+    shown: list[float] = []
+    for (label, values), colour, marker in zip(curves.items(), COLOURS, MARKERS, strict=False):
+        finite = {
+            x: y for x, y in values.items() if y is not None and math.isfinite(y) and y > 0
+        }  # fmt: skip
+        if not finite:
+            continue
+        shown += finite.values()
+        gapped = [finite.get(x, math.nan) for x in values]
+        ax.plot([*values], gapped, color=colour, marker=marker, markersize=4, label=label)
+    if shown:
+        low, high = math.floor(math.log10(min(shown))), math.ceil(math.log10(max(shown)))
+        ax.set(yscale="log", ylim=(10.0**low, 10.0 ** max(high, low + 1)))
+    if any(curves):  # below, where they hide nothing
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=len(curves), frameon=False)

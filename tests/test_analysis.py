@@ -18,7 +18,7 @@ from mlx_lm.utils import quantize_model
 from reference import Config, Weights
 
 import mlx_skipless
-from mlx_skipless import analysis, drop
+from mlx_skipless import analysis
 from mlx_skipless.analysis import Analysis, Dropped, Layer, Removal
 from mlx_skipless.analysis_view import tables
 from mlx_skipless.cli import main
@@ -27,6 +27,11 @@ from mlx_skipless.plan import REMOVALS
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
 MATRICES = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "p": "o_proj"}
 TALE = "once upon a time there was a king who had three sons and a goose. " * 6
+
+
+@pytest.fixture(autouse=True)
+def less_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(analysis, "TEXT", (8, 64))
 
 
 def made(folder: Path, **config: Any) -> tuple[Config, Weights]:
@@ -193,28 +198,22 @@ def test_what_a_removal_saves(config: Config, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("config", GRID, ids=str)
 def test_what_a_drop_saves(config: Config, tmp_path: Path) -> None:
-    """The same attentions go as in a conversion, and leave as much."""
+    """Is what a conversion saves that drops as many, whichever they are."""
     made(tmp_path / "s", **config)
     (tmp_path / "t.txt").write_text(TALE * 8)
-    found = analysis.analyze(tmp_path / "s", calibration=tmp_path / "t.txt")
+    shared: dict[str, Any] = {"calibration": tmp_path / "t.txt"}
+    found = analysis.analyze(tmp_path / "s", **shared)
     assert found.drops is not None and found.drops[0].weights == found.weights
     for one in found.drops[1:3]:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(drop, "importance", lambda *a, **k: importance_of(found))
-            report = mlx_skipless.convert(
-                tmp_path / "s", tmp_path / f"{len(one.layers)}", drop_attention=len(one.layers),
-                calibration=tmp_path / "t.txt", verify=False, remove="none",
-            )  # fmt: skip
-        assert report.removed["attention"] == sorted(one.layers)
+        out, count = tmp_path / f"{len(one.layers)}", len(one.layers)
+        report = mlx_skipless.convert(
+            tmp_path / "s", out, drop_attention=count, remove="none", verify=False, **shared
+        )
+        assert len(report.removed["attention"]) == count
         assert one.weights == report.params_after
         assert one.cache_bytes == report.cache_bytes_after
-        whole = found.drops[0].bytes_per_token / one.bytes_per_token
-        assert whole == pytest.approx(report.speedup_from_bytes)
-
-
-def importance_of(found: Analysis) -> dict[str, list[Any]]:
-    layers = [one.importance or {} for one in found.layers]
-    return {kind: [one[kind] for one in layers] for kind in drop.KINDS}
+        ratio = found.drops[0].bytes_per_token / one.bytes_per_token
+        assert ratio == pytest.approx(report.speedup_from_bytes)
 
 
 @pytest.mark.parametrize("config", [*GRID, *SAVED], ids=str)
