@@ -7,7 +7,7 @@ arXiv 2406.15786, section 3.2), what dropping it alone costs, and what dropping 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,14 @@ from .plan import REMOVALS, make_plan
 from .points import LETTERS
 from .sensitivity import affordable
 from .verify import RESIDENT_BYTES, StreamedNetwork
+from .writer import VOCABULARY_FILES
 
 TEXT = (8, 256)  # sequences, tokens each
 STREAMED_TEXT = (128, 16)  # where layers are read from disk for each sampled token
 JUDGES = 2  # one sequence in so many for the losses of all that could be dropped
+NOTHING_TO_MEASURE = "{}: a config has no weights to measure; give the model"
 BATCHES = (1, 16, 256, 1024)  # for which a table of the first layer is reckoned
+LARGEST_LOSS = 700.0  # whose perplexity a float holds
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
@@ -44,6 +47,8 @@ class Removal:
         skipless: whether the skips would have to go first, and the model be trained again.
         weights: that go.
         share: of all weights.
+        bytes: that go, of dense weights in the source's number type.
+        bytes_per_token: of these, what decoding a token would have read.
         speedup: weights before / after, the paper's speed-up at batch 1 (arXiv 2404.12362).
         reads: bytes that decoding a token reads, before / after; of an embedding it reads a row.
         obstacle: why not; the figures are None then.
@@ -53,6 +58,8 @@ class Removal:
     skipless: bool
     weights: int | None = None
     share: float | None = None
+    bytes: int | None = None
+    bytes_per_token: int | None = None
     speedup: float | None = None
     reads: float | None = None
     obstacle: str | None = None
@@ -64,25 +71,38 @@ class Layer:
 
     Attributes:
         weights: of its "attention" and "ffn".
-        importance: 1 - cosine by "attention", "ffn" and "block"; None without skips or a text.
+        importance: 1 - cosine by "attention", "ffn" and "block", None for what is gone already;
+            None without skips or a text.
         drop_cost: loss, nats per token, without its "attention" or "ffn" less that with it.
         condition: of Q, K, V and P, largest over smallest singular value, by letter.
     """
 
     layer: int
     weights: dict[str, int]
-    importance: dict[str, float] | None
+    importance: dict[str, float | None] | None
     drop_cost: dict[str, float] | None
     condition: dict[str, float] | None
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """The loss, nats per token, without the attention of some layers."""
+    """A network without the attention of some layers.
+
+    Attributes:
+        layers: in the order in which they go.
+        loss: nats per token.
+        perplexity: of the same tokens; infinite beyond what a float holds.
+        weights: that are left, the dropped attentions' norms gone too.
+        bytes_per_token: that decoding a token reads of them, dense in the source's number type.
+        cache_bytes: of KV cache per token.
+    """
 
     layers: tuple[int, ...]
     loss: float
     perplexity: float
+    weights: int
+    bytes_per_token: int
+    cache_bytes: int
 
 
 @dataclass(frozen=True)
@@ -123,6 +143,7 @@ def analyze(
     model: str | Path,
     *,
     calibration: str | Path | None = None,
+    config_only: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
     seed: int = 0,
@@ -131,10 +152,11 @@ def analyze(
     """Measure what a model could do without.
 
     Args:
-        model: a Hub id, a Hugging Face folder, a .gguf file, or a config.json, of which only what
-            needs no weights is told.
+        model: a Hub id, a Hugging Face folder, a .gguf file, or a config.json, alone or in a
+            folder without weights, of which only what needs no weights is told.
         calibration: a text file or data set of the Hub to measure on; default: text sampled from
             the model.
+        config_only: tell only what needs no weights; fetch none of a Hub id.
         revision: of a Hub id.
         trust_remote_code: let the source's tokenizer run its code.
         seed: of the sampled text.
@@ -143,13 +165,17 @@ def analyze(
     Raises:
         UserError: for anything the user can mend.
     """
+    passages.check_seed(seed)
     text = None if calibration is None else passages.read_text(calibration)
+    config_only = config_only or str(model).endswith(".json") or _lacks_weights(model)
     checkpoint = open_checkpoint(
         model,
         revision=revision,
-        config_only=str(model).endswith(".json"),
+        config_only=config_only,
         trust_remote_code=trust_remote_code,
     )
+    if config_only:
+        checkpoint = replace(checkpoint, store=None)
     args, dtype = checkpoint.args, checkpoint.dtype
     measured = None
     conditions: list[dict[str, float]] | None = None
@@ -158,7 +184,7 @@ def analyze(
     origin = None
     if checkpoint.store is None:
         if text is not None:
-            raise UserError("--calibration: a config has no weights to measure; give the model")
+            raise UserError(NOTHING_TO_MEASURE.format("--calibration"))
         notes.append("a config alone: nothing could be measured")
     else:
         parts = Merger(checkpoint, make_plan(args, remove="none"), mx.float32)
@@ -167,9 +193,11 @@ def analyze(
             tokens, origin = _tokens(
                 checkpoint, parts, calibration, text, seed, trust_remote_code, progress
             )
-            measured = _measured(args, parts, tokens, progress)
+            measured = _measured(args, dtype, parts, tokens, progress)
     if reason is not None:
         notes.append(f"no sub-layer can be dropped: {reason}")
+        if text is not None:
+            notes.append("nothing here is measured on text: --calibration was not needed")
     if args.norm == "pre" and args.skip == "both":
         notes.append(
             "with skips and norms no Q or P goes exactly: --skipless drops the skips first"
@@ -194,7 +222,7 @@ def analyze(
                     "attention": layout.count(f"model.layers.{layer}.self_attn."),
                     "ffn": layout.count(f"model.layers.{layer}.mlp."),
                 },
-                None if measured is None else {k: v[layer] for k, v in measured.importance.items()},
+                None if measured is None else measured.importance[layer],
                 None if measured is None else measured.costs[layer],
                 None if conditions is None else conditions[layer],
             )
@@ -204,6 +232,14 @@ def analyze(
         text=origin,
         notes=tuple(notes),
     )
+
+
+def _lacks_weights(model: str | Path) -> bool:
+    """Whether a model is a folder of a config without weights of any kind."""
+    folder = Path(model).expanduser()
+    weights = ("*.safetensors*", "*.bin*", "*.pt*", "*.gguf")
+    has_config = (folder / "config.json").is_file()
+    return has_config and not any(file for kind in weights for file in folder.glob(kind))
 
 
 def parts_of(layout: Layout) -> dict[str, int]:
@@ -235,6 +271,8 @@ def removal(args: ModelArgs, dtype: mx.Dtype, letters: str) -> Removal:
         skipless,
         gone,
         gone / before.count(),
+        before.nbytes() - after.nbytes(),
+        before.bytes_per_token - after.bytes_per_token,
         before.count() / after.count(),
         before.bytes_per_token / after.bytes_per_token,
     )
@@ -264,25 +302,25 @@ def _tokens(
     tokenizer: Any = None
     if isinstance(checkpoint.store, GGUFStore):
         tokenizer = checkpoint.store.tokenizer()
-    elif checkpoint.folder is not None and (text is not None or _has_tokenizer(checkpoint)):
+    elif checkpoint.folder is not None and _has_tokenizer(checkpoint.folder):
         tokenizer = load_tokenizer(
             checkpoint.folder, checkpoint.config, trust_remote_code=trust_remote_code
         )
     if text is not None:
         if tokenizer is None:
             raise UserError("--calibration needs a tokenizer and the source has none: drop it")
-        ids = tokenizer.encode(text, verbose=False)
         sequences, length = TEXT
-        length = min(length, args.max_position_embeddings or length, len(ids) // sequences)
+        step = len(text) // sequences  # from places all over it
+        size = min(step, passages.PIECE)
+        pieces = [text[i * step : i * step + size] for i in range(sequences)]
+        rows = [tokenizer.encode(piece, verbose=False) for piece in pieces]
+        length = min(length, args.max_position_embeddings or length, *map(len, rows))
         if length < passages.SHORTEST:
             raise UserError(
-                f"--calibration {calibration} has {len(ids)} tokens; at least "
-                f"{sequences * passages.SHORTEST:,} are needed: give more text"
+                f"--calibration {calibration} has {length} tokens in an eighth of it; at least "
+                f"{passages.SHORTEST} are needed: give more text"
             )
-        # From places all over it.
-        step = len(ids) // sequences
-        rows = [ids[i * step : i * step + length] for i in range(sequences)]
-        return mx.array(rows), str(calibration)
+        return mx.array([row[:length] for row in rows]), str(calibration)
     progress("sampling text", 0, 1)
     resident = Layout(args, mx.float32).nbytes() <= RESIDENT_BYTES
     network = StreamedNetwork(args, parts, resident=resident)
@@ -295,19 +333,20 @@ def _tokens(
     return tokens, "sampled from the model"
 
 
-def _has_tokenizer(checkpoint: Checkpoint) -> bool:
-    folder = checkpoint.folder
-    return folder is not None and (folder / "tokenizer_config.json").is_file()
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in VOCABULARY_FILES)
 
 
 @dataclass(frozen=True)
 class _Measured:
-    importance: Mapping[str, Sequence[float]]
+    importance: list[dict[str, float | None]]
     costs: list[dict[str, float]]
     drops: tuple[Dropped, ...]
 
 
-def _measured(args: ModelArgs, parts: Merger, tokens: mx.array, progress: Progress) -> _Measured:
+def _measured(
+    args: ModelArgs, dtype: mx.Dtype, parts: Merger, tokens: mx.array, progress: Progress
+) -> _Measured:
     """Importance, the cost of each drop alone, and of ever more: two passes over the layers."""
 
     def at(stage: str) -> Callable[[int, int], None]:
@@ -330,7 +369,28 @@ def _measured(args: ModelArgs, parts: Merger, tokens: mx.array, progress: Progre
     for (layer, part), loss in zip(alone, losses, strict=False):
         costs[layer][part] = loss - curve[0]
     drops = tuple(
-        Dropped(tuple(sorted(prefix)), loss, math.exp(loss))
-        for prefix, loss in zip(prefixes, curve, strict=True)
+        _dropped(args, dtype, prefix, loss) for prefix, loss in zip(prefixes, curve, strict=True)
     )
-    return _Measured(importance, costs, drops)
+    return _Measured([_of_layer(args, importance, i) for i in layers], costs, drops)
+
+
+def _of_layer(
+    args: ModelArgs, importance: Mapping[str, Sequence[float]], layer: int
+) -> dict[str, float | None]:
+    """One layer's importance by kind, None for what it lacks."""
+    gone = {part: args.lacks(part, layer) for part in drop.PARTS}
+    gone["block"] = all(gone.values())
+    return {kind: None if gone[kind] else values[layer] for kind, values in importance.items()}
+
+
+def _dropped(args: ModelArgs, dtype: mx.Dtype, layers: list[int], loss: float) -> Dropped:
+    layout = Layout(make_plan(args, remove="none", dropped={"attention": layers}).after, dtype)
+    perplexity = math.exp(loss) if loss < LARGEST_LOSS else math.inf
+    return Dropped(
+        tuple(layers),
+        loss,
+        perplexity,
+        layout.count(),
+        layout.bytes_per_token,
+        layout.cache_bytes_per_token,
+    )

@@ -138,8 +138,7 @@ def convert(
     out = Path(mlx_path)
     if not dry_run:
         check_free(out)
-    if not 0 <= seed < 2**64:
-        raise UserError(f"--seed {seed}: must be at least 0 and fit 64 bits")
+    passages.check_seed(seed)
     if upload_repo is not None and not hub.HUB_ID.fullmatch(upload_repo):
         raise UserError(f"--upload-repo {upload_repo}: a repository is called owner/name")
     text = None if calibration is None else passages.read_text(calibration)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from reference import Config, Weights
 
 import mlx_skipless
 from mlx_skipless import analysis
-from mlx_skipless.analysis import Analysis
+from mlx_skipless.analysis import Analysis, Dropped, Layer, Removal
 from mlx_skipless.analysis_view import tables
 from mlx_skipless.cli import main
 from mlx_skipless.plan import REMOVALS
@@ -25,6 +27,11 @@ from mlx_skipless.plan import REMOVALS
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
 MATRICES = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "p": "o_proj"}
 TALE = "once upon a time there was a king who had three sons and a goose. " * 6
+
+
+@pytest.fixture(autouse=True)
+def less_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(analysis, "TEXT", (8, 64))
 
 
 def made(folder: Path, **config: Any) -> tuple[Config, Weights]:
@@ -185,6 +192,28 @@ def test_what_a_removal_saves(config: Config, tmp_path: Path) -> None:
         assert one.speedup == pytest.approx(report.params_before / report.params_after)
         assert one.share == pytest.approx(one.weights / report.params_before)
         assert one.reads == pytest.approx(report.speedup_from_bytes)
+        assert one.bytes == report.bytes_before - report.bytes_after
+        assert one.bytes_per_token == one.bytes  # none of them an embedding's
+
+
+@pytest.mark.parametrize("config", GRID, ids=str)
+def test_what_a_drop_saves(config: Config, tmp_path: Path) -> None:
+    """Is what a conversion saves that drops as many, whichever they are."""
+    made(tmp_path / "s", **config)
+    (tmp_path / "t.txt").write_text(TALE * 8)
+    shared: dict[str, Any] = {"calibration": tmp_path / "t.txt"}
+    found = analysis.analyze(tmp_path / "s", **shared)
+    assert found.drops is not None and found.drops[0].weights == found.weights
+    for one in found.drops[1:3]:
+        out, count = tmp_path / f"{len(one.layers)}", len(one.layers)
+        report = mlx_skipless.convert(
+            tmp_path / "s", out, drop_attention=count, remove="none", verify=False, **shared
+        )
+        assert len(report.removed["attention"]) == count
+        assert one.weights == report.params_after
+        assert one.cache_bytes == report.cache_bytes_after
+        ratio = found.drops[0].bytes_per_token / one.bytes_per_token
+        assert ratio == pytest.approx(report.speedup_from_bytes)
 
 
 @pytest.mark.parametrize("config", [*GRID, *SAVED], ids=str)
@@ -227,6 +256,48 @@ def test_the_papers_figures_from_a_config_alone(
     assert "not kp, k: K maps 4096 to 1024" in printed and "a config alone" in printed
 
 
+@pytest.mark.parametrize("weights", [False, True])
+def test_a_folder_and_its_config_alone(weights: bool, tmp_path: Path) -> None:
+    """A folder without weights is its config; with ``config_only`` any is."""
+    made(tmp_path / "s")
+    if not weights:
+        (tmp_path / "s/model.safetensors").unlink()
+    config = tmp_path / "s/config.json"
+    expected = replace(analysis.analyze(config), source=str(tmp_path / "s"))
+    assert analysis.analyze(tmp_path / "s", config_only=weights) == expected
+    assert expected.weights and expected.layers[0].condition is None
+
+
+def test_a_layer_without_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a model that a drop made, a layer without attention says so and cannot drop it again."""
+    made(tmp_path / "s", model_type="mistral", sliding_window=5)
+    (tmp_path / "t.txt").write_text(TALE * 8)
+    options: dict[str, Any] = {"calibration": tmp_path / "t.txt", "verify": False}
+    report = mlx_skipless.convert(tmp_path / "s", tmp_path / "o", drop_attention=1, **options)
+    (gone,) = report.removed["attention"]
+    shared = ["analyze", str(tmp_path / "o"), "--calibration", str(tmp_path / "t.txt")]
+    assert main([*shared, "--plot", str(tmp_path / "a.png")]) == 0
+    assert capsys.readouterr().out.count("gone") == 6  # two figures of text, four matrices
+    found = analysis.analyze(tmp_path / "o", calibration=tmp_path / "t.txt")
+    importance = found.layers[gone].importance
+    assert importance is not None and importance["attention"] is None
+    assert importance["ffn"] == importance["block"] and (importance["ffn"] or 0) > 0
+    assert found.drops is not None and len(found.drops) == 2
+    assert all(gone not in one.layers for one in found.drops)
+
+
+def test_a_loss_beyond_all_numbers(tmp_path: Path) -> None:
+    made(tmp_path / "s")
+    arrays: Any = mx.load(str(tmp_path / "s/model.safetensors"))
+    arrays["lm_head.weight"] = arrays["lm_head.weight"] * 1e4
+    mx.save_safetensors(str(tmp_path / "s/model.safetensors"), arrays, metadata={"format": "pt"})
+    (tmp_path / "t.txt").write_text(TALE)
+    arguments = ["--calibration", str(tmp_path / "t.txt"), "--json", str(tmp_path / "j")]
+    assert main(["analyze", str(tmp_path / "s"), *arguments]) == 0
+    told = json.loads((tmp_path / "j").read_text(), parse_constant=pytest.fail)
+    assert told["drops"][0]["loss"] > 1000 and told["drops"][0]["perplexity"] is None
+
+
 def test_a_quantized_source(tmp_path: Path) -> None:
     """As the dense weights that it stands for."""
     made(tmp_path / "f")
@@ -261,7 +332,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     )
     printed = capsys.readouterr().out
     told = json.loads((tmp_path / "a.json").read_text())
-    assert set(told) == set(Analysis.__dataclass_fields__)
+    for kind, one in (
+        (Analysis, told), (Removal, told["removals"][0]), (Layer, told["layers"][0]),
+        (Dropped, told["drops"][0]),
+    ):  # fmt: skip
+        assert list(one) == [*kind.__dataclass_fields__]
     for one in told["layers"]:
         assert f"{one['importance']['attention']:.4f}" in printed
         assert f"{one['drop_cost']['ffn']:+.4f}" in printed
@@ -277,6 +352,9 @@ def test_a_skipless_model_has_conditions_alone(tmp_path: Path) -> None:
     made(tmp_path / "s", norm="none")
     assert main(["analyze", str(tmp_path / "s"), "--plot", str(tmp_path / "a.png")]) == 0
     found = analysis.analyze(tmp_path / "s")
+    (tmp_path / "t.txt").write_text(TALE)
+    told = analysis.analyze(tmp_path / "s", calibration=tmp_path / "t.txt")
+    assert told == replace(found, notes=told.notes) and "not needed" in told.notes[1]
     assert found.drops is None and all(one.importance is None for one in found.layers)
     assert "no sub-layer can be dropped" in found.notes[0]
     assert "attentions dropped" not in str([str(part) for part in tables(found)])
@@ -289,7 +367,12 @@ def test_a_skipless_model_has_conditions_alone(tmp_path: Path) -> None:
     [
         (["@/none"], "no such file or folder"),
         (["@/s", "--calibration", "@/none.txt"], "cannot be read"),
-        (["@/s", "--calibration", "@/short.txt"], "at least 128 are needed"),
+        (["@/s", "--calibration", "@/short.txt"], "at least 16 are needed"),
+        (["@/bare", "--calibration", "@/tale.txt"], "the source has none"),
+        (["@/s", "--seed", "-1"], "--seed -1"),
+        (["@/s", "--plot", "@/a.jpg"], "ends in .png"),
+        (["@/s", "--plot", "@/a.png", "--json", "@/a.png"], "give two files"),
+        (["@/s", "--config-only", "--plot", "@/a.png"], "a config has no weights"),
         (["@/s", "--json", "@/no/a.json"], "cannot be written"),
         (["@/s", "--plot", "@/s"], "--plot"),
         (["@/s/config.json", "--plot", "@/a.png"], "a config has no weights"),
@@ -301,6 +384,10 @@ def test_what_cannot_be_analyzed(
 ) -> None:
     made(tmp_path / "s")
     (tmp_path / "short.txt").write_text("once upon a time")
+    (tmp_path / "tale.txt").write_text(TALE)
+    (tmp_path / "bare").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tmp_path / "s" / name, tmp_path / "bare")
     before = sorted(tmp_path.rglob("*"))
     assert main(["analyze", *(a.replace("@", str(tmp_path)) for a in arguments)]) == 1
     error = capsys.readouterr().err

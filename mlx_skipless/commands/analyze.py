@@ -1,6 +1,7 @@
 """analyze: measure what a model could do without."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -15,11 +16,15 @@ HELP = "measure what a model could do without"
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="SRC",
-        help="Hub id, Hugging Face folder, .gguf file, or a config.json alone",
+        help="Hub id, Hugging Face folder, .gguf file, or a config.json alone (a folder's too)",
     )  # fmt: skip
     parser.add_argument(
         "--calibration", metavar="TEXT",
         help="file or data set to measure on, as for convert (default: sampled from the model)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--config-only", action="store_true",
+        help="tell only what needs no weights; downloads none",
     )  # fmt: skip
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     parser.add_argument(
@@ -31,12 +36,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: dict[str, Any]) -> None:
-    figure = options.pop("plot")
-    if figure is not None and options["model"].endswith(".json"):
-        raise UserError("--plot: a config has no weights to measure; give the model")
-    with json_file(options.pop("json")) as write_json, output_file("--plot", figure) as draw:
+    figure, numbers = options.pop("plot"), options.pop("json")
+    if figure is not None and Path(figure).suffix.lower() != ".png":
+        raise UserError(f"--plot {figure}: a PNG is drawn, give a name that ends in .png")
+    if figure is not None and numbers is not None and Path(figure) == Path(numbers):
+        raise UserError(f"--plot and --json both name {figure}: give two files")
+    with json_file(numbers) as write_json, output_file("--plot", figure) as draw:
         with progress_bars() as progress:
             found = analysis.analyze(**options, progress=progress)
+        if figure is not None and found.layers[0].condition is None:
+            raise UserError(analysis.NOTHING_TO_MEASURE.format("--plot"))
         console = Console(highlight=False, markup=False)
         for part in analysis_view.tables(found):
             console.print(part, soft_wrap=isinstance(part, str))
