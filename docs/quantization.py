@@ -21,6 +21,7 @@ from mlx_skipless import passages
 from mlx_skipless.calibrate import CalibratedParts, NearestParts
 from mlx_skipless.checkpoint import open_checkpoint
 from mlx_skipless.curve import COLOURS
+from mlx_skipless.families import FAMILIES
 from mlx_skipless.layout import Layout, Quantization
 from mlx_skipless.merge import Merger
 from mlx_skipless.plan import Plan, make_plan, measurable
@@ -103,7 +104,9 @@ class Bench:
                 self.name, out, calibration=self._text, verify=False, **options
             )
             args = mlx_skipless.load(out)[0].args
-            network = StreamedNetwork(args, WrittenParts(out), report.quantization)
+            network = StreamedNetwork(
+                args, WrittenParts(out, args, FAMILIES["skipless"]), report.quantization
+            )
             return report.bytes_after, self.kl(network)
 
 

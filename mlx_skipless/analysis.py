@@ -16,13 +16,13 @@ import mlx.core as mx
 from . import drop, first_layer, passages
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import UserError
-from .families import EMBEDDING, HEAD, PROJECTIONS, path
 from .first_layer import FirstLayer
 from .gguf_file import GGUFStore
 from .layout import Layout
 from .loading import load_tokenizer
 from .merge import Merger
 from .model import ModelArgs
+from .names import EMBEDDING, HEAD, MLP, PROJECTIONS, path
 from .plan import REMOVALS, make_plan
 from .points import LETTERS
 from .sensitivity import affordable
@@ -203,12 +203,20 @@ def analyze(
             "with skips and norms no Q or P goes exactly: --skipless drops the skips first"
         )
     layout = Layout(args, dtype)
+    by_part = parts_of(layout)
+    if args.block == "parallel" and by_part["q"] and by_part["p"]:
+        left = layout.count() - by_part["q"] - by_part["p"]
+        notes.append(
+            "a parallel block gives up one of Q and P; trained without both it would have "
+            f"{left:,} weights ({1 - left / layout.count():.1%} fewer, "
+            f"{layout.count() / left:.2f} times less)"
+        )
     layers = range(args.num_hidden_layers)
     table = None if first_layer.obstacle(args) else first_layer.first_layer(args)
     return Analysis(
         source=str(model),
         weights=layout.count(),
-        parts=parts_of(layout),
+        parts=by_part,
         removals=tuple(removal(args, dtype, letters) for letters in REMOVALS[1:-1]),
         first_layer=table,
         first_layer_reads=None
@@ -247,7 +255,7 @@ def parts_of(layout: Layout) -> dict[str, int]:
     names = {
         "embedding": (f"{EMBEDDING}.",),
         **{letter: (f"{PROJECTIONS[name]}.",) for letter, name in LETTERS.items()},
-        "ffn": (".gate_proj.", ".up_proj.", ".down_proj."),
+        "ffn": tuple(f".{name}." for name in MLP),
         "head": (f"{HEAD}.",),
     }
     found = {

@@ -4,7 +4,8 @@ Rounding the stream in a removed matrix's basis adds noise that its neighbours' 
 So the layers are gone through in order, with the text as the layers quantized so far bring it.
 Each matrix is fitted again, by least squares, so that from these inputs it gives the outputs that
 the source gives from its own, and is then rounded with error feedback. Only the source's outputs
-are asked for, so it does not matter that an inverse stands between the two.
+are asked for, so it does not matter that an inverse stands between the two. Experts, which see few
+of the text's tokens each, are rounded to nearest.
 
 Two streams of activations (tokens, hidden) lie in memory, and for one matrix at a time the second
 moments of its inputs (in, in) and their products with its outputs (in, out).
@@ -20,9 +21,9 @@ import numpy as np
 from mlx_lm.models.base import create_attention_mask
 
 from .errors import UserError
-from .families import EMBEDDING, FINAL_NORM, HEAD, path
 from .layout import Layout
 from .model import Block, ModelArgs
+from .names import EMBEDDING, EXPERTS, FINAL_NORM, HEAD, path
 from .rounding import Format, Packed, plus_diagonal
 from .verify import Parts
 
@@ -33,7 +34,12 @@ JUDGED = 512  # outputs, spread over all, that choose the ridge
 # Tried as the ridge, a share of the inputs' mean square.
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 # Matrices that read the same place, in the order in which a block runs them.
-READERS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+READERS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("o_proj",),
+    ("router", "gate_proj", "up_proj"),
+    ("down_proj",),
+)
 
 Arrays = dict[str, mx.array]
 
@@ -237,7 +243,7 @@ class CalibratedParts:
             mx.eval(streams)
         writer = path(self._before.num_hidden_layers - 1, "down_proj")
         head = self._source.head()
-        streams = [self._merger.rewritten(writer, self._normed(h, head)) for h in streams]
+        streams = [self._merger.rewritten(writer, normed(self._before, h, head)) for h in streams]
         return np.concatenate([_float64(h.reshape(-1, h.shape[-1])) for h in streams])
 
     def layer(self, layer: int) -> Arrays:
@@ -249,6 +255,7 @@ class CalibratedParts:
         for readers in READERS:
             places = [path(layer, name) for name in readers]
             places = [where for where in places if self._layout.format_of(where) is not None]
+            places = [where for where in places if out[f"{where}.weight"].ndim == 2]
             if not places:
                 continue
             seen, judge = self._observe(places, source, result, out)
@@ -256,6 +263,13 @@ class CalibratedParts:
                 packed, dense = self._fitted(where, seen, judge, out.pop(f"{where}.weight"))
                 out |= packed
                 _owner(result, where.removeprefix(prefix)).weight = dense
+        experts = EXPERTS if self._before.num_local_experts else ()
+        for where in (path(layer, name) for name in experts):
+            form = self._layout.format_of(where)
+            if f"{where}.weight" in out and form is not None:
+                nearest = form.nearest(out.pop(f"{where}.weight"))
+                out |= _named(where, nearest)
+                _owner(result, where.removeprefix(prefix)).weight = form.dense(nearest)
         for block, stream in ((source, self._wanted), (result, self._actual)):
             for i, h in enumerate(stream):
                 stream[i] = run(self._before, block, h)
@@ -271,15 +285,11 @@ class CalibratedParts:
             source[f"{HEAD}.weight"] = self._source.embedding()[f"{EMBEDDING}.weight"]
         moments = Moments(), Moments()
         for i, (wanted, actual) in enumerate(zip(self._wanted, self._actual, strict=True)):
-            y = self._normed(wanted, source) @ source[f"{HEAD}.weight"].T
-            moments[judges(i)].add(self._normed(actual, out), {HEAD: y})
+            y = normed(self._before, wanted, source) @ source[f"{HEAD}.weight"].T
+            y = y + source.get(f"{HEAD}.bias", 0) - out.get(f"{HEAD}.bias", 0)
+            moments[judges(i)].add(normed(self._layout.args, actual, out), {HEAD: y})
         packed, _ = self._fitted(HEAD, *moments, out.pop(f"{HEAD}.weight"))
         return out | packed
-
-    def _normed(self, h: mx.array, tensors: Mapping[str, mx.array]) -> mx.array:
-        if not self._before.final_norm:
-            return h
-        return mx.fast.rms_norm(h, tensors.get(f"{FINAL_NORM}.weight"), self._before.rms_norm_eps)
 
     def _observe(
         self, places: Sequence[str], source: Block, result: Block, merged: Arrays
@@ -325,6 +335,19 @@ class CalibratedParts:
         y = self._merger.rewritten(where, y)
         bias = merged.get(f"{where}.bias")
         return y if bias is None else y - bias
+
+
+def normed(args: ModelArgs, h: mx.array, tensors: Mapping[str, mx.array]) -> mx.array:
+    """The stream behind the final norm, if there is one, whose tensors are among those given."""
+    if not args.final_norm:
+        return h
+    norm, prefix = args.stream_norm("final"), f"{FINAL_NORM}."
+    own = [
+        (n.removeprefix(prefix), a.astype(mx.float32))
+        for n, a in tensors.items()
+        if n.startswith(prefix)
+    ]
+    return norm.load_weights(own)(h)
 
 
 def split(tokens: mx.array) -> list[mx.array]:

@@ -17,16 +17,18 @@ import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
 from . import hub
+from .arrangement import Place, arranged, canonical_modules, places, shape
+from .config import model_args
 from .errors import UserError
-from .families import LINEAR_PATHS, Config, Family, family_of, is_stream_gain, model_args
+from .families import Config, Family, family_of
 from .gguf_file import GGUFStore
 from .layout import tensors_of
 from .model import Model, ModelArgs
+from .names import LINEAR_PATHS, is_stream_gain
 from .packed import MLXScheme, Scheme, scheme_of
 
 FLOATS = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}
 FLOAT_NAMES = ("float16", "bfloat16", "float32")
-IGNORED = "rotary_emb.inv_freq"  # left by old exporters; rebuilt from the config at run time
 
 
 class Store(Protocol):
@@ -181,14 +183,14 @@ class Checkpoint:
         declared = self.config.get("torch_dtype") or self.config.get("dtype")
         if self.store is None:
             return getattr(mx, declared) if declared in FLOAT_NAMES else mx.bfloat16
-        of_matrices = Counter(d for n, d in self._dtypes.items() if len(self._shapes[n]) == 2 and d)
+        of_matrices = Counter(d for n, d in self._dtypes.items() if len(self._shapes[n]) > 1 and d)
         return of_matrices.most_common(1)[0][0] if of_matrices else mx.float32
 
     @cached_property
-    def _original(self) -> dict[str, str]:
-        """Canonical name to the store's own."""
+    def _places(self) -> dict[str, Place]:
+        """Where the store has each canonical tensor."""
         assert self.store is not None
-        return {self.family.canonical(name): name for name in self.store.shapes}
+        return places(self.family, self.store.shapes)
 
     @property
     def _shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -203,9 +205,12 @@ class Checkpoint:
     def read(self, names: Iterable[str]) -> dict[str, mx.array]:
         """The tensors of these canonical names, dense and lazy; absent ones are left out."""
         assert self.store is not None, "a config alone has no weights"
-        wanted = {name: self._original[name] for name in names if name in self._original}
-        arrays = self.store.read(wanted.values())
-        return {name: self._gain(name, arrays[own]) for name, own in wanted.items()}
+        wanted = {name: self._places[name] for name in names if name in self._places}
+        arrays = self.store.read({own for place in wanted.values() for own in place.names})
+        return {
+            name: self._gain(name, arranged(place, arrays, self.args))
+            for name, place in wanted.items()
+        }
 
     def _gain(self, name: str, array: mx.array) -> mx.array:
         """A tensor as it acts: gains that are stored less an offset get it back, in float32."""
@@ -220,10 +225,20 @@ class Checkpoint:
     def read_packed(self, prefix: str = "") -> dict[str, mx.array]:
         """The tensors whose canonical names start with ``prefix``, lazy, just as on disk."""
         assert isinstance(self.store, UnpackedStore)
-        names = {self.family.canonical(name): name for name in self.store.packed.shapes}
-        wanted = {name: own for name, own in names.items() if name.startswith(prefix)}
-        arrays = self.store.packed.read(wanted.values())
-        return {name: arrays[own] for name, own in wanted.items()}
+        found = places(self.family, self.store.packed.shapes)
+        wanted = {name: place for name, place in found.items() if name.startswith(prefix)}
+        arrays = self.store.packed.read({own for place in wanted.values() for own in place.names})
+        return {name: arranged(place, arrays, self.args) for name, place in wanted.items()}
+
+    @property
+    def packed_settings(self) -> Config:
+        """The config's ``quantization``, its matrices under their canonical names."""
+        settings: Config = {}
+        for key, value in self.config["quantization"].items():
+            own = "." in key or isinstance(value, dict | bool)
+            modules = canonical_modules(self.family, key) if own else [key]
+            settings |= dict.fromkeys(modules, value)
+        return settings
 
     def validate(self) -> None:
         """Compare every name and shape with the network's.
@@ -232,40 +247,47 @@ class Checkpoint:
             UserError: for a tensor that is missing, misshapen, not a float, or not the network's.
         """
         expected = {name: tuple(a.shape) for name, a in tensors_of(Model(self.args)).items()}
-        optional = _optional(expected)
-        for name, shape in expected.items():
-            if name not in self._original:
+        optional = _optional(expected, self.args)
+        for name, wanted in expected.items():
+            if name not in self._places:
                 if name in optional:
                     continue
                 raise UserError(
                     f"{self.name} has no tensor {name}: the checkpoint is incomplete or "
                     "config.json describes another model"
                 )
-            original = self._original[name]
-            found = tuple(self._shapes[original])
-            if found != shape:
+            place = self._places[name]
+            found = shape(place, self._shapes)
+            if found != wanted:
                 raise UserError(
-                    f"{original} in {self.name} has shape {found}, config.json asks for {shape}: "
-                    "correct config.json or download the checkpoint again"
+                    f"{_called(place, name)} in {self.name} has shape {found}, config.json asks "
+                    f"for {wanted}: correct config.json or download the checkpoint again"
                 )
-            if self._dtypes[original] is None:
+            if any(self._dtypes[original] is None for original in place.names):
                 raise UserError(
-                    f"{original} in {self.name} has a number type that is not read; known: "
-                    f"{', '.join(FLOATS)}"
+                    f"{_called(place, name)} in {self.name} has a number type that is not read; "
+                    f"known: {', '.join(FLOATS)}"
                 )
-        for name, original in self._original.items():
+        for name, place in self._places.items():
             tied_head = self.args.tie_word_embeddings and name == "lm_head.weight"
-            if name not in expected and not tied_head and not original.endswith(IGNORED):
+            ignored = place.names[0].endswith(self.family.ignored)
+            if name not in expected and not tied_head and not ignored:
                 raise UserError(
-                    f"{self.name} has a tensor {original} that a {self.config['model_type']} of "
-                    "this config does not use: config.json describes another model"
+                    f"{self.name} has a tensor {place.names[0]} that a {self.config['model_type']} "
+                    "of this config does not use: config.json describes another model"
                 )
 
 
-def _optional(names: Iterable[str]) -> set[str]:
+def _called(place: Place, name: str) -> str:
+    """A tensor as a user finds it in the source."""
+    whole = not place.stacked and place.count == 1
+    return place.names[0] if whole else f"{name}, from {place.names[0]},"
+
+
+def _optional(names: Iterable[str], args: ModelArgs) -> set[str]:
     """Gains and linear paths may be absent in some layers (a gain of one, a path of zero)."""
-    ends = ("_norm.weight", *LINEAR_PATHS)
-    return {name for name in names if name.endswith(ends)}
+    gains = ("_norm.weight",) if args.norm == "qkv" else ()
+    return {name for name in names if name.endswith((*gains, *LINEAR_PATHS))}
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -331,7 +353,7 @@ def _checked(
     name: str, path: Path, config: Config, store: Store | None, packing: str | None
 ) -> Checkpoint:
     family = family_of(config)
-    tensors = None if store is None else {family.canonical(tensor) for tensor in store.shapes}
+    tensors = None if store is None else places(family, store.shapes).keys()
     args = model_args(config, tensors)
     checkpoint = Checkpoint(name, path, config, family, args, packing, store)
     if store is not None:

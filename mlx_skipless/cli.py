@@ -8,7 +8,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import __version__
-from .commands import analyze, convert, curves, evaluate, generate, heal, train, verify
+from .commands import (
+    analyze,
+    architectures,
+    convert,
+    curves,
+    evaluate,
+    generate,
+    heal,
+    train,
+    verify,
+)
 from .errors import UserError, first_line
 
 SUMMARY = "Makes language models smaller and faster by removing weights, inside mlx-lm."
@@ -20,6 +30,7 @@ COMMANDS = {
     "heal": heal,
     "evaluate": evaluate,
     "verify": verify,
+    "architectures": architectures,
     "curves": curves,
 }
 

@@ -19,13 +19,13 @@ from .calibrate import CalibratedParts, NearestParts, memory_bytes
 from .checkpoint import FLOAT_NAMES, Checkpoint, open_checkpoint
 from .distill import LOGITS_BYTES, distilled
 from .errors import UserError
-from .families import HEAD, stock_expresses
 from .job import MODEL_FILE, Job, PackedParts
 from .layout import Layout, PackedLayout, Quantization
 from .loading import BUNDLED, load_tokenizer
 from .memory import peak_memory_bytes
 from .merge import Merger
 from .model import Model, ModelArgs
+from .names import HEAD
 from .plan import (
     REMOVALS,
     Conditioning,
@@ -149,6 +149,8 @@ def convert(
         raise UserError(f"{model} is a config without weights: add --dry-run, or give the model")
     target = getattr(mx, dtype) if dtype else checkpoint.dtype
     args = checkpoint.args
+    if distill and args.num_local_experts:
+        raise UserError("--distill is not for models with experts: drop it")
     if drops is not None:
         if skipless:
             raise UserError("--skipless drops every skip connection: drop it to drop sub-layers")
@@ -175,8 +177,7 @@ def convert(
         stored = checkpoint.read_packed()
         if args.tie_word_embeddings:  # a head on disk is not read
             stored = {name: a for name, a in stored.items() if not name.startswith(f"{HEAD}.")}
-        entry = checkpoint.config["quantization"]
-        return PackedLayout(plan.after, target, None, stored, entry)
+        return PackedLayout(plan.after, target, None, stored, checkpoint.packed_settings)
 
     declined = None
     if precompute_first_layer is not None:
@@ -186,24 +187,24 @@ def convert(
             both = (make_plan(args, **options, precompute=done) for done in (False, True))
             declined = first_layer.price(*map(layout_of, both))
         options["precompute"] = declined is None
+    known = None if skipless else checkpoint.family.stock
+    expressed = known is not None and (known.expresses if drops is None else known.drops)(args)
+    # What one matrix holds has bits of its own only as a whole.
+    mixed = goal is not None and bool(checkpoint.family.fused)
+    stock = expressed and not options.get("precompute") and not mixed
+    options["stock"] = stock
     plan = make_plan(args, **options)
     if checkpoint.store is not None:
         options["conditioning"] = _measure(checkpoint, plan, remove, target, progress)
         plan = make_plan(args, **options)
-    known = checkpoint.family.stock and plan.before == args
-    expressed = stock_expresses(args, dropping=drops is not None)
-    stock = known and expressed and not plan.tabled
-    more: tuple[str, ...] = (STOCK_CANNOT,) if known and not expressed else ()
-    more += (NO_STOCK_TABLE,) if known and expressed and plan.tabled else ()
+    more: tuple[str, ...] = (STOCK_CANNOT,) if known is not None and not expressed else ()
+    more += (NO_STOCK_TABLE,) if expressed and plan.tabled else ()
     if declined is not None:
         more += (f"the first layer stays computed: {declined} (--precompute-first-layer force)",)
 
     def planned(costs: Mapping[str, RemovalCost], dropped: Mapping[str, list[int]]) -> Plan:
         plan = make_plan(args, **options, costs=costs, dropped=dropped)
-        plan = replace(plan, notes=(*plan.notes, *more))
-        if stock:  # mlx-lm's own architecture wants every gain: folded ones are written as ones
-            plan = replace(plan, merged=replace(plan.merged, gains=args.gains))
-        return plan
+        return replace(plan, notes=(*plan.notes, *more))
 
     plan = planned({}, {})
     job = Job(
@@ -392,11 +393,11 @@ def _attempt(
     writer.write_json("config.json", job.config())
     text = found.calibration if found is not None and prose.calibrate else None
     parts = _result_parts(job, text)
-    writer.add(parts.embedding())
+    writer.add(job.named(parts.embedding()))
     for layer in range(layers):
         progress("converting", layer, layers)
-        writer.add(parts.layer(layer))
-    writer.add(parts.head())
+        writer.add(job.named(parts.layer(layer)))
+    writer.add(job.named(parts.head()))
     writer.finish_weights(job.layout.count())
     progress("converting", layers, layers)
     if prose.distill and found is not None and found.calibration is not None:
@@ -408,7 +409,7 @@ def _attempt(
 
 def _distill(job: Job, writer: Writer, tokens: mx.array, prose: Prose, progress: Progress) -> None:
     """Write the weights again with scales and biases that are trained towards the source."""
-    written = verification.WrittenParts(writer.folder)
+    written = verification.WrittenParts(writer.folder, job.layout.args, job.family)
     result = _tensors(written, job.layout.args)
     mx.eval(result)
     forms = {
@@ -433,7 +434,8 @@ def _distill(job: Job, writer: Writer, tokens: mx.array, prose: Prose, progress:
         progress=partial(progress, "distilling"),
     )
     writer.discard_weights()
-    writer.add(result | {name: array.astype(job.layout.dtype) for name, array in changed.items()})
+    changed = {name: array.astype(job.layout.dtype) for name, array in changed.items()}
+    writer.add(job.named(result | changed))
     writer.finish_weights(job.layout.count())
 
 
@@ -446,7 +448,7 @@ def _result_parts(job: Job, calibration: mx.array | None) -> Parts:
     dense = job.result_parts()
     if isinstance(job.layout, PackedLayout):
         table = dense if job.plan.tabled else None
-        return PackedParts(job.checkpoint, job.layout, table, job.gain_offset)
+        return PackedParts(job.checkpoint, job.layout, table, job.family.gain_offset)
     if calibration is None:
         return NearestParts(dense, job.layout)
     return CalibratedParts(job.plan.before, job.source_parts(), dense, job.layout, calibration)
@@ -509,9 +511,9 @@ def _verify(job: Job, folder: Path, found: passages.Passages, progress: Progress
     progress("checking", 0, 1)
     result: verification.Network
     if job.stock:
-        result = verification.StockNetwork(folder, job.layout.args)
+        result = verification.StockNetwork(folder, job.layout.args, job.family)
     else:
-        parts = verification.WrittenParts(folder)
+        parts = verification.WrittenParts(folder, job.layout.args, job.family)
         result = StreamedNetwork(job.layout.args, parts, job.layout.settings)
     source = _source_network(job)
     if job.layout.quantization is None:

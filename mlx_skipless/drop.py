@@ -14,8 +14,8 @@ import mlx.core as mx
 
 from .calibrate import filled, run, split
 from .errors import UserError
-from .families import EMBEDDING
 from .model import Block, ModelArgs
+from .names import EMBEDDING
 from .verify import Parts, StreamedNetwork
 
 PARTS = ("attention", "ffn")
@@ -220,7 +220,8 @@ def _weights(args: ModelArgs, kind: str) -> int:
     """Weights of one sub-layer's matrices."""
     query, key = args.num_attention_heads, args.num_key_value_heads
     attention = 2 * args.hidden_size * (query + key) * args.head_dim
-    ffn = 3 * args.hidden_size * args.intermediate_size
+    experts = max(args.num_local_experts, 1)
+    ffn = (3 if args.gated else 2) * experts * args.hidden_size * args.intermediate_size
     return {"attention": attention, "ffn": ffn, "block": attention + ffn}[kind]
 
 

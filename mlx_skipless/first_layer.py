@@ -11,10 +11,10 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from .calibrate import Merged, filled
-from .families import EMBEDDING, HEAD
 from .layout import Layout, tensors_of
 from .merge import finite
 from .model import Block, ModelArgs
+from .names import EMBEDDING, HEAD
 from .plan import tabled
 
 FIRST = "model.layers.0."
@@ -29,6 +29,7 @@ class FirstLayer:
 
     Attributes:
         matrices: weights of the projections that it takes the place of.
+        vectors: numbers of their norms and biases.
         hidden_size: width of an embedding's row.
         row: width of the table's row.
         vocab_size: rows.
@@ -36,6 +37,7 @@ class FirstLayer:
     """
 
     matrices: int
+    vectors: int
     hidden_size: int
     row: int
     vocab_size: int
@@ -53,21 +55,25 @@ class FirstLayer:
     def growth(self) -> int:
         """Numbers that the network has more than before, negative if fewer."""
         head = self.vocab_size * self.hidden_size if self.untied else 0
-        return self.vocab_size * (self.row - self.hidden_size) + head - self.matrices
+        gone = self.matrices + self.vectors
+        return self.vocab_size * (self.row - self.hidden_size) + head - gone
 
 
 def first_layer(args: ModelArgs) -> FirstLayer:
     """The figures of a network's table; ``args`` is the network without it."""
     after = tabled(args)
-    matrices = _weights(args) - _weights(after)
+    (matrices, vectors), (left, vectors_left) = map(_weights, (args, after))
     row = sum(after.row().values())
     tied = args.tie_word_embeddings
-    return FirstLayer(matrices, args.hidden_size, row, args.vocab_size, tied)
+    gone = matrices - left, vectors - vectors_left
+    return FirstLayer(*gone, args.hidden_size, row, args.vocab_size, tied)
 
 
-def _weights(args: ModelArgs) -> int:
-    """Numbers in layer 0."""
-    return sum(array.size for array in tensors_of(Block(args, 0)).values())
+def _weights(args: ModelArgs) -> tuple[int, int]:
+    """Numbers in layer 0: of its matrices, of all else."""
+    arrays = tensors_of(Block(args, 0)).values()
+    matrices = sum(array.size for array in arrays if array.ndim > 1)
+    return matrices, sum(array.size for array in arrays) - matrices
 
 
 def obstacle(args: ModelArgs) -> str | None:
@@ -141,7 +147,7 @@ class TabledParts:
 def _row(args: ModelArgs, block: Block, x: mx.array) -> mx.array:
     """The table's rows (tokens, row) of what enters the stream (tokens, hidden)."""
     attention = block.self_attn
-    read = x if block.input_layernorm is None else block.input_layernorm(x)
+    read = block.before_attention(x)
     parts = {
         "q": read if attention.q_proj is None else attention.q_proj(read),
         "k": read if attention.k_proj is None else attention.k_proj(read),
@@ -149,7 +155,7 @@ def _row(args: ModelArgs, block: Block, x: mx.array) -> mx.array:
         "x": x,
     }
     if args.block == "parallel":
-        ffn = block.ffn(x) if block.mlp is not None else mx.zeros_like(x)
+        ffn = block.mlp(block.before_ffn(x)) if block.mlp is not None else mx.zeros_like(x)
         parts["x"] = x + ffn if block.skip_ffn else ffn
     row = mx.concatenate([parts[name] for name in tabled(args).row()], axis=-1)
     mx.eval(row)

@@ -6,12 +6,14 @@ from typing import Any
 
 import mlx.core as mx
 
+from .arrangement import in_family, module_in_family
 from .calibrate import Merged
 from .checkpoint import Checkpoint
-from .families import EMBEDDING, FINAL_NORM, HEAD, is_stream_gain, stock_settings
+from .families import FAMILIES, Family
 from .first_layer import TabledParts
 from .layout import Layout, PackedLayout, dtype_name
 from .merge import Merger
+from .names import EMBEDDING, FINAL_NORM, HEAD, is_stream_gain
 from .plan import Plan, RemovalCost
 from .report import Report, make_report
 
@@ -59,14 +61,18 @@ class Job:
         return Merger(self.checkpoint, start, dtype)
 
     @property
-    def gain_offset(self) -> float:
-        """What the result's gains are stored less than they are; our own network's are whole."""
-        return self.checkpoint.family.gain_offset if self.stock else 0.0
+    def family(self) -> Family:
+        """The result's: its source's if it is of mlx-lm's own, else this package's."""
+        return self.checkpoint.family if self.stock else FAMILIES["skipless"]
+
+    def named(self, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """Tensors, of a whole layer or more, as the result's files have them."""
+        return in_family(self.family, tensors, self.layout.args)
 
     def result_parts(self) -> Merged:
         """The result's dense tensors."""
         plan, dtype = self.plan, self.layout.dtype
-        merger = Merger(self.checkpoint, plan, dtype, self.gain_offset)
+        merger = Merger(self.checkpoint, plan, dtype, self.family.gain_offset)
         if not plan.tabled:
             return merger
         exact = Merger(self.checkpoint, plan, mx.float32)
@@ -77,7 +83,8 @@ class Job:
         source, layout = self.checkpoint.config, self.layout
         if self.stock:
             config = {k: v for k, v in source.items() if not k.startswith("quantization")}
-            config |= stock_settings(layout.args)
+            assert self.family.stock is not None
+            config |= self.family.stock.settings(layout.args)
         else:
             keep = ("bos_token_id", "eos_token_id", "pad_token_id")
             config = {key: source[key] for key in keep if key in source}
@@ -86,7 +93,8 @@ class Job:
         config["torch_dtype"] = dtype_name(layout.dtype)
         config.pop("dtype", None)
         if layout.settings is not None:
-            config["quantization"] = config["quantization_config"] = layout.settings
+            named = {module_in_family(self.family, k): v for k, v in layout.settings.items()}
+            config["quantization"] = config["quantization_config"] = named
         return dict(sorted(config.items()))
 
 

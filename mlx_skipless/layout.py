@@ -12,8 +12,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import quantize_model
 
-from .families import EMBEDDING, HEAD
 from .model import Model, ModelArgs, quant_predicate
+from .names import EMBEDDING, EXPERTS, HEAD
 from .packed import MLXScheme
 from .rounding import Format
 
@@ -144,9 +144,21 @@ class Layout:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of weights that decoding a token reads: of an untied embedding a single row."""
-        embedding = 0 if self.args.tie_word_embeddings else self.nbytes(EMBEDDING)
-        return self.nbytes() - embedding + embedding // self.args.vocab_size
+        """Bytes of weights that decoding a token reads.
+
+        Of an untied embedding that is a single row, of experts those that are picked.
+        """
+        args = self.args
+        embedding = 0 if args.tie_word_embeddings else self.nbytes(EMBEDDING)
+        total = self.nbytes() - embedding + embedding // args.vocab_size
+        if not args.num_local_experts:
+            return total
+        experts = sum(
+            array.nbytes
+            for name, array in self.tensors.items()
+            if any(f".{matrix}." in name for matrix in EXPERTS)
+        )
+        return total - experts + experts * args.num_experts_per_tok // args.num_local_experts
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,11 @@ import transformers
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import hub
+from .arrangement import places
 from .checkpoint import SafetensorsStore, read_json
+from .config import model_args
 from .errors import UserError, first_line
-from .families import model_args
+from .families import family_of
 from .model import Model, ModelArgs
 
 BUNDLED = Path(__file__).parent / "assets" / "tales"  # a source checkpoint that tells tales
@@ -56,7 +58,7 @@ def load(
         )
     overrides = {}
     if skipless:
-        names = SafetensorsStore(folder).shapes
+        names = places(family_of(config), SafetensorsStore(folder).shapes).keys()
         overrides = {**asdict(model_args(config, names)), "model_file": None}
     try:
         model, config = mlx_lm.utils.load_model(

@@ -9,6 +9,7 @@ T^-1 W, and the function stays. Every removal chooses T so that one matrix becom
     Q (K, V)   T = Q       O* = O Q        K* = Q^-1 K, V* = Q^-1 V
     P          T = P^-1    M* = P M        (O* = O P^-1 where O writes the same point)
     a gain g   T^-1 = diag(g): W* = diag(g) W
+    a mean     T = I - 1 1^T / n, which a LayerNorm applies in any case: W* = W T
 
 NumPy does the linear algebra: MLX has float64 on the CPU only, and there NumPy's wheels bring the
 faster BLAS on Linux and the same Accelerate on a Mac.
@@ -23,8 +24,20 @@ import numpy as np
 
 from .checkpoint import Checkpoint
 from .errors import UserError
-from .families import ATTENTION, EMBEDDING, FINAL_NORM, GAINS, HEAD, LINEAR_PATHS, PROJECTIONS, path
 from .layout import dtype_name
+from .names import (
+    ATTENTION,
+    EMBEDDING,
+    EXPERTS,
+    FINAL_NORM,
+    HEAD,
+    LINEAR_PATHS,
+    PROJECTIONS,
+    behind,
+    is_stream_gain,
+    norms_of,
+    path,
+)
 from .plan import Conditioning, Plan
 from .points import layer_of, letter_of, points
 
@@ -95,9 +108,24 @@ def change_basis(
     return Linear(weight, bias)
 
 
-def fold_gain(gain: np.ndarray, linear: Linear) -> Linear:
-    """The matrix behind a norm, with the norm's gain (in,) in it (arXiv 2407.09577, section 2)."""
-    return Linear(gain[:, None] * linear.weight, linear.bias)
+def fold_norm(gain: np.ndarray | None, shift: np.ndarray | None, linear: Linear) -> Linear:
+    """The matrix behind a norm, with the norm's gain and bias (in,) in it.
+
+    See arXiv 2407.09577, sections 2 and 3.
+    """
+    weight, bias = linear.weight, linear.bias
+    if shift is not None:
+        bias = (0 if bias is None else bias) + shift @ weight
+    return Linear(weight if gain is None else gain[:, None] * weight, bias)
+
+
+def centre(linear: Linear) -> Linear:
+    """The matrix without the mean of its outputs (SliceGPT, arXiv 2401.15024, section 3.2)."""
+    bias = linear.bias
+    return Linear(
+        linear.weight - linear.weight.mean(-1, keepdims=True),
+        None if bias is None else bias - bias.mean(-1, keepdims=True),
+    )
 
 
 def measure(matrix: np.ndarray) -> Conditioning:
@@ -157,6 +185,8 @@ class Merger:
     def embedding(self) -> dict[str, mx.array]:
         name = f"{EMBEDDING}.weight"
         basis = self._basis(self._writes[EMBEDDING])
+        if self._plan.centred:
+            return {name: self._rows(name, lambda rows: rows - rows.mean(-1, keepdims=True))}
         if basis is None:
             return {name: self._through(name)}
         shift = 0 if basis.shift is None else basis.shift
@@ -177,29 +207,39 @@ class Merger:
 
     def head(self) -> dict[str, mx.array]:
         """The final norm's gain and the head, as far as the result has them."""
-        out: dict[str, mx.array] = {}
-        args, folded = self._plan.merged, self._plan.folded
-        if "final" in args.gains:
-            name = f"{FINAL_NORM}.weight"
-            gain = self._checkpoint.read([name])[name]
-            gain = mx.ones_like(gain) if "final" in folded else gain
-            out[name] = self._finite(name, self._stored_gain(gain))
-        if args.tie_word_embeddings:
+        out = self._norm(FINAL_NORM, "final", self._plan.before.hidden_size)
+        if self._plan.merged.tie_word_embeddings:
             return out
         name = f"{HEAD}.weight"
         basis = self._basis(self._reads[HEAD])
-        behind = self._vector(f"{FINAL_NORM}.weight") if "final" in folded else None
+        gain, shift = self._gain_and_shift(FINAL_NORM, "final")
         if basis is not None:
             out[name] = self._rows(name, lambda rows: rows @ basis.inverse.T)
-        elif behind is not None:
-            out[name] = self._rows(name, lambda rows: rows * behind)
+        elif gain is not None:
+            out[name] = self._rows(name, lambda rows: rows * gain)
         else:
             out[name] = self._through(name)
+        if self._plan.merged.head_bias:
+            out[f"{HEAD}.bias"] = self._head_bias(basis, shift)
         return out
+
+    def _head_bias(self, basis: Basis | None, shift: np.ndarray | None) -> mx.array:
+        name = f"{HEAD}.bias"
+        bias = self._vector(name)
+        for moved in (None if basis is None else basis.shift, None if shift is None else -shift):
+            if moved is not None:
+                rows = self._checkpoint.read([f"{HEAD}.weight"])[f"{HEAD}.weight"]
+                parts = (rows[i : i + ROWS] for i in range(0, rows.shape[0], ROWS))
+                more = np.concatenate([_float64(HEAD, part) @ moved for part in parts])
+                bias = (0 if bias is None else bias) - more
+        assert bias is not None
+        return self._stored(name, bias)
 
     def rewritten(self, where: str, outputs: mx.array) -> mx.array:
         """What the matrix at a module path wrote before, (..., out), in the basis of the result."""
         basis = self._basis(self._writes[where]) if where in self._writes else None
+        if self._plan.centred and where in self._writes:
+            return outputs - outputs.mean(-1, keepdims=True)
         if basis is None:
             return outputs
         assert basis.matrix is not None
@@ -214,15 +254,27 @@ class Merger:
     def _projection(self, where: str) -> dict[str, mx.array]:
         reads = self._basis(self._reads[where]) if where in self._reads else None
         writes = self._basis(self._writes[where]) if where in self._writes else None
-        if reads is None and writes is None and self._gain_before(where) is None:
+        centred = self._plan.centred and where in self._writes
+        unchanged = reads is None and writes is None and not centred
+        if unchanged and all(vector is None for vector in self._norm_before(where)):
             arrays = self._checkpoint.read([f"{where}.weight", f"{where}.bias"])
             return {name: self._finite(name, array) for name, array in arrays.items()}
         owner = writes is not None and self._owns(where)
-        new = change_basis(self._linear(where), reads=reads, writes=writes, owns_shift=owner)
-        out = {f"{where}.weight": self._stored(f"{where}.weight", new.weight.T)}
-        if new.bias is not None:
-            out[f"{where}.bias"] = self._stored(f"{where}.bias", new.bias)
-        return out
+
+        def stored(expert: int | None) -> dict[str, mx.array]:
+            new = self._linear(where, expert)
+            new = change_basis(new, reads=reads, writes=writes, owns_shift=owner)
+            new = centre(new) if centred else new
+            out = {f"{where}.weight": self._stored(f"{where}.weight", new.weight.T)}
+            if new.bias is not None:
+                out[f"{where}.bias"] = self._stored(f"{where}.bias", new.bias)
+            return out
+
+        experts = self._plan.before.num_local_experts
+        if not experts or where.rpartition(".")[2] not in EXPERTS:
+            return stored(None)
+        each = [stored(expert) for expert in range(experts)]
+        return {name: mx.stack([arrays[name] for arrays in each]) for name in each[0]}
 
     def _vectors(self, layer: int) -> dict[str, mx.array]:
         """Gains and linear paths; one that this layer lacks and others have is written out."""
@@ -232,15 +284,13 @@ class Merger:
         width = args.num_attention_heads * args.head_dim
         kv_width = args.num_key_value_heads * args.head_dim
         sizes = {"q": width, "k": kv_width, "v": kv_width, "hidden": args.intermediate_size}
-        for gain, module in GAINS[args.norm].items():
-            if layer == 0 and gain == "attention" and args.precomputed:
+        sizes |= dict.fromkeys("qk", args.head_dim) if args.qk_norm else {}
+        for norm, module in norms_of(args).items():
+            if layer == 0 and norm == "attention" and args.precomputed:
                 continue  # the table is behind it
-            if gain in args.gains and (ffn if gain in ("hidden", "ffn") else attention):
-                name = f"{prefix}.{module}.weight"
-                found = {} if gain in self._plan.folded else self._checkpoint.read([name])
-                values = found.get(name, mx.ones((sizes.get(gain, args.hidden_size),)))
-                values = self._stored_gain(values) if gain in GAINS["pre"] else values
-                out[name] = self._finite(name, values)
+            there = ffn if norm in ("hidden", "ffn") else attention
+            if there or (norm == "attention" and args.shared_norm and ffn):
+                out |= self._norm(f"{prefix}.{module}", norm, sizes.get(norm, args.hidden_size))
         heads = args.num_attention_heads
         for flag, absent in (
             ("gate_offset", mx.zeros(args.intermediate_size)),
@@ -254,8 +304,22 @@ class Merger:
                 out[name] = self._finite(name, found.get(name, absent))
         return out
 
-    def _stored_gain(self, gain: mx.array) -> mx.array:
-        return gain - self._gain_offset if self._gain_offset else gain
+    def _norm(self, module: str, norm: str, size: int) -> dict[str, mx.array]:
+        """A norm's gain and bias, as far as the result has them: ones and zeros if folded."""
+        out: dict[str, mx.array] = {}
+        args = self._plan.merged
+        for part, norms, nothing in (
+            ("weight", args.gains, mx.ones((size,))),
+            ("bias", args.shifts, mx.zeros((size,))),
+        ):
+            if norm in norms:
+                name = f"{module}.{part}"
+                found = {} if norm in self._plan.folded else self._checkpoint.read([name])
+                values = found.get(name, nothing)
+                if self._gain_offset and is_stream_gain(name):
+                    values = values - self._gain_offset
+                out[name] = self._finite(name, values)
+        return out
 
     def _make_basis(self, index: int) -> Basis | None:
         where = self._plan.identity.get(index)
@@ -273,32 +337,35 @@ class Merger:
             return basis_without_writer(linear, alone=alone)
         return basis_without_reader(linear)
 
-    def _linear(self, where: str) -> Linear:
-        """The matrix at a module path, the gain before it folded in, in float64."""
-        arrays = self._checkpoint.read([f"{where}.weight", f"{where}.bias"])
-        weight = _float64(f"{where}.weight", arrays[f"{where}.weight"]).T
-        bias = arrays.get(f"{where}.bias")
-        linear = Linear(weight, None if bias is None else _float64(f"{where}.bias", bias))
-        gain = self._gain_before(where)
-        return linear if gain is None else fold_gain(gain, linear)
+    def _linear(self, where: str, expert: int | None = None) -> Linear:
+        """The matrix at a module path, the norm before it folded in, in float64.
 
-    def _gain_before(self, where: str) -> np.ndarray | None:
-        """The gain (in,) that the plan folds into the matrix at a module path."""
-        layer, projection = layer_of(where), where.rpartition(".")[2]
-        behind = {
-            "attention": ("q_proj", "k_proj", "v_proj"),
-            "ffn": ("gate_proj", "up_proj"),
-            "v": ("o_proj",),
-            "hidden": ("down_proj",),
-        }
-        modules = GAINS["pre"] | GAINS["qkv"]
-        for gain, projections in behind.items():
-            if gain in self._plan.folded and projection in projections:
-                values = self._vector(f"model.layers.{layer}.{modules[gain]}.weight")
-                if gain == "v" and values is not None:
-                    values = self._per_query_head(values)
-                return values
-        return None
+        ``expert`` picks one of those of a mixture.
+        """
+        names = f"{where}.weight", f"{where}.bias"
+        arrays = self._checkpoint.read(names)
+        if expert is not None:
+            arrays = {name: array[expert] for name, array in arrays.items()}
+        weight, bias = (_float64(n, arrays[n]) if n in arrays else None for n in names)
+        assert weight is not None
+        return fold_norm(*self._norm_before(where), Linear(weight.T, bias))
+
+    def _norm_before(self, where: str) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """The gain and bias (in,) that the plan folds into the matrix at a module path."""
+        source = self._checkpoint.args
+        for norm, module in norms_of(source).items():
+            if where.rpartition(".")[2] in behind(source, norm):
+                gain, shift = self._gain_and_shift(f"model.layers.{layer_of(where)}.{module}", norm)
+                if norm == "v" and gain is not None:
+                    gain = self._per_query_head(gain)
+                return gain, shift
+        return None, None
+
+    def _gain_and_shift(self, module: str, norm: str) -> tuple[np.ndarray | None, ...]:
+        """A norm's gain and bias if the plan folds them."""
+        if norm not in self._plan.folded:
+            return None, None
+        return self._vector(f"{module}.weight"), self._vector(f"{module}.bias")
 
     def _per_query_head(self, gain: np.ndarray) -> np.ndarray:
         """A value gain (kv_heads * head_dim,) as the query heads meet it (heads * head_dim,)."""

@@ -22,6 +22,7 @@ from mlx_lm.models.activations import swiglu
 from mlx_lm.models.base import BaseModelArgs, create_attention_mask, scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_lm.models.rope_utils import initialize_rope
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
 MLX_LM_RANGE = ((0, 32), (0, 33))  # from, up to but not including
 
@@ -62,9 +63,17 @@ class ModelArgs(BaseModelArgs):
     skip: str = "none"  # none, ffn (around the FFN only), both
     norm: str = "none"  # none, qkv (on the projections' outputs), pre (on the stream)
     final_norm: bool = False
+    norm_type: str = "rms"  # of the norms on the stream and the final one: rms, layer (LayerNorm)
     rms_norm_eps: float = 1e-5
+    shared_norm: bool = False  # a parallel block's FFN reads what its attention reads
+    qk_norm: bool = False  # RMS norm of each head's q and k, with a gain that all heads share
     hidden_act: str = "silu"
+    gated: bool = True  # the FFN is down(act(gate) * up), else down(act(up))
+    num_local_experts: int = 0  # FFNs of a layer, of which a router picks some; 0: one for all
+    num_experts_per_tok: int = 0
     rope_theta: float = 10000.0
+    rotary_dim: int = 0  # numbers of a head that are rotated; 0: all
+    rope_traditional: bool = False  # pairs are neighbours, not the halves of what is rotated
     # RoPE scaling; not "rope_scaling", which transformers checks without knowing this architecture.
     rope: Optional[Dict[str, Any]] = None
     max_position_embeddings: Optional[int] = None
@@ -72,12 +81,15 @@ class ModelArgs(BaseModelArgs):
     layer_types: List[str] = field(default_factory=list)  # full_attention or sliding_attention
     tie_word_embeddings: bool = False
     embedding_scale: float = 1.0  # times the embedding where it enters the stream
+    logit_scale: float = 1.0
+    head_bias: bool = False
     # Which layers lack "q", "k", "v", "p", their whole "attention" or their whole "ffn".
     removed: Dict[str, List[int]] = field(default_factory=dict)
     # Which layers' matrices ("q_proj", "down_proj", ...) have a bias.
     biases: Dict[str, List[int]] = field(default_factory=dict)
     # Norms with a learned gain: "q", "k", "v", "hidden" (qkv), "attention", "ffn" (pre), "final".
     gains: List[str] = field(default_factory=list)
+    shifts: List[str] = field(default_factory=list)  # LayerNorms with a learned bias
     gate_offset: bool = False  # (act(gate) + c) * up
     value_skip: bool = False  # attention + alpha * the token's own value
     attention_gain: bool = False  # attention times beta
@@ -92,6 +104,8 @@ class ModelArgs(BaseModelArgs):
             self.num_key_value_heads = self.num_attention_heads
         if not self.head_dim:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        if not self.rotary_dim:
+            self.rotary_dim = self.head_dim
         if not self.layer_types:
             kind = "sliding_attention" if self.sliding_window else "full_attention"
             self.layer_types = [kind] * self.num_hidden_layers
@@ -99,6 +113,7 @@ class ModelArgs(BaseModelArgs):
             ("block", self.block, ("serial", "parallel")),
             ("skip", self.skip, ("none", "ffn", "both")),
             ("norm", self.norm, ("none", "qkv", "pre")),
+            ("norm_type", self.norm_type, ("rms", "layer")),
             ("hidden_act", self.hidden_act, tuple(ACTIVATIONS)),
         ):
             if value not in known:
@@ -110,9 +125,19 @@ class ModelArgs(BaseModelArgs):
         gone = layer in self.removed.get(part, ()) or layer in self.removed.get(whole, ())
         return gone or (layer == 0 and self.tabled(part))
 
+    @property
+    def ffn_readers(self) -> List[str]:
+        """The matrices that read what enters the FFN."""
+        router = ["router"] if self.num_local_experts else []
+        return [*router, *(["gate_proj"] if self.gated else []), "up_proj"]
+
     def entered(self, rows: mx.array) -> mx.array:
         """Rows of the embedding as they enter the stream."""
         return rows if self.embedding_scale == 1 else rows * self.embedding_scale
+
+    def left(self, logits: mx.array) -> mx.array:
+        """The head's outputs as they leave the network."""
+        return logits if self.logit_scale == 1 else logits * self.logit_scale
 
     def tabled(self, part: str) -> bool:
         """Whether layer 0 finds the outputs of ``part`` in the embedding's rows."""
@@ -135,8 +160,18 @@ class ModelArgs(BaseModelArgs):
         heads = {"q": width, "k": kv_width, "v": kv_width}
         return {"x": self.hidden_size, **heads} if passes else heads
 
-    def linear(self, name: str, layer: int, n_in: int, n_out: int) -> nn.Linear:
-        return nn.Linear(n_in, n_out, bias=layer in self.biases.get(name, ()))
+    def linear(self, name: str, layer: int, n_in: int, n_out: int) -> nn.Module:
+        bias = layer in self.biases.get(name, ())
+        if self.num_local_experts and name in ("gate_proj", "up_proj", "down_proj"):
+            return SwitchLinear(n_in, n_out, self.num_local_experts, bias=bias)
+        return nn.Linear(n_in, n_out, bias=bias)
+
+    def stream_norm(self, part: str) -> nn.Module:
+        """The norm before the "attention" or the "ffn", or the "final" one."""
+        gain, shift = part in self.gains, part in self.shifts
+        if self.norm_type == "layer":
+            return LayerNorm(self.hidden_size, self.rms_norm_eps, gain, shift)
+        return RMSNorm(self.hidden_size if gain else None, self.rms_norm_eps)
 
 
 class RMSNorm(nn.Module):
@@ -153,6 +188,21 @@ class RMSNorm(nn.Module):
         if gain is None or gain.size == x.shape[-1]:
             return mx.fast.rms_norm(x, gain, self.eps)
         return mx.fast.rms_norm(x, None, self.eps) * gain.reshape(x.shape[-2:])
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm of the last axis, with or without a learned gain and bias."""
+
+    def __init__(self, dims: int, eps: float, gain: bool, shift: bool):
+        super().__init__()
+        if gain:
+            self.weight = mx.ones((dims,))
+        if shift:
+            self.bias = mx.zeros((dims,))
+        self.eps = eps
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.fast.layer_norm(x, self.get("weight"), self.get("bias"), self.eps)
 
 
 class ShardedRMSNorm(nn.Module):
@@ -197,13 +247,16 @@ class Attention(nn.Module):
             present = not args.lacks(part, layer)
             setattr(self, name, args.linear(name, layer, n_in, n_out) if present else None)
 
+        # A gain for all heads alike is as wide as one of them.
+        self.shared_gains = args.qk_norm
         for name, part, dims in (
-            ("q_norm", "q", width),
-            ("k_norm", "k", kv_width),
+            ("q_norm", "q", args.head_dim if args.qk_norm else width),
+            ("k_norm", "k", args.head_dim if args.qk_norm else kv_width),
             ("v_norm", "v", kv_width),
         ):
             norm = RMSNorm(dims if part in args.gains else None, args.rms_norm_eps)
-            setattr(self, name, norm if args.norm == "qkv" else None)
+            normed = args.norm == "qkv" or (args.qk_norm and part != "v")
+            setattr(self, name, norm if normed else None)
 
         if args.value_skip:
             self.value_skip = mx.zeros((self.n_heads,))
@@ -212,7 +265,11 @@ class Attention(nn.Module):
         if args.uniform_gain:
             self.uniform_gain = mx.zeros((self.n_heads,))
         self.rope = initialize_rope(
-            self.head_dim, args.rope_theta, False, args.rope, args.max_position_embeddings
+            args.rotary_dim,
+            args.rope_theta,
+            args.rope_traditional,
+            args.rope,
+            args.max_position_embeddings,
         )
 
     def heads(self, x: mx.array, proj, norm, n: int) -> mx.array:
@@ -272,7 +329,8 @@ class Attention(nn.Module):
                 how = "sharded-to-all" if name == "o_proj" else "all-to-sharded"
                 setattr(self, name, shard_linear(linear, how, group=group))
         for name in ("q_norm", "k_norm", "v_norm"):
-            if (norm := getattr(self, name)) is not None:
+            whole = self.shared_gains and name != "v_norm"
+            if (norm := getattr(self, name)) is not None and not whole:
                 shard_inplace(norm, lambda path, w: 0, group=group)
         for name in ("value_skip", "attention_gain", "uniform_gain"):
             if name in self:
@@ -284,43 +342,83 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     def __init__(self, args: ModelArgs, layer: int):
-        super().__init__()
+        nn.Module.__init__(self)
         # Without P the FFN reads the heads themselves, wider or narrower than the stream.
         heads = (
             args.block == "serial" and args.lacks("p", layer) and not args.lacks("attention", layer)
         )
         n_in = args.num_attention_heads * args.head_dim if heads else args.hidden_size
-        self.gate_proj = args.linear("gate_proj", layer, n_in, args.intermediate_size)
-        self.up_proj = args.linear("up_proj", layer, n_in, args.intermediate_size)
-        self.down_proj = args.linear("down_proj", layer, args.intermediate_size, args.hidden_size)
+        inner = args.intermediate_size
+        self.router: Any = None
+        if args.num_local_experts:
+            self.router = args.linear("router", layer, n_in, args.num_local_experts)
+        self.gate_proj: Any = args.linear("gate_proj", layer, n_in, inner) if args.gated else None
+        self.up_proj: Any = args.linear("up_proj", layer, n_in, inner)
+        self.down_proj: Any = args.linear("down_proj", layer, inner, args.hidden_size)
         if args.gate_offset:
-            self.gate_offset = mx.zeros((args.intermediate_size,))
+            self.gate_offset = mx.zeros((inner,))
         self.hidden_norm: Optional[nn.Module] = None
         if args.norm == "qkv":
-            dims = args.intermediate_size if "hidden" in args.gains else None
+            dims = inner if "hidden" in args.gains else None
             self.hidden_norm = RMSNorm(dims, args.rms_norm_eps)
         self.hidden_act = args.hidden_act
 
-    def __call__(self, x: mx.array) -> mx.array:
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        if "gate_offset" in self:
+    def activation(self, up: mx.array, gate: Optional[mx.array]) -> mx.array:
+        """What the last matrix reads."""
+        if gate is None:
+            hidden = ACTIVATIONS[self.hidden_act](up)
+        elif "gate_offset" in self:
             hidden = (ACTIVATIONS[self.hidden_act](gate) + self.gate_offset) * up
         elif self.hidden_act == "silu":
             hidden = swiglu(gate, up)
         else:
             hidden = ACTIVATIONS[self.hidden_act](gate) * up
-        if self.hidden_norm is not None:
-            hidden = self.hidden_norm(hidden)
-        return self.down_proj(hidden)
+        return hidden if self.hidden_norm is None else self.hidden_norm(hidden)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        gate = None if self.gate_proj is None else self.gate_proj(x)
+        return self.down_proj(self.activation(self.up_proj(x), gate))
 
     def shard(self, group: mx.distributed.Group):
-        self.gate_proj = shard_linear(self.gate_proj, "all-to-sharded", group=group)
+        if self.gate_proj is not None:
+            self.gate_proj = shard_linear(self.gate_proj, "all-to-sharded", group=group)
         self.up_proj = shard_linear(self.up_proj, "all-to-sharded", group=group)
         self.down_proj = shard_linear(self.down_proj, "sharded-to-all", group=group)
+        self.shard_hidden(group)
+
+    def shard_hidden(self, group: mx.distributed.Group):
         if "gate_offset" in self:
             self.gate_offset = mx.split(self.gate_offset, group.size())[group.rank()]
         if self.hidden_norm is not None:
             self.hidden_norm = ShardedRMSNorm(self.hidden_norm, group)
+
+
+class Experts(MLP, SwitchGLU):
+    """Many FFNs: a router picks a few for each token and weighs what they give (Mixtral)."""
+
+    def __init__(self, args: ModelArgs, layer: int):
+        super().__init__(args, layer)
+        self.picked = args.num_experts_per_tok
+        self.group: Optional[mx.distributed.Group] = None
+
+    def __call__(self, x: mx.array) -> mx.array:  # type: ignore[override]
+        scores = self.router(x)
+        experts = mx.argpartition(-scores, kth=self.picked - 1, axis=-1)[..., : self.picked]
+        experts = mx.stop_gradient(experts)
+        weights = mx.softmax(mx.take_along_axis(scores, experts, axis=-1), axis=-1, precise=True)
+        out = SwitchGLU.__call__(self, x, experts)
+        out = (out * weights[..., None]).sum(axis=-2)
+        return out if self.group is None else mx.distributed.all_sum(out, group=self.group)
+
+    def shard(self, group: mx.distributed.Group):
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            linear = getattr(self, name)
+            if "bias" in linear:
+                raise ValueError("experts with biases cannot be spread over machines")
+            how = "sharded-to-all" if name == "down_proj" else "all-to-sharded"
+            shard_inplace(linear, how, group=group)
+        self.shard_hidden(group)
+        self.group = group
 
 
 class Block(nn.Module):
@@ -330,26 +428,28 @@ class Block(nn.Module):
         self.self_attn: Any = Attention(args, layer) if attention else None
         self._row = args.row() if args.precomputed and layer == 0 else {}
         ffn = not args.lacks("ffn", layer)
-        self.mlp: Any = MLP(args, layer) if ffn else None
-        self.input_layernorm: Optional[RMSNorm] = None
-        self.post_attention_layernorm: Optional[RMSNorm] = None
+        kind = Experts if args.num_local_experts else MLP
+        self.mlp: Any = kind(args, layer) if ffn else None
+        self.input_layernorm: Optional[nn.Module] = None
+        self.post_attention_layernorm: Optional[nn.Module] = None
+        self.shared_norm = args.shared_norm
         if args.norm == "pre":
-            dims = {
-                part: args.hidden_size if part in args.gains else None
-                for part in ("attention", "ffn")
-            }
-            if attention and not self._row:
-                self.input_layernorm = RMSNorm(dims["attention"], args.rms_norm_eps)
-            if ffn:
-                self.post_attention_layernorm = RMSNorm(dims["ffn"], args.rms_norm_eps)
+            if (attention or (ffn and args.shared_norm)) and not self._row:
+                self.input_layernorm = args.stream_norm("attention")
+            if ffn and not args.shared_norm:
+                self.post_attention_layernorm = args.stream_norm("ffn")
         self.parallel = args.block == "parallel"
         self.skip_attention = args.skip == "both"
         self.skip_ffn = args.skip != "none"
         self.use_sliding = args.layer_types[layer] == "sliding_attention"
 
-    def attention(self, x: mx.array, mask, cache) -> mx.array:
-        h = x if self.input_layernorm is None else self.input_layernorm(x)
-        return self.self_attn(h, mask, cache)
+    def before_attention(self, x: mx.array) -> mx.array:
+        return x if self.input_layernorm is None else self.input_layernorm(x)
+
+    def before_ffn(self, x: mx.array) -> mx.array:
+        if self.shared_norm:
+            return self.before_attention(x)
+        return x if self.post_attention_layernorm is None else self.post_attention_layernorm(x)
 
     def behind_table(self, row: mx.array, mask, cache) -> mx.array:
         """The stream behind the attention of rows of a table, (batch, length, row)."""
@@ -358,23 +458,22 @@ class Block(nn.Module):
         h = self.self_attn([parts[name] for name in ("q", "k", "v")], mask, cache)
         return parts["x"] + h if "x" in parts else h
 
-    def ffn(self, x: mx.array) -> mx.array:
-        h = x if self.post_attention_layernorm is None else self.post_attention_layernorm(x)
-        return self.mlp(h)
-
     def __call__(self, x: mx.array, mask=None, cache: Optional[Any] = None) -> mx.array:
         if self._row:
             x = self.behind_table(x, mask, cache)
         elif self.parallel:
-            out = self.ffn(x) if self.mlp is not None else mx.zeros_like(x)
+            read = self.before_attention(x)
+            out = mx.zeros_like(x)
+            if self.mlp is not None:
+                out = self.mlp(read if self.shared_norm else self.before_ffn(x))
             if self.self_attn is not None:
-                out = out + self.attention(x, mask, cache)
+                out = out + self.self_attn(read, mask, cache)
             return x + out if self.skip_ffn else out
         elif self.self_attn is not None:
-            h = self.attention(x, mask, cache)
+            h = self.self_attn(self.before_attention(x), mask, cache)
             x = x + h if self.skip_attention else h
         if self.mlp is not None:
-            h = self.ffn(x)
+            h = self.mlp(self.before_ffn(x))
             x = x + h if self.skip_ffn else h
         return x
 
@@ -386,10 +485,7 @@ class SkiplessModel(nn.Module):
         self.sliding_window = args.sliding_window
         self.embed_tokens = nn.Embedding(args.vocab_size, sum(args.row().values()))
         self.layers = [Block(args, layer) for layer in range(args.num_hidden_layers)]
-        self.norm = None
-        if args.final_norm:
-            dims = args.hidden_size if "final" in args.gains else None
-            self.norm = RMSNorm(dims, args.rms_norm_eps)
+        self.norm = args.stream_norm("final") if args.final_norm else None
 
     def masks(self, h: mx.array, caches: List[Any]) -> Dict[bool, Any]:
         """One mask for the layers with a sliding window (True), one for those without (False)."""
@@ -429,7 +525,7 @@ class Model(nn.Module):
         self.model_type = args.model_type
         self.model = SkiplessModel(args)
         if not args.tie_word_embeddings:
-            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=args.head_bias)
 
     def __call__(
         self,
@@ -441,13 +537,14 @@ class Model(nn.Module):
         return self.head(self.model(inputs, cache, input_embeddings))
 
     def head(self, h: mx.array) -> mx.array:
-        if self.args.tie_word_embeddings:
-            return self.model.embed_tokens.as_linear(h)
-        return self.lm_head(h)
+        """Logits of what the final norm gives."""
+        tied = self.args.tie_word_embeddings
+        return self.args.left(self.model.embed_tokens.as_linear(h) if tied else self.lm_head(h))
 
     def sanitize(self, weights: Dict[str, mx.array]) -> Dict[str, mx.array]:
         if self.args.tie_word_embeddings:
             weights.pop("lm_head.weight", None)
+        weights = self.stacked(weights)
         # A layer may lack a gain (one) or a linear path (none) that others have.
         norms = ("q_norm.weight", "k_norm.weight", "v_norm.weight", "hidden_norm.weight")
         paths = ("gate_offset", "value_skip", "attention_gain", "uniform_gain")
@@ -457,6 +554,21 @@ class Model(nn.Module):
             if name.endswith((*norms, *paths)) and name not in weights:
                 weights[name] = own.astype(dtype)  # type: ignore[union-attr]
         return {k: v for k, v in weights.items() if "rotary_emb.inv_freq" not in k}
+
+    def stacked(self, weights: Dict[str, mx.array]) -> Dict[str, mx.array]:
+        """Weights with all experts of a layer in one, where they are Mixtral's, one by one."""
+        matrices = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+        experts: Dict[str, Dict[int, mx.array]] = {}
+        out = {}
+        for name, array in weights.items():
+            prefix, moe, rest = name.partition(".block_sparse_moe.")
+            if rest.startswith("experts."):
+                _, number, matrix, part = rest.split(".")
+                found = experts.setdefault(f"{prefix}.mlp.{matrices[matrix]}.{part}", {})
+                found[int(number)] = array
+            else:
+                out[f"{prefix}.mlp.{rest.replace('gate', 'router')}" if moe else name] = array
+        return out | {name: mx.stack([by[i] for i in sorted(by)]) for name, by in experts.items()}
 
     @property
     def layers(self):

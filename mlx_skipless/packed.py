@@ -33,8 +33,8 @@ class Scheme:
     marker: str
     parts: tuple[str, ...]
 
-    def shape(self, path: str, shapes: Shapes) -> tuple[int, int]:
-        """(out, in) of the dense matrix at ``path``, from its parts' shapes.
+    def shape(self, path: str, shapes: Shapes) -> tuple[int, ...]:
+        """(out, in) of the dense matrix at ``path``, from its parts' shapes; experts come first.
 
         Raises:
             UserError: if a part is missing or does not fit the others.
@@ -53,7 +53,7 @@ class Scheme:
 
     def _layout(
         self, path: str, shapes: Shapes
-    ) -> tuple[tuple[int, int], dict[str, tuple[int, ...]]]:
+    ) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
         """(out, in) of the dense matrix, and the shapes that its parts have then."""
         raise NotImplementedError
 
@@ -91,14 +91,16 @@ class MLXScheme(Scheme):
 
     def _layout(
         self, path: str, shapes: Shapes
-    ) -> tuple[tuple[int, int], dict[str, tuple[int, ...]]]:
+    ) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
         group_size, bits, mode = self.settings(path)
-        out, groups = shapes[f"{path}.scales"]
+        *out, groups = shapes[f"{path}.scales"]
+        if not out:
+            raise ValueError(out)
         n_in = groups * group_size
-        expected: dict[str, tuple[int, ...]] = {".weight": (out, n_in * bits // 32)}
+        expected: dict[str, tuple[int, ...]] = {".weight": (*out, n_in * bits // 32)}
         if mode == "affine":
-            expected[".biases"] = (out, groups)
-        return (out, n_in), expected
+            expected[".biases"] = (*out, groups)
+        return (*out, n_in), expected
 
     def dense(self, path: str, arrays: Arrays) -> mx.array:
         group_size, bits, mode = self.settings(path)
@@ -118,7 +120,7 @@ class AWQScheme(Scheme):
 
     def _layout(
         self, path: str, shapes: Shapes
-    ) -> tuple[tuple[int, int], dict[str, tuple[int, ...]]]:
+    ) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
         n_in, words = shapes[f"{path}.qweight"]
         groups, _ = shapes[f"{path}.scales"]
         if groups == 0 or n_in % groups:
@@ -170,7 +172,7 @@ class GPTQScheme(Scheme):
 
     def _layout(
         self, path: str, shapes: Shapes
-    ) -> tuple[tuple[int, int], dict[str, tuple[int, ...]]]:
+    ) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
         words, n_out = shapes[f"{path}.qweight"]
         groups, _ = shapes[f"{path}.scales"]
         if words % self.bits or n_out % 32:

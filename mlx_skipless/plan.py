@@ -5,15 +5,15 @@ is every exact removal (Graef, arXiv 2404.12362, section 2). A plan is these cho
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
 from .errors import UserError
-from .families import ATTENTION, EMBEDDING, GAINS, HEAD, MLP
 from .layout import dtype_name
 from .model import ModelArgs
+from .names import ATTENTION, EMBEDDING, GAINS, HEAD, MLP, behind
 from .points import LETTERS, Point, layer_of, letter_of, points
 
 PARTS = (*LETTERS, "attention", "ffn")  # that a layer can lack
@@ -77,6 +77,8 @@ class Plan:
         dropped: the layers whose whole "attention" or "ffn" goes.
         notes: what the user should know, one line each.
         tabled: whether layer 0's projections become a table by token.
+        centred: whether all that writes the stream has its mean taken out, so that LayerNorms
+            become RMS norms.
     """
 
     before: ModelArgs
@@ -87,6 +89,7 @@ class Plan:
     notes: tuple[str, ...]
     dropped: Mapping[str, list[int]] = field(default_factory=dict)
     tabled: bool = False
+    centred: bool = False
 
     @property
     def after(self) -> ModelArgs:
@@ -106,8 +109,26 @@ def strip(args: ModelArgs) -> ModelArgs:
         raise UserError(
             "--skipless is for models with skips and norms; this one is skipless: drop it"
         )
-    gains = [gain for gain in args.gains if gain not in GAINS["pre"]]
-    return replace(args, skip="none", norm="qkv", gains=gains)
+    bare = _without_norms(args, GAINS["pre"])
+    return replace(bare, skip="none", norm="qkv", shared_norm=False)
+
+
+def _without_norms(args: ModelArgs, folded: Collection[str]) -> ModelArgs:
+    """The network with these norms' gains and biases in the matrices behind them."""
+    biases = {name: {*layers} for name, layers in args.biases.items()}
+    for norm in folded:
+        for name in behind(args, norm) if norm in args.shifts else ():
+            part = "attention" if name in ATTENTION else "ffn"
+            if name in ATTENTION[:3] or name in args.ffn_readers:
+                there = [i for i in range(args.num_hidden_layers) if not args.lacks(part, i)]
+                biases[name] = biases.get(name, set()) | {*there}
+    return replace(
+        args,
+        biases={name: sorted(layers) for name, layers in sorted(biases.items()) if layers},
+        gains=[gain for gain in args.gains if gain not in folded],
+        shifts=[shift for shift in args.shifts if shift not in folded],
+        head_bias=args.head_bias or ("final" in folded and "final" in args.shifts),
+    )
 
 
 def tabled(args: ModelArgs) -> ModelArgs:
@@ -155,7 +176,8 @@ def _shape_refusal(args: ModelArgs, letter: str) -> str | None:
 def _p_saves(args: ModelArgs) -> int:
     """Weights that removing one layer's P saves (negative: what it costs)."""
     width = args.num_attention_heads * args.head_dim
-    return width * args.hidden_size - 2 * (width - args.hidden_size) * args.intermediate_size
+    inner = max(args.num_local_experts, 1) * args.intermediate_size * (2 if args.gated else 1)
+    return width * args.hidden_size - (width - args.hidden_size) * (inner + args.num_local_experts)
 
 
 def make_plan(
@@ -170,6 +192,7 @@ def make_plan(
     costs: Mapping[str, RemovalCost] | None = None,
     dropped: Mapping[str, list[int]] | None = None,
     precompute: bool = False,
+    stock: bool = False,
 ) -> Plan:
     """Decide what goes.
 
@@ -184,6 +207,8 @@ def make_plan(
         costs: measured, of removals by module path; `auto` leaves in place what does not pay.
         dropped: layers whose whole "attention" or "ffn" goes.
         precompute: make the first layer's projections a table.
+        stock: stay a network of mlx-lm's own, which wants every gain and bias that it has and no
+            more: folded ones are written as ones and zeros.
 
     Raises:
         UserError: if an explicit removal is impossible.
@@ -202,11 +227,22 @@ def make_plan(
     for where in identity.values():
         gone.setdefault(letter_of(where), []).append(layer_of(where))
     gone = {letter: sorted(gone[letter]) for letter in LETTERS if letter in gone}
-    folded = _folded(args, before, fold_norms)
-    merged = _merged(before, found, identity, gone, folded, conditioning or {}, quantized)
+    folded = _folded(args, before, fold_norms, stock)
+    centred = not stock and _centred(args, before, folded)
+    if stock:
+        merged = before
+        foldable = _folded(args, before, fold_norms, stock=False)
+        if kept := [norm for norm in foldable if norm not in folded]:
+            notes.append(
+                f"norm gains stay before the {' and the '.join(kept).replace('final', 'head')}: "
+                "mlx-lm's own network has no bias there to take the norm's"
+            )
+    else:
+        merged = _merged(before, found, identity, gone, folded, conditioning or {}, quantized)
+        merged = _simplified(merged, centred)
     dropped = {part: layers for part, layers in (dropped or {}).items() if layers}
     merged = replace(merged, removed=_united(merged.removed, dropped))
-    return Plan(before, merged, identity, folded, gone, tuple(notes), dropped, precompute)
+    return Plan(before, merged, identity, folded, gone, tuple(notes), dropped, precompute, centred)
 
 
 def _united(*maps: Mapping[str, list[int]]) -> dict[str, list[int]]:
@@ -362,24 +398,58 @@ def _choose(
     return identity
 
 
-def _folded(source: ModelArgs, before: ModelArgs, fold_norms: bool) -> tuple[str, ...]:
-    """Gains that go into the matrices behind them.
+def _folded(source: ModelArgs, before: ModelArgs, fold_norms: bool, stock: bool) -> tuple[str, ...]:
+    """Norms whose gains and biases go into the matrices behind them.
 
     Only those that must, or all if asked: a gain in a matrix widens the range of the weights that
     share a scale once it is quantized, and weighs next to nothing outside.
     """
-    behind = []
+    wanted = []
     if before is not source:
-        behind += [*GAINS["pre"]]
+        wanted += [*GAINS["pre"]]
     elif fold_norms:  # where Q, K or V is gone, no matrix is there to take its gain
-        behind += [] if any(source.removed.get(part) for part in "qkv") else ["attention"]
-        behind += ["ffn"]
+        wanted += [] if any(source.removed.get(part) for part in "qkv") else ["attention"]
+        wanted += ["ffn"]
     if fold_norms:
-        behind += ["hidden"]
-        behind += [] if source.removed.get("p") else ["v"]  # P absorbs it
+        wanted += ["hidden"]
+        wanted += [] if source.removed.get("p") else ["v"]  # P absorbs it
     if fold_norms and not source.tie_word_embeddings:
-        behind += ["final"]
-    return tuple(gain for gain in behind if gain in source.gains)
+        wanted += ["final"]
+    there = [norm for norm in wanted if norm in (*source.gains, *source.shifts)]
+    if not stock:
+        return tuple(there)
+    return tuple(
+        n
+        for n in there
+        if _without_norms(source, [n]).biases == source.biases
+        and _without_norms(source, [n]).head_bias == source.head_bias
+    )
+
+
+def _centred(source: ModelArgs, before: ModelArgs, folded: Collection[str]) -> bool:
+    """Whether every LayerNorm can become an RMS norm.
+
+    The mean that a LayerNorm takes out can be taken out of whatever writes the stream (Ashkboos et
+    al., SliceGPT, arXiv 2401.15024, section 3.2). A tied head would see it.
+    """
+    return (
+        before is source
+        and source.norm == "pre"
+        and source.norm_type == "layer"
+        and source.skip != "none"
+        and source.final_norm
+        and not source.tie_word_embeddings
+        and not source.precomputed
+        and {*source.gains, *source.shifts} <= {*folded, *GAINS["qkv"]}
+    )
+
+
+def _simplified(args: ModelArgs, centred: bool) -> ModelArgs:
+    """The network without what its norms no longer need."""
+    args = replace(args, norm_type="rms") if centred else args
+    weightless = not {*args.gains, *args.shifts} & GAINS["pre"].keys()
+    once = args.block == "parallel" and args.norm == "pre" and weightless
+    return replace(args, shared_norm=args.shared_norm or once)
 
 
 def _merged(
@@ -391,7 +461,8 @@ def _merged(
     conditioning: Mapping[str, Conditioning],
     quantized: bool,
 ) -> ModelArgs:
-    biases = {name: set(layers) for name, layers in before.biases.items()}
+    bare = _without_norms(before, folded)
+    biases = {name: set(layers) for name, layers in bare.biases.items()}
     extra_bits = dict(before.extra_bits)
     for index, where in identity.items():
         around = around_of(before, found, index, where)
@@ -410,10 +481,9 @@ def _merged(
                 previous = extra_bits.get(matrix, 0)
                 extra_bits[matrix] = max(previous, conditioning[where].extra_bits)
     return replace(
-        before,
+        bare,
         removed=_united(before.removed, gone),
         biases={name: sorted(layers) for name, layers in sorted(biases.items()) if layers},
-        gains=[gain for gain in before.gains if gain not in folded],
         extra_bits=extra_bits,
     )
 
@@ -423,7 +493,7 @@ def alone(plan: Plan, index: int) -> Plan:
     found, where = points(plan.before), plan.identity[index]
     identity, gone = {index: where}, {letter_of(where): [layer_of(where)]}
     merged = _merged(plan.before, found, identity, gone, plan.folded, {}, quantized=True)
-    return replace(plan, identity=identity, gone=gone, merged=merged, tabled=False)
+    return replace(plan, identity=identity, gone=gone, merged=merged, tabled=False, centred=False)
 
 
 def _at_tied_embedding(args: ModelArgs, found: list[Point], index: int) -> bool:

@@ -8,8 +8,8 @@ go: one point, one basis, one matrix gone.
 
 from dataclasses import dataclass, field
 
-from .families import EMBEDDING, HEAD, path
 from .model import ModelArgs
+from .names import EMBEDDING, HEAD, path
 
 LETTERS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "p": "o_proj"}  # the paper's
 
@@ -79,8 +79,8 @@ def points(args: ModelArgs) -> list[Point]:
             if args.norm == "pre":
                 point.pin("a norm acts on the stream")
         if ffn:
-            read(layer, "gate_proj")
-            read(layer, "up_proj")
+            for part in args.ffn_readers:
+                read(layer, part)
         writers = [*p, *down] if args.block == "parallel" else down
         if args.skip == "none" and writers:
             point = Point(producers=writers)

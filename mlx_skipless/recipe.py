@@ -13,10 +13,11 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_unflatten
 
+from .config import model_args
 from .errors import UserError
-from .families import GAINS, PROJECTIONS, model_args
 from .layout import tensors_of
 from .model import ACTIVATIONS, Model, ModelArgs
+from .names import GAINS, PROJECTIONS
 from .options import check_choices, flag, option, read_options
 
 EMBEDDING_SCALE = 0.02

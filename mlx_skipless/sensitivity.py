@@ -11,11 +11,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from .calibrate import CalibratedParts, filled, judges, run, split
-from .families import EMBEDDING, FINAL_NORM, HEAD
+from .calibrate import CalibratedParts, filled, judges, normed, run, split
 from .layout import Layout
 from .merge import Merger
 from .model import Block, ModelArgs
+from .names import EMBEDDING, HEAD
 from .plan import RemovalCost
 from .points import layer_of
 from .rounding import Format
@@ -200,11 +200,10 @@ def _divergences(
     if before.tie_word_embeddings:
         tail |= embedding
     exact_head = tail[f"{where}.weight"].astype(mx.float32)
-    gain = tail.get(f"{FINAL_NORM}.weight")
+    bias = tail.get(f"{HEAD}.bias", mx.zeros(1))
 
     def logits(h: mx.array, head: mx.array) -> mx.array:
-        h = mx.fast.rms_norm(h, gain, before.rms_norm_eps) if before.final_norm else h
-        return h @ head.T
+        return before.left(normed(before, h, tail) @ head.T + bias)
 
     names = [*rounded, *(copies.keys() - rounded.keys())]
     heads = {

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from . import budget, drop, first_layer, sensitivity
-from .families import EMBEDDING, HEAD
 from .job import Job
 from .merge import Merger
+from .names import EMBEDDING, HEAD
 from .plan import Plan, alone, around_of
 from .points import points
 from .verify import Verification

@@ -15,10 +15,12 @@ from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache
 from mlx_lm.utils import load_model
 
+from .arrangement import arranged, module_in_family, places
 from .checkpoint import SafetensorsStore
 from .errors import UserError
-from .families import EMBEDDING, FINAL_NORM, HEAD
-from .model import Block, ModelArgs, RMSNorm
+from .families import Family
+from .model import Block, ModelArgs
+from .names import EMBEDDING, FINAL_NORM, HEAD
 
 Arrays = Mapping[str, mx.array]
 RESIDENT_BYTES = 2 << 30  # of float32 weights that may stay in memory
@@ -42,42 +44,53 @@ class Network(Protocol):
 class StockNetwork:
     """A folder of one of mlx-lm's own architectures, in mlx-lm's own code; good for one pass.
 
-    ``args`` says what mlx-lm does outside its layers.
+    ``args`` says what mlx-lm does outside its layers, ``family`` what its modules are called.
     """
 
-    def __init__(self, folder: Path, args: ModelArgs):
+    def __init__(self, folder: Path, args: ModelArgs, family: Family):
         self._model: Any = load_model(folder, lazy=True)[0]
         self._args = args
+        self._names = {
+            ours: module_in_family(family, ours).rpartition(".")[2]
+            for ours in (EMBEDDING, FINAL_NORM, HEAD)
+        }
+
+    def _module(self, ours: str) -> Any:
+        name = self._names[ours]
+        return getattr(self._model if hasattr(self._model, name) else self._model.model, name)
 
     def hidden(self, tokens: mx.array) -> mx.array:
         """The stream before the final norm; each layer is let go once it has run."""
-        inner = self._model.model
-        h = self._args.entered(inner.embed_tokens(tokens))
-        for i, layer in enumerate(inner.layers):
-            slides = getattr(layer, "use_sliding", False)  # nemotron-nas knows no windows
-            window = inner.sliding_window if slides else None
-            h = layer(h, create_attention_mask(h, None, window_size=window))
+        h = self._args.entered(self._module(EMBEDDING)(tokens))
+        layers = self._model.layers
+        for i, layer in enumerate(layers):
+            slides = getattr(layer, "use_sliding", False)  # most networks know no windows
+            window = self._model.model.sliding_window if slides else None
+            h = layer(h, create_attention_mask(h, None, window_size=window), None)
             mx.eval(h)
-            inner.layers[i] = layer = None
+            layers[i] = layer = None
         return h
 
     def logits(self, hidden: mx.array) -> mx.array:
         """float32 logits (batch, length, vocabulary)."""
-        h = self._model.model.norm(hidden)
+        h = self._module(FINAL_NORM)(hidden)
         tied = self._args.tie_word_embeddings
-        head = self._model.model.embed_tokens.as_linear if tied else self._model.lm_head
-        return head(h).astype(mx.float32)
+        head = self._module(EMBEDDING).as_linear if tied else self._module(HEAD)
+        return self._args.left(head(h)).astype(mx.float32)
 
 
 class WrittenParts:
-    """The parts of a folder that this package wrote, packed matrices as they are."""
+    """The parts of a folder of a family that this package wrote, packed matrices as they are."""
 
-    def __init__(self, folder: Path):
-        self._store = SafetensorsStore(folder)
+    def __init__(self, folder: Path, args: ModelArgs, family: Family):
+        self._store, self._args = SafetensorsStore(folder), args
+        self._places = places(family, self._store.shapes)
 
     def _under(self, *prefixes: str) -> Arrays:
         starts = tuple(f"{prefix}." for prefix in prefixes)
-        return self._store.read(name for name in self._store.shapes if name.startswith(starts))
+        wanted = {n: place for n, place in self._places.items() if n.startswith(starts)}
+        arrays = self._store.read({own for place in wanted.values() for own in place.names})
+        return {n: arranged(place, arrays, self._args) for n, place in wanted.items()}
 
     def embedding(self) -> Arrays:
         return self._under(EMBEDDING)
@@ -115,11 +128,10 @@ class StreamedNetwork:
         head = parts.head()
         self._norm = None
         if args.final_norm:
-            dims = args.hidden_size if "final" in args.gains else None
-            self._norm = self._filled(RMSNorm(dims, args.rms_norm_eps), FINAL_NORM, head)
+            self._norm = self._filled(args.stream_norm("final"), FINAL_NORM, head)
         self._head: Callable[[mx.array], mx.array] = self._embedding.as_linear
         if not args.tie_word_embeddings:
-            linear = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+            linear = nn.Linear(args.hidden_size, args.vocab_size, bias=args.head_bias)
             self._head = self._filled(linear, HEAD, head)
 
     def _filled(self, module: Any, prefix: str, arrays: Arrays) -> Any:
@@ -170,7 +182,7 @@ class StreamedNetwork:
     def logits(self, hidden: mx.array) -> mx.array:
         """float32 logits (batch, length, vocabulary) of the stream before the final norm."""
         h = hidden if self._norm is None else self._norm(hidden)
-        return self._head(h).astype(mx.float32)
+        return self.args.left(self._head(h)).astype(mx.float32)
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def make_checkpoint(
     """
     config = _complete(_LLAMA | _SKIPLESS | config, dtype)
     weights = _weights(config, seed, gains, linear_paths, bias, spread)
-    return config, _write(Path(folder), config, weights, dtype, shards, template)
+    return config, write(Path(folder), config, weights, dtype, shards, template)
 
 
 def make_llama(
@@ -102,7 +102,7 @@ def make_llama(
     flags = {"attention_bias": ATTENTION_PROJECTIONS, "mlp_bias": MLP_PROJECTIONS}
     bias = tuple(name for flag, names in flags.items() if config.get(flag) for name in names)
     weights = _weights(reference.llama_config(config), seed, False, False, bias, spread=0.3)
-    return config, _write(Path(folder), config, weights, dtype, shards=1)
+    return config, write(Path(folder), config, weights, dtype, shards=1)
 
 
 def make_gemma(
@@ -127,7 +127,7 @@ def make_gemma(
     weights = _weights(mapped, seed, False, False, (), spread=0.3)
     norms = [name for name in weights if "norm" in name]
     stored = weights | {name: weights[name] - 1 for name in norms}
-    stored = _write(Path(folder), config, stored, dtype, shards=1)
+    stored = write(Path(folder), config, stored, dtype, shards=1)
     return mapped, stored | {name: stored[name] + 1 for name in norms}
 
 
@@ -239,7 +239,7 @@ def _rms(x: np.ndarray) -> float:
     return float(np.sqrt(np.mean(x**2)))
 
 
-def _write(
+def write(
     folder: Path,
     config: Config,
     weights: Weights,
@@ -248,7 +248,7 @@ def _write(
     template: bool = True,
 ) -> Weights:
     """Write config, tokenizer and weights; return the weights rounded to dtype, in float64."""
-    tokenizer = _tokenizer(config["max_position_embeddings"])
+    tokenizer = _tokenizer(config.get("max_position_embeddings", 512))
     tokenizer.chat_template = CHAT_TEMPLATE if template else None
     if config["vocab_size"] < len(tokenizer):
         raise ValueError(f"vocab_size must be at least {len(tokenizer)}")
@@ -257,12 +257,7 @@ def _write(
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     with mx.stream(mx.cpu):
-        kind = getattr(mx, dtype)
-        arrays = {name: mx.array(w.astype(np.float32)).astype(kind) for name, w in weights.items()}
-        stored = {
-            name: np.array(array.astype(mx.float32)).astype(np.float64)
-            for name, array in arrays.items()
-        }
+        arrays = _stored(weights, dtype)
         if shards == 1:
             files = {"model.safetensors": list(arrays)}
         else:
@@ -279,7 +274,21 @@ def _write(
             "weight_map": {name: file for file, names in files.items() for name in names},
         }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return stored
+    return rounded(weights, dtype)
+
+
+def rounded(weights: Weights, dtype: str) -> Weights:
+    """The weights as a number type holds them, in float64."""
+    with mx.stream(mx.cpu):
+        return {
+            name: np.array(array.astype(mx.float32)).astype(np.float64)
+            for name, array in _stored(weights, dtype).items()
+        }
+
+
+def _stored(weights: Weights, dtype: str) -> dict[str, mx.array]:
+    kind = getattr(mx, dtype)
+    return {name: mx.array(w.astype(np.float32)).astype(kind) for name, w in weights.items()}
 
 
 def _tokenizer(length: int) -> PreTrainedTokenizerFast:

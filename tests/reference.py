@@ -25,9 +25,9 @@ def logits(config: Config, weights: Weights, tokens: np.ndarray) -> np.ndarray:
     for layer in range(config["num_hidden_layers"]):
         x = block(config, weights, layer, x)
     if config["final_norm"]:
-        x = rms_norm(x, weights.get("model.norm.weight"), config["rms_norm_eps"])
+        x = _stream_norm(config, weights, "model.norm", x)
     head = embedding if config["tie_word_embeddings"] else weights["lm_head.weight"]
-    return x @ head.T
+    return (x @ head.T + weights.get("lm_head.bias", 0.0)) * config.get("logit_scale", 1.0)
 
 
 def block(config: Config, weights: Weights, layer: int, x: np.ndarray) -> np.ndarray:
@@ -58,20 +58,23 @@ def attention(config: Config, weights: Weights, layer: int, x: np.ndarray) -> np
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     if norm == "pre":
-        x = rms_norm(x, weights[f"model.layers.{layer}.input_layernorm.weight"], eps)
+        x = _stream_norm(config, weights, f"model.layers.{layer}.input_layernorm", x)
 
     def project(name: str, count: int) -> np.ndarray:
         """Heads (batch, count, length, head_dim) of one projection."""
         y = _linear(weights, f"{prefix}{name}_proj", x)
         y = y.reshape(*y.shape[:2], count, head_dim(config))
-        if norm == "qkv":
+        if norm == "qkv" or (config.get("qk_norm") and name != "v"):
             gain = weights.get(f"{prefix}{name}_norm.weight")
-            y = rms_norm(y, None if gain is None else gain.reshape(count, -1), eps)
+            # A gain is of all heads, or of one and the same for each.
+            y = rms_norm(y, None if gain is None else gain.reshape(-1, head_dim(config)), eps)
         return y.transpose(0, 2, 1, 3)
 
     frequencies = rope_frequencies(config)
-    q = rotate(project("q", heads), frequencies)
-    k = np.repeat(rotate(project("k", kv_heads), frequencies), heads // kv_heads, axis=1)
+    traditional = config.get("rope_traditional", False)
+    q = rotate(project("q", heads), frequencies, traditional)
+    k = rotate(project("k", kv_heads), frequencies, traditional)
+    k = np.repeat(k, heads // kv_heads, axis=1)
     v = np.repeat(project("v", kv_heads), heads // kv_heads, axis=1)
     scores = q @ k.swapaxes(-1, -2) / math.sqrt(head_dim(config))
     seen = _mask(config, layer, x.shape[1])
@@ -86,17 +89,35 @@ def attention(config: Config, weights: Weights, layer: int, x: np.ndarray) -> np
 
 
 def feed_forward(config: Config, weights: Weights, layer: int, x: np.ndarray) -> np.ndarray:
-    """The gated FFN with its stream norm, without skip; (batch, length, hidden)."""
+    """The FFN with its stream norm, without skip; (batch, length, hidden).
+
+    Of experts the router's best few answer, weighed by the softmax of their own scores.
+    """
     prefix = f"model.layers.{layer}.mlp."
     norm, eps = _norm(config), config["rms_norm_eps"]
+    act = config.get("hidden_act", "silu")
     if norm == "pre":
-        x = rms_norm(x, weights[f"model.layers.{layer}.post_attention_layernorm.weight"], eps)
-    gate = activation(config.get("hidden_act", "silu"), _linear(weights, f"{prefix}gate_proj", x))
-    gate = gate + weights.get(f"{prefix}gate_offset", 0.0)
-    hidden = gate * _linear(weights, f"{prefix}up_proj", x)
-    if norm == "qkv":
-        hidden = rms_norm(hidden, weights.get(f"{prefix}hidden_norm.weight"), eps)
-    return _linear(weights, f"{prefix}down_proj", hidden)
+        name = "input_layernorm" if config.get("shared_norm") else "post_attention_layernorm"
+        x = _stream_norm(config, weights, f"model.layers.{layer}.{name}", x)
+
+    def expert(number: int | None) -> np.ndarray:
+        hidden = _linear(weights, f"{prefix}up_proj", x, number)
+        if config.get("gated", True):
+            gate = activation(act, _linear(weights, f"{prefix}gate_proj", x, number))
+            hidden = (gate + weights.get(f"{prefix}gate_offset", 0.0)) * hidden
+        else:
+            hidden = activation(act, hidden)
+        if norm == "qkv":
+            hidden = rms_norm(hidden, weights.get(f"{prefix}hidden_norm.weight"), eps)
+        return _linear(weights, f"{prefix}down_proj", hidden, number)
+
+    experts = config.get("num_local_experts", 0)
+    if not experts:
+        return expert(None)
+    scores = _linear(weights, f"{prefix}router", x)
+    least = np.sort(scores, axis=-1)[..., -config["num_experts_per_tok"], None]
+    share = np.exp(_log_softmax(np.where(scores >= least, scores, -np.inf)))
+    return sum(share[..., i, None] * expert(i) for i in range(experts))
 
 
 def head_dim(config: Config) -> int:
@@ -110,13 +131,22 @@ def rms_norm(x: np.ndarray, gain: np.ndarray | None, eps: float) -> np.ndarray:
     return y if gain is None else y * gain
 
 
+def layer_norm(
+    x: np.ndarray, gain: np.ndarray | None, bias: np.ndarray | None, eps: float
+) -> np.ndarray:
+    """x less its last axis' mean, over its standard deviation, times gain, plus bias."""
+    centred = x - x.mean(axis=-1, keepdims=True)
+    y = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + eps)
+    return (y if gain is None else y * gain) + (0 if bias is None else bias)
+
+
 def activation(name: str, x: np.ndarray) -> np.ndarray:
     """Hugging Face's `hidden_act` functions."""
     if name == "silu":
         return x * np.exp(-np.logaddexp(0, -x))
     if name == "gelu":
         return x * 0.5 * (1 + _erf(x / math.sqrt(2)))
-    if name == "gelu_pytorch_tanh":
+    if name in ("gelu_pytorch_tanh", "gelu_new"):
         return x * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     if name == "relu":
         return np.maximum(x, 0)
@@ -124,8 +154,8 @@ def activation(name: str, x: np.ndarray) -> np.ndarray:
 
 
 def rope_frequencies(config: Config) -> np.ndarray:
-    """Radians per position (head_dim / 2,); scaling as in transformers' modeling_rope_utils."""
-    width = head_dim(config)
+    """Radians per position (rotary_dim / 2,); scaling as in transformers' modeling_rope_utils."""
+    width = config.get("rotary_dim") or head_dim(config)
     inverse = config.get("rope_theta", 10000.0) ** (-np.arange(0, width, 2) / width)
     scaling = config.get("rope_scaling") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -142,17 +172,26 @@ def rope_frequencies(config: Config) -> np.ndarray:
     return inverse * (share + (1 - share) / factor)
 
 
-def rotate(x: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
-    """RoPE from position 0 on x (batch, heads, length, head_dim), halves as in Hugging Face."""
+def rotate(x: np.ndarray, frequencies: np.ndarray, traditional: bool = False) -> np.ndarray:
+    """RoPE from position 0 on x (batch, heads, length, head_dim).
+
+    Two numbers per frequency turn, the rest of a head stays. Pairs are the halves as in Hugging
+    Face's Llama, or neighbours as in the RoPE paper.
+    """
     angle = np.arange(x.shape[2])[:, None] * frequencies
-    first, second = np.split(x, 2, axis=-1)
-    return np.concatenate(
-        [
-            first * np.cos(angle) - second * np.sin(angle),
-            second * np.cos(angle) + first * np.sin(angle),
-        ],
-        axis=-1,
-    )
+    turning, still = x[..., : 2 * len(frequencies)], x[..., 2 * len(frequencies) :]
+    if traditional:
+        first, second = turning[..., 0::2], turning[..., 1::2]
+    else:
+        first, second = np.split(turning, 2, axis=-1)
+    turned = [
+        first * np.cos(angle) - second * np.sin(angle),
+        second * np.cos(angle) + first * np.sin(angle),
+    ]
+    if traditional:
+        pairs = np.stack(turned, axis=-1).reshape(turning.shape)
+        return np.concatenate([pairs, still], axis=-1)
+    return np.concatenate([*turned, still], axis=-1)
 
 
 def llama_config(config: Config) -> Config:
@@ -211,14 +250,26 @@ def _norm(config: Config) -> str:
     return norm
 
 
-def _linear(weights: Weights, name: str, x: np.ndarray) -> np.ndarray:
+def _stream_norm(config: Config, weights: Weights, name: str, x: np.ndarray) -> np.ndarray:
+    """The norm of a name, RMS norm or LayerNorm."""
+    gain, bias = weights.get(f"{name}.weight"), weights.get(f"{name}.bias")
+    if config.get("norm_type", "rms") == "layer":
+        return layer_norm(x, gain, bias, config["rms_norm_eps"])
+    return rms_norm(x, gain, config["rms_norm_eps"])
+
+
+def _linear(weights: Weights, name: str, x: np.ndarray, expert: int | None = None) -> np.ndarray:
     """x (..., in) through `name`.weight (out, in), plus `name`.bias where there is one.
 
-    A matrix that is not there is the identity, as in a network that had it removed.
+    A matrix that is not there is the identity, as in a network that had it removed. Those of
+    experts lie behind one another (experts, out, in).
     """
     if f"{name}.weight" not in weights:
         return x
-    return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0.0)
+    weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias", np.zeros(1))
+    if expert is not None:
+        weight, bias = weight[expert], bias if len(bias) == 1 else bias[expert]
+    return x @ weight.T + bias
 
 
 def _mask(config: Config, layer: int, length: int) -> np.ndarray:

@@ -342,7 +342,7 @@ def test_missing_sizes(refused: Refused, place: Path, key: str):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model_type": "gpt_neox"}, "'gpt_neox'"),
+        ({"model_type": "bloom"}, "'bloom'"),
         ({"model_type": ...}, "model_type"),
         ({"model_type": ["llama"]}, "model_type"),
         ({"num_key_value_heads": 3}, "3 key-value heads"),

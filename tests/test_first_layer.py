@@ -17,7 +17,7 @@ from reference import Config, Weights
 import mlx_skipless
 from mlx_skipless import passages
 from mlx_skipless.cli import main
-from mlx_skipless.families import model_args
+from mlx_skipless.config import model_args
 from mlx_skipless.first_layer import first_layer
 from mlx_skipless.report import Report
 

@@ -14,9 +14,10 @@ from mlx_skipless.merge import (
     Linear,
     basis_without_reader,
     basis_without_writer,
+    centre,
     change_basis,
     dual,
-    fold_gain,
+    fold_norm,
     measure,
 )
 
@@ -88,11 +89,29 @@ def test_dual_keeps_the_tie() -> None:
     assert_near(other.matrix @ other.inverse, np.eye(6), 1e3)
 
 
-def test_fold_gain() -> None:
+@pytest.mark.parametrize("gained", [True, False])
+@pytest.mark.parametrize("shifted", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_fold_norm(bias: bool, shifted: bool, gained: bool) -> None:
     rng = np.random.default_rng(0)
-    linear, gain = random_linear(rng, 6, 3, True), rng.standard_normal(6)
+    linear = random_linear(rng, 6, 3, bias)
+    gain = rng.standard_normal(6) if gained else None
+    shift = rng.standard_normal(6) if shifted else None
     x = rng.standard_normal((4, 6))
-    assert_near(apply(fold_gain(gain, linear), x), apply(linear, x * gain))
+    normed = x * (1 if gain is None else gain) + (0 if shift is None else shift)
+    folded = fold_norm(gain, shift, linear)
+    assert_near(apply(folded, x), apply(linear, normed))
+    assert (folded.bias is None) == (not bias and not shifted)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_centre(bias: bool) -> None:
+    """A LayerNorm behind it sees no difference, an RMS norm does what the LayerNorm did."""
+    rng = np.random.default_rng(0)
+    linear, x = random_linear(rng, 6, 5, bias), rng.standard_normal((4, 6))
+    before, after = apply(linear, x), apply(centre(linear), x)
+    assert_near(after, before - before.mean(-1, keepdims=True))
+    assert_near(np.sqrt((after**2).mean(-1)), before.std(-1))
 
 
 @pytest.mark.parametrize("n", [1, 2, 17, 64, 200])

@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import reference
+from architectures import make
 from factory import make_checkpoint
 from mlx.utils import tree_flatten
 from mlx_lm.generate import batch_generate, generate_step
@@ -245,6 +246,16 @@ def test_two_processes_give_the_same_logits(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "big", **SIZES | {"intermediate_size": 256})
     convert(tmp_path / "big", tmp_path / "q4", remove="p", quantize=True, verify=False)
     folders.append(str(tmp_path / "q4"))
+    for name in ("mixtral", "gpt_neox", "phi", "cohere", "qwen3"):  # experts, norms, ungated FFNs
+        kv_heads = {} if name in ("gpt_neox", "phi") else {"num_key_value_heads": 2}
+        make(tmp_path / name, name, **kv_heads)
+        for letters in ("none", "p"):
+            out = tmp_path / f"{name}-{letters}"
+            convert(tmp_path / name, out, skipless=True, remove=letters, verify=False)
+            folders.append(str(out))
+        out = tmp_path / f"{name}-whole"
+        convert(tmp_path / name, out, drop_ffn=1, verify=False)
+        folders.append(str(out))
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
     command = ["mlx.launch", "-n", "2", "--backend", "ring", "--", sys.executable, str(script)]

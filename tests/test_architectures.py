@@ -1,0 +1,378 @@
+"""Every family: its own config, names and layout in, the same function out."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import factory
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+import reference
+import transformers
+from architectures import ARCHITECTURES, make
+from mlx_lm.utils import quantize_model
+from reference import Config, Weights
+
+import mlx_skipless
+from mlx_skipless import healing, passages
+from mlx_skipless.analysis import analyze
+from mlx_skipless.checkpoint import SafetensorsStore, open_checkpoint
+from mlx_skipless.conversion import convert
+from mlx_skipless.healing import Treatment
+from mlx_skipless.model import Model
+
+# mlx-lm has the other form of GELU than transformers: what makes it the same function.
+MLX_LM_GELU = {"gemma": {"hidden_activation": "gelu"}, "gpt_neox": {"hidden_act": "gelu_new"}}
+STOCK = [name for name, kind in ARCHITECTURES.items() if kind.stock]
+LAYER_NORMS = ["gpt_neox", "gpt_neox, serial", "gptj", "phi"]
+FUSED = ["gpt_neox", "gpt_neox, serial"]
+PARALLEL = ["gpt_neox", "gptj", "phi", "cohere"]
+
+
+@pytest.fixture(autouse=True)
+def less_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passages, "CALIBRATION", (16, 16))
+    monkeypatch.setattr(passages, "LONG_CHECK", (4, 32))
+
+
+def text(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (2, 12))
+
+
+def stored(folder: Path) -> dict[str, mx.array]:
+    store = SafetensorsStore(folder)
+    return store.read(store.shapes)
+
+
+def logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    """mlx-lm's own."""
+    model, _ = mlx_lm.load(str(folder), trust_remote_code=True)  # type: ignore[misc]
+    return np.array(model(mx.array(tokens)).astype(mx.float32))
+
+
+def check_same_function(expected: np.ndarray, folder: Path, tokens: np.ndarray, limit: float):
+    """As mlx-lm runs it, the prompt at once and token by token."""
+    assert reference.worst_relative_error(expected, logits(folder, tokens)) <= limit
+    model, _ = mlx_skipless.load(folder)
+    cache: list[Any] = mlx_lm.models.cache.make_prompt_cache(model)
+    steps = [model(mx.array(tokens[:, i : i + 1]), cache=cache) for i in range(tokens.shape[1])]
+    assert reference.worst_relative_error(expected, np.array(mx.concatenate(steps, 1))) <= limit
+
+
+def as_mlx_lm(name: str) -> dict[str, Any]:
+    return MLX_LM_GELU.get(name.split(",")[0], {})
+
+
+def without(weights: Weights, removed: dict[str, list[int]]) -> Weights:
+    modules = {"attention": "self_attn", "ffn": "mlp"}
+    gone = [f"layers.{i}.{modules[part]}." for part, layers in removed.items() for i in layers]
+    return {name: w for name, w in weights.items() if not any(g in name for g in gone)}
+
+
+def skipless(config: Config, weights: Weights) -> tuple[Config, Weights]:
+    """The skipless network of a pretrained one: stream norms' gains and biases folded by hand."""
+    weights = dict(weights)
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        readers = {"input_layernorm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]}
+        ffn = [f"mlp.{name}" for name in ("router", "gate_proj", "up_proj")]
+        shared = config.get("shared_norm")
+        readers.setdefault("input_layernorm" if shared else "post_attention_layernorm", [])
+        readers["input_layernorm" if shared else "post_attention_layernorm"] += ffn
+        for norm, names in readers.items():
+            gain = weights.pop(f"{prefix}{norm}.weight")
+            shift = weights.pop(f"{prefix}{norm}.bias", None)
+            for matrix in (f"{prefix}{name}" for name in names):
+                if f"{matrix}.weight" not in weights:
+                    continue
+                if shift is not None:
+                    bias = weights.get(f"{matrix}.bias", 0.0)
+                    weights[f"{matrix}.bias"] = bias + weights[f"{matrix}.weight"] @ shift
+                weights[f"{matrix}.weight"] = weights[f"{matrix}.weight"] * gain
+    return config | {"skip": "none", "norm": "qkv"}, weights
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_as_transformers_has_it(name: str, tmp_path: Path) -> None:
+    """The tests' own reference is transformers' function."""
+    torch = pytest.importorskip("torch")
+    expected = reference.logits(*make(tmp_path / "s", name), text())
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "s", dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        found = model(torch.tensor(text())).logits.numpy()
+    assert reference.worst_relative_error(expected, found) < 1e-5
+    # And what it saves, with today's keys in config.json, is read as the same function.
+    model.save_pretrained(tmp_path / "saved")
+    for file in (tmp_path / "s").glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "saved")
+    convert(tmp_path / "saved", tmp_path / "o", precompute_first_layer="force", verify=False)
+    assert reference.worst_relative_error(expected, logits(tmp_path / "o", text())) < 1e-5
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_our_network_equals_mlx_lms(name: str, tmp_path: Path) -> None:
+    make(tmp_path / "s", name, **as_mlx_lm(name))
+    checkpoint = open_checkpoint(tmp_path / "s")
+    model = Model(checkpoint.args)
+    names = dict(mlx_lm.utils.tree_flatten(model.parameters()))
+    model.load_weights([*checkpoint.read(names).items()])
+    ours, theirs = np.array(model(mx.array(text()))), logits(tmp_path / "s", text())
+    assert reference.worst_relative_error(theirs, ours) < 1e-5
+
+
+PRETRAINED: list[dict[str, Any]] = [
+    {"remove": "none"},
+    {},
+    {"precompute_first_layer": "force"},
+    {"precompute_first_layer": "force", "remove": "none"},
+    {"drop_attention": 1},
+    {"drop_attention": 1, "remove": "none"},
+    {"drop_ffn": 1},
+    {"drop_block": 1, "precompute_first_layer": "force"},
+]
+
+
+@pytest.mark.parametrize("options", PRETRAINED, ids=str)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_a_pretrained_model_can_do_without(
+    name: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """The result runs in mlx-lm: its own network where nothing else is needed, else ours."""
+    config, weights = make(tmp_path / "s", name, seed=len(str(options)), **as_mlx_lm(name))
+    report = convert(tmp_path / "s", tmp_path / "o", **options)
+    expected = reference.logits(config, without(weights, report.removed), text())
+    check_same_function(expected, tmp_path / "o", text(), 1e-5)
+    dropping = any("drop" in option for option in options)
+    assert report.stock == (name in STOCK and {*options} <= {"remove"})
+    check = report.verification
+    assert check is not None and (dropping or check.kl < 1e-9)
+    assert sum(array.size for array in stored(tmp_path / "o").values()) == report.params_after
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_a_stock_result_keeps_its_tensors(name: str, tmp_path: Path) -> None:
+    """The same names, shapes and types; folded gains are ones (Gemma's zeros), biases zeros."""
+    make(tmp_path / "s", name)
+    report = convert(tmp_path / "s", tmp_path / "o")
+    source, result = stored(tmp_path / "s"), stored(tmp_path / "o")
+    if "mixtral" not in name:  # whose experts mlx-lm stacks
+        assert {k: (a.shape, a.dtype) for k, a in source.items()} == {
+            k: (a.shape, a.dtype) for k, a in result.items()
+        }
+    whole = 1 - ARCHITECTURES[name].gain_offset
+    for key, array in result.items():
+        module, part = key.split(".")[-2:]
+        if module in ("input_layernorm", "post_attention_layernorm"):
+            assert mx.all(array == (whole if part == "weight" else 0)).item(), key
+    kept = {"gptj": {"attention"}, "gpt_neox": {"final"}}.get(name.split(",")[0], set())
+    assert not kept & {*report.folded}
+    assert len([n for n in report.notes if n.startswith("norm gains stay")]) == len(kept)
+    convert(tmp_path / "s", tmp_path / "n", remove="none")
+    again = stored(tmp_path / "n")
+    for key, array in source.items():
+        if key in again:
+            assert mx.allclose(again[key], array, atol=1e-7, rtol=0).item(), key
+
+
+@pytest.mark.parametrize("name", LAYER_NORMS)
+def test_layer_norms_become_rms_norms(name: str, tmp_path: Path) -> None:
+    """Gains, biases and the mean go into the matrices; a parallel block needs one norm then."""
+    config, _ = make(tmp_path / "s", name)
+    convert(tmp_path / "s", tmp_path / "o", precompute_first_layer="force")
+    written = json.loads((tmp_path / "o/config.json").read_text())
+    assert written["norm_type"] == "rms" and not written["gains"] and not written["shifts"]
+    assert written["shared_norm"] == (config["block"] == "parallel")
+    assert not any("norm" in key for key in stored(tmp_path / "o"))
+    assert written["head_bias"]
+    for key, array in stored(tmp_path / "o").items():
+        if "o_proj" in key or "down_proj" in key:
+            mean = array.mean(axis=0)
+            assert mx.abs(mean).max().item() < 1e-6, key
+
+
+def test_a_tied_head_keeps_layer_norms(tmp_path: Path) -> None:
+    """It would see the mean that is taken out of the embedding."""
+    make(tmp_path / "s", "cohere")
+    convert(tmp_path / "s", tmp_path / "o", drop_attention=1)
+    written = json.loads((tmp_path / "o/config.json").read_text())
+    assert written["norm_type"] == "layer" and written["gains"] == ["final"]
+
+
+REMOVALS = ("none", "auto", "qp", "q", "p", "kp", "v")
+
+
+@pytest.mark.parametrize("remove", REMOVALS)
+@pytest.mark.parametrize("kv_heads", [None, 4], ids=["as it is", "MHA"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_skipless_network(name: str, kv_heads: int | None, remove: str, tmp_path: Path) -> None:
+    """Every removal that the shapes and the block allow."""
+    changes = {"num_key_value_heads": kv_heads} if kv_heads else {}
+    config, weights = make(tmp_path / "s", name, seed=REMOVALS.index(remove), **changes)
+    options: dict[str, Any] = {"skipless": True, "remove": remove, "verify": False}
+    letters = set() if remove in ("auto", "none") else {*remove}
+    head_dim = config.get("head_dim", 16)
+    kv_width = (kv_heads or config.get("num_key_value_heads", 4)) * head_dim
+    no_inverse = {"q": head_dim != 16, "k": kv_width != 64, "v": kv_width != 64}
+    both = config["block"] == "parallel" and len(letters) == 2
+    if both or any(no_inverse.get(letter) for letter in letters):
+        with pytest.raises(mlx_skipless.UserError, match=f"--remove {remove}"):
+            convert(tmp_path / "s", tmp_path / "o", **options)
+        return
+    report = convert(tmp_path / "s", tmp_path / "o", **options)
+    expected = reference.logits(*skipless(config, weights), text())
+    check_same_function(expected, tmp_path / "o", text(), 5e-4)
+    if remove not in ("none", "auto"):  # and in two steps
+        convert(tmp_path / "s", tmp_path / "n", **options | {"remove": "none"})
+        convert(tmp_path / "n", tmp_path / "p", remove=remove, verify=False)
+        check_same_function(expected, tmp_path / "p", text(), 5e-4)
+    assert {*report.removed} == letters or remove == "auto"
+    assert bool(report.removed) == (remove != "none")
+    for layers in report.removed.values():
+        assert len(layers) >= config["num_hidden_layers"] - 1
+    assert sum(array.size for array in stored(tmp_path / "o").values()) == report.params_after
+
+
+def packed(source: Path, out: Path, bits: int = 8) -> None:
+    """A checkpoint as `mlx_lm.convert -q` makes them."""
+    model, tokenizer = mlx_lm.load(str(source))  # type: ignore[misc]
+    config = json.loads((source / "config.json").read_text())
+    model, config = quantize_model(model, config, 32, bits)
+    mlx_lm.utils.save(out, source, model, tokenizer, config)
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_a_packed_source_keeps_its_tensors(name: str, tmp_path: Path) -> None:
+    """Bit for bit, cut out of fused matrices and stacked as they are."""
+    make(tmp_path / "f", name, **as_mlx_lm(name))
+    packed(tmp_path / "f", tmp_path / "s")
+    report = convert(tmp_path / "s", tmp_path / "o", drop_attention=1)
+    assert report.kept_packed
+    (layer,) = report.removed["attention"]
+    model, _ = mlx_lm.load(str(tmp_path / "s"))  # type: ignore[misc]
+    block = model.layers[layer]
+    attention = getattr(block, "self_attn", None) or getattr(block, "attention", None) or block.attn
+    out = next(attention[name] for name in ("o_proj", "dense", "out_proj") if name in attention)
+    for part in ("scales", "biases", "bias"):
+        if part in out:
+            out[part] = mx.zeros_like(out[part])
+    expected = np.array(model(mx.array(text())))
+    assert reference.worst_relative_error(expected, logits(tmp_path / "o", text())) < 1e-5
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_a_packed_source_is_read(name: str, tmp_path: Path) -> None:
+    """Dequantized, as mlx-lm multiplies it."""
+    make(tmp_path / "f", name, **as_mlx_lm(name))
+    packed(tmp_path / "f", tmp_path / "s", bits=4)
+    convert(tmp_path / "s", tmp_path / "o", dtype="float32", verify=False)
+    expected = logits(tmp_path / "s", text())
+    assert reference.worst_relative_error(expected, logits(tmp_path / "o", text())) < 1e-4
+
+
+QUANTIZED: list[dict[str, Any]] = [
+    {"q_bits": 8},
+    {"q_bits": 4, "calibration": "t.txt"},
+    {"q_bits": 8, "drop_attention": 1},
+    {"q_bits": 8, "skipless": True, "remove": "q"},
+    {"target_bytes": "4.5 bits"},
+    {"q_bits": 4, "distill": 2},
+]
+
+
+@pytest.mark.parametrize("options", QUANTIZED, ids=str)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_quantized(
+    name: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every way that there is; at 8 bits next to nothing is lost."""
+    monkeypatch.chdir(tmp_path)
+    letters = np.random.default_rng(0).integers(97, 123, 4000)
+    Path("t.txt").write_bytes(bytes(letters.tolist()))
+    config, weights = make(tmp_path / "s", name, **as_mlx_lm(name))
+    options = {"quantize": True, "q_group_size": 32} | options
+    if "Nemo" in name and options.get("remove") == "q":
+        options["remove"] = "p"
+    if "target_bytes" in options:
+        count = sum(w.size for w in weights.values())
+        options["target_bytes"] = int(count * (4.5 + 2 * 32 / 32) / 8) + 20_000
+    if config.get("num_local_experts") and "distill" in options:
+        with pytest.raises(mlx_skipless.UserError, match="--distill"):
+            convert(tmp_path / "s", tmp_path / "o", **options)
+        return
+    report = convert(tmp_path / "s", tmp_path / "o", **options)
+    plain = skipless(config, weights) if "skipless" in options else (config, weights)
+    plain = plain[0], without(plain[1], report.removed if "drop_attention" in options else {})
+    expected = reference.logits(*plain, text())
+    picks = config.get("num_local_experts") and "skipless" in options  # others, at a breath
+    if options.get("q_bits") == 8 and not picks:
+        assert reference.softmax_kl(expected, logits(tmp_path / "o", text())) < 0.05
+    assert sum(array.nbytes for array in stored(tmp_path / "o").values()) == report.bytes_after
+    check = report.verification
+    assert check is not None and check.kl_ratio is not None
+    if "drop_attention" not in options:
+        assert check.kl_ratio < (1.3 if "calibration" in options else 3)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_is_analysed(name: str, tmp_path: Path) -> None:
+    """Losses without each sub-layer, and the importance of each, against the reference."""
+    config, weights = make(tmp_path / "s", name)
+    letters = np.random.default_rng(0).integers(97, 123, 160)
+    (tmp_path / "t.txt").write_bytes(bytes(letters.tolist()))
+    found = analyze(tmp_path / "s", calibration=tmp_path / "t.txt")
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "s")
+    ids = tokenizer.encode((tmp_path / "t.txt").read_text())
+    rows = np.array(ids[: 8 * (len(ids) // 8)]).reshape(8, -1)
+
+    def loss(dropped: dict[str, list[int]]) -> float:
+        out = reference.logits(config, without(weights, dropped), rows[::2])[:, :-1]
+        log_p = out - np.log(np.exp(out).sum(-1, keepdims=True))
+        return float(-np.take_along_axis(log_p, rows[::2, 1:, None], axis=-1).mean())
+
+    whole = loss({})
+    for layer in found.layers:
+        assert layer.drop_cost is not None and layer.condition is not None
+        for part in ("attention", "ffn"):
+            expected = loss({part: [layer.layer]}) - whole
+            assert layer.drop_cost[part] == pytest.approx(expected, abs=2e-4)
+        q = weights[f"model.layers.{layer.layer}.self_attn.q_proj.weight"]
+        assert layer.condition["q"] == pytest.approx(np.linalg.cond(q), rel=0.02)
+    x = weights["model.embed_tokens.weight"][rows] * config.get("embedding_scale", 1.0)
+    a = x + reference.attention(config, weights, 0, x)
+    cosine = (x * a).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(a, axis=-1)
+    assert found.layers[0].importance is not None
+    assert found.layers[0].importance["attention"] == pytest.approx(1 - cosine.mean(), rel=2e-3)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_neox", "phi", "cohere"])
+def test_healing(name: str, tmp_path: Path) -> None:
+    """A reduced model of another family learns from its original, and runs as before."""
+    make(tmp_path / "s", name, **as_mlx_lm(name))
+    convert(tmp_path / "s", tmp_path / "r", drop_attention=1)
+    treatment = Treatment(steps=8, batch_size=2, context=24, sampled_tokens=1024, warmup=2, rank=4)
+    healing.heal(
+        model=tmp_path / "r", teacher=tmp_path / "s", mlx_path=tmp_path / "h", treatment=treatment
+    )
+    before, after = (logits(tmp_path / folder, text()) for folder in "rh")
+    assert stored(tmp_path / "r").keys() == stored(tmp_path / "h").keys()
+    assert reference.softmax_kl(before, after) > 1e-6
+
+
+@pytest.mark.parametrize("remove", ["qp", "none"])
+def test_skipless_experts_one_by_one(remove: str, tmp_path: Path) -> None:
+    """A skipless checkpoint may have its experts as Mixtral has them; it loads and converts."""
+    config, weights = skipless(*make(tmp_path / "m", "mixtral"))
+    config = config | {"model_type": "skipless", "skip": "none", "torch_dtype": "float32"}
+    theirs = ARCHITECTURES["mixtral"].theirs(config, weights)
+    factory.write(tmp_path / "s", config, theirs, "float32", shards=1)
+    expected = reference.logits(config, weights, text())
+    model, _ = mlx_skipless.load(tmp_path / "s")
+    found = np.array(model(mx.array(text())))
+    assert reference.worst_relative_error(expected, found) < 1e-5
+    convert(tmp_path / "s", tmp_path / "o", remove=remove)
+    check_same_function(expected, tmp_path / "o", text(), 1e-4)
