@@ -36,6 +36,23 @@ class Wish:
     count: int | None
 
 
+@dataclass(frozen=True)
+class Step:
+    """Of a greedy search: the loss, nats per token, once ``layer`` has lost its ``kind``.
+
+    Before the first drop both are None.
+    """
+
+    loss: float
+    kind: str | None = None
+    layer: int | None = None
+
+    def __str__(self) -> str:
+        return (
+            f"{self.loss:.3f}" if self.kind is None else f"{self.kind} {self.layer} {self.loss:.3f}"
+        )
+
+
 def droppable(args: ModelArgs) -> str | None:
     """Why no sub-layer of a network can go; None if they can."""
     if args.precomputed:
@@ -151,7 +168,7 @@ def choose(
     max_loss: float,
     spared: Drops | None = None,
     progress: Progress = lambda done, total: None,
-) -> tuple[dict[str, list[int]], list[float]]:
+) -> tuple[dict[str, list[int]], list[Step]]:
     """The sub-layers that go.
 
     Args:
@@ -164,7 +181,7 @@ def choose(
         spared: sub-layers that must stay.
 
     Returns:
-        The layers by part, and for a greedy search the loss before and after each drop.
+        The layers by part, and the steps of a greedy search.
     """
     dropped: dict[str, set[int]] = {part: set() for part in PARTS}
     spared = spared or {}
@@ -183,7 +200,7 @@ def choose(
             for _, layer in by_loss[: wish.count]:
                 dropped = _with(dropped, wish.kind, layer)
         return _sorted(dropped), []
-    path = losses(args, source, judged, [{}])
+    path = [Step(losses(args, source, judged, [{}])[0])]
     left = {wish.kind: wish.count for wish in wishes}
     taken = 0
     while any(count is None or count > 0 for count in left.values()):
@@ -200,16 +217,16 @@ def choose(
         found = losses(args, source, judged, variants)
         # By what each weight that goes costs.
         price = [
-            (loss - path[-1]) / _weights(args, kind)
+            (loss - path[-1].loss) / _weights(args, kind)
             for (kind, _), loss in zip(candidates, found, strict=True)
         ]
         best = min(range(len(price)), key=price.__getitem__)
-        kind, _ = candidates[best]
-        if left[kind] is None and found[best] > path[0] * (1 + max_loss):
+        kind, layer = candidates[best]
+        if left[kind] is None and found[best] > path[0].loss * (1 + max_loss):
             del left[kind]  # the others may still have some to go
             continue
         dropped = variants[best]
-        path.append(found[best])
+        path.append(Step(found[best], kind, layer))
         left[kind] = None if left[kind] is None else left[kind] - 1  # type: ignore[operator]
         taken += 1
         progress(taken, taken + sum(count or 1 for count in left.values()))

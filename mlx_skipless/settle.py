@@ -48,8 +48,8 @@ def dropped(job: Job, drops: Drops, tokens: mx.array, progress: Progress) -> Job
     )
     job = replace(job, dropped=layers).replanned()
     if path:
-        text = " ".join(f"{loss:.3f}" for loss in path)
-        note = f"loss on the text, nats per token, before and after each drop: {text}"
+        steps = ", ".join(map(str, path))
+        note = f"loss on the text, nats per token, whole and after each drop: {steps}"
         job = replace(job, plan=replace(job.plan, notes=(*job.plan.notes, note)))
     return job
 

@@ -154,7 +154,9 @@ def test_greedy_takes_what_costs_least_each_time(kind: str, tmp_path: Path) -> N
         dropped.append(best)
         losses.append(found[best])
     assert got == {kind: sorted(dropped)}
-    assert path == pytest.approx(losses, rel=1e-5)
+    assert [step.loss for step in path] == pytest.approx(losses, rel=1e-5)
+    taken = [(step.kind, step.layer) for step in path]
+    assert taken == [(None, None), *((kind, layer) for layer in dropped)]
 
 
 @pytest.mark.parametrize("max_loss", [0.001, 0.03, 0.1, 0.2, 10.0])
@@ -167,7 +169,7 @@ def test_auto_stops_before_the_limit(max_loss: float, tmp_path: Path) -> None:
     )
     dropped = got.get("attention", [])
     limit = (1 + max_loss) * loss(source, {}, tokens)
-    assert len(path) == len(dropped) + 1 and path[-1] <= limit
+    assert len(path) == len(dropped) + 1 and path[-1].loss <= limit
     assert loss(source, {"attention": dropped}, tokens) <= limit * 1.00001
     if len(dropped) < 3:  # one layer keeps its attention in any case
         left = [layer for layer in range(4) if layer not in dropped]
@@ -181,7 +183,8 @@ def test_the_limit_is_of_the_whole_loss(tmp_path: Path) -> None:
     spoken = StreamedNetwork(args, parts, resident=True)
     tokens = passages.sample(spoken, 16, 64, seed=0, start=None)  # so that drops cost something
     wishes = [Wish("attention", None)]
-    _, path = drop.choose(args, parts, tokens, wishes, greedy=False, max_loss=10.0)
+    _, steps = drop.choose(args, parts, tokens, wishes, greedy=False, max_loss=10.0)
+    path = [step.loss for step in steps]
     known = False
     for i in range(2, len(path)):
         least = max([path[i - 1] / path[0], path[i] / path[i - 1]])
@@ -336,7 +339,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     main([*shared, "--drop-attention", "auto", "--max-loss", "40%", "--json", str(tmp_path / "j")])
     out = capsys.readouterr().out
     report = json.loads((tmp_path / "j").read_text())
-    assert "before and after each drop" in out and report["removed"]["attention"]
+    assert "whole and after each drop" in out and report["removed"]["attention"]
     assert report["cache_bytes_after"] < report["cache_bytes_before"]
     for wrong in (["--drop-attention", "x"], ["--drop-attention", "auto", "--max-loss", "x%"]):
         with pytest.raises(SystemExit) as stopped:
