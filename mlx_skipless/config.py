@@ -7,7 +7,7 @@ from typing import Any
 from mlx_lm.models.rope_utils import initialize_rope
 
 from .errors import UserError
-from .families import Config, family_of
+from .families import Config, family_of, flag
 from .model import ModelArgs
 from .names import FINAL_NORM, GAINS, HEAD, LINEAR_PATHS, PROJECTIONS, norms_of
 
@@ -45,7 +45,8 @@ def _whole(config: Config, key: str, default: int | None = None) -> int:
 
 def _count(config: Config, key: str) -> int:
     """A whole number that may be absent or 0."""
-    return _whole(config, key) if config.get(key) else 0
+    value = config.get(key)
+    return 0 if value is None or (type(value) is int and value == 0) else _whole(config, key)
 
 
 def _real(config: Config, key: str, default: float) -> float:
@@ -53,13 +54,6 @@ def _real(config: Config, key: str, default: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
         raise UserError(f'"{key}" in config.json is {value!r}; it must be a positive number')
     return float(value)
-
-
-def _flag(config: Config, key: str) -> bool:
-    value = config.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise UserError(f'"{key}" in config.json is {value!r}; it must be true or false')
-    return bool(value)
 
 
 def _layer_lists(
@@ -112,9 +106,15 @@ def _rope(config: Config) -> tuple[float, Config | None]:
         if value is not None and not isinstance(value, dict):
             raise UserError(f"the RoPE scaling in config.json is {value!r}; it must be an object")
     theta = _real({**config, **(new or {})}, "rope_theta", 10000.0)
-    scaling = {k: v for k, v in (scaling or {}).items() if k != "rope_theta"}
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    return theta, None if kind == "default" else {**scaling, "rope_type": kind}
+    scaling = {k: v for k, v in (scaling or {}).items() if k != "rope_theta" and v is not None}
+    left = {k: v for k, v in scaling.items() if k not in ("rope_type", "type")}
+    kind = scaling.get("rope_type") or scaling.get("type")
+    if kind is None and left.keys() - {"partial_rotary_factor"}:
+        raise UserError(
+            f'the RoPE scaling in config.json is {scaling!r}; it needs a "rope_type", one for all '
+            "layers"
+        )
+    return theta, None if kind in (None, "default") else {**left, "rope_type": kind}
 
 
 def _check_removed(args: ModelArgs) -> None:
@@ -142,7 +142,15 @@ def model_args(config: Config, tensors: Collection[str] | None = None) -> ModelA
     Raises:
         UserError: for an unknown architecture or a size that is missing, malformed or absurd.
     """
-    own = {**config, **family_of(config).settings(config)}
+    family = family_of(config)
+    try:
+        return _model_args(family.own(config), tensors)
+    except UserError as error:
+        raise UserError(family.in_its_words(str(error))) from error
+
+
+def _model_args(own: Config, tensors: Collection[str] | None) -> ModelArgs:
+    """Likewise of a config in the format's own keys."""
     layers = _whole(own, "num_hidden_layers")
     hidden, heads = _whole(own, "hidden_size"), _whole(own, "num_attention_heads")
     kv_heads = _whole(own, "num_key_value_heads", heads)
@@ -153,7 +161,8 @@ def model_args(config: Config, tensors: Collection[str] | None = None) -> ModelA
         )
     if own.get("head_dim") is None and hidden % heads:
         raise UserError(
-            f'"hidden_size" {hidden} is no multiple of {heads} heads: config.json needs "head_dim"'
+            f'"hidden_size" {hidden} is no multiple of {heads} heads and config.json has no '
+            '"head_dim": correct it'
         )
     norm = _given(own, "norm", "none")
     theta, scaling = _rope(own)
@@ -171,7 +180,7 @@ def model_args(config: Config, tensors: Collection[str] | None = None) -> ModelA
             block=_given(own, "block", "serial"),
             skip=_given(own, "skip", "none"),
             norm=norm,
-            final_norm=_flag(own, "final_norm"),
+            final_norm=flag(own, "final_norm"),
             rms_norm_eps=_real(own, "rms_norm_eps", 1e-6),
             hidden_act=_given(own, "hidden_act", "silu"),
             rope_theta=theta,
@@ -179,21 +188,21 @@ def model_args(config: Config, tensors: Collection[str] | None = None) -> ModelA
             max_position_embeddings=_whole(own, "max_position_embeddings", 2048),
             sliding_window=None if window is None else _whole(own, "sliding_window"),
             layer_types=_given(own, "layer_types", []),
-            tie_word_embeddings=_flag(own, "tie_word_embeddings"),
+            tie_word_embeddings=flag(own, "tie_word_embeddings"),
             embedding_scale=_real(own, "embedding_scale", 1.0),
             logit_scale=_real(own, "logit_scale", 1.0),
             norm_type=_given(own, "norm_type", "rms"),
-            shared_norm=_flag(own, "shared_norm"),
-            qk_norm=_flag(own, "qk_norm"),
-            gated=own.get("gated") is None or _flag(own, "gated"),
+            shared_norm=flag(own, "shared_norm"),
+            qk_norm=flag(own, "qk_norm"),
+            gated=flag(own, "gated", default=True),
             num_local_experts=_count(own, "num_local_experts"),
             num_experts_per_tok=_count(own, "num_experts_per_tok"),
             rotary_dim=_whole(own, "rotary_dim", _whole(own, "head_dim", hidden // heads)),
-            rope_traditional=_flag(own, "rope_traditional"),
-            head_bias=_flag(own, "head_bias"),
+            rope_traditional=flag(own, "rope_traditional"),
+            head_bias=flag(own, "head_bias"),
             removed=_layer_lists(own, "removed", ("q", "k", "v", "p", "attention", "ffn"), layers),
             extra_bits=_extra_bits(own),
-            precomputed=_flag(own, "precomputed"),
+            precomputed=flag(own, "precomputed"),
         )
     except ValueError as error:
         raise UserError(f"config.json: {error}") from error
@@ -245,6 +254,8 @@ def _check_rope(args: ModelArgs) -> None:
     try:
         if args.rope and "factor" in args.rope:
             _real(args.rope, "factor", 1.0)
+        if args.rope and "attention_factor" in args.rope:
+            raise UserError('it has no "attention_factor"')
         initialize_rope(
             args.rotary_dim, args.rope_theta, False, args.rope, args.max_position_embeddings
         )
@@ -257,18 +268,18 @@ def _check_rope(args: ModelArgs) -> None:
 
 def _complete_from_config(args: ModelArgs, config: Config) -> None:
     everywhere = list(range(args.num_hidden_layers))
-    for flag, names in (
+    for key, names in (
         ("attention_bias", ("q_proj", "k_proj", "v_proj", "o_proj")),
         ("mlp_bias", ("gate_proj", "up_proj", "down_proj")),
     ):
-        if _flag(config, flag):
+        if flag(config, key):
             args.biases |= dict.fromkeys(names, everywhere)
     args.biases = _layer_lists(config, "biases", PROJECTIONS, len(everywhere)) or args.biases
     gains = _norms(config, "gains", _known_norms(args), args.norm)
     args.gains = [*_needed_gains(args), "final"] if gains is None else gains
     args.shifts = _norms(config, "shifts", _known_shifts(args), args.norm) or []
-    for flag in LINEAR_PATHS:
-        setattr(args, flag, _flag(config, flag))
+    for key in LINEAR_PATHS:
+        setattr(args, key, flag(config, key))
 
 
 def _known_norms(args: ModelArgs) -> list[str]:
@@ -307,5 +318,5 @@ def _complete_from_tensors(args: ModelArgs, config: Config, tensors: Collection[
         ]
     args.shifts = shifts
     args.head_bias = f"{HEAD}.bias" in tensors
-    for flag, name in LINEAR_PATHS.items():
-        setattr(args, flag, bool(_layers_with(tensors, name)))
+    for key, name in LINEAR_PATHS.items():
+        setattr(args, key, bool(_layers_with(tensors, name)))

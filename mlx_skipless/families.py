@@ -6,7 +6,7 @@ what that network can be (``stock.py``). Knows nothing of files or arrays.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ class Family:
 
     Attributes:
         settings: turns a Hugging Face config into the format's own keys.
+        keys: the format's keys to the config's, where it has other names for them.
         names: a module's canonical name to the source's, whole dotted parts of a path.
         also: other names of modules, such as mlx-lm's where it saves them, to the source's.
         fused: canonical modules by the source's one that holds them all, head by head: the rows of
@@ -42,6 +43,7 @@ class Family:
     """
 
     settings: Callable[[Config], Config]
+    keys: Mapping[str, str] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
     also: Mapping[str, str] = field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -49,6 +51,29 @@ class Family:
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)  # old exporters'; rebuilt at run time
     stock: Stock | None = None
     gain_offset: float = 0.0
+
+    def own(self, config: Config) -> Config:
+        """A config with the format's own keys in it."""
+        config = {**config, **{ours: config.get(theirs) for ours, theirs in self.keys.items()}}
+        return {**config, **self.settings(config)}
+
+    def in_its_words(self, complaint: str) -> str:
+        """A complaint about the format's keys, with those that the config has."""
+        for ours, theirs in self.keys.items():
+            complaint = complaint.replace(f'"{ours}"', f'"{theirs}"')
+        return complaint
+
+
+def flag(config: Config, key: str, default: bool = False) -> bool:
+    """A key that is true or false, or absent.
+
+    Raises:
+        UserError: if it is anything else.
+    """
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise UserError(f'"{key}" in config.json is {value!r}; it must be true or false')
+    return default if value is None else value
 
 
 def _prenorm(config: Config) -> Config:
@@ -65,9 +90,16 @@ def _mistral(config: Config) -> Config:
 
 def _mixtral(config: Config) -> Config:
     """Mistral with experts; the config's keys for them are the format's own."""
-    given = {key: config.get(key) for key in ("num_local_experts", "num_experts_per_tok")}
-    defaults = {"num_local_experts": 8, "num_experts_per_tok": 2}
-    return {**_mistral(config), **defaults, **{k: v for k, v in given.items() if v is not None}}
+    experts = _first(config, "num_local_experts", default=8)
+    if experts == 0:
+        raise UserError('"num_local_experts" in config.json is 0, a mixtral has some: correct it')
+    return {
+        **_mistral(config),
+        "num_local_experts": experts,
+        "num_experts_per_tok": _first(config, "num_experts_per_tok", default=2),
+        "rms_norm_eps": _first(config, "rms_norm_eps", default=1e-5),
+        "rope_theta": _rope(config, "rope_theta", default=1e6),
+    }
 
 
 def _gemma(config: Config) -> Config:
@@ -88,11 +120,15 @@ def _gemma(config: Config) -> Config:
 
 def _qwen2(config: Config) -> Config:
     """As Llama, with biases on q, k and v; a window only where ``use_sliding_window`` says so."""
-    kinds = config.get("layer_types") if config.get("use_sliding_window") else None
-    layers = config.get("num_hidden_layers")
-    if config.get("use_sliding_window") and kinds is None and isinstance(layers, int):
+    slides = flag(config, "use_sliding_window") and config.get("sliding_window") is not None
+    kinds = config.get("layer_types") if slides else None
+    if slides and kinds is None:
         full = _first(config, "max_window_layers", default=28)
-        kinds = [("full" if i < full else "sliding") + "_attention" for i in range(layers)]
+        if not isinstance(full, int):
+            raise UserError(
+                f'"max_window_layers" in config.json is {full!r}; it must be a whole number'
+            )
+        kinds = [("full" if i < full else "sliding") + "_attention" for i in _layers(config)]
     return {
         **_prenorm(config),
         "layer_types": kinds,
@@ -119,7 +155,7 @@ def _layer_norms(config: Config, *shifts: str) -> Config:
         "shifts": list(shifts),
         "sliding_window": None,
         "layer_types": None,
-        "rms_norm_eps": _first(config, "layer_norm_eps", "layer_norm_epsilon", default=1e-5),
+        "rms_norm_eps": _first(config, "rms_norm_eps", default=1e-5),
     }
 
 
@@ -128,15 +164,17 @@ def _gpt_neox(config: Config) -> Config:
 
     All matrices have biases but the head; the FFN has no gate.
     """
-    parallel = _first(config, "use_parallel_residual", default=True)
-    names = MLP if config.get("attention_bias") is False else (*ATTENTION, *MLP)
+    parallel = flag(config, "use_parallel_residual", default=True)
+    names = (*ATTENTION, *MLP) if flag(config, "attention_bias", default=True) else MLP
     return {
         **_layer_norms(config, "attention", "ffn", "final"),
         "block": "parallel" if parallel else "serial",
         "gated": False,
         "hidden_act": _first(config, "hidden_act", default="gelu"),
+        "num_key_value_heads": None,
+        "head_dim": None,
         "rope_theta": _rope(config, "rotary_emb_base", "rope_theta", default=10000),
-        "rotary_dim": _share_of_head(config, _rope(config, "rotary_pct", "partial_rotary_factor")),
+        "rotary_dim": _share_of_head(config, "rotary_pct", "partial_rotary_factor", default=0.25),
         "biases": _biases(config, [name for name in names if name not in ("router", "gate_proj")]),
         "tie_word_embeddings": _first(config, "tie_word_embeddings", default=False),
     }
@@ -144,21 +182,20 @@ def _gpt_neox(config: Config) -> Config:
 
 def _gptj(config: Config) -> Config:
     """Parallel blocks behind one LayerNorm; RoPE on neighbours; biases on FFN and head alone."""
-    size, inner = config.get("n_embd"), config.get("n_inner")
+    size, inner = config.get("hidden_size"), config.get("intermediate_size")
     return {
         **_layer_norms(config, "attention", "final"),
         "block": "parallel",
         "shared_norm": True,
         "gated": False,
-        "hidden_size": size,
-        "num_hidden_layers": config.get("n_layer"),
-        "num_attention_heads": config.get("n_head"),
+        "num_key_value_heads": None,
+        "head_dim": None,
         "intermediate_size": 4 * size if inner is None and isinstance(size, int) else inner,
-        "max_position_embeddings": config.get("n_positions"),
-        "hidden_act": _first(config, "activation_function", default="gelu_new"),
+        "hidden_act": _first(config, "hidden_act", default="gelu_new"),
+        **dict.fromkeys(("rope_theta", "rope_scaling", "rope_parameters")),
         "rope_traditional": True,
         "rotary_dim": _first(config, "rotary_dim", default=64),
-        "biases": _biases(config, ("up_proj", "down_proj"), config.get("n_layer")),
+        "biases": _biases(config, ("up_proj", "down_proj")),
         "head_bias": True,
         "tie_word_embeddings": _first(config, "tie_word_embeddings", default=False),
     }
@@ -166,7 +203,7 @@ def _gptj(config: Config) -> Config:
 
 def _phi(config: Config) -> Config:
     """Phi-1 to 2: parallel blocks behind one LayerNorm; biases everywhere; RoPE on a part."""
-    if config.get("qk_layernorm"):
+    if flag(config, "qk_layernorm"):
         raise UserError('"qk_layernorm" in config.json is not supported for phi')
     return {
         **_layer_norms(config, "attention", "final"),
@@ -174,7 +211,7 @@ def _phi(config: Config) -> Config:
         "shared_norm": True,
         "gated": False,
         "hidden_act": _first(config, "hidden_act", default="gelu_new"),
-        "rotary_dim": _share_of_head(config, _rope(config, "partial_rotary_factor", default=0.5)),
+        "rotary_dim": _share_of_head(config, "partial_rotary_factor", default=0.5),
         "biases": _biases(config, (*ATTENTION, "up_proj", "down_proj")),
         "head_bias": True,
         "tie_word_embeddings": _first(config, "tie_word_embeddings", default=False),
@@ -186,7 +223,7 @@ def _cohere(config: Config) -> Config:
 
     The head is the embedding, its logits scaled; RoPE on neighbours.
     """
-    if config.get("use_qk_norm"):
+    if flag(config, "use_qk_norm"):
         raise UserError('"use_qk_norm" in config.json is not supported for cohere')
     return {
         **_layer_norms(config),
@@ -210,28 +247,43 @@ def _rope(config: Config, *keys: str, default: Any = None) -> Any:
     return _first({**config, **(inner if isinstance(inner, dict) else {})}, *keys, default=default)
 
 
-def _share_of_head(config: Config, share: Any) -> Any:
-    """So much of a head's width; what is malformed is left for later complaint."""
+def _share_of_head(config: Config, *keys: str, default: float) -> int | None:
+    """So much of a head's width, None where that is not known."""
+    share = _rope(config, *keys, default=default)
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+        raise UserError(
+            f'"{keys[0]}" in config.json is {share!r}; it must be a share of a head, 1 at most'
+        )
     size, heads = config.get("hidden_size"), config.get("num_attention_heads")
-    if share is None:
-        share = 0.25
-    if isinstance(size, int) and isinstance(heads, int) and isinstance(share, int | float):
-        return int(size // max(heads, 1) * share)
-    return share
+    if not isinstance(size, int) or not isinstance(heads, int) or heads < 1 or size % heads:
+        return None
+    width = int(size // heads * share)
+    if width % 2 or width == 0:
+        raise UserError(
+            f'"{keys[0]}" {share} of a head in config.json is {width}; RoPE needs pairs: correct it'
+        )
+    return width
 
 
-def _biases(config: Config, names: Any, layers: Any = None) -> dict[str, list[int]] | None:
+def _layers(config: Config) -> range:
+    """Of all layers, none where their number cannot be true."""
+    layers = config.get("num_hidden_layers")
+    return range(layers if isinstance(layers, int) and 0 < layers < 1 << 16 else 0)
+
+
+def _biases(config: Config, names: Iterable[str]) -> dict[str, list[int]]:
     """Biases of these matrices in every layer."""
-    layers = config.get("num_hidden_layers") if layers is None else layers
-    everywhere = isinstance(layers, int) and 0 < layers < 1 << 16
-    return {name: list(range(layers)) for name in names} if everywhere else None
+    return {name: [*_layers(config)] for name in names}
 
+
+LAYER_NORM_KEYS = {"rms_norm_eps": "layer_norm_eps"}
 
 FAMILIES: dict[str, Family] = {
-    "cohere": Family(_cohere, stock=stock.COHERE),
+    "cohere": Family(_cohere, keys=LAYER_NORM_KEYS, stock=stock.COHERE),
     "gemma": Family(_gemma, gain_offset=1.0, stock=stock.GEMMA),
     "gpt_neox": Family(
         _gpt_neox,
+        keys=LAYER_NORM_KEYS,
         names={
             "model.embed_tokens": "gpt_neox.embed_in",
             "model.layers": "gpt_neox.layers",
@@ -248,6 +300,15 @@ FAMILIES: dict[str, Family] = {
     ),
     "gptj": Family(
         _gptj,
+        keys={
+            "hidden_size": "n_embd",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "intermediate_size": "n_inner",
+            "max_position_embeddings": "n_positions",
+            "hidden_act": "activation_function",
+            "rms_norm_eps": "layer_norm_epsilon",
+        },
         names={
             "model.embed_tokens": "transformer.wte",
             "model.layers": "transformer.h",
@@ -276,6 +337,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "phi": Family(
         _phi,
+        keys=LAYER_NORM_KEYS,
         names={
             "model.norm": "model.final_layernorm",
             "self_attn.o_proj": "self_attn.dense",

@@ -42,6 +42,7 @@ ACTIVATIONS = {
     "swish": nn.silu,
     "gelu": nn.gelu,
     "gelu_new": nn.gelu_approx,
+    "gelu_fast": nn.gelu_approx,
     "gelu_pytorch_tanh": nn.gelu_approx,
     "relu": nn.relu,
 }

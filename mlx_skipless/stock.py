@@ -9,7 +9,8 @@ from .names import ATTENTION
 
 Config = dict[str, Any]
 FFN = ("gate_proj", "up_proj", "down_proj")
-GELU = ("gelu", "gelu_pytorch_tanh", "gelu_new")  # mlx-lm's networks have one of them, as they are
+# mlx-lm's networks have one of them, as they are.
+GELU = ("gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast")
 
 
 @dataclass(frozen=True)

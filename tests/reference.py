@@ -146,7 +146,7 @@ def activation(name: str, x: np.ndarray) -> np.ndarray:
         return x * np.exp(-np.logaddexp(0, -x))
     if name == "gelu":
         return x * 0.5 * (1 + _erf(x / math.sqrt(2)))
-    if name in ("gelu_pytorch_tanh", "gelu_new"):
+    if name in ("gelu_pytorch_tanh", "gelu_new", "gelu_fast"):
         return x * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     if name == "relu":
         return np.maximum(x, 0)
