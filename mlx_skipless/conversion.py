@@ -43,8 +43,15 @@ STOCK_CANNOT = (
     "no network of mlx-lm's own is the same function (they may not know this activation, width, "
     "window or these biases): the result carries one that is"
 )
+NO_STOCK_DROPS = (
+    "mlx-lm has no network of this architecture without some attentions or FFNs: the result "
+    "carries one"
+)
 NO_STOCK_TABLE = (
     "mlx-lm's own network computes its first layer: the result carries one that reads it"
+)
+SKIPLESS_NETWORK = (
+    "for the speed and size of its skipless network (no language model until it is trained): {}"
 )
 BUFFER_CACHE_BYTES = 256 << 20
 
@@ -197,8 +204,12 @@ def convert(
     if checkpoint.store is not None:
         options["conditioning"] = _measure(checkpoint, plan, remove, target, progress)
         plan = make_plan(args, **options)
-    more: tuple[str, ...] = (STOCK_CANNOT,) if known is not None and not expressed else ()
+    more: tuple[str, ...] = ()
+    if known is not None and not expressed:
+        more += (NO_STOCK_DROPS if known.expresses(args) else STOCK_CANNOT,)
     more += (NO_STOCK_TABLE,) if expressed and plan.tabled else ()
+    if stock and (letters := "".join(make_plan(args, skipless=True).gone)):
+        more += (SKIPLESS_NETWORK.format(f"--model {model} --skipless --remove {letters}"),)
     if declined is not None:
         more += (f"the first layer stays computed: {declined} (--precompute-first-layer force)",)
 

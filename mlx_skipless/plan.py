@@ -149,28 +149,43 @@ def tabled(args: ModelArgs) -> ModelArgs:
 
 def _shape_refusal(args: ModelArgs, letter: str) -> str | None:
     """Why the shape of Q, K, V or P forbids its removal; None if it does not."""
+    why = _misshapen(args, letter)
+    return why and f"{why}: {_instead(args)}"
+
+
+def _misshapen(args: ModelArgs, letter: str) -> str | None:
     name, d = letter.upper(), args.hidden_size
     width = args.num_attention_heads * args.head_dim
     kv_width = args.num_key_value_heads * args.head_dim
     if letter in "kv" and kv_width != d:
         return (
             f"{name} maps {d} to {kv_width} and has no inverse ({args.num_key_value_heads} "
-            f"key-value heads, {args.num_attention_heads} query heads): only Q and P can go, "
-            "--remove qp"
+            f"key-value heads, {args.num_attention_heads} query heads)"
         )
     if letter == "q" and width < d:
-        return (
-            f"Q narrows the stream from {d} to {width} and K and V need what it drops: only P can "
-            "go, --remove p"
-        )
+        return f"Q narrows the stream from {d} to {width} and K and V need what it drops"
     if letter == "q" and width > d:
         return (
             f"Q widens the stream from {d} to {width}, so the matrices that feed it would grow by "
-            "more than Q weighs: only P can go, --remove p"
+            "more than Q weighs"
         )
     if letter == "p" and width != d and (args.block == "parallel" or args.skip == "ffn"):
         return f"P maps {width} to {d} and has no inverse, which this block needs"
     return None
+
+
+def _instead(args: ModelArgs) -> str:
+    """What can go from a network of which something else cannot."""
+    free = [letter for letter in "qkvp" if _misshapen(args, letter) is None]
+    readers = ["q"] if "q" in free else [letter for letter in free if letter != "p"]
+    writers = ["p"] if "p" in free and (not readers or _p_saves(args) > 0) else []
+    together = bool(readers and writers) and args.block == "serial" and args.skip != "ffn"
+    ways = [f"{reader}p" for reader in readers] if together else [*readers, *writers]
+    if not ways:
+        return "nothing can go"
+    what = " or ".join(way[0].upper() for way in ways) + (" and P" if together else "")
+    first = "--skipless " if args.skip == "both" and args.norm == "pre" else ""
+    return f"only {what} can go, {first}--remove {' or --remove '.join(ways)}"
 
 
 def _p_saves(args: ModelArgs) -> int:
@@ -395,6 +410,9 @@ def _choose(
         notes.append("chosen by arithmetic alone: no weights at hand to measure conditioning on")
     if not identity and args.norm == "pre":
         notes.append("no exact removal of Q or P exists for a model with skips and norms")
+    elif not identity and not notes and (shape := _misshapen(args, "q")):
+        wider = "; without P the FFN would read wider heads" if _p_saves(args) <= 0 else ""
+        notes.append(f"nothing that saves weights can go: {shape}{wider}")
     return identity
 
 

@@ -102,3 +102,37 @@ def test_json(tmp_path: Path) -> None:
     assert by_name["Mistral-Nemo-12B"]["removal"]["letters"] == "p"
     assert by_name["Gemma-7B"]["removal"] is None
     assert by_name["GPT-J-6B"]["kept"] == ["attention"]
+
+
+@pytest.mark.parametrize(
+    ("name", "suggested", "stock_drops"),
+    [
+        ("Llama-2-7B", "qp", True),
+        ("Mistral-Nemo-12B", "p", False),
+        ("Mixtral-8x7B", "qp", False),
+        ("Gemma-7B", None, False),
+        ("Pythia-6.9B", "q", False),
+        ("Qwen3-0.6B", "k", False),
+    ],
+)
+def test_what_a_dry_run_says_of_it(
+    name: str,
+    suggested: str | None,
+    stock_drops: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Every figure is whole, and the command that it suggests is not refused."""
+    source = tmp_path / "config.json"
+    source.write_text(json.dumps(catalogue.MODELS[name]))
+    assert main(["convert", "--model", str(source), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "…" not in printed and f"{PUBLISHED[name]:,} weights before" in printed
+    assert "the result runs in plain mlx-lm" in printed
+    hint = re.search(r"(--model .* --skipless --remove (\w+))$", printed, re.MULTILINE)
+    assert (hint and hint[2]) == suggested
+    if hint:
+        assert main(["convert", *hint[1].split(), "--dry-run"]) == 0
+    assert main(["convert", "--model", str(source), "--dry-run", "--drop-attention", "1"]) == 0
+    reason = "no network of this architecture without some attentions" in capsys.readouterr().out
+    assert reason is not stock_drops

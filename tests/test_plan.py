@@ -1,6 +1,7 @@
 """What goes, what stays and why: wiring and decisions, without weights."""
 
 import itertools
+import re
 from dataclasses import replace
 
 import mlx.core as mx
@@ -74,6 +75,36 @@ def test_an_ffn_skip_joins_two_points() -> None:
 def test_refusals_name_the_reason(args: ModelArgs, remove: str, reason: str) -> None:
     with pytest.raises(UserError, match=f"--remove {remove}: .*{reason}"):
         make_plan(args, remove=remove)
+
+
+@pytest.mark.parametrize(
+    ("args", "remove", "instead"),
+    [
+        (BASE, "k", "only Q and P can go, --remove qp"),
+        (replace(BASE, block="parallel"), "k", "only Q or P can go, --remove q or --remove p"),
+        (replace(BASE, skip="ffn"), "k", "only Q or P can go, --remove q or --remove p"),
+        (replace(BASE, head_dim=8), "k", "only P can go, --remove p"),
+        (replace(BASE, head_dim=32), "q", "only K or V can go, --remove k or --remove v"),
+        (replace(BASE, head_dim=8, block="parallel"), "q", "nothing can go"),
+        (
+            replace(BASE, norm="pre", skip="both"),
+            "k",
+            "only Q and P can go, --skipless --remove qp",
+        ),
+    ],
+)
+def test_what_can_go_instead_can(args: ModelArgs, remove: str, instead: str) -> None:
+    with pytest.raises(UserError, match=f"{instead}$"):
+        make_plan(args, remove=remove)
+    for letters in re.findall(r"--remove (\w+)", instead):
+        assert make_plan(replace(args, norm="qkv", skip="none"), remove=letters).gone
+
+
+def test_nothing_to_save_is_said() -> None:
+    """Gemma-7B's shapes: heads wider than the stream, on both sides."""
+    plan = make_plan(replace(BASE, head_dim=32, num_key_value_heads=1), remove="auto")
+    assert not plan.gone
+    assert any("Q widens" in note and "without P" in note for note in plan.notes)
 
 
 @pytest.mark.parametrize(

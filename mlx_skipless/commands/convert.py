@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from .. import budget, card, conversion
@@ -134,15 +135,14 @@ def _print_report(report: Report, console: Console) -> None:
             f"{row.bytes_before / 1e6:.2f}", f"{row.bytes_after / 1e6:.2f}", condition,
             *((f"{row.cost.removed:.1e}", f"{row.cost.rounded:.1e}") if row.cost else ()),
         )  # fmt: skip
+    # No figure is cut short: a narrow terminal wraps the lines.
+    wide = console.options.update(max_width=1000)
+    console.width = max(console.width, Measurement.get(console, wide, table).maximum)
     console.print(table)
     lines = [f"note: {note}" for note in report.notes]
     if report.stock:
         done = "norm gains folded, exactly" if report.folded else "matrices as they were"
-        lines += [
-            f"note: {done}; the result runs in plain mlx-lm",
-            "note: for the speed and size of its skipless network (no language model until it is "
-            f"trained): --model {report.source} --skipless --remove qp",
-        ]
+        lines.append(f"note: {done}; the result runs in plain mlx-lm")
     lines += card.effect(report)
     for line in lines:
         console.print(line, soft_wrap=True)
