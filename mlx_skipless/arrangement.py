@@ -49,7 +49,8 @@ def places(family: Family, names: Iterable[str]) -> dict[str, Place]:
         else:
             found[f"{_renamed(module, inverse)}.{part}"] = Place((name,))
     for name, numbered in experts.items():
-        found[name] = Place(tuple(numbered[i] for i in sorted(numbered)), stacked=True)
+        if sorted(numbered) == [*range(len(numbered))]:  # else some are missing: so is the whole
+            found[name] = Place(tuple(numbered[i] for i in sorted(numbered)), stacked=True)
     return found
 
 

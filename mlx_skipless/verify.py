@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache
 from mlx_lm.utils import load_model
@@ -41,6 +42,22 @@ class Network(Protocol):
     def logits(self, hidden: mx.array) -> mx.array: ...
 
 
+def runnable(arrays: Arrays) -> Arrays:
+    """A layer's tensors such that it runs: on a CPU, MLX multiplies dense experts in float32 only.
+
+    The same numbers, in a wider type; nothing else has three axes.
+    """
+    if mx.default_device() != mx.cpu:
+        return arrays
+    halves = (mx.float16, mx.bfloat16)
+    return {
+        name: a.astype(mx.float32)
+        if a.ndim == 3 and a.dtype in halves and name.endswith(".weight")
+        else a
+        for name, a in arrays.items()
+    }
+
+
 class StockNetwork:
     """A folder of one of mlx-lm's own architectures, in mlx-lm's own code; good for one pass.
 
@@ -66,6 +83,8 @@ class StockNetwork:
         for i, layer in enumerate(layers):
             slides = getattr(layer, "use_sliding", False)  # most networks know no windows
             window = self._model.model.sliding_window if slides else None
+            if self._args.num_local_experts:
+                layer.load_weights([*runnable(dict(tree_flatten(layer.parameters()))).items()])
             h = layer(h, create_attention_mask(h, None, window_size=window), None)
             mx.eval(h)
             layers[i] = layer = None
@@ -157,7 +176,7 @@ class StreamedNetwork:
         if layer in self._kept:
             return self._kept[layer]
         prefix = f"model.layers.{layer}"
-        block = self._filled(Block(self.args, layer), prefix, self._parts.layer(layer))
+        block = self._filled(Block(self.args, layer), prefix, runnable(self._parts.layer(layer)))
         if self.resident:
             self._kept[layer] = block
         return block

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -361,6 +362,111 @@ def test_healing(name: str, tmp_path: Path) -> None:
     before, after = (logits(tmp_path / folder, text()) for folder in "rh")
     assert stored(tmp_path / "r").keys() == stored(tmp_path / "h").keys()
     assert reference.softmax_kl(before, after) > 1e-6
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"precompute_first_layer": "force"},
+        {"drop_attention": 1},
+        {"skipless": True, "remove": "p"},
+        {"skipless": True, "remove": "q", "quantize": True, "q_group_size": 32, "q_bits": 8},
+    ],
+    ids=str,
+)
+def test_experts_of_half_precision(options: dict[str, Any], tmp_path: Path) -> None:
+    """Checked on a CPU too, where MLX multiplies them in float32 only."""
+    make(tmp_path / "s", "mixtral", dtype="bfloat16")
+    report = convert(tmp_path / "s", tmp_path / "o", **options)
+    assert report.dtype == "bfloat16" and report.verification is not None
+    types = {str(array.dtype) for array in stored(tmp_path / "o").values()}
+    assert types <= {"mlx.core.bfloat16", "mlx.core.uint32"}
+
+
+def retensored(folder: Path, change: Callable[[dict[str, mx.array]], Any]) -> None:
+    """Change the tensors of a checkpoint of one file."""
+    tensors = stored(folder)
+    mx.eval(tensors)
+    change(tensors)
+    (folder / "model.safetensors").unlink()
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors, metadata={"format": "pt"})
+
+
+def test_a_missing_expert(tmp_path: Path) -> None:
+    """None takes the place of another."""
+    for gone, became in ((3, "7"), (1, None)):
+        make(tmp_path / f"s{gone}", "mixtral")
+
+        def change(tensors: dict[str, mx.array], gone: int = gone, became: Any = became) -> None:
+            for name in [name for name in tensors if f"experts.{gone}." in name]:
+                array = tensors.pop(name)
+                if became:
+                    tensors[name.replace(f"experts.{gone}.", f"experts.{became}.")] = array
+
+        retensored(tmp_path / f"s{gone}", change)
+        with pytest.raises(mlx_skipless.UserError, match=r"no tensor model\.layers\.0\.mlp"):
+            convert(tmp_path / f"s{gone}", tmp_path / "o")
+
+
+BUFFERS = {
+    "gpt_neox": ("gpt_neox.layers.{}.attention", "bias masked_bias rotary_emb.inv_freq"),
+    "gptj": ("transformer.h.{}.attn", "bias masked_bias"),
+    "phi": ("model.layers.{}.self_attn", "rotary_emb.inv_freq"),
+}
+
+
+@pytest.mark.parametrize("name", BUFFERS)
+def test_buffers_of_old_exporters_are_ignored(name: str, tmp_path: Path) -> None:
+    """Whatever their type."""
+    config, weights = make(tmp_path / "s", name, **as_mlx_lm(name))
+    module, parts = BUFFERS[name]
+
+    def add(tensors: dict[str, mx.array]) -> None:
+        for layer in range(3):
+            for part in parts.split():
+                tensors[f"{module.format(layer)}.{part}"] = mx.ones((1, 1, 8, 8), mx.uint8)
+
+    retensored(tmp_path / "s", add)
+    convert(tmp_path / "s", tmp_path / "o")
+    expected = reference.logits(config, weights, text())
+    assert reference.worst_relative_error(expected, logits(tmp_path / "o", text())) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["cohere", "gemma", "qwen2", "gpt_neox"])
+def test_a_tied_head_on_disk_is_not_read(name: str, tmp_path: Path) -> None:
+    tied = {} if name == "gemma" else {"tie_word_embeddings": True}
+    config, weights = make(tmp_path / "s", name, **as_mlx_lm(name), **tied)
+    head = "embed_out" if name == "gpt_neox" else "lm_head"
+    for folder in ("with", "without"):
+        shutil.copytree(tmp_path / "s", tmp_path / folder)
+    noise = mx.random.normal((config["vocab_size"], config["hidden_size"]))
+    retensored(tmp_path / "with", lambda tensors: tensors.update({f"{head}.weight": noise}))
+    expected = reference.logits(config, weights, text())
+    for folder in ("with", "without"):
+        convert(tmp_path / folder, tmp_path / f"{folder}-o")
+        found = logits(tmp_path / f"{folder}-o", text())
+        assert reference.worst_relative_error(expected, found) < 1e-5
+
+
+def test_packed_experts_one_by_one(tmp_path: Path) -> None:
+    """As older conversions have them."""
+    make(tmp_path / "f", "mixtral")
+    packed(tmp_path / "f", tmp_path / "s")
+    expected = logits(tmp_path / "s", text())
+    letters = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+    def unstack(tensors: dict[str, mx.array]) -> None:
+        for name in [name for name in tensors if ".switch_mlp." in name]:
+            prefix, _, rest = name.partition(".switch_mlp.")
+            matrix, part = rest.split(".")
+            for i, one in enumerate(tensors.pop(name)):
+                tensors[f"{prefix}.experts.{i}.{letters[matrix]}.{part}"] = one
+
+    retensored(tmp_path / "s", unstack)
+    convert(tmp_path / "s", tmp_path / "o", dtype="float32", verify=False)
+    assert reference.worst_relative_error(expected, logits(tmp_path / "o", text())) < 1e-4
+    assert convert(tmp_path / "s", tmp_path / "p", drop_attention=1).kept_packed
 
 
 @pytest.mark.parametrize("remove", ["qp", "none"])
