@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,11 @@ def test_every_parameter_matters(remove: str, tmp_path: Path) -> None:
         assert not any(gone[letter] in name for name in names)
 
 
+def test_every_setting_is_documented() -> None:
+    document = (Path(__file__).parents[1] / "docs/checkpoint.md").read_text()
+    assert [key.name for key in fields(ModelArgs) if f"`{key.name}`" not in document] == []
+
+
 def test_an_unknown_setting_is_named() -> None:
     with pytest.raises(ValueError, match="'sideways' is not supported"):
         ModelArgs("skipless", 8, 1, 8, 1, 8, block="sideways")
@@ -209,6 +215,7 @@ def test_an_unknown_setting_is_named() -> None:
 
 SHARDED = """
 import sys
+from dataclasses import fields
 import mlx.core as mx, numpy as np
 import mlx_skipless
 
