@@ -17,6 +17,13 @@ from .stock import Stock
 
 Config = dict[str, Any]
 QKV = tuple(PROJECTIONS[name] for name in ATTENTION[:3])
+# What all configs say alike; of other keys only those that a family's settings know are believed.
+LLAMA_KEYS = (
+    "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "vocab_size", "hidden_act", "rms_norm_eps", "rope_theta",
+    "rope_scaling", "rope_parameters", "max_position_embeddings", "sliding_window", "layer_types",
+    "attention_bias", "mlp_bias", "tie_word_embeddings",
+)  # fmt: skip
 MIXTRAL_EXPERTS = {
     "block_sparse_moe.experts.{}.w1": "mlp.gate_proj",
     "block_sparse_moe.experts.{}.w2": "mlp.down_proj",
@@ -53,9 +60,10 @@ class Family:
     gain_offset: float = 0.0
 
     def own(self, config: Config) -> Config:
-        """A config with the format's own keys in it."""
+        """A config in the format's own keys."""
         config = {**config, **{ours: config.get(theirs) for ours, theirs in self.keys.items()}}
-        return {**config, **self.settings(config)}
+        shared = {key: config[key] for key in LLAMA_KEYS if key in config}
+        return {**shared, **self.settings(config)}
 
     def in_its_words(self, complaint: str) -> str:
         """A complaint about the format's keys, with those that the config has."""

@@ -156,6 +156,11 @@ def of(name: str, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "changes", "facts"),
     [
+        (
+            "llama",
+            {"logit_scale": 3.0, "num_local_experts": 4, "rotary_dim": 8, "removed": {"q": [0]}},
+            {"logit_scale": 1.0, "num_local_experts": 0, "rotary_dim": 16, "removed": {}},
+        ),
         ("mixtral", {"rms_norm_eps": ..., "rope_theta": ...}, {"rope_theta": 1e6}),
         ("gpt_neox", {"rotary_pct": 1.0}, {"rotary_dim": 16}),
         ("gpt_neox", {"rotary_pct": ...}, {"rotary_dim": 4}),
@@ -172,7 +177,7 @@ def of(name: str, **changes: Any) -> dict[str, Any]:
     ],
 )
 def test_what_is_silent(name: str, changes: dict[str, Any], facts: dict[str, Any]) -> None:
-    """As in transformers."""
+    """As in transformers, which reads no other architecture's keys."""
     args = model_args(of(name, **changes))
     assert {key: getattr(args, key) for key in facts} == facts
 
