@@ -12,8 +12,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import quantize_model
 
-from .model import Model, ModelArgs, quant_predicate
-from .names import EMBEDDING, EXPERTS, HEAD
+from .model import FUSED, Model, ModelArgs, quant_predicate
+from .names import EMBEDDING, EXPERTS, HEAD, path
 from .packed import MLXScheme
 from .rounding import Format
 
@@ -120,6 +120,24 @@ class Layout:
     def scale_bytes(self, where: str) -> int:
         """Bytes of a packed matrix's scales and biases."""
         return self.nbytes(f"{where}.scales") + self.nbytes(f"{where}.biases")
+
+    @cached_property
+    def fused(self) -> dict[str, list[int]]:
+        """Layers whose matrices that read the same are packed alike, by the name of them in one."""
+        found: dict[str, list[int]] = {}
+        modules: dict[str, set[Any]] = {}
+        for name, array in self.tensors.items():
+            module, _, part = name.rpartition(".")
+            if array.ndim < 3:  # experts stay as they are
+                modules.setdefault(module, set()).add((part, array.shape[1:], array.dtype))
+        for layer in range(self.args.num_hidden_layers):
+            for kind in ("qkv_proj", "gate_up_proj"):
+                there = [name for name in FUSED[kind] if path(layer, name) in modules]
+                whole = next((name for name in FUSED if [*FUSED[name]] == there), None)
+                packed = [modules[path(layer, name)] for name in there]
+                if whole and packed.count(packed[0]) == len(packed):
+                    found.setdefault(whole, []).append(layer)
+        return found
 
     @cached_property
     def weights(self) -> dict[str, int]:

@@ -154,12 +154,11 @@ def test_quantizing_protects_what_an_inverse_magnifies(
     mlx_lm(python, tmp_path, "convert", tmp_path / "qp", "-q", "--mlx-path", "q4")
     settings = json.loads((tmp_path / "q4/config.json").read_text())["quantization"]
     stored = mx.load(str(tmp_path / "q4/model.safetensors"))
-    for name in ("self_attn.k_proj", "self_attn.v_proj"):
-        path = f"model.layers.1.{name}"
-        assert path in settings or f"{path}.scales" not in stored
-        assert not isinstance(settings.get(path), dict) or settings[path]["bits"] > 4
-    assert "model.layers.1.mlp.up_proj" not in settings
-    assert "model.layers.1.mlp.up_proj.scales" in stored
+    path = "model.layers.1.self_attn.kv_proj"
+    assert path in settings or f"{path}.scales" not in stored
+    assert not isinstance(settings.get(path), dict) or settings[path]["bits"] > 4
+    assert "model.layers.1.mlp.gate_up_proj" not in settings
+    assert "model.layers.1.mlp.gate_up_proj.scales" in stored
 
 
 @pytest.fixture
