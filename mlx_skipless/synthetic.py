@@ -214,7 +214,7 @@ def _filled(
     return model if quantization is None else quantized(model, quantization)[0]
 
 
-def save(
+def write_checkpoint(
     shape: Shape,
     dtype: mx.Dtype,
     out: str | Path,
