@@ -32,6 +32,7 @@ from .loading import load_network
 from .memory import device_memory_bytes, weight_bytes
 from .model import Model
 from .plan import REMOVALS
+from .points import LETTERS
 from .synthetic import (
     Progress,
     evaluate_in_turn,
@@ -85,7 +86,7 @@ class Subject:
 
     Attributes:
         label: what it is called in the outcome.
-        network: what runs: "mlx-lm llama", "skipless without Q and P", ...
+        network: what runs: "mlx-lm llama", "skipless without QP", ...
         weight_bytes: of all weights.
         bytes_per_token: of these, what decoding a token of one sequence reads.
         cache_bytes_per_token: of KV cache, that a token adds.
@@ -297,12 +298,14 @@ def is_stock(model: nn.Module) -> bool:
 
 
 def network_of(model: nn.Module) -> str:
-    """What runs, in words: "mlx-lm llama", "skipless without Q and P"."""
+    """What runs, in words: "mlx-lm llama", "skipless without QP"."""
     if not isinstance(model, Model):
         return f"mlx-lm {type(model).__module__.rpartition('.')[2]}"
     kind = "skipless" if model.args.skip == "none" else "mlx-skipless with skips"
-    gone = [part.upper() if len(part) == 1 else part for part in model.args.removed]
-    return f"{kind} without {' and '.join(gone)}" if gone else kind
+    letters = "".join(part.upper() for part in LETTERS if model.args.removed.get(part))
+    gone = [letters, *(part for part in ("attention", "ffn") if model.args.removed.get(part))]
+    gone = [part for part in gone if part]
+    return f"{kind} without {', '.join(gone)}" if gone else kind
 
 
 def _vanilla(model: nn.Module) -> nn.Module:
