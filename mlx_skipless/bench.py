@@ -228,8 +228,10 @@ def benchmark(
             skipless_model(plan.after, kind, quantization),
         ):
             found[network_of(model)] = model
-        packed = "" if quantization is None else f", {quantization.usual_bits} bits"
-        notes.append(f"random weights of {shape.name}, {dtype_name(kind)}{packed}")
+        stored = dtype_name(kind)
+        if quantization is not None:
+            stored += f", {quantization.mode} {quantization.usual_bits}-bit"
+        notes.append(f"random weights of {shape.name}, {stored}")
         notes += [NOT_THE_SAME] if shape.stock_differs else []
     baseline = next((label for label, model in found.items() if is_stock(model)), None)
     if baseline is None:
@@ -477,7 +479,6 @@ def _run(model: nn.Module, case: Case, decode_tokens: int) -> Run:
             vocabulary = model(mx.zeros((1, 1), mx.int32)).shape[-1]
             prompt = mx.random.randint(0, vocabulary, (batch_size, length))
             mx.eval(prompt)
-        mx.clear_cache()
         mx.reset_peak_memory()
         started = time.perf_counter()
         *chunks, last = _chunks(prompt)

@@ -284,7 +284,7 @@ def test_sizes_alone_take_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(mx, "eval", pytest.fail)
     found = mlx_skipless.benchmark(synthetic="mistral-7b", quantize=True, **SIZES_ONLY)
     assert found.bandwidth is None and not found.results
-    assert found.notes == ("random weights of Mistral-7B-v0.3, bfloat16, 4 bits",)
+    assert found.notes == ("random weights of Mistral-7B-v0.3, bfloat16, affine 4-bit",)
     assert [round(one.weight_bytes / 1e9, 1) for one in found.subjects] == [4.1, 3.5]
 
 
