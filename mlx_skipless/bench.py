@@ -33,8 +33,8 @@ from .memory import device_memory_bytes, weight_bytes
 from .model import Model
 from .plan import REMOVALS
 from .points import LETTERS
+from .settle import Progress
 from .synthetic import (
-    Progress,
     evaluate_in_turn,
     like,
     shape_of,
@@ -284,7 +284,7 @@ def _cases(
 
 def _loaded(models: Sequence[str | Path]) -> dict[str, nn.Module]:
     """Models by the shortest names that tell them apart; their weights are not read yet."""
-    names = [Path(model).name for model in models]
+    names = [Path(model).name or str(model) for model in models]  # "." has no name
     found: dict[str, nn.Module] = {}
     for name, model in zip(names, models, strict=True):
         label = name if names.count(name) == 1 else str(model)

@@ -1,7 +1,7 @@
 """Networks of random weights: the speed and size of a shape, without a model of it."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +20,10 @@ from .layout import Layout, Quantization, dtype_name, quantized
 from .model import Model, ModelArgs
 from .names import EMBEDDING, FINAL_NORM, HEAD, is_stream_gain
 from .plan import Plan, make_plan
+from .settle import Progress
 from .writer import Writer
 
 SEED = 0
-Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
 @dataclass(frozen=True)
