@@ -109,6 +109,19 @@ def in_family(family: Family, tensors: Arrays, args: ModelArgs) -> dict[str, mx.
     return out
 
 
+def in_source(family: Family, tensors: Arrays, args: ModelArgs) -> dict[str, mx.array]:
+    """As ``in_family``, but experts one by one, where the family's authors have them so."""
+    out: dict[str, mx.array] = {}
+    left = dict(tensors)
+    for theirs, ours in family.experts.items() if args.num_local_experts else ():
+        for name in [name for name in left if f".{ours}." in name]:
+            stacked = left.pop(name)
+            prefix, part = name.split(ours)
+            for i in range(args.num_local_experts):
+                out[f"{prefix}{theirs.format(i)}{part}"] = stacked[i]
+    return out | in_family(family, left, args)
+
+
 def module_in_family(family: Family, module: str, args: ModelArgs) -> str:
     """A canonical module path as a family calls it."""
     for theirs, ours in family.fused.items():

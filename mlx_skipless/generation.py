@@ -16,7 +16,6 @@ from typing import Any, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_reduce
 from mlx_lm.generate import GenerationResponse, stream_generate
 from mlx_lm.models.cache import (
     ArraysCache,
@@ -32,6 +31,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .errors import UserError, first_line
 from .loading import load
+from .memory import weight_bytes
 
 KV_BITS = (2, 3, 4, 6, 8)
 TALE, TALE_TEMP = "Once upon a time", 0.8  # where nobody asks for anything
@@ -234,7 +234,7 @@ def compare(
             answers[0],
             prompt_tps=statistics.median(a.prompt_tps for a in answers),
             generation_tps=statistics.median(a.generation_tps for a in answers),
-            peak_memory_bytes=max(a.peak_memory_bytes for a in answers) - _nbytes(other),
+            peak_memory_bytes=max(a.peak_memory_bytes for a in answers) - weight_bytes(other),
         )
         for answers, (other, _) in zip(runs, reversed(pair), strict=True)
     )
@@ -244,10 +244,6 @@ def compare(
         _ratio(first.prompt_tps, second.prompt_tps),
         _ratio(first.generation_tps, second.generation_tps),
     )
-
-
-def _nbytes(model: nn.Module) -> int:
-    return tree_reduce(lambda total, weight: total + weight.nbytes, model.parameters(), 0)
 
 
 def _ratio(a: float, b: float) -> float | None:

@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import quantize_model
 
+from .errors import UserError
 from .model import FUSED, Model, ModelArgs, quant_predicate
 from .names import EMBEDDING, EXPERTS, HEAD, path
 from .packed import MLXScheme
@@ -51,6 +52,44 @@ class Quantization:
         return self.group_size or {"affine": 64, "nvfp4": 16}.get(self.mode, 32)
 
 
+def asked_quantization(
+    quantize: bool, bits: int | None, group_size: int | None, mode: str
+) -> Quantization | None:
+    """The settings that ``-q``, ``--q-bits``, ``--q-group-size`` and ``--q-mode`` ask for.
+
+    Raises:
+        UserError: for settings that MLX does not have.
+    """
+    if not quantize:
+        if bits is not None or group_size is not None or mode != "affine":
+            raise UserError("--q-bits, --q-group-size and --q-mode need -q")
+        return None
+    if mode not in ("affine", "mxfp4", "nvfp4", "mxfp8"):
+        raise UserError(f"--q-mode {mode}: choose affine, mxfp4, nvfp4 or mxfp8")
+    known_bits = (2, 3, 4, 5, 6, 8) if mode == "affine" else (8,) if mode == "mxfp8" else (4,)
+    known_sizes = {"affine": (32, 64, 128), "nvfp4": (16,)}.get(mode, (32,))
+    if bits not in (None, *known_bits) or group_size not in (None, *known_sizes):
+        raise UserError(
+            f"--q-mode {mode} has --q-bits {', '.join(map(str, known_bits))} and --q-group-size "
+            f"{', '.join(map(str, known_sizes))}"
+        )
+    return Quantization(bits, group_size, mode)
+
+
+def quantized(
+    model: nn.Module, q: Quantization, predicate: Callable[..., bool | dict[str, Any]] | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A model quantized to nearest, lazily, and the ``quantization`` entry for its config.json.
+
+    ``predicate`` says which matrices and how; default: the model's own.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints; its callers may not
+        model, config = quantize_model(
+            model, {}, q.group_size, q.bits, mode=q.mode, quant_predicate=predicate
+        )
+    return model, config["quantization"]
+
+
 @dataclass(frozen=True)
 class Layout:
     """Names, shapes and bytes of a network's tensors as they will lie on disk; holds no weights.
@@ -69,17 +108,8 @@ class Layout:
         if self.quantization is None:
             return model, None
         q = self.quantization
-        # Lazy arrays: shapes are made, weights never are. mlx-lm prints; its callers may not.
-        with contextlib.redirect_stdout(io.StringIO()):
-            model, config = quantize_model(
-                model,
-                {},
-                q.group_size,
-                q.bits,
-                mode=q.mode,
-                quant_predicate=self._predicate(q),
-            )
-        return model, config["quantization"]
+        # Lazy arrays: shapes are made, weights never are.
+        return quantized(model, q, self._predicate(q))
 
     def _predicate(self, q: Quantization) -> Callable[..., bool | dict[str, Any]]:
         usual = quant_predicate(self.args.extra_bits, q.usual_bits)
