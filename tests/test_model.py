@@ -1,8 +1,5 @@
 """The network at run time: caches of every kind, RoPE, windows, sharding, nothing dead."""
 
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +8,6 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import reference
-from architectures import make
 from factory import make_checkpoint
 from mlx.utils import tree_flatten
 from mlx_lm.generate import batch_generate, generate_step
@@ -205,65 +201,6 @@ def test_every_parameter_matters(remove: str, tmp_path: Path) -> None:
 def test_an_unknown_setting_is_named() -> None:
     with pytest.raises(ValueError, match="'sideways' is not supported"):
         ModelArgs("skipless", 8, 1, 8, 1, 8, block="sideways")
-
-
-SHARDED = """
-import sys
-import mlx.core as mx, numpy as np
-import mlx_skipless
-
-group = mx.distributed.init(strict=True)
-for folder in sys.argv[1:]:
-    model, _ = mlx_skipless.load(folder)
-    tokens = mx.array(np.random.default_rng(0).integers(0, 256, (2, 7)))
-    whole = np.array(model(tokens))
-    model.shard(group)
-    at_once = np.array(model(tokens))
-    cache = model.make_cache()
-    steps = [model(tokens[:, i : i + 1], cache) for i in range(7)]
-    for got in (at_once, np.array(mx.concatenate(steps, axis=1))):
-        error = float(np.abs(whole - got).max() / np.abs(whole).max())
-        print("rank", group.rank(), "of", group.size(), "error", error)
-"""
-
-
-@pytest.mark.skipif(shutil.which("mlx.launch") is None, reason="mlx.launch is not on the path")
-def test_two_processes_give_the_same_logits(tmp_path: Path) -> None:
-    """Tensor parallelism over the loopback ring, with heads and FFN split."""
-    folders = []
-    for i, (remove, options) in enumerate(
-        [
-            ("qp", {"norm": "qkv", "gains": True, "linear_paths": True}),
-            ("kp", {"num_key_value_heads": 4, "bias": ("q_proj", "o_proj", "down_proj")}),
-            ("vp", {"num_key_value_heads": 4}),
-            ("p", {"block": "parallel", "norm": "qkv", "gains": True}),
-            ("q", {"skip": "ffn", "tie_word_embeddings": True}),
-        ]
-    ):
-        make_checkpoint(tmp_path / f"s{i}", seed=i, **options)
-        convert(tmp_path / f"s{i}", tmp_path / f"o{i}", remove=remove, verify=False)
-        folders.append(str(tmp_path / f"o{i}"))
-    make_checkpoint(tmp_path / "big", **SIZES | {"intermediate_size": 256})
-    convert(tmp_path / "big", tmp_path / "q4", remove="p", quantize=True, verify=False)
-    folders.append(str(tmp_path / "q4"))
-    for name in ("mixtral", "gpt_neox", "phi", "cohere", "qwen3"):  # experts, norms, ungated FFNs
-        kv_heads = {} if name in ("gpt_neox", "phi") else {"num_key_value_heads": 2}
-        make(tmp_path / name, name, **kv_heads)
-        for letters in ("none", "p"):
-            out = tmp_path / f"{name}-{letters}"
-            convert(tmp_path / name, out, skipless=True, remove=letters, verify=False)
-            folders.append(str(out))
-        out = tmp_path / f"{name}-whole"
-        convert(tmp_path / name, out, drop_ffn=1, verify=False)
-        folders.append(str(out))
-    script = tmp_path / "sharded.py"
-    script.write_text(SHARDED)
-    command = ["mlx.launch", "-n", "2", "--backend", "ring", "--", sys.executable, str(script)]
-    run = subprocess.run([*command, *folders], capture_output=True, text=True, timeout=300)
-    lines = [line.split() for line in run.stdout.splitlines() if line.startswith("rank")]
-    assert len(lines) == 2 * 2 * len(folders), run.stderr
-    assert {line[3] for line in lines} == {"2"}
-    assert max(float(line[-1]) for line in lines) <= 1e-5
 
 
 def test_plain_caches_are_mlx_lms(converted) -> None:
