@@ -484,15 +484,16 @@ class SkiplessModel(PipelineMixin, nn.Module):
         super().__init__()
         self.args = args
         self.sliding_window = args.sliding_window
-        self.embed_tokens = nn.Embedding(args.vocab_size, sum(args.row().values()))
+        self.embed_tokens: Any = nn.Embedding(args.vocab_size, sum(args.row().values()))
         self.layers = [Block(args, layer) for layer in range(args.num_hidden_layers)]
         self.norm = args.stream_norm("final") if args.final_norm else None
 
     def pipeline(self, group: mx.distributed.Group, split: Optional[List[int]] = None):
         """Keep this machine's layers; the embedding enters the first and may be a tied head."""
         super().pipeline(group, split)
+        # Of the weights that are loaded here; those of others may stay on the Hub.
         parts = [part.parameters() for part in (*self.pipeline_layers, self)]
-        dtypes = (w.dtype for _, w in tree_flatten(parts))  # type: ignore[union-attr]
+        dtypes = (w.dtype for w in dict(tree_flatten(parts)).values())  # type: ignore[union-attr]
         self.stream_dtype = next((t for t in dtypes if mx.issubdtype(t, mx.floating)), mx.bfloat16)
         if self.start_idx and not self.args.tie_word_embeddings:
             self.embed_tokens = None

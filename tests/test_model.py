@@ -8,6 +8,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import reference
+from converted import made
 from factory import make_checkpoint
 from mlx.utils import tree_flatten
 from mlx_lm.generate import batch_generate, generate_step
@@ -90,6 +91,24 @@ def test_batch_generation_equals_one_by_one(converted) -> None:
     together = batch_generate(model, tokenizer, prompts, max_tokens=6)
     alone = [batch_generate(model, tokenizer, [prompt], max_tokens=6) for prompt in prompts]
     assert together.texts == [one.texts[0] for one in alone]
+
+
+@pytest.mark.parametrize(
+    "name", ["qp", "table", "no attention 0", "no attention 1", "no attention 1, 2", "mixtral"]
+)
+def test_batches_that_come_and_go_equal_one_by_one(name: str, tmp_path: Path) -> None:
+    """Padded prompts, longer than a window too, join and leave a batch while it decodes."""
+    model, tokenizer = mlx_skipless.load(made(tmp_path, name))
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(0, 256, length).tolist() for length in (3, 11, 1, 7, 6)]
+    options = {"max_tokens": [9, 2, 5, 6, 3], "return_token_ids": True, "return_logprobs": True}
+    few = {"completion_batch_size": 2, "prefill_batch_size": 2, "prefill_step_size": 4}
+    together = batch_generate(model, tokenizer, prompts, **options, **few)
+    for i, prompt in enumerate(prompts):
+        one = {**options, "max_tokens": options["max_tokens"][i]}
+        alone = batch_generate(model, tokenizer, [prompt], **one)
+        assert together.token_ids[i] == alone.token_ids[0]
+        assert np.allclose(together.logprobs[i], alone.logprobs[0], atol=1e-4)
 
 
 def test_greedy_generation(converted) -> None:

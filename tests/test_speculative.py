@@ -1,0 +1,175 @@
+"""Speculative decoding: the model's own tokens, whoever drafts them, and how many were accepted."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+import pytest
+from converted import made
+from factory import make_checkpoint
+from mlx_lm.generate import stream_generate
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_skipless import cli, generation, load
+from mlx_skipless.errors import UserError
+from mlx_skipless.loading import BUNDLED
+
+PROMPT = list(b"The quick brown fox jumps")
+EXACT = ("kp", "table", "parallel")  # the same function as their sources
+TRIMMED = ("no attention 1", "no attention 1, 2")  # another, with fewer caches than layers
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("speculative")
+    for name in (*EXACT, *TRIMMED, "qp"):
+        made(folder, name)
+    make_checkpoint(folder / "other", seed=9, norm="qkv", head_dim=32)
+    return folder
+
+
+class Counted:
+    """A model that counts the tokens it is asked for."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.calls, self.layers = model, 0, model.layers
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        self.calls += 1
+        return self.model(*arguments, **options)
+
+    def make_cache(self) -> list[Any]:
+        return self.model.make_cache()
+
+
+def tokens(model: nn.Module, tokenizer: TokenizerWrapper, **options: Any) -> list[int]:
+    """What mlx-lm makes of it."""
+    responses = stream_generate(model, tokenizer, PROMPT, max_tokens=20, **options)
+    return [response.token for response in responses]
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("removed_drafts", [True, False])
+def test_an_exact_conversion_drafts_all_its_source_says(
+    name: str, removed_drafts: bool, folder: Path
+) -> None:
+    pair = [load(folder / "sources" / name)[0], load(folder / name)[0]]
+    model, draft = pair if removed_drafts else pair[::-1]
+    tokenizer = load(folder / name)[1]
+    plain = tokens(model, tokenizer)
+    assert tokens(model, tokenizer, draft_model=draft, num_draft_tokens=4) == plain
+    counted = Counted(draft)
+    pieces = generation.stream(
+        model, tokenizer, PROMPT, max_tokens=20, draft_model=counted, num_draft_tokens=4
+    )
+    list(pieces)
+    assert pieces.tokens == plain
+    answer = pieces.answer
+    # Four rounds of four drafts and a token, and none to waste; the prompt is one call more.
+    assert (answer.accepted_tokens, answer.drafted_tokens, counted.calls) == (16, 16, 17)
+
+
+@pytest.mark.parametrize("name", [*EXACT, *TRIMMED])
+@pytest.mark.parametrize("other", ["other", "source"])
+def test_a_poor_draft_changes_nothing(name: str, other: str, folder: Path) -> None:
+    """With rejected drafts taken back from both caches, some of which lack layers."""
+    model, tokenizer = load(folder / name)
+    draft, _ = load(folder / ("other" if other == "other" else f"sources/{name}"))
+    for target, drafter in ((model, draft), (draft, model)):
+        plain = tokens(target, tokenizer)
+        assert tokens(target, tokenizer, draft_model=drafter, num_draft_tokens=3) == plain
+        counted = Counted(drafter)
+        pieces = generation.stream(
+            target, tokenizer, PROMPT, max_tokens=20, draft_model=counted, num_draft_tokens=3
+        )
+        list(pieces)
+        assert pieces.tokens == plain
+        assert pieces.answer.drafted_tokens == counted.calls - 1
+        own = sum(r.from_draft for r in stream_generate(
+            target, tokenizer, PROMPT, max_tokens=20, draft_model=drafter, num_draft_tokens=3
+        ))  # fmt: skip
+        assert pieces.answer.accepted_tokens == own
+
+
+def test_a_quantized_cache(folder: Path) -> None:
+    model, tokenizer = load(folder / "other")
+    options: dict[str, Any] = {"max_tokens": 20, "kv_bits": 8}
+    plain = generation.generate(model, tokenizer, PROMPT, **options)
+    answer = generation.generate(model, tokenizer, PROMPT, draft_model=model, **options)
+    assert answer.text == plain.text
+    assert answer.accepted_tokens == answer.drafted_tokens == 15
+    assert (plain.accepted_tokens, plain.drafted_tokens) == (0, 0)
+
+
+def test_a_cache_for_fewer_layers_is_refused(folder: Path) -> None:
+    """mlx-lm parts a given list by layers: a target without some attention takes the draft's."""
+    model, tokenizer = load(folder / "no attention 1")
+    draft, _ = load(folder / "other")
+    cache = make_prompt_cache(model) + make_prompt_cache(draft)
+    with pytest.raises(ValueError, match="2 caches for 3 layers with attention"):
+        tokens(model, tokenizer, draft_model=draft, prompt_cache=cache)
+
+
+def test_a_window_that_has_moved_on_takes_nothing_back(folder: Path) -> None:
+    model, tokenizer = load(folder / "qp")  # a window of four
+    options: dict[str, Any] = {"draft_model": model, "num_draft_tokens": 2}
+    with pytest.raises(UserError, match="make 4 tokens, which a RotatingKVCache"):
+        generation.generate(model, tokenizer, [5, 6], max_tokens=2, **options)
+    answer = generation.generate(model, tokenizer, [5], max_tokens=2, **options)
+    assert answer.text == generation.generate(model, tokenizer, [5], max_tokens=2).text
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_draft_tokens": 0}, "--num-draft-tokens 0"),
+        ({"max_kv_size": 64}, "--max-kv-size"),
+        ({"prompt_cache": []}, "a cache to go on from"),
+    ],
+)
+def test_what_cannot_be_is_refused(options: dict[str, Any], message: str, folder: Path) -> None:
+    model, tokenizer = load(folder / "other")
+    with pytest.raises(UserError, match=message):
+        generation.stream(model, tokenizer, PROMPT, draft_model=model, **options)
+
+
+def run(*arguments: str | Path) -> int:
+    return cli.main(["generate", *map(str, arguments)])
+
+
+def test_the_command_reports_what_was_accepted(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--model", folder / "sources/kp", "--prompt", "the king", "--max-tokens", "8")
+    assert run(*options, "--json", tmp_path / "plain.json") == 0
+    plain = capsys.readouterr()
+    draft = ("--draft-model", folder / "kp", "--num-draft-tokens", "3")
+    assert run(*options, *draft, "--json", tmp_path / "drafted.json") == 0
+    drafted = capsys.readouterr()
+    assert drafted.out == plain.out
+    assert "6 of 6 drafts accepted" in drafted.err and "drafts" not in plain.err
+    found = json.loads((tmp_path / "drafted.json").read_text())
+    assert (found["accepted_tokens"], found["drafted_tokens"]) == (6, 6)
+    assert json.loads((tmp_path / "plain.json").read_text())["drafted_tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ((), "need a --prompt"),
+        (("--prompt", "a", "--compare", "x"), "neither --compare"),
+        (("--prompt", "a", "--prompt-cache-file", "x"), "nor --prompt-cache-file"),
+    ],
+)
+def test_the_command_refuses(
+    options: tuple[str, ...], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--model", folder / "kp", "--draft-model", folder / "kp", *options) != 0
+    assert message in capsys.readouterr().err
+
+
+def test_other_tokens_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--model", folder / "kp", "--draft-model", BUNDLED, "--prompt", "a") != 0
+    assert "has other tokens than the model" in capsys.readouterr().err
