@@ -18,9 +18,12 @@ OF_THREE = ("qp", "tied", "no attention 1", "no attention 1, 2")
 def test_several_processes_compute_what_one_does(tmp_path: Path) -> None:
     folders = {name: made(tmp_path, name) for name in MODELS}
     for processes, names in ((2, MODELS), (3, OF_THREE)):
-        launch(processes, WORKER, tmp_path, *(folders[name] for name in names))
+        out = tmp_path / f"of {processes}"
+        out.mkdir()
+        printed = launch(processes, WORKER, out, *(folders[name] for name in names))
         for rank in range(processes):
-            found = json.loads((tmp_path / f"{rank}.json").read_text())
+            assert (out / f"{rank}.json").exists(), printed
+            found = json.loads((out / f"{rank}.json").read_text())
             assert len(found) == len(names) * (2 if processes == 2 else 1)
             for got in found:
                 assert got["error"] <= 1e-5 and got["same"], (rank, got)
