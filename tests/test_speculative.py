@@ -11,7 +11,7 @@ import pytest
 from converted import made
 from factory import make_checkpoint
 from mlx_lm.generate import stream_generate
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import QuantizedKVCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_skipless import cli, generation, load
@@ -45,17 +45,22 @@ def spoil(file: Path) -> None:
 
 
 class Counted:
-    """A model that counts the tokens it is asked for."""
+    """A model that counts its calls, with the caches of the last."""
 
     def __init__(self, model: nn.Module):
         self.model, self.calls, self.layers = model, 0, model.layers
+        self.cache: list[Any] = []
 
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        self.calls += 1
-        return self.model(*arguments, **options)
+    def __call__(self, inputs: mx.array, cache: list[Any]) -> mx.array:
+        self.calls, self.cache = self.calls + 1, cache
+        return self.model(inputs, cache)
 
     def make_cache(self) -> list[Any]:
         return self.model.make_cache()
+
+    @property
+    def args(self) -> Any:
+        return self.model.args
 
 
 def tokens(model: nn.Module, tokenizer: TokenizerWrapper, **options: Any) -> list[int]:
@@ -125,7 +130,9 @@ def test_a_quantized_cache(folder: Path) -> None:
     model, tokenizer = load(folder / "other")
     options: dict[str, Any] = {"max_tokens": 20, "kv_bits": 8}
     plain = generation.generate(model, tokenizer, PROMPT, **options)
-    answer = generation.generate(model, tokenizer, PROMPT, draft_model=model, **options)
+    pair = Counted(model), Counted(model)
+    answer = generation.generate(pair[0], tokenizer, PROMPT, draft_model=pair[1], **options)
+    assert all(isinstance(c, QuantizedKVCache) for one in pair for c in one.cache)
     assert answer.text == plain.text
     assert answer.accepted_tokens == answer.drafted_tokens == 15
     assert (plain.accepted_tokens, plain.drafted_tokens) == (0, 0)
@@ -173,13 +180,13 @@ def test_the_command_reports_what_was_accepted(
     options = ("--model", folder / "sources/kp", "--prompt", "the king", "--max-tokens", "8")
     assert run(*options, "--json", tmp_path / "plain.json") == 0
     plain = capsys.readouterr()
-    draft = ("--draft-model", folder / "kp", "--num-draft-tokens", "3")
+    draft = ("--draft-model", folder / "kp", "--num-draft-tokens", "7")
     assert run(*options, *draft, "--json", tmp_path / "drafted.json") == 0
     drafted = capsys.readouterr()
     assert drafted.out == plain.out
-    assert "6 of 6 drafts accepted" in drafted.err and "drafts" not in plain.err
+    assert "7 of 7 drafts accepted" in drafted.err and "drafts" not in plain.err
     found = json.loads((tmp_path / "drafted.json").read_text())
-    assert (found["accepted_tokens"], found["drafted_tokens"]) == (6, 6)
+    assert (found["accepted_tokens"], found["drafted_tokens"]) == (7, 7)
     assert json.loads((tmp_path / "plain.json").read_text())["drafted_tokens"] == 0
 
 
