@@ -512,7 +512,9 @@ class SkiplessModel(PipelineMixin, nn.Module):
         layers = self.pipeline_layers
         needed = sum(layer.self_attn is not None for layer in layers)
         if cache is not None and len(cache) < needed:
-            raise ValueError(f"{len(cache)} caches for {needed} layers with attention: make_cache")
+            raise ValueError(
+                f"{len(cache)} caches for {needed} layers with attention; use make_cache()"
+            )
         left = iter(cache or ())
         return [None if layer.self_attn is None else next(left, None) for layer in layers]
 

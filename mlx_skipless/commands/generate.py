@@ -46,7 +46,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--num-draft-tokens", type=int, default=generation.DRAFTS,
-        help="that it proposes at a time (default: %(default)s)",
+        help="tokens that it proposes at a time (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--compare", metavar="OTHER", help="run this model too and print the ratio")
     parser.add_argument(
