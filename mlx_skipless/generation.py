@@ -107,10 +107,11 @@ class Stream(Iterator[str]):
 
     def __next__(self) -> str:
         response = next(self._responses)
-        # A round of drafts ends with a token of the model's own.
-        if self._drafts and (self._last is None or not self._last.from_draft):
-            self._drafted += min(self._drafts, self._max_tokens - len(self.tokens))
-        self._accepted += response.from_draft
+        if self._drafts:
+            # A round of drafts ends with a token of the model's own.
+            if self._last is None or not self._last.from_draft:
+                self._drafted += min(self._drafts, self._max_tokens - len(self.tokens))
+            self._accepted += response.from_draft
         self._last = response
         self.tokens.append(response.token)
         self.text += response.text
