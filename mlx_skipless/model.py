@@ -21,6 +21,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.activations import swiglu
 from mlx_lm.models.base import BaseModelArgs, create_attention_mask, scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache, RotatingKVCache
+from mlx_lm.models.pipeline import PipelineMixin
 from mlx_lm.models.rope_utils import initialize_rope
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
@@ -537,19 +538,29 @@ class Block(nn.Module):
         return x
 
 
-class SkiplessModel(nn.Module):
+class SkiplessModel(PipelineMixin, nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
         self.sliding_window = args.sliding_window
-        self.embed_tokens = nn.Embedding(args.vocab_size, sum(args.row().values()))
+        self.embed_tokens: Any = nn.Embedding(args.vocab_size, sum(args.row().values()))
         self.layers = [Block(args, layer) for layer in range(args.num_hidden_layers)]
         self.norm = args.stream_norm("final") if args.final_norm else None
+
+    def pipeline(self, group: mx.distributed.Group, split: Optional[List[int]] = None):
+        """Keep this machine's layers; the embedding enters the first and may be a tied head."""
+        super().pipeline(group, split)
+        # Of the weights that are loaded here; those of others may stay on the Hub.
+        parts = [part.parameters() for part in (*self.pipeline_layers, self)]
+        dtypes = (w.dtype for w in dict(tree_flatten(parts)).values())  # type: ignore[union-attr]
+        self.stream_dtype = next((t for t in dtypes if mx.issubdtype(t, mx.floating)), mx.bfloat16)
+        if self.start_idx and not self.args.tie_word_embeddings:
+            self.embed_tokens = None
 
     def masks(self, h: mx.array, caches: List[Any]) -> Dict[bool, Any]:
         """One mask for the layers with a sliding window (True), one for those without (False)."""
         made: Dict[bool, Any] = {}
-        for layer, cache in zip(self.layers, caches, strict=True):
+        for layer, cache in zip(self.pipeline_layers, caches, strict=True):
             if layer.self_attn is not None and layer.use_sliding not in made:
                 window = self.sliding_window if layer.use_sliding else None
                 made[layer.use_sliding] = create_attention_mask(h, cache, window_size=window)
@@ -557,8 +568,37 @@ class SkiplessModel(nn.Module):
 
     def spread(self, cache: Optional[List[Any]]) -> List[Any]:
         """The caches of the layers with attention, at those layers; None at the others."""
+        layers = self.pipeline_layers
+        needed = sum(layer.self_attn is not None for layer in layers)
+        if cache is not None and len(cache) < needed:
+            raise ValueError(
+                f"{len(cache)} caches for {needed} layers with attention; use make_cache()"
+            )
         left = iter(cache or ())
-        return [None if layer.self_attn is None else next(left, None) for layer in self.layers]
+        return [None if layer.self_attn is None else next(left, None) for layer in layers]
+
+    def entrance(self, inputs: mx.array, input_embeddings: Optional[mx.array]) -> mx.array:
+        """What the first layer of this machine reads."""
+        if input_embeddings is not None and self.args.precomputed:
+            raise ValueError("the first layer is a table by token: there is no use for embeddings")
+        if self.start_idx:
+            shape = (inputs if input_embeddings is None else input_embeddings).shape[:2]
+            like = mx.zeros((*shape, self.args.hidden_size), self.stream_dtype)
+            return mx.distributed.recv_like(like, self.pipeline_rank + 1)
+        h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
+        return self.args.entered(h)
+
+    def passed_on(self, h: mx.array, caches: List[Any]) -> mx.array:
+        """Send ``h`` to the machine with the next layers; return what the last machine has."""
+        if self.pipeline_rank:
+            h = mx.distributed.send(h, self.pipeline_rank - 1)
+        # A prompt's chunks are evaluated through the caches alone, and must arrive all the same.
+        own = [cache for cache in caches if cache is not None]
+        if not own:
+            mx.async_eval(h)
+        elif self.pipeline_rank:
+            own[-1].keys = mx.depends(own[-1].keys, h)
+        return mx.distributed.all_gather(h)[: h.shape[0]]
 
     def __call__(
         self,
@@ -566,14 +606,13 @@ class SkiplessModel(nn.Module):
         cache: Optional[List[Any]] = None,
         input_embeddings: Optional[mx.array] = None,
     ) -> mx.array:
-        if input_embeddings is not None and self.args.precomputed:
-            raise ValueError("the first layer is a table by token: there is no use for embeddings")
-        h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
-        h = self.args.entered(h)
+        h = self.entrance(inputs, input_embeddings)
         caches = self.spread(cache)
         masks = self.masks(h, caches)
-        for layer, c in zip(self.layers, caches, strict=True):
+        for layer, c in zip(self.pipeline_layers, caches, strict=True):
             h = layer(h, masks.get(layer.use_sliding), c)
+        if self.pipeline_size > 1:
+            h = self.passed_on(h, caches)
         return h if self.norm is None else self.norm(h)
 
 
@@ -631,10 +670,11 @@ class Model(nn.Module):
 
     @property
     def layers(self):
-        return self.model.layers
+        """Those of this machine, in a pipeline; else all."""
+        return self.model.pipeline_layers
 
     def make_cache(self) -> List[Union[KVCache, RotatingKVCache]]:
-        """A cache for each layer that has attention."""
+        """A cache for each of these layers that has attention."""
         return [
             RotatingKVCache(max_size=self.args.sliding_window) if layer.use_sliding else KVCache()
             for layer in self.layers

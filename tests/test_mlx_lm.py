@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import reference
-from factory import make_checkpoint
+from factory import make_checkpoint, make_llama
 
 from mlx_skipless.conversion import convert
 
@@ -107,6 +107,18 @@ def test_generate(python: str, folder: Path, tmp_path: Path) -> None:
         python, tmp_path, "generate", folder, *options, "--kv-bits", "8", "--kv-group-size", "32"
     )
     assert "Generation: 8 tokens" in printed
+
+
+def test_generate_with_a_draft(python: str, folder: Path, tmp_path: Path) -> None:
+    """Whatever a stock model drafts, the answer is the converted model's."""
+    make_llama(tmp_path / "draft")
+    options = ("--prompt", "the king", "--max-tokens", "12", "--num-draft-tokens", "3")
+    answers = []
+    for more in ((), ("--draft-model", tmp_path / "draft")):
+        printed = mlx_lm(python, tmp_path, "generate", folder, *options, *more)
+        assert "Generation: 12 tokens" in printed
+        answers.append(printed.split("=" * 10)[1])
+    assert answers[0] == answers[1]
 
 
 def test_lora_then_fuse_then_quantize(python: str, source, folder: Path, tmp_path: Path) -> None:
