@@ -18,6 +18,7 @@ import numpy as np
 import mlx_skipless
 from mlx_skipless import corpus, evaluation, generation, healing
 from mlx_skipless.healing import Treatment
+from mlx_skipless.report import Report
 
 COUNTS = (2, 4, 6, 8, 10)
 DRAWS = 10
@@ -78,7 +79,7 @@ def main() -> None:
 
 
 def rows(options: argparse.Namespace, judge: Judge, folder: Path) -> None:
-    def reduced(count: int, *, greedy: bool) -> tuple[Path, mlx_skipless.Report]:
+    def reduced(count: int, *, greedy: bool) -> tuple[Path, Report]:
         out = folder / f"{count}{' greedy' if greedy else ''}"
         return out, mlx_skipless.convert(
             options.source, out, drop_attention=count, greedy=greedy, dtype="float32",

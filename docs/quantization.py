@@ -103,7 +103,7 @@ class Bench:
             report = mlx_skipless.convert(
                 self.name, out, calibration=self._text, verify=False, **options
             )
-            args = mlx_skipless.load(out)[0].args
+            args = open_checkpoint(out).args
             network = StreamedNetwork(
                 args, WrittenParts(out, args, FAMILIES["skipless"]), report.quantization
             )

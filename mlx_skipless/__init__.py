@@ -1,6 +1,7 @@
 """Makes language models smaller and faster by removing weights, on MLX and inside mlx-lm."""
 
 from .analysis import analyze
+from .bench import benchmark
 from .conversion import convert
 from .errors import UserError
 from .evaluation import evaluate
@@ -17,6 +18,7 @@ __all__ = [
     "Treatment",
     "UserError",
     "analyze",
+    "benchmark",
     "compare_tasks",
     "convert",
     "evaluate",

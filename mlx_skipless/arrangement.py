@@ -1,5 +1,8 @@
 """A family's tensor names and layouts: renamed, cut out of fused matrices, stacked from experts.
 
+What a fused matrix holds lies row behind row, or head by head: the rows of the first one's first
+head, of the second one's first head, ...
+
 Everything is rows, so packed matrices' parts are arranged just as dense ones: groups of weights
 that share a scale lie along a row.
 """
@@ -7,11 +10,13 @@ that share a scale lie along a row.
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 import mlx.core as mx
 
 from .families import Family
 from .model import ModelArgs
+from .points import layer_of
 
 Arrays = Mapping[str, mx.array]
 
@@ -20,14 +25,19 @@ Arrays = Mapping[str, mx.array]
 class Place:
     """Where a canonical tensor is.
 
-    ``names`` are the source's tensors, of an expert each if ``stacked``; of a fused one it is the
-    ``index``-th of ``count``.
+    ``names`` are the source's tensors, of an expert each if ``stacked``. Of one that holds several,
+    ``fused``, it is the ``index``-th, ``by_head`` or not.
     """
 
     names: tuple[str, ...]
     stacked: bool = False
+    fused: tuple[str, ...] = ()
     index: int = 0
-    count: int = 1
+    by_head: bool = False
+
+    def rows(self, args: ModelArgs) -> list[int]:
+        """Of each that a fused matrix holds."""
+        return [args.rows(name.rpartition(".")[2]) for name in self.fused]
 
 
 def places(family: Family, names: Iterable[str]) -> dict[str, Place]:
@@ -44,7 +54,7 @@ def places(family: Family, names: Iterable[str]) -> dict[str, Place]:
         elif theirs := next((t for t in family.fused if module.endswith(f".{t}")), None):
             prefix, modules = _renamed(module.removesuffix(theirs), inverse), family.fused[theirs]
             for i, ours in enumerate(modules):
-                place = Place((name,), index=i, count=len(modules))
+                place = Place((name,), fused=modules, index=i, by_head=family.fused_by_head)
                 found[f"{prefix}{ours}.{part}"] = place
         else:
             found[f"{_renamed(module, inverse)}.{part}"] = Place((name,))
@@ -54,12 +64,13 @@ def places(family: Family, names: Iterable[str]) -> dict[str, Place]:
     return found
 
 
-def shape(place: Place, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape of a canonical tensor."""
+def shape(place: Place, shapes: Mapping[str, tuple[int, ...]], args: ModelArgs) -> tuple[int, ...]:
+    """The shape of a canonical tensor; of a fused matrix, what the others leave for it."""
     found = [tuple(shapes[name]) for name in place.names]
     odd = next((other for other in found if other != found[0]), found[0])
-    if place.count > 1:
-        return (odd[0] // place.count if odd and odd[0] % place.count == 0 else -1, *odd[1:])
+    if place.fused:
+        rows = place.rows(args)
+        return (odd[0] - sum(rows) + rows[place.index], *odd[1:]) if odd else odd
     return (len(found), *odd) if place.stacked else odd
 
 
@@ -68,10 +79,14 @@ def arranged(place: Place, arrays: Arrays, args: ModelArgs) -> mx.array:
     if place.stacked:
         return mx.stack([arrays[name] for name in place.names])
     whole = arrays[place.names[0]]
-    if place.count == 1:
+    if not place.fused:
         return whole
-    heads = whole.reshape(args.num_attention_heads, place.count, -1, *whole.shape[1:])
-    return heads[:, place.index].reshape(-1, *whole.shape[1:])
+    if place.by_head:
+        count = len(place.fused)
+        heads = whole.reshape(args.num_attention_heads, count, -1, *whole.shape[1:])
+        return heads[:, place.index].reshape(-1, *whole.shape[1:])
+    start, end = ([0, *accumulate(place.rows(args))][place.index + i] for i in (0, 1))
+    return whole[start:end]
 
 
 def in_family(family: Family, tensors: Arrays, args: ModelArgs) -> dict[str, mx.array]:
@@ -80,11 +95,14 @@ def in_family(family: Family, tensors: Arrays, args: ModelArgs) -> dict[str, mx.
     left = dict(tensors)
     for theirs, ours in family.fused.items():
         first = f".{ours[0]}."
-        for name in [name for name in left if first in name]:
+        for name in [name for name in left if first in name and _fuses(family, theirs, name, args)]:
             prefix, part = name.split(first)
             parts = [left.pop(f"{prefix}.{module}.{part}") for module in ours]
-            heads = [p.reshape(args.num_attention_heads, -1, *p.shape[1:]) for p in parts]
-            whole = mx.concatenate(heads, axis=1).reshape(-1, *parts[0].shape[1:])
+            if family.fused_by_head:
+                heads = [p.reshape(args.num_attention_heads, -1, *p.shape[1:]) for p in parts]
+                whole = mx.concatenate(heads, axis=1).reshape(-1, *parts[0].shape[1:])
+            else:
+                whole = mx.concatenate(parts)
             out[f"{_renamed(prefix, family.names)}.{theirs}.{part}"] = whole
     for name, array in left.items():
         module, _, part = name.rpartition(".")
@@ -92,13 +110,33 @@ def in_family(family: Family, tensors: Arrays, args: ModelArgs) -> dict[str, mx.
     return out
 
 
-def module_in_family(family: Family, module: str) -> str:
+def in_source(family: Family, tensors: Arrays, args: ModelArgs) -> dict[str, mx.array]:
+    """As ``in_family``, but experts one by one, where the family's authors have them so."""
+    out: dict[str, mx.array] = {}
+    left = dict(tensors)
+    for theirs, ours in family.experts.items() if args.num_local_experts else ():
+        for name in [name for name in left if f".{ours}." in name]:
+            stacked = left.pop(name)
+            prefix, part = name.split(ours)
+            for i in range(args.num_local_experts):
+                out[f"{prefix}{theirs.format(i)}{part}"] = stacked[i]
+    return out | in_family(family, left, args)
+
+
+def module_in_family(family: Family, module: str, args: ModelArgs) -> str:
     """A canonical module path as a family calls it."""
     for theirs, ours in family.fused.items():
         for one in ours:
-            if module.endswith(one):
-                module = module.removesuffix(one) + theirs
+            if module.endswith(one) and _fuses(family, theirs, module, args):
+                return _renamed(module.removesuffix(one) + theirs, family.names)
     return _renamed(module, family.names)
+
+
+def _fuses(family: Family, theirs: str, canonical: str, args: ModelArgs) -> bool:
+    """Whether a layer has a fused matrix: all of them where a family's are by head, else chosen."""
+    return family.fused_by_head or layer_of(canonical) in args.fused.get(
+        theirs.rpartition(".")[2], ()
+    )
 
 
 def canonical_modules(family: Family, module: str) -> list[str]:

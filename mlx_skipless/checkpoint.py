@@ -8,7 +8,7 @@ code and unpickles nothing from a checkpoint.
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -257,7 +257,7 @@ class Checkpoint:
                     "config.json describes another model"
                 )
             place = self._places[name]
-            found = shape(place, self._shapes)
+            found = shape(place, self._shapes, self.args)
             if found != wanted:
                 raise UserError(
                     f"{_called(place, name)} in {self.name} has shape {found}, config.json asks "
@@ -280,7 +280,7 @@ class Checkpoint:
 
 def _called(place: Place, name: str) -> str:
     """A tensor as a user finds it in the source."""
-    whole = not place.stacked and place.count == 1
+    whole = not place.stacked and not place.fused
     return place.names[0] if whole else f"{name}, from {place.names[0]},"
 
 
@@ -354,7 +354,7 @@ def _checked(
 ) -> Checkpoint:
     family = family_of(config)
     tensors = None if store is None else places(family, store.shapes).keys()
-    args = model_args(config, tensors)
+    args = replace(model_args(config, tensors), fused={})  # they are cut out when read
     checkpoint = Checkpoint(name, path, config, family, args, packing, store)
     if store is not None:
         checkpoint.validate()

@@ -11,6 +11,7 @@ from . import __version__
 from .commands import (
     analyze,
     architectures,
+    bench,
     convert,
     curves,
     evaluate,
@@ -30,6 +31,7 @@ COMMANDS = {
     "heal": heal,
     "evaluate": evaluate,
     "verify": verify,
+    "bench": bench,
     "architectures": architectures,
     "curves": curves,
 }

@@ -8,7 +8,7 @@ from mlx_lm.models.rope_utils import initialize_rope
 
 from .errors import UserError
 from .families import Config, family_of, flag
-from .model import ModelArgs
+from .model import FUSED, ModelArgs
 from .names import FINAL_NORM, GAINS, HEAD, LINEAR_PATHS, PROJECTIONS, norms_of
 
 # Largest sizes that are believed; anything above is a broken or hostile config.
@@ -202,6 +202,7 @@ def _model_args(own: Config, tensors: Collection[str] | None) -> ModelArgs:
             head_bias=flag(own, "head_bias"),
             removed=_layer_lists(own, "removed", ("q", "k", "v", "p", "attention", "ffn"), layers),
             extra_bits=_extra_bits(own),
+            fused=_layer_lists(own, "fused", FUSED, layers),
             precomputed=flag(own, "precomputed"),
         )
     except ValueError as error:

@@ -1,7 +1,6 @@
 """The way through: read, plan, merge layer by layer, quantize, write, verify."""
 
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,9 +19,9 @@ from .checkpoint import FLOAT_NAMES, Checkpoint, open_checkpoint
 from .distill import LOGITS_BYTES, distilled
 from .errors import UserError
 from .job import MODEL_FILE, Job, PackedParts
-from .layout import Layout, PackedLayout, Quantization
+from .layout import Layout, PackedLayout, asked_quantization
 from .loading import BUNDLED, load_tokenizer
-from .memory import peak_memory_bytes
+from .memory import machine_memory_bytes, peak_memory_bytes
 from .merge import Merger
 from .model import Model, ModelArgs
 from .names import HEAD
@@ -128,7 +127,7 @@ def convert(
     goal = None
     if target_bytes is not None or target_kl is not None:
         goal = _goal(target_bytes, target_kl, q_bits, q_mode, verify)
-    quantization = _quantization(quantize or goal is not None, q_bits, q_group_size, q_mode)
+    quantization = asked_quantization(quantize or goal is not None, q_bits, q_group_size, q_mode)
     if distill < 0:
         raise UserError(f"--distill {distill}: must be a number of steps, 0 or more")
     if distill and (quantization is None or quantization.mode != "affine"):
@@ -286,25 +285,6 @@ def _drops(
     return settle.Drops(tuple(wishes), greedy, 0.01 if max_loss is None else max_loss)
 
 
-def _quantization(
-    quantize: bool, bits: int | None, group_size: int | None, mode: str
-) -> Quantization | None:
-    if not quantize:
-        if bits is not None or group_size is not None or mode != "affine":
-            raise UserError("--q-bits, --q-group-size and --q-mode need -q")
-        return None
-    if mode not in ("affine", "mxfp4", "nvfp4", "mxfp8"):
-        raise UserError(f"--q-mode {mode}: choose affine, mxfp4, nvfp4 or mxfp8")
-    known_bits = (2, 3, 4, 5, 6, 8) if mode == "affine" else (8,) if mode == "mxfp8" else (4,)
-    known_sizes = {"affine": (32, 64, 128), "nvfp4": (16,)}.get(mode, (32,))
-    if bits not in (None, *known_bits) or group_size not in (None, *known_sizes):
-        raise UserError(
-            f"--q-mode {mode} has --q-bits {', '.join(map(str, known_bits))} and --q-group-size "
-            f"{', '.join(map(str, known_sizes))}"
-        )
-    return Quantization(bits, group_size, mode)
-
-
 def _measure(
     checkpoint: Checkpoint, plan: Plan, remove: str, dtype: mx.Dtype, progress: Progress
 ) -> dict[str, Conditioning]:
@@ -329,7 +309,7 @@ def _check_memory(job: Job, prose: Prose) -> None:
     needed += memory_bytes(args) if prose.calibrate else 0
     if prose.distill:  # the source, the result's codes, its dense matrices and their gradients
         needed += 5 * Layout(args, mx.float32).nbytes() + 8 * LOGITS_BYTES
-    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = machine_memory_bytes()
     if needed > available:
         raise UserError(
             f"converting this model takes about {needed / 1e9:.0f} GB of memory and this machine "

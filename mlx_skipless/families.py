@@ -12,6 +12,7 @@ from typing import Any
 
 from . import stock
 from .errors import UserError
+from .model import FUSED
 from .names import ATTENTION, MLP, PROJECTIONS
 from .stock import Stock
 
@@ -40,8 +41,8 @@ class Family:
         keys: the format's keys to the config's, where it has other names for them.
         names: a module's canonical name to the source's, whole dotted parts of a path.
         also: other names of modules, such as mlx-lm's where it saves them, to the source's.
-        fused: canonical modules by the source's one that holds them all, head by head: the rows of
-            the first one's first head, of the second one's first head, ...
+        fused: canonical modules by the source's one that holds them all.
+        fused_by_head: whether that has each head's rows together, and is in every layer.
         experts: the source's name of a single expert's module, with {} for its number, to the
             canonical one that holds all.
         ignored: ends of tensor names that mean nothing.
@@ -54,6 +55,7 @@ class Family:
     names: Mapping[str, str] = field(default_factory=dict)
     also: Mapping[str, str] = field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    fused_by_head: bool = False
     experts: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)  # old exporters'; rebuilt at run time
     stock: Stock | None = None
@@ -303,6 +305,7 @@ FAMILIES: dict[str, Family] = {
         },
         also={"model.embed_out": "embed_out", "model.h": "gpt_neox.layers", "model": "gpt_neox"},
         fused={"attention.query_key_value": QKV},
+        fused_by_head=True,
         ignored=("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"),
         stock=stock.GPT_NEOX,
     ),
@@ -356,7 +359,17 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen2": Family(_qwen2, stock=stock.QWEN2),
     "qwen3": Family(_qwen3, stock=stock.QWEN3),
-    "skipless": Family(dict, also={"block_sparse_moe.gate": "mlp.router"}, experts=MIXTRAL_EXPERTS),
+    "skipless": Family(
+        dict,
+        also={"block_sparse_moe.gate": "mlp.router"},
+        fused={
+            f"{'self_attn' if parts[0] in ATTENTION else 'mlp'}.{name}": tuple(
+                PROJECTIONS[part] for part in parts
+            )
+            for name, parts in FUSED.items()
+        },
+        experts=MIXTRAL_EXPERTS,
+    ),
 }
 
 

@@ -16,7 +16,6 @@ from typing import Any, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_reduce
 from mlx_lm.generate import GenerationResponse, stream_generate
 from mlx_lm.models.cache import (
     ArraysCache,
@@ -32,8 +31,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .errors import UserError, first_line
 from .loading import load
+from .memory import weight_bytes
 
 KV_BITS = (2, 3, 4, 6, 8)
+DRAFTS = 3  # tokens that a draft model proposes at a time
 TALE, TALE_TEMP = "Once upon a time", 0.8  # where nobody asks for anything
 KEEP = 4  # a rotating cache never drops the first tokens: attention leans on them
 
@@ -48,7 +49,8 @@ class Answer:
     tokens per second: `prompt_tps` up to the first generated token, `generation_tps` over those
     after it (0 if there are none). `peak_memory_bytes` is the most that MLX held during the
     answer, weights included. `generation_tokens` counts the end token too. `finish_reason` is
-    "stop" (end token), "length" (max_tokens), or None (left early).
+    "stop" (end token), "length" (max_tokens), or None (left early). A draft model proposed
+    `drafted_tokens`, of which `accepted_tokens` are in the answer.
     """
 
     text: str
@@ -58,6 +60,8 @@ class Answer:
     generation_tps: float
     peak_memory_bytes: int
     finish_reason: str | None
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -83,17 +87,32 @@ class Stream(Iterator[str]):
     """The pieces of an answer, one a token (a piece may be empty).
 
     `tokens` are the generated ids so far, the end token included: all of them are in the cache
-    between two pieces. `text` is what they say.
+    between two pieces (but with a draft model). `text` is what they say.
     """
 
-    def __init__(self, responses: Generator[GenerationResponse, None, None]):
+    def __init__(
+        self,
+        responses: Generator[GenerationResponse, None, None],
+        *,
+        drafts: int = 0,
+        max_tokens: int = 0,
+    ):
+        """`drafts`: what a draft model proposes at a time, within `max_tokens` in all."""
         self._responses = responses
+        self._drafts, self._max_tokens = drafts, max_tokens
         self._last: GenerationResponse | None = None
+        self._drafted = self._accepted = 0
         self.tokens: list[int] = []
         self.text = ""
 
     def __next__(self) -> str:
-        response = self._last = next(self._responses)
+        response = next(self._responses)
+        if self._drafts:
+            # A round of drafts ends with a token of the model's own.
+            if self._last is None or not self._last.from_draft:
+                self._drafted += min(self._drafts, self._max_tokens - len(self.tokens))
+            self._accepted += response.from_draft
+        self._last = response
         self.tokens.append(response.token)
         self.text += response.text
         return response.text
@@ -118,6 +137,8 @@ class Stream(Iterator[str]):
             generation_tps=last.generation_tps * steps,
             peak_memory_bytes=mx.get_peak_memory(),
             finish_reason=last.finish_reason,
+            drafted_tokens=self._drafted,
+            accepted_tokens=self._accepted,
         )
 
 
@@ -134,20 +155,33 @@ def stream(
     max_kv_size: int | None = None,
     kv_bits: int | None = None,
     prompt_cache: list[Any] | None = None,
+    draft_model: nn.Module | None = None,
+    num_draft_tokens: int = DRAFTS,
 ) -> Stream:
     """Start an answer to `prompt`; iterate for its text, then read `.answer`.
 
     Text goes through `prompt_tokens` first (so through the chat template, if there is one); ids are
     taken as they are. `top_p` 0 or 1 and `min_p` 0 are off. `max_kv_size` and `kv_bits` are
-    `make_cache`'s; `prompt_cache` is a cache to go on from, and is extended in place. `seed` seeds
-    MLX's random state and MLX's peak memory is reset when the first piece is asked for.
+    `make_cache`'s; `prompt_cache` is a cache to go on from, and is extended in place. A
+    `draft_model` of the same tokens proposes `num_draft_tokens` at a time, which `model` checks at
+    once: the answer is `model`'s (arXiv 2211.17192, as mlx-lm does it). `seed` seeds MLX's random
+    state and MLX's peak memory is reset when the first piece is asked for.
     Raises UserError for options and prompts that cannot be.
     """
     check_options(max_tokens=max_tokens, temp=temp, top_p=top_p, min_p=min_p, seed=seed)
     ids = prompt_tokens(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
     if not ids:
         raise UserError("the prompt is empty: give at least one token")
-    if prompt_cache is None:
+    if draft_model is not None:
+        if max_kv_size is not None or prompt_cache is not None:
+            raise UserError(
+                "--draft-model takes back tokens from caches of its own: drop --max-kv-size and a "
+                "cache to go on from"
+            )
+        if num_draft_tokens < 1:
+            raise UserError(f"--num-draft-tokens {num_draft_tokens}: must be at least 1")
+        prompt_cache = _caches_of_two(model, draft_model, len(ids) + max_tokens, kv_bits)
+    elif prompt_cache is None:
         prompt_cache = make_cache(model, max_kv_size=max_kv_size, kv_bits=kv_bits)
     elif max_kv_size is not None or kv_bits is not None:
         raise UserError("max_kv_size and kv_bits shape a new cache: give them to make_cache")
@@ -163,9 +197,12 @@ def stream(
             max_tokens=max_tokens,
             sampler=make_sampler(temp, top_p, min_p),
             prompt_cache=prompt_cache,
+            draft_model=draft_model,
+            num_draft_tokens=num_draft_tokens,
         )
 
-    return Stream(responses())
+    drafts = 0 if draft_model is None else num_draft_tokens
+    return Stream(responses(), drafts=drafts, max_tokens=max_tokens)
 
 
 def spaced(pieces: Stream, tokenizer: TokenizerWrapper) -> Iterator[str]:
@@ -234,7 +271,7 @@ def compare(
             answers[0],
             prompt_tps=statistics.median(a.prompt_tps for a in answers),
             generation_tps=statistics.median(a.generation_tps for a in answers),
-            peak_memory_bytes=max(a.peak_memory_bytes for a in answers) - _nbytes(other),
+            peak_memory_bytes=max(a.peak_memory_bytes for a in answers) - weight_bytes(other),
         )
         for answers, (other, _) in zip(runs, reversed(pair), strict=True)
     )
@@ -244,10 +281,6 @@ def compare(
         _ratio(first.prompt_tps, second.prompt_tps),
         _ratio(first.generation_tps, second.generation_tps),
     )
-
-
-def _nbytes(model: nn.Module) -> int:
-    return tree_reduce(lambda total, weight: total + weight.nbytes, model.parameters(), 0)
 
 
 def _ratio(a: float, b: float) -> float | None:
@@ -297,6 +330,16 @@ def _end_of_message(tokenizer: TokenizerWrapper, message: dict[str, str]) -> lis
         for content in (message["content"], marker)
     ]
     return list(tokenizer.encode(texts[0][texts[1].index(marker) :], add_special_tokens=False))
+
+
+def load_draft(
+    name: str | Path, tokenizer: TokenizerWrapper, *, trust_remote_code: bool = False
+) -> nn.Module:
+    """Load a draft model; UserError if its tokens are not `tokenizer`'s."""
+    model, own = load(name, trust_remote_code=trust_remote_code)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"--draft-model {name}: has other tokens than the model; give one with its")
+    return model
 
 
 def load_cache(file: str | Path, model: nn.Module) -> list[Any]:
@@ -371,6 +414,24 @@ def make_cache(
     return cache
 
 
+def _caches_of_two(
+    model: nn.Module, draft_model: nn.Module, tokens: int, kv_bits: int | None
+) -> list[Any]:
+    """The caches of a model and of its draft, as mlx-lm wants them: in one list."""
+    own, draft = (make_cache(m, kv_bits=kv_bits) for m in (model, draft_model))
+    for cache in (*own, *draft):
+        # mlx-lm goes on without a word when it cannot take back what the model rejects.
+        if not cache.is_trimmable() or tokens >= getattr(cache, "max_size", math.inf):
+            raise UserError(
+                f"--draft-model: the prompt and --max-tokens make {tokens:,} tokens, which a "
+                f"{type(cache).__name__} of this model cannot take back; ask for fewer, or drop "
+                "--draft-model"
+            )
+    # It parts the list by the number of layers, of which some may have no cache.
+    unused = [KVCache() for _ in model.layers[len(own) :]]
+    return [*own, *unused, *draft]
+
+
 def _bounded(cache: Any, size: int) -> Any:
     if type(cache) is KVCache:
         return RotatingKVCache(max_size=size, keep=KEEP)
@@ -428,10 +489,12 @@ def summary(answer: Answer, *, reused: int = 0) -> str:
     """One line of what an answer took; ``reused`` prompt tokens were in the cache already."""
     cached = f" ({reused:,} more were in the cache)" if reused else ""
     cut = ", cut off by --max-tokens" if answer.finish_reason == "length" else ""
+    share = f"{answer.accepted_tokens:,} of {answer.drafted_tokens:,}"
+    drafts = f", {share} drafts accepted" if answer.drafted_tokens else ""
     return (
         f"prompt {answer.prompt_tokens:,} tokens at {answer.prompt_tps:,.1f}/s{cached}; "
-        f"answer {answer.generation_tokens:,} tokens at {answer.generation_tps:,.1f}/s{cut}; "
-        f"peak memory {size(answer.peak_memory_bytes)}"
+        f"answer {answer.generation_tokens:,} tokens at {answer.generation_tps:,.1f}/s"
+        f"{drafts}{cut}; peak memory {size(answer.peak_memory_bytes)}"
     )
 
 

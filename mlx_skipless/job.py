@@ -13,6 +13,7 @@ from .families import FAMILIES, Family
 from .first_layer import TabledParts
 from .layout import Layout, PackedLayout, dtype_name
 from .merge import Merger
+from .model import ModelArgs
 from .names import EMBEDDING, FINAL_NORM, HEAD, is_stream_gain
 from .plan import Plan, RemovalCost
 from .report import Report, make_report
@@ -67,7 +68,13 @@ class Job:
 
     def named(self, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """Tensors, of a whole layer or more, as the result's files have them."""
-        return in_family(self.family, tensors, self.layout.args)
+        return in_family(self.family, tensors, self._args)
+
+    @property
+    def _args(self) -> ModelArgs:
+        """The network as it lies on disk."""
+        args = self.layout.args
+        return args if self.stock else replace(args, fused=self.layout.fused)
 
     def result_parts(self) -> Merged:
         """The result's dense tensors."""
@@ -88,12 +95,15 @@ class Job:
         else:
             keep = ("bos_token_id", "eos_token_id", "pad_token_id")
             config = {key: source[key] for key in keep if key in source}
-            config |= {k: v for k, v in asdict(layout.args).items() if v is not None}
+            config |= {k: v for k, v in asdict(self._args).items() if v is not None}
             config |= {"model_file": MODEL_FILE, "architectures": ["SkiplessForCausalLM"]}
         config["torch_dtype"] = dtype_name(layout.dtype)
         config.pop("dtype", None)
         if layout.settings is not None:
-            named = {module_in_family(self.family, k): v for k, v in layout.settings.items()}
+            named = {
+                module_in_family(self.family, module, self._args): v
+                for module, v in layout.settings.items()
+            }
             config["quantization"] = config["quantization_config"] = named
         return dict(sorted(config.items()))
 

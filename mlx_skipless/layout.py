@@ -12,8 +12,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import quantize_model
 
-from .model import Model, ModelArgs, quant_predicate
-from .names import EMBEDDING, EXPERTS, HEAD
+from .errors import UserError
+from .model import FUSED, Model, ModelArgs, quant_predicate
+from .names import EMBEDDING, EXPERTS, HEAD, path
 from .packed import MLXScheme
 from .rounding import Format
 
@@ -51,6 +52,44 @@ class Quantization:
         return self.group_size or {"affine": 64, "nvfp4": 16}.get(self.mode, 32)
 
 
+def asked_quantization(
+    quantize: bool, bits: int | None, group_size: int | None, mode: str
+) -> Quantization | None:
+    """The settings that ``-q``, ``--q-bits``, ``--q-group-size`` and ``--q-mode`` ask for.
+
+    Raises:
+        UserError: for settings that MLX does not have.
+    """
+    if not quantize:
+        if bits is not None or group_size is not None or mode != "affine":
+            raise UserError("--q-bits, --q-group-size and --q-mode need -q")
+        return None
+    if mode not in ("affine", "mxfp4", "nvfp4", "mxfp8"):
+        raise UserError(f"--q-mode {mode}: choose affine, mxfp4, nvfp4 or mxfp8")
+    known_bits = (2, 3, 4, 5, 6, 8) if mode == "affine" else (8,) if mode == "mxfp8" else (4,)
+    known_sizes = {"affine": (32, 64, 128), "nvfp4": (16,)}.get(mode, (32,))
+    if bits not in (None, *known_bits) or group_size not in (None, *known_sizes):
+        raise UserError(
+            f"--q-mode {mode} has --q-bits {', '.join(map(str, known_bits))} and --q-group-size "
+            f"{', '.join(map(str, known_sizes))}"
+        )
+    return Quantization(bits, group_size, mode)
+
+
+def quantized(
+    model: nn.Module, q: Quantization, predicate: Callable[..., bool | dict[str, Any]] | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A model quantized to nearest, lazily, and the ``quantization`` entry for its config.json.
+
+    ``predicate`` says which matrices and how; default: the model's own.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints; its callers may not
+        model, config = quantize_model(
+            model, {}, q.group_size, q.bits, mode=q.mode, quant_predicate=predicate
+        )
+    return model, config["quantization"]
+
+
 @dataclass(frozen=True)
 class Layout:
     """Names, shapes and bytes of a network's tensors as they will lie on disk; holds no weights.
@@ -69,17 +108,8 @@ class Layout:
         if self.quantization is None:
             return model, None
         q = self.quantization
-        # Lazy arrays: shapes are made, weights never are. mlx-lm prints; its callers may not.
-        with contextlib.redirect_stdout(io.StringIO()):
-            model, config = quantize_model(
-                model,
-                {},
-                q.group_size,
-                q.bits,
-                mode=q.mode,
-                quant_predicate=self._predicate(q),
-            )
-        return model, config["quantization"]
+        # Lazy arrays: shapes are made, weights never are.
+        return quantized(model, q, self._predicate(q))
 
     def _predicate(self, q: Quantization) -> Callable[..., bool | dict[str, Any]]:
         usual = quant_predicate(self.args.extra_bits, q.usual_bits)
@@ -120,6 +150,24 @@ class Layout:
     def scale_bytes(self, where: str) -> int:
         """Bytes of a packed matrix's scales and biases."""
         return self.nbytes(f"{where}.scales") + self.nbytes(f"{where}.biases")
+
+    @cached_property
+    def fused(self) -> dict[str, list[int]]:
+        """Layers whose matrices that read the same are packed alike, by the name of them in one."""
+        found: dict[str, list[int]] = {}
+        modules: dict[str, set[Any]] = {}
+        for name, array in self.tensors.items():
+            module, _, part = name.rpartition(".")
+            if array.ndim < 3:  # experts stay as they are
+                modules.setdefault(module, set()).add((part, array.shape[1:], array.dtype))
+        for layer in range(self.args.num_hidden_layers):
+            for kind in ("qkv_proj", "gate_up_proj"):
+                there = [name for name in FUSED[kind] if path(layer, name) in modules]
+                whole = next((name for name in FUSED if [*FUSED[name]] == there), None)
+                packed = [modules[path(layer, name)] for name in there]
+                if whole and packed.count(packed[0]) == len(packed):
+                    found.setdefault(whole, []).append(layer)
+        return found
 
     @cached_property
     def weights(self) -> dict[str, int]:

@@ -31,6 +31,31 @@ def load(
 ) -> tuple[nn.Module, TokenizerWrapper]:
     """Load a converted model, a skipless source, or any model that mlx-lm knows.
 
+    Args and errors are those of ``load_network``.
+
+    Returns:
+        The model and its tokenizer, as ``mlx_lm.load`` gives them.
+    """
+    model, folder, config = load_network(
+        path_or_hf_repo,
+        revision=revision,
+        adapter_path=adapter_path,
+        lazy=lazy,
+        trust_remote_code=trust_remote_code,
+    )
+    return model, load_tokenizer(folder, config, trust_remote_code=trust_remote_code)
+
+
+def load_network(
+    path_or_hf_repo: str | Path,
+    *,
+    revision: str | None = None,
+    adapter_path: str | None = None,
+    lazy: bool = False,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, Path, dict[str, Any]]:
+    """Load a model without its tokenizer, which it need not have.
+
     A skipless network is built from this package; the checkpoint's own model file is not run.
 
     Args:
@@ -41,7 +66,7 @@ def load(
         trust_remote_code: for models of other architectures that bring code.
 
     Returns:
-        The model and its tokenizer, as ``mlx_lm.load`` gives them.
+        The model, its folder and its config.
 
     Raises:
         UserError: if there is no such model, it is broken, or it asks for trust.
@@ -73,7 +98,7 @@ def load(
             model.eval()
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
         raise UserError(f"{path_or_hf_repo} cannot be loaded: {first_line(error)}") from error
-    return model, load_tokenizer(folder, config, trust_remote_code=trust_remote_code)
+    return model, folder, config
 
 
 def _own_classes(config: dict) -> tuple[type[nn.Module], type]:

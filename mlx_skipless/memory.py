@@ -1,9 +1,12 @@
-"""How much memory this process takes."""
+"""How much memory there is, and what takes it."""
 
+import os
 import resource
 import sys
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_reduce
 
 
 def peak_memory_bytes() -> int:
@@ -11,3 +14,20 @@ def peak_memory_bytes() -> int:
     unit = 1 if sys.platform == "darwin" else 1024
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return max(resident, mx.get_peak_memory())
+
+
+def machine_memory_bytes() -> int:
+    """The memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def device_memory_bytes() -> int:
+    """The memory that MLX's default device computes in; a Mac's GPU shares the machine's."""
+    info = mx.device_info()
+    known = (info[key] for key in ("memory_size", "total_memory") if key in info)
+    return int(next(known, machine_memory_bytes()))
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of a model's weights."""
+    return tree_reduce(lambda total, weight: total + weight.nbytes, model.parameters(), 0)

@@ -21,6 +21,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.activations import swiglu
 from mlx_lm.models.base import BaseModelArgs, create_attention_mask, scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache, RotatingKVCache
+from mlx_lm.models.pipeline import PipelineMixin
 from mlx_lm.models.rope_utils import initialize_rope
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
@@ -36,6 +37,15 @@ if (
         "if it fails, install that range or convert the model again",
         stacklevel=2,
     )
+
+# Matrices that read the same, as one whose rows are theirs in this order.
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "kv_proj": ("k_proj", "v_proj"),
+    "qv_proj": ("q_proj", "v_proj"),
+    "qk_proj": ("q_proj", "k_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
 
 ACTIVATIONS = {
     "silu": nn.silu,
@@ -90,6 +100,8 @@ class ModelArgs(BaseModelArgs):
     biases: Dict[str, List[int]] = field(default_factory=dict)
     # Norms with a learned gain: "q", "k", "v", "hidden" (qkv), "attention", "ffn" (pre), "final".
     gains: List[str] = field(default_factory=list)
+    # Which layers have matrices in one ("kv_proj", "gate_up_proj", ...: see FUSED).
+    fused: Dict[str, List[int]] = field(default_factory=dict)
     shifts: List[str] = field(default_factory=list)  # LayerNorms with a learned bias
     gate_offset: bool = False  # (act(gate) + c) * up
     value_skip: bool = False  # attention + alpha * the token's own value
@@ -161,8 +173,19 @@ class ModelArgs(BaseModelArgs):
         heads = {"q": width, "k": kv_width, "v": kv_width}
         return {"x": self.hidden_size, **heads} if passes else heads
 
+    def rows(self, name: str) -> int:
+        """Outputs of a matrix that FUSED names."""
+        heads = {"q_proj": self.num_attention_heads}
+        heads |= dict.fromkeys(("k_proj", "v_proj"), self.num_key_value_heads)
+        return heads[name] * self.head_dim if name in heads else self.intermediate_size
+
+    def fused_in(self, layer: int, kind: str) -> Optional[str]:
+        """The name of a layer's matrix that holds several of those in FUSED[kind]."""
+        names = (name for name in self.fused if {*FUSED[name]} <= {*FUSED[kind]})
+        return next((name for name in names if layer in self.fused[name]), None)
+
     def linear(self, name: str, layer: int, n_in: int, n_out: int) -> nn.Module:
-        bias = layer in self.biases.get(name, ())
+        bias = layer in self.biases.get(FUSED.get(name, (name,))[0], ())
         if self.num_local_experts and name in ("gate_proj", "up_proj", "down_proj"):
             return SwitchLinear(n_in, n_out, self.num_local_experts, bias=bias)
         return nn.Linear(n_in, n_out, bias=bias)
@@ -239,13 +262,19 @@ class Attention(nn.Module):
         self.group: Optional[mx.distributed.Group] = None
         width, kv_width = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
 
+        self._fused = args.fused_in(layer, "qkv_proj")
+        self._parts = FUSED[self._fused] if self._fused else ()
+        self._ends = [*accumulate(args.rows(name) for name in self._parts)]
+        if self._fused is not None:
+            whole = args.linear(self._fused, layer, args.hidden_size, self._ends[-1])
+            setattr(self, self._fused, whole)
         for name, part, n_in, n_out in (
             ("q_proj", "q", args.hidden_size, width),
             ("k_proj", "k", args.hidden_size, kv_width),
             ("v_proj", "v", args.hidden_size, kv_width),
             ("o_proj", "p", width, args.hidden_size),
         ):
-            present = not args.lacks(part, layer)
+            present = not args.lacks(part, layer) and name not in self._parts
             setattr(self, name, args.linear(name, layer, n_in, n_out) if present else None)
 
         # A gain for all heads alike is as wide as one of them.
@@ -273,12 +302,28 @@ class Attention(nn.Module):
             args.max_position_embeddings,
         )
 
-    def heads(self, x: mx.array, proj, norm, n: int) -> mx.array:
-        """(batch, length, hidden) to (batch, n, length, head_dim); no ``proj``: x is it already."""
-        if proj is not None:
-            x = proj(x)
-        elif self.group is not None:
-            x = mx.split(x, self.group.size(), axis=-1)[self.group.rank()]
+    def projected(self, x: Union[mx.array, Sequence[mx.array]]) -> Dict[str, mx.array]:
+        """q, k and v before norms and RoPE, (batch, length, heads * head_dim).
+
+        ``x`` is the stream, (batch, length, hidden), or what a table has for all three. A matrix
+        that is not there was the identity.
+        """
+        names = ("q_proj", "k_proj", "v_proj")
+        found = (
+            dict.fromkeys(names, x) if isinstance(x, mx.array) else dict(zip(names, x, strict=True))
+        )
+        for name, part in found.items():
+            if (proj := getattr(self, name)) is not None:
+                found[name] = proj(part)
+            elif self.group is not None and name not in self._parts:
+                found[name] = mx.split(part, self.group.size(), axis=-1)[self.group.rank()]
+        if self._fused is not None:
+            parts = mx.split(self[self._fused](x), self._ends[:-1], axis=-1)
+            found |= zip(self._parts, parts, strict=True)
+        return found
+
+    def heads(self, x: mx.array, norm, n: int) -> mx.array:
+        """(batch, length, n * head_dim) to (batch, n, length, head_dim)."""
         x = x.reshape(*x.shape[:2], n, self.head_dim)
         if norm is not None:
             x = norm(x)
@@ -291,11 +336,11 @@ class Attention(nn.Module):
         cache: Optional[Any] = None,
     ) -> mx.array:
         """``x`` is the stream, or what a table has for q, k and v."""
-        q, k, v = (x, x, x) if isinstance(x, mx.array) else x
+        q, k, v = self.projected(x).values()
         B, L, _ = q.shape
-        queries = self.heads(q, self.q_proj, self.q_norm, self.n_heads)
-        keys = self.heads(k, self.k_proj, self.k_norm, self.n_kv_heads)
-        values = own = self.heads(v, self.v_proj, self.v_norm, self.n_kv_heads)
+        queries = self.heads(q, self.q_norm, self.n_heads)
+        keys = self.heads(k, self.k_norm, self.n_kv_heads)
+        values = own = self.heads(v, self.v_norm, self.n_kv_heads)
 
         offset = cache.offset if cache is not None else 0
         queries = self.rope(queries, offset=offset)
@@ -329,6 +374,11 @@ class Attention(nn.Module):
             if (linear := getattr(self, name)) is not None:
                 how = "sharded-to-all" if name == "o_proj" else "all-to-sharded"
                 setattr(self, name, shard_linear(linear, how, group=group))
+        if self._fused is not None:
+            ends, linear = self._ends[:-1], self[self._fused]
+            linear = shard_linear(linear, "all-to-sharded", segments=ends, group=group)
+            setattr(self, self._fused, linear)
+            self._ends = [end // N for end in self._ends]
         for name in ("q_norm", "k_norm", "v_norm"):
             whole = self.shared_gains and name != "v_norm"
             if (norm := getattr(self, name)) is not None and not whole:
@@ -353,8 +403,14 @@ class MLP(nn.Module):
         self.router: Any = None
         if args.num_local_experts:
             self.router = args.linear("router", layer, n_in, args.num_local_experts)
-        self.gate_proj: Any = args.linear("gate_proj", layer, n_in, inner) if args.gated else None
-        self.up_proj: Any = args.linear("up_proj", layer, n_in, inner)
+        self.gate_up_proj: Any = None
+        self.gate_proj: Any = None
+        self.up_proj: Any = None
+        if args.fused_in(layer, "gate_up_proj"):
+            self.gate_up_proj = args.linear("gate_up_proj", layer, n_in, 2 * inner)
+        else:
+            self.gate_proj = args.linear("gate_proj", layer, n_in, inner) if args.gated else None
+            self.up_proj = args.linear("up_proj", layer, n_in, inner)
         self.down_proj: Any = args.linear("down_proj", layer, inner, args.hidden_size)
         if args.gate_offset:
             self.gate_offset = mx.zeros((inner,))
@@ -377,13 +433,17 @@ class MLP(nn.Module):
         return hidden if self.hidden_norm is None else self.hidden_norm(hidden)
 
     def __call__(self, x: mx.array) -> mx.array:
+        if self.gate_up_proj is not None:
+            gate_and_up = mx.split(self.gate_up_proj(x), 2, axis=-1)
+            return self.down_proj(self.activation(*gate_and_up[::-1]))
         gate = None if self.gate_proj is None else self.gate_proj(x)
         return self.down_proj(self.activation(self.up_proj(x), gate))
 
     def shard(self, group: mx.distributed.Group):
-        if self.gate_proj is not None:
-            self.gate_proj = shard_linear(self.gate_proj, "all-to-sharded", group=group)
-        self.up_proj = shard_linear(self.up_proj, "all-to-sharded", group=group)
+        for name, parts in (("gate_up_proj", 2), ("gate_proj", 1), ("up_proj", 1)):
+            if (linear := getattr(self, name)) is not None:
+                sharded = shard_linear(linear, "all-to-sharded", segments=parts, group=group)
+                setattr(self, name, sharded)
         self.down_proj = shard_linear(self.down_proj, "sharded-to-all", group=group)
         self.shard_hidden(group)
 
@@ -479,19 +539,29 @@ class Block(nn.Module):
         return x
 
 
-class SkiplessModel(nn.Module):
+class SkiplessModel(PipelineMixin, nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
         self.sliding_window = args.sliding_window
-        self.embed_tokens = nn.Embedding(args.vocab_size, sum(args.row().values()))
+        self.embed_tokens: Any = nn.Embedding(args.vocab_size, sum(args.row().values()))
         self.layers = [Block(args, layer) for layer in range(args.num_hidden_layers)]
         self.norm = args.stream_norm("final") if args.final_norm else None
+
+    def pipeline(self, group: mx.distributed.Group, split: Optional[List[int]] = None):
+        """Keep this machine's layers; the embedding enters the first and may be a tied head."""
+        super().pipeline(group, split)
+        # Of the weights that are loaded here; those of others may stay on the Hub.
+        parts = [part.parameters() for part in (*self.pipeline_layers, self)]
+        dtypes = (w.dtype for w in dict(tree_flatten(parts)).values())  # type: ignore[union-attr]
+        self.stream_dtype = next((t for t in dtypes if mx.issubdtype(t, mx.floating)), mx.bfloat16)
+        if self.start_idx and not self.args.tie_word_embeddings:
+            self.embed_tokens = None
 
     def masks(self, h: mx.array, caches: List[Any]) -> Dict[bool, Any]:
         """One mask for the layers with a sliding window (True), one for those without (False)."""
         made: Dict[bool, Any] = {}
-        for layer, cache in zip(self.layers, caches, strict=True):
+        for layer, cache in zip(self.pipeline_layers, caches, strict=True):
             if layer.self_attn is not None and layer.use_sliding not in made:
                 window = self.sliding_window if layer.use_sliding else None
                 made[layer.use_sliding] = create_attention_mask(h, cache, window_size=window)
@@ -499,8 +569,37 @@ class SkiplessModel(nn.Module):
 
     def spread(self, cache: Optional[List[Any]]) -> List[Any]:
         """The caches of the layers with attention, at those layers; None at the others."""
+        layers = self.pipeline_layers
+        needed = sum(layer.self_attn is not None for layer in layers)
+        if cache is not None and len(cache) < needed:
+            raise ValueError(
+                f"{len(cache)} caches for {needed} layers with attention; use make_cache()"
+            )
         left = iter(cache or ())
-        return [None if layer.self_attn is None else next(left, None) for layer in self.layers]
+        return [None if layer.self_attn is None else next(left, None) for layer in layers]
+
+    def entrance(self, inputs: mx.array, input_embeddings: Optional[mx.array]) -> mx.array:
+        """What the first layer of this machine reads."""
+        if input_embeddings is not None and self.args.precomputed:
+            raise ValueError("the first layer is a table by token: there is no use for embeddings")
+        if self.start_idx:
+            shape = (inputs if input_embeddings is None else input_embeddings).shape[:2]
+            like = mx.zeros((*shape, self.args.hidden_size), self.stream_dtype)
+            return mx.distributed.recv_like(like, self.pipeline_rank + 1)
+        h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
+        return self.args.entered(h)
+
+    def passed_on(self, h: mx.array, caches: List[Any]) -> mx.array:
+        """Send ``h`` to the machine with the next layers; return what the last machine has."""
+        if self.pipeline_rank:
+            h = mx.distributed.send(h, self.pipeline_rank - 1)
+        # A prompt's chunks are evaluated through the caches alone, and must arrive all the same.
+        own = [cache for cache in caches if cache is not None]
+        if not own:
+            mx.async_eval(h)
+        elif self.pipeline_rank:
+            own[-1].keys = mx.depends(own[-1].keys, h)
+        return mx.distributed.all_gather(h)[: h.shape[0]]
 
     def __call__(
         self,
@@ -508,14 +607,13 @@ class SkiplessModel(nn.Module):
         cache: Optional[List[Any]] = None,
         input_embeddings: Optional[mx.array] = None,
     ) -> mx.array:
-        if input_embeddings is not None and self.args.precomputed:
-            raise ValueError("the first layer is a table by token: there is no use for embeddings")
-        h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
-        h = self.args.entered(h)
+        h = self.entrance(inputs, input_embeddings)
         caches = self.spread(cache)
         masks = self.masks(h, caches)
-        for layer, c in zip(self.layers, caches, strict=True):
+        for layer, c in zip(self.pipeline_layers, caches, strict=True):
             h = layer(h, masks.get(layer.use_sliding), c)
+        if self.pipeline_size > 1:
+            h = self.passed_on(h, caches)
         return h if self.norm is None else self.norm(h)
 
 
@@ -573,10 +671,11 @@ class Model(nn.Module):
 
     @property
     def layers(self):
-        return self.model.layers
+        """Those of this machine, in a pipeline; else all."""
+        return self.model.pipeline_layers
 
     def make_cache(self) -> List[Union[KVCache, RotatingKVCache]]:
-        """A cache for each layer that has attention."""
+        """A cache for each of these layers that has attention."""
         return [
             RotatingKVCache(max_size=self.args.sliding_window) if layer.use_sliding else KVCache()
             for layer in self.layers
@@ -608,7 +707,9 @@ def quant_predicate(extra_bits: Dict[str, int], bits: Optional[int] = None):
     """
 
     def predicate(path: str, module: nn.Module, *_) -> Union[bool, Dict[str, Any]]:
-        extra = extra_bits.get(path, 0)
+        name = path.rpartition(".")[2]
+        parts = [path.replace(name, part) for part in FUSED.get(name, (name,))]
+        extra = max(extra_bits.get(part, 0) for part in parts)
         if not hasattr(module, "to_quantized") or not extra:
             return hasattr(module, "to_quantized")
         group_size = next((g for g in (64, 32) if module.weight.shape[-1] % g == 0), None)

@@ -68,7 +68,7 @@ class StockNetwork:
         self._model: Any = load_model(folder, lazy=True)[0]
         self._args = args
         self._names = {
-            ours: module_in_family(family, ours).rpartition(".")[2]
+            ours: module_in_family(family, ours, args).rpartition(".")[2]
             for ours in (EMBEDDING, FINAL_NORM, HEAD)
         }
 

@@ -39,20 +39,25 @@ class Writer:
     Use as a context manager; ``commit`` makes it appear. Tensors go to a temporary folder beside
     it, which any failure removes, and the next run removes after a kill.
 
+    Args:
+        out: the folder.
+        expected_bytes: of all weights.
+        flag: that names the folder, for messages.
+
     Raises:
         UserError: if the path exists, its parent does not, or the disk lacks room.
     """
 
-    def __init__(self, out: Path, expected_bytes: int):
-        self._out = out
-        check_free(out)
+    def __init__(self, out: Path, expected_bytes: int, flag: str = "--mlx-path"):
+        self._out, self._flag = out, flag
+        check_free(out, flag)
         parent = out.absolute().parent
         free = shutil.disk_usage(parent).free
         needed = int(expected_bytes * 1.01) + (64 << 20)
         if needed > free:
             raise UserError(
                 f"{parent} has {free / 1e9:.2f} GB free, the result takes {needed / 1e9:.2f} GB: "
-                "make room or give another --mlx-path"
+                f"make room or give another {flag}"
             )
         self._prefix = f".{out.name}.partial-"
         self._remove_abandoned(parent)
@@ -72,7 +77,7 @@ class Writer:
             self.folder = Path(tempfile.mkdtemp(prefix=prefix, dir=self._out.absolute().parent))
         except OSError as error:
             raise UserError(
-                f"cannot write beside {self._out} ({error}): give another --mlx-path"
+                f"cannot write beside {self._out} ({error}): give another {self._flag}"
             ) from error
         return self
 
@@ -147,7 +152,7 @@ class Writer:
 
     def commit(self) -> None:
         """Make the folder appear."""
-        check_free(self._out)
+        check_free(self._out, self._flag)
         # mkdtemp's folders are private; a model is as readable as any other new folder.
         umask = os.umask(0)
         os.umask(umask)
@@ -158,10 +163,10 @@ class Writer:
             raise self._failed(error) from error
 
 
-def check_free(out: Path) -> None:
+def check_free(out: Path, flag: str = "--mlx-path") -> None:
     """Raises UserError if ``out`` exists or its parent does not."""
     if os.path.lexists(out):
-        raise UserError(f"{out} exists already: remove it or give another --mlx-path")
+        raise UserError(f"{out} exists already: remove it or give another {flag}")
     if not out.absolute().parent.is_dir():
         raise UserError(f"{out.absolute().parent} is no folder: create it first")
 

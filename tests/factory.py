@@ -286,6 +286,31 @@ def rounded(weights: Weights, dtype: str) -> Weights:
         }
 
 
+def stored(folder: Path) -> dict[str, mx.array]:
+    """The tensors of a converted folder, those that lie in one matrix cut out of it."""
+    out: dict[str, mx.array] = {}
+    config = json.loads((folder / "config.json").read_text())
+    for file in sorted(folder.glob("model*.safetensors")):
+        for name, array in mx.load(str(file)).items():  # type: ignore[union-attr]
+            module, _, part = name.rpartition(".")
+            prefix, _, whole = module.rpartition(".")
+            if whole not in (config.get("fused") or {}):
+                out[name] = array
+                continue
+            assert int(name.split(".")[2]) in config["fused"][whole]
+            letters = ["gate", "up"] if whole == "gate_up_proj" else [*whole.split("_")[0]]
+            heads = {"q": config["num_attention_heads"]}
+            heads |= dict.fromkeys("kv", config["num_key_value_heads"])
+            start = 0
+            for x in letters:
+                width = config["intermediate_size"] if x in ("gate", "up") else None
+                rows = width or heads[x] * config["head_dim"]
+                out[f"{prefix}.{x}_proj.{part}"] = array[start : start + rows]
+                start += rows
+            assert start == array.shape[0]
+    return out
+
+
 def _stored(weights: Weights, dtype: str) -> dict[str, mx.array]:
     kind = getattr(mx, dtype)
     return {name: mx.array(w.astype(np.float32)).astype(kind) for name, w in weights.items()}

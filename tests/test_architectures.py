@@ -14,13 +14,14 @@ import pytest
 import reference
 import transformers
 from architectures import ARCHITECTURES, make
+from factory import stored
 from mlx_lm.utils import quantize_model
 from reference import Config, Weights
 
 import mlx_skipless
 from mlx_skipless import healing, passages
 from mlx_skipless.analysis import analyze
-from mlx_skipless.checkpoint import SafetensorsStore, open_checkpoint
+from mlx_skipless.checkpoint import open_checkpoint
 from mlx_skipless.conversion import convert
 from mlx_skipless.healing import Treatment
 from mlx_skipless.model import Model
@@ -41,11 +42,6 @@ def less_text(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def text(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (2, 12))
-
-
-def stored(folder: Path) -> dict[str, mx.array]:
-    store = SafetensorsStore(folder)
-    return store.read(store.shapes)
 
 
 def logits(folder: Path, tokens: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import mlx_lm
 import numpy as np
 import pytest
 import reference
-from factory import make_checkpoint, make_llama
+from factory import make_checkpoint, make_llama, stored
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import quantize_model
 from reference import Config, Weights
@@ -265,7 +265,7 @@ def test_a_packed_source_stays_packed(tmp_path: Path) -> None:
     report = mlx_skipless.convert(tmp_path / "q", tmp_path / "o", drop_attention=2)
     assert report.kept_packed and report.stock and not report.folded
     source: Any = mx.load(str(tmp_path / "q/model.safetensors"))
-    result: Any = mx.load(str(tmp_path / "o/model.safetensors"))
+    result = stored(tmp_path / "o")
     gone = [
         f"layers.{layer}.{part}"
         for layer in report.removed["attention"]

@@ -9,7 +9,7 @@ import mlx_lm
 import numpy as np
 import pytest
 import reference
-from factory import make_checkpoint, make_llama
+from factory import make_checkpoint, make_llama, stored
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import quantize_model
 from reference import Config, Weights
@@ -80,7 +80,7 @@ OWN: list[Config] = [
 def test_the_same_function(config: Config, remove: str, tmp_path: Path) -> None:
     source = made(tmp_path / "s", **config)
     report = forced(tmp_path, remove=remove)
-    weights: Any = mx.load(str(tmp_path / "o/model.safetensors"))
+    weights = stored(tmp_path / "o")
     assert weights["model.embed_tokens.weight"].shape == (264, expected_row(source[0]))
     gone = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "input_layernorm"]
     gone += ["mlp"] if source[0]["block"] == "parallel" else []
@@ -129,7 +129,7 @@ def test_quantized(config: Config, calibrated: bool, tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("once upon a time there was a king " * 200)
     options: dict[str, Any] = {"calibration": tmp_path / "t.txt"} if calibrated else {}
     report = forced(tmp_path, quantize=True, q_bits=8, q_group_size=32, **options)
-    weights: Any = mx.load(str(tmp_path / "o/model.safetensors"))
+    weights = stored(tmp_path / "o")
     assert sum(array.nbytes for array in weights.values()) == report.bytes_after
     assert {"model.embed_tokens.scales", "lm_head.scales"} <= set(weights)
     model, _ = mlx_skipless.load(tmp_path / "o")
@@ -171,8 +171,7 @@ def test_a_packed_source_stays_packed(
         mlx_lm.utils.save(tmp_path / "s", tmp_path / "f", model, tokenizer, settings)
     report = forced(tmp_path)
     assert report.kept_packed
-    source: Any = mx.load(str(tmp_path / "s/model.safetensors"))
-    result: Any = mx.load(str(tmp_path / "o/model.safetensors"))
+    source, result = stored(tmp_path / "s"), stored(tmp_path / "o")
     assert sum(array.nbytes for array in result.values()) == report.bytes_after
     table = {name for name in result if "embed_tokens" in name}
     assert ("model.embed_tokens.scales" in table) == packed

@@ -9,7 +9,7 @@ import mlx_lm
 import numpy as np
 import pytest
 import reference
-from factory import make_gemma
+from factory import make_gemma, stored
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import quantize_model
 from reference import Weights
@@ -33,11 +33,6 @@ def less_text(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def text(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (2, 12))
-
-
-def stored(folder: Path) -> dict[str, mx.array]:
-    arrays: Any = mx.load(str(folder / "model.safetensors"))
-    return arrays
 
 
 def logits(folder: Path, tokens: np.ndarray) -> np.ndarray:

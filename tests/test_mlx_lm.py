@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import reference
-from factory import make_checkpoint
+from factory import make_checkpoint, make_llama
 
 from mlx_skipless.conversion import convert
 
@@ -109,6 +109,18 @@ def test_generate(python: str, folder: Path, tmp_path: Path) -> None:
     assert "Generation: 8 tokens" in printed
 
 
+def test_generate_with_a_draft(python: str, folder: Path, tmp_path: Path) -> None:
+    """Whatever a stock model drafts, the answer is the converted model's."""
+    make_llama(tmp_path / "draft")
+    options = ("--prompt", "the king", "--max-tokens", "12", "--num-draft-tokens", "3")
+    answers = []
+    for more in ((), ("--draft-model", tmp_path / "draft")):
+        printed = mlx_lm(python, tmp_path, "generate", folder, *options, *more)
+        assert "Generation: 12 tokens" in printed
+        answers.append(printed.split("=" * 10)[1])
+    assert answers[0] == answers[1]
+
+
 def test_lora_then_fuse_then_quantize(python: str, source, folder: Path, tmp_path: Path) -> None:
     """Adapters train, fuse into a model that still loads, and that one quantizes."""
     for part in ("train", "valid", "test"):
@@ -154,12 +166,11 @@ def test_quantizing_protects_what_an_inverse_magnifies(
     mlx_lm(python, tmp_path, "convert", tmp_path / "qp", "-q", "--mlx-path", "q4")
     settings = json.loads((tmp_path / "q4/config.json").read_text())["quantization"]
     stored = mx.load(str(tmp_path / "q4/model.safetensors"))
-    for name in ("self_attn.k_proj", "self_attn.v_proj"):
-        path = f"model.layers.1.{name}"
-        assert path in settings or f"{path}.scales" not in stored
-        assert not isinstance(settings.get(path), dict) or settings[path]["bits"] > 4
-    assert "model.layers.1.mlp.up_proj" not in settings
-    assert "model.layers.1.mlp.up_proj.scales" in stored
+    path = "model.layers.1.self_attn.kv_proj"
+    assert path in settings or f"{path}.scales" not in stored
+    assert not isinstance(settings.get(path), dict) or settings[path]["bits"] > 4
+    assert "model.layers.1.mlp.gate_up_proj" not in settings
+    assert "model.layers.1.mlp.gate_up_proj.scales" in stored
 
 
 @pytest.fixture

@@ -1,8 +1,5 @@
 """The network at run time: caches of every kind, RoPE, windows, sharding, nothing dead."""
 
-import shutil
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import reference
-from architectures import make
+from converted import made
 from factory import make_checkpoint
 from mlx.utils import tree_flatten
 from mlx_lm.generate import batch_generate, generate_step
@@ -95,6 +92,24 @@ def test_batch_generation_equals_one_by_one(converted) -> None:
     together = batch_generate(model, tokenizer, prompts, max_tokens=6)
     alone = [batch_generate(model, tokenizer, [prompt], max_tokens=6) for prompt in prompts]
     assert together.texts == [one.texts[0] for one in alone]
+
+
+@pytest.mark.parametrize(
+    "name", ["qp", "table", "no attention 0", "no attention 1", "no attention 1, 2", "mixtral"]
+)
+def test_batches_that_come_and_go_equal_one_by_one(name: str, tmp_path: Path) -> None:
+    """Padded prompts, longer than a window too, join and leave a batch while it decodes."""
+    model, tokenizer = mlx_skipless.load(made(tmp_path, name))
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(0, 256, length).tolist() for length in (3, 11, 1, 7, 6)]
+    options = {"max_tokens": [9, 2, 5, 6, 3], "return_token_ids": True, "return_logprobs": True}
+    few = {"completion_batch_size": 2, "prefill_batch_size": 2, "prefill_step_size": 4}
+    together = batch_generate(model, tokenizer, prompts, **options, **few)
+    for i, prompt in enumerate(prompts):
+        one = {**options, "max_tokens": options["max_tokens"][i]}
+        alone = batch_generate(model, tokenizer, [prompt], **one)
+        assert together.token_ids[i] == alone.token_ids[0]
+        assert np.allclose(together.logprobs[i], alone.logprobs[0], atol=1e-4)
 
 
 def test_greedy_generation(converted) -> None:
@@ -211,66 +226,6 @@ def test_every_setting_is_documented() -> None:
 def test_an_unknown_setting_is_named() -> None:
     with pytest.raises(ValueError, match="'sideways' is not supported"):
         ModelArgs("skipless", 8, 1, 8, 1, 8, block="sideways")
-
-
-SHARDED = """
-import sys
-from dataclasses import fields
-import mlx.core as mx, numpy as np
-import mlx_skipless
-
-group = mx.distributed.init(strict=True)
-for folder in sys.argv[1:]:
-    model, _ = mlx_skipless.load(folder)
-    tokens = mx.array(np.random.default_rng(0).integers(0, 256, (2, 7)))
-    whole = np.array(model(tokens))
-    model.shard(group)
-    at_once = np.array(model(tokens))
-    cache = model.make_cache()
-    steps = [model(tokens[:, i : i + 1], cache) for i in range(7)]
-    for got in (at_once, np.array(mx.concatenate(steps, axis=1))):
-        error = float(np.abs(whole - got).max() / np.abs(whole).max())
-        print("rank", group.rank(), "of", group.size(), "error", error)
-"""
-
-
-@pytest.mark.skipif(shutil.which("mlx.launch") is None, reason="mlx.launch is not on the path")
-def test_two_processes_give_the_same_logits(tmp_path: Path) -> None:
-    """Tensor parallelism over the loopback ring, with heads and FFN split."""
-    folders = []
-    for i, (remove, options) in enumerate(
-        [
-            ("qp", {"norm": "qkv", "gains": True, "linear_paths": True}),
-            ("kp", {"num_key_value_heads": 4, "bias": ("q_proj", "o_proj", "down_proj")}),
-            ("vp", {"num_key_value_heads": 4}),
-            ("p", {"block": "parallel", "norm": "qkv", "gains": True}),
-            ("q", {"skip": "ffn", "tie_word_embeddings": True}),
-        ]
-    ):
-        make_checkpoint(tmp_path / f"s{i}", seed=i, **options)
-        convert(tmp_path / f"s{i}", tmp_path / f"o{i}", remove=remove, verify=False)
-        folders.append(str(tmp_path / f"o{i}"))
-    make_checkpoint(tmp_path / "big", **SIZES | {"intermediate_size": 256})
-    convert(tmp_path / "big", tmp_path / "q4", remove="p", quantize=True, verify=False)
-    folders.append(str(tmp_path / "q4"))
-    for name in ("mixtral", "gpt_neox", "phi", "cohere", "qwen3"):  # experts, norms, ungated FFNs
-        kv_heads = {} if name in ("gpt_neox", "phi") else {"num_key_value_heads": 2}
-        make(tmp_path / name, name, **kv_heads)
-        for letters in ("none", "p"):
-            out = tmp_path / f"{name}-{letters}"
-            convert(tmp_path / name, out, skipless=True, remove=letters, verify=False)
-            folders.append(str(out))
-        out = tmp_path / f"{name}-whole"
-        convert(tmp_path / name, out, drop_ffn=1, verify=False)
-        folders.append(str(out))
-    script = tmp_path / "sharded.py"
-    script.write_text(SHARDED)
-    command = ["mlx.launch", "-n", "2", "--backend", "ring", "--", sys.executable, str(script)]
-    run = subprocess.run([*command, *folders], capture_output=True, text=True, timeout=300)
-    lines = [line.split() for line in run.stdout.splitlines() if line.startswith("rank")]
-    assert len(lines) == 2 * 2 * len(folders), run.stderr
-    assert {line[3] for line in lines} == {"2"}
-    assert max(float(line[-1]) for line in lines) <= 1e-5
 
 
 def test_plain_caches_are_mlx_lms(converted) -> None:

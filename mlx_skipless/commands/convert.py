@@ -11,7 +11,7 @@ from .. import budget, card, conversion
 from ..generation import size
 from ..plan import REMOVALS
 from ..report import Report
-from .shared import DEFAULT_MODEL, json_file, progress_bars
+from .shared import DEFAULT_MODEL, json_file, progress_bars, quantization_arguments
 
 HELP = "remove weights from a model"
 
@@ -38,13 +38,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--fold-norms", action="store_true",
         help="put every norm's gain into the matrices behind it (exact)",
     )  # fmt: skip
-    parser.add_argument("-q", "--quantize", action="store_true", help="quantize the result")
-    parser.add_argument("--q-bits", type=int, help="bits per weight (default: the mode's own)")
-    parser.add_argument("--q-group-size", type=int, help="weights that share a scale")
-    parser.add_argument(
-        "--q-mode", default="affine", choices=["affine", "mxfp4", "nvfp4", "mxfp8"],
-        help="quantization mode (default: %(default)s)",
-    )  # fmt: skip
+    quantization_arguments(parser, "quantize the result")
     parser.add_argument(
         "--calibration", metavar="TEXT",
         help="file, or data set of the Hub as OWNER/NAME[:SUBSET[:SPLIT]], to quantize against, "

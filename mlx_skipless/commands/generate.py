@@ -40,6 +40,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt-cache-file", metavar="FILE",
         help="go on from a prompt that mlx_lm.cache_prompt stored there",
     )  # fmt: skip
+    parser.add_argument(
+        "--draft-model", metavar="SMALL",
+        help="a faster model of the same tokens, which proposes what --model then checks",
+    )  # fmt: skip
+    parser.add_argument(
+        "--num-draft-tokens", type=int, default=generation.DRAFTS,
+        help="tokens that it proposes at a time (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--compare", metavar="OTHER", help="run this model too and print the ratio")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="let a model of another kind run its code"
@@ -51,10 +59,13 @@ def run(options: dict[str, Any]) -> None:
     json_name, other = options.pop("json"), options.pop("compare")
     name, prompt = options.pop("model"), options.pop("prompt")
     trust, cache_file = options.pop("trust_remote_code"), options.pop("prompt_cache_file")
-    if prompt is None and (other or cache_file):
-        raise UserError("--compare and --prompt-cache-file need a --prompt")
+    draft, drafts = options.pop("draft_model"), options.pop("num_draft_tokens")
+    if prompt is None and (other or cache_file or draft):
+        raise UserError("--compare, --prompt-cache-file and --draft-model need a --prompt")
     if other is not None and cache_file is not None:
         raise UserError("--compare runs two models and --prompt-cache-file is one's: drop one")
+    if draft is not None and (other or cache_file):
+        raise UserError("--draft-model goes with neither --compare nor --prompt-cache-file")
     with json_file(json_name) as write_json:
         if name == DEFAULT_MODEL and not Path(name).exists():
             _convert_bundled(name)
@@ -79,6 +90,11 @@ def run(options: dict[str, Any]) -> None:
             _print_comparison(result, name, other)
             write_json(result.as_dict())
             return
+        if draft is not None:
+            options["draft_model"] = generation.load_draft(
+                draft, tokenizer, trust_remote_code=trust
+            )
+            options["num_draft_tokens"] = drafts
         if cache_file is not None:
             options["prompt_cache"] = generation.load_cache(cache_file, model)
             prompt = generation.prompt_tokens(tokenizer, prompt, continued=True)

@@ -89,6 +89,16 @@ def progress_bars() -> Iterator[conversion.Progress]:
         yield show
 
 
+def quantization_arguments(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("-q", "--quantize", action="store_true", help=what)
+    parser.add_argument("--q-bits", type=int, help="bits per weight (default: the mode's own)")
+    parser.add_argument("--q-group-size", type=int, help="weights that share a scale")
+    parser.add_argument(
+        "--q-mode", default="affine", choices=["affine", "mxfp4", "nvfp4", "mxfp8"],
+        help="quantization mode (default: %(default)s)",
+    )  # fmt: skip
+
+
 def held_out_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", nargs="+", metavar="FILE",
