@@ -36,6 +36,7 @@ from .plan import (
 )
 from .report import Report
 from .settle import Goal, Progress
+from .stages import Stopwatch
 from .verify import Parts, StreamedNetwork, Verification
 from .writer import Writer, carry_tokenizer, check_free
 
@@ -117,6 +118,7 @@ def convert(
         UserError: for anything the user can mend; nothing is left at ``mlx_path`` then.
     """
     started = time.perf_counter()
+    progress = stopwatch = Stopwatch(progress)
     mx.reset_peak_memory()
     goal = None
     if target_bytes is not None or target_kl is not None:
@@ -224,7 +226,10 @@ def convert(
         if upload_repo is not None:
             hub.upload(out, upload_repo)
     return replace(
-        report, seconds=time.perf_counter() - started, peak_memory_bytes=peak_memory_bytes()
+        report,
+        seconds=time.perf_counter() - started,
+        stages=stopwatch.seconds,
+        peak_memory_bytes=peak_memory_bytes(),
     )
 
 
@@ -393,6 +398,7 @@ def _attempt(
     writer.write_json("config.json", job.config())
     text = found.calibration if found is not None and prose.calibrate else None
     parts = _result_parts(job, text)
+    progress("converting", 0, layers)
     writer.add(job.named(parts.embedding()))
     for layer in range(layers):
         progress("converting", layer, layers)
