@@ -5,10 +5,10 @@ rounding it meets by its condition number. Any other product runs in its operand
 ``working`` picks by the type that the result is stored in: float64 for float32, float32 for 16
 bits. Vectors, which cost nothing, stay float64.
 
-What float32 products add, as a share of what storing adds (worst |error|_F over shapes up to
-Mistral-7B's, ``python docs/conversion.py``): 1/1,900 in bfloat16, 1/240 in float16. A GPU may round
-the operands of a float32 product to 11 significant bits (TF32), which loses nothing of weights of
-16 bits; of those that a gain was folded into it loses 1/8 and 1.0 as much as storing.
+A float32 product's error is 1e-4 of what storing it in bfloat16 rounds away and 2e-3 of what
+float16 does, at Mistral-7B's width (``docs/conversion.md``). A GPU may round its operands to 11
+significant bits (TF32). Weights of 16 bits lose nothing by that; those that a gain was folded into
+lose an eighth of what bfloat16 rounds away, and as much as float16 does.
 
 NumPy multiplies on a CPU: its wheels bring the faster BLAS on Linux and Accelerate on a Mac. A GPU
 knows no float64, so what is left for it is float32's products.
