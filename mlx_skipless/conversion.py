@@ -23,7 +23,7 @@ from .job import MODEL_FILE, Job, PackedParts
 from .layout import Layout, PackedLayout, Quantization
 from .loading import BUNDLED, load_tokenizer
 from .memory import peak_memory_bytes
-from .merge import Merger
+from .merge import AHEAD_BYTES, Merger
 from .model import Model, ModelArgs
 from .names import HEAD
 from .plan import (
@@ -38,7 +38,7 @@ from .report import Report
 from .settle import Goal, Progress
 from .stages import Stopwatch
 from .verify import Parts, StreamedNetwork, Verification
-from .writer import Writer, carry_tokenizer, check_free
+from .writer import SHARD_BYTES, Writer, carry_tokenizer, check_free
 
 STOCK_CANNOT = (
     "no network of mlx-lm's own is the same function (they may not know this activation, width, "
@@ -313,13 +313,17 @@ def _measure(
 
 
 def _check_memory(job: Job, prose: Prose) -> None:
-    """Refuse what cannot fit: three bases and the largest matrix in float64, a shard, the check."""
+    """Refuse what cannot fit.
+
+    Three bases and the largest matrix in float64, two shards, a layer read ahead, the check.
+    """
     args = job.plan.before
     hidden, ffn = args.hidden_size, args.intermediate_size
     width = args.num_attention_heads * args.head_dim
     float64 = 8 * (6 * hidden * max(hidden, width) + 3 * max(hidden, width) * ffn)
     largest = max(array.nbytes for array in job.layout.tensors.values())
-    needed = float64 + (1 << 30) + 4 * job.layout.count("model.layers.0.") + 3 * largest
+    needed = float64 + 2 * SHARD_BYTES + 4 * job.layout.count("model.layers.0.") + 3 * largest
+    needed += min(AHEAD_BYTES, Layout(args, job.checkpoint.dtype).nbytes("model.layers.0."))
     needed += memory_bytes(args) if prose.calibrate else 0
     if prose.distill:  # the source, the result's codes, its dense matrices and their gradients
         needed += 5 * Layout(args, mx.float32).nbytes() + 8 * LOGITS_BYTES
