@@ -15,7 +15,7 @@ T^-1 W, and the function stays. Every removal chooses T so that one matrix becom
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -276,14 +276,14 @@ class Merger:
         writes = self._basis(self._writes[where]) if where in self._writes else None
         centred = self._plan.centred and where in self._writes
         unchanged = reads is None and writes is None and not centred
+        arrays = self._read(where)
         if unchanged and all(vector is None for vector in self._norm_before(where)):
-            arrays = self._read([f"{where}.weight", f"{where}.bias"])
             return {name: self._finite(name, array) for name, array in arrays.items()}
         kind = np.float32 if unchanged else self._kind  # a gain alone rounds once, as storing does
         owner = writes is not None and self._owns(where)
 
-        def stored(expert: int | None) -> dict[str, mx.array]:
-            new = self._linear(where, kind, expert)
+        def stored(arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
+            new = self._folded(where, kind, arrays)
             new = change_basis(new, reads=reads, writes=writes, owns_shift=owner)
             new = centre(new) if centred else new
             out = {f"{where}.weight": self._stored(f"{where}.weight", new.weight.T)}
@@ -293,8 +293,10 @@ class Merger:
 
         experts = self._plan.before.num_local_experts
         if not experts or where.rpartition(".")[2] not in EXPERTS:
-            return stored(None)
-        each = [stored(expert) for expert in range(experts)]
+            return stored(arrays)
+        each = [
+            stored({name: a[expert] for name, a in arrays.items()}) for expert in range(experts)
+        ]
         return {name: mx.stack([arrays[name] for arrays in each]) for name in each[0]}
 
     def _vectors(self, layer: int) -> dict[str, mx.array]:
@@ -358,24 +360,22 @@ class Merger:
             return basis_without_writer(linear, alone=alone)
         return basis_without_reader(linear)
 
-    def _linear(self, where: str, kind: type[np.floating], expert: int | None = None) -> Linear:
-        """The matrix at a module path, the norm before it folded in.
+    def _linear(self, where: str, kind: type[np.floating]) -> Linear:
+        """The matrix at a module path, the norm before it folded in; ``kind`` of its weight."""
+        return self._folded(where, kind, self._read(where))
 
-        Args:
-            where: its module path.
-            kind: the type of its weight.
-            expert: picks one of those of a mixture.
-        """
+    def _folded(
+        self, where: str, kind: type[np.floating], arrays: Mapping[str, mx.array]
+    ) -> Linear:
+        """Likewise of what was read, of a mixture's matrices one expert's."""
         weight, bias = f"{where}.weight", f"{where}.bias"
-        arrays = self._read([weight, bias])
-        if expert is not None:
-            arrays = {name: array[expert] for name, array in arrays.items()}
         matrix = _array(weight, arrays[weight], kind).T
         vector = _array(bias, arrays[bias], np.float64) if bias in arrays else None
         return fold_norm(*self._norm_before(where), Linear(matrix, vector))
 
-    def _read(self, names: Sequence[str]) -> dict[str, mx.array]:
-        """Tensors by canonical name, lazy or read ahead; absent ones are left out."""
+    def _read(self, where: str) -> dict[str, mx.array]:
+        """Weight and, if there is one, bias of a module, by canonical name; lazy or read ahead."""
+        names = f"{where}.weight", f"{where}.bias"
         came = {name: self._coming.pop(name) for name in names if name in self._coming}
         return came | self._checkpoint.read([name for name in names if name not in came])
 

@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import reference
+from architectures import make as make_architecture
 from exact import exact_tensors
 from factory import make_checkpoint
 from hypothesis import given, settings
@@ -108,6 +109,8 @@ def test_fold_norm(bias: bool, shifted: bool, gained: bool) -> None:
     x = rng.standard_normal((4, 6))
     normed = x * (1 if gain is None else gain) + (0 if shift is None else shift)
     folded = fold_norm(gain, shift, linear)
+    single = Linear(linear.weight.astype(np.float32), linear.bias)
+    assert fold_norm(gain, shift, single).weight.dtype == np.float32
     assert_near(apply(folded, x), apply(linear, normed))
     assert (folded.bias is None) == (not bias and not shifted)
 
@@ -165,7 +168,7 @@ class Recorder(Checkpoint):
 
     def read(self, names: Iterable[str]) -> dict[str, mx.array]:
         found = super().read(names)
-        noted.extend(name for name in found if name.endswith("_proj.weight"))
+        noted.extend(name for name in found if name.endswith(("_proj.weight", "router.weight")))
         return found
 
 
@@ -201,6 +204,21 @@ def test_a_large_layer_is_read_in_its_turn(tmp_path: Path, monkeypatch: pytest.M
         started.clear()
         Merger(checkpoint, make_plan(checkpoint.args, remove="none"), mx.float32).layer(0)
         assert len(started) == expected
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_experts_are_read_together(tmp_path: Path, ahead: bool) -> None:
+    make_architecture(tmp_path, "mixtral")
+    opened = open_checkpoint(tmp_path)
+    checkpoint = Recorder(**{f.name: getattr(opened, f.name) for f in fields(opened)})
+    plan = make_plan(checkpoint.args, remove="qp", skipless=True)
+    merger = Merger(checkpoint, plan, mx.float32)
+    noted.clear()
+    if ahead:
+        merger.layer(0)
+    merger.layer(1)
+    read = [name for name in noted if name.startswith("model.layers.1.mlp.")]
+    assert len(read) == len(set(read)) == 4
 
 
 def test_layers_out_of_order_are_not_read_ahead(tmp_path: Path) -> None:
