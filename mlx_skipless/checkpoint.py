@@ -186,6 +186,11 @@ class Checkpoint:
         of_matrices = Counter(d for n, d in self._dtypes.items() if len(self._shapes[n]) > 1 and d)
         return of_matrices.most_common(1)[0][0] if of_matrices else mx.float32
 
+    @property
+    def lazy(self) -> bool:
+        """Whether what ``read`` gives is not in memory yet; GGUF's blocks are unpacked at once."""
+        return not isinstance(self.store, GGUFStore)
+
     @cached_property
     def _places(self) -> dict[str, Place]:
         """Where the store has each canonical tensor."""

@@ -22,7 +22,7 @@ from .job import MODEL_FILE, Job, PackedParts
 from .layout import Layout, PackedLayout, asked_quantization
 from .loading import BUNDLED, load_tokenizer
 from .memory import machine_memory_bytes, peak_memory_bytes
-from .merge import Merger
+from .merge import AHEAD_BYTES, Merger
 from .model import Model, ModelArgs
 from .names import HEAD
 from .plan import (
@@ -35,8 +35,9 @@ from .plan import (
 )
 from .report import Report
 from .settle import Goal, Progress
+from .stages import Stopwatch
 from .verify import Parts, StreamedNetwork, Verification
-from .writer import Writer, carry_tokenizer, check_free
+from .writer import SHARD_BYTES, Writer, carry_tokenizer, check_free
 
 STOCK_CANNOT = (
     "no network of mlx-lm's own is the same function (they may not know this activation, width, "
@@ -123,6 +124,7 @@ def convert(
         UserError: for anything the user can mend; nothing is left at ``mlx_path`` then.
     """
     started = time.perf_counter()
+    progress = stopwatch = Stopwatch(progress)
     mx.reset_peak_memory()
     goal = None
     if target_bytes is not None or target_kl is not None:
@@ -234,7 +236,10 @@ def convert(
         if upload_repo is not None:
             hub.upload(out, upload_repo)
     return replace(
-        report, seconds=time.perf_counter() - started, peak_memory_bytes=peak_memory_bytes()
+        report,
+        seconds=time.perf_counter() - started,
+        stages=stopwatch.seconds,
+        peak_memory_bytes=peak_memory_bytes(),
     )
 
 
@@ -299,13 +304,17 @@ def _measure(
 
 
 def _check_memory(job: Job, prose: Prose) -> None:
-    """Refuse what cannot fit: three bases and the largest matrix in float64, a shard, the check."""
+    """Refuse what cannot fit.
+
+    Three bases and the largest matrix in float64, two shards, a layer read ahead, the check.
+    """
     args = job.plan.before
     hidden, ffn = args.hidden_size, args.intermediate_size
     width = args.num_attention_heads * args.head_dim
     float64 = 8 * (6 * hidden * max(hidden, width) + 3 * max(hidden, width) * ffn)
     largest = max(array.nbytes for array in job.layout.tensors.values())
-    needed = float64 + (1 << 30) + 4 * job.layout.count("model.layers.0.") + 3 * largest
+    needed = float64 + 2 * SHARD_BYTES + 4 * job.layout.count("model.layers.0.") + 3 * largest
+    needed += min(AHEAD_BYTES, Layout(args, job.checkpoint.dtype).nbytes("model.layers.0."))
     needed += memory_bytes(args) if prose.calibrate else 0
     if prose.distill:  # the source, the result's codes, its dense matrices and their gradients
         needed += 5 * Layout(args, mx.float32).nbytes() + 8 * LOGITS_BYTES
@@ -384,6 +393,7 @@ def _attempt(
     writer.write_json("config.json", job.config())
     text = found.calibration if found is not None and prose.calibrate else None
     parts = _result_parts(job, text)
+    progress("converting", 0, layers)
     writer.add(job.named(parts.embedding()))
     for layer in range(layers):
         progress("converting", layer, layers)

@@ -17,7 +17,7 @@ LONG_CHECK = (16, 128)  # where quantization is compared with quantization
 LONG_CHECK_WEIGHTS = 1 << 25  # of a network that a CPU can run, quantized, on a long check
 CALIBRATION = (64, 256)
 # Where the layers are read from disk for each token, text is sampled in fewer steps.
-STREAMED_CHECK, STREAMED_CALIBRATION = (16, 8), (512, 16)
+STREAMED_CHECK, STREAMED_CALIBRATION = (32, 4), (512, 16)
 SHORTEST = 16  # tokens in a row that calibrate anything
 TAIL = 1 << 16  # characters at a file's end that are kept for the check
 DATA_SET = 1 << 22  # characters of a data set that are read

@@ -43,7 +43,8 @@ class Report:
     ``params_before`` counts the network that the removals start from, ``bytes_before`` its bytes as
     dense weights of the source's type. ``speedup_from_bytes`` compares the bytes that decoding a
     token reads with those of the same network in the result's format without the removals.
-    ``first_layer`` is what a table saves and costs, None without one.
+    ``first_layer`` is what a table saves and costs, None without one; ``stages`` each stage's
+    seconds, in the order of their beginnings.
     """
 
     source: str
@@ -69,6 +70,7 @@ class Report:
     warnings: tuple[str, ...]
     verification: Verification | None
     seconds: float
+    stages: dict[str, float]
     peak_memory_bytes: int
 
     def as_dict(self) -> dict[str, Any]:
@@ -156,6 +158,7 @@ def make_report(
         warnings=tuple(warnings),
         verification=None,
         seconds=0.0,
+        stages={},
         peak_memory_bytes=0,
     )
 

@@ -24,6 +24,7 @@ from .model import Block, ModelArgs
 from .names import EMBEDDING, FINAL_NORM, HEAD
 
 Arrays = Mapping[str, mx.array]
+HEAD_TOKENS = 128  # whose logits are in memory at a time
 RESIDENT_BYTES = 2 << 30  # of float32 weights that may stay in memory
 
 
@@ -257,7 +258,9 @@ def compare(
 
 
 def _logits(network: Network, hidden: mx.array) -> Iterator[np.ndarray]:
-    return (np.array(network.logits(h[None])[0]) for h in hidden)
+    rows = max(1, HEAD_TOKENS // hidden.shape[1])
+    for start in range(0, hidden.shape[0], rows):
+        yield from np.array(network.logits(hidden[start : start + rows]))
 
 
 def compare_logits(

@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +20,7 @@ from .errors import UserError, first_line
 from .gguf_file import GGUFStore
 from .loading import tokenizer_options
 
-SHARD_BYTES = 1 << 30  # held in memory until written; mlx-lm reads any number of shards
+SHARD_BYTES = 1 << 29  # two are in memory, one being written; mlx-lm reads any number of shards
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 TOKENIZER_FILES = (
     *VOCABULARY_FILES,
@@ -37,7 +38,8 @@ class Writer:
     """A folder that appears under its name when it is whole, and not at all otherwise.
 
     Use as a context manager; ``commit`` makes it appear. Tensors go to a temporary folder beside
-    it, which any failure removes, and the next run removes after a kill.
+    it, which any failure removes, and the next run removes after a kill. A thread writes one shard
+    while the next is computed, so a failure to write shows in a later call.
 
     Args:
         out: the folder.
@@ -64,6 +66,8 @@ class Writer:
         self._shards: list[list[str]] = []
         self._pending: dict[str, mx.array] = {}
         self._pending_bytes = self._total_bytes = 0
+        self._worker = ThreadPoolExecutor(max_workers=1)
+        self._writing: Future[None] | None = None
 
     def _remove_abandoned(self, parent: Path) -> None:
         for folder in parent.glob(f"{glob.escape(self._prefix)}*"):
@@ -87,7 +91,10 @@ class Writer:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            self._worker.shutdown(cancel_futures=True)
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def add(self, tensors: Mapping[str, mx.array]) -> None:
         """Take some tensors; they are written when a shard is full."""
@@ -100,18 +107,31 @@ class Writer:
     def _flush(self) -> None:
         if not self._pending:
             return
+        shard = {name: mx.contiguous(array) for name, array in self._pending.items()}
+        mx.eval(shard)  # MLX computes in one thread at a time; the worker only reads it
+        self._wait()
         file = self.folder / f"shard-{len(self._shards)}.safetensors"
-        try:
-            mx.save_safetensors(str(file), self._pending, metadata={"format": "mlx"})
-        except (RuntimeError, OSError) as error:
-            raise self._failed(error) from error
+        self._writing = self._worker.submit(
+            mx.save_safetensors, str(file), shard, metadata={"format": "mlx"}
+        )
         self._shards.append(list(self._pending))
         self._total_bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
         mx.clear_cache()
 
+    def _wait(self) -> None:
+        """Until no shard is being written."""
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        try:
+            writing.result()
+        except (RuntimeError, OSError) as error:
+            raise self._failed(error) from error
+
     def discard_weights(self) -> None:
         """Forget all tensors taken so far, to take others."""
+        self._wait()
         for file in self.folder.glob("*.safetensors"):
             file.unlink()
         self._shards, self._pending = [], {}
@@ -124,6 +144,7 @@ class Writer:
             weights: how many there are, quantization aside.
         """
         self._flush()
+        self._wait()
         index: dict[str, str] = {}
         for i, names in enumerate(self._shards):
             one = len(self._shards) == 1

@@ -1,6 +1,7 @@
 """convert as a user sees it: the report, the files, the flags, the printed words."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mlx_lm.utils import load_model
 import mlx_skipless
 from mlx_skipless import cli, conversion, writer
 from mlx_skipless.checkpoint import open_checkpoint
+from mlx_skipless.commands import convert as convert_command
 
 SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "norm": "qkv"}
 
@@ -43,6 +45,9 @@ def test_json_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert report["bytes_after"] == on_disk
     assert report["removed"] == {"q": [0, 1, 2], "p": [0, 1, 2]}
     assert report["seconds"] > 0 and report["peak_memory_bytes"] > 1e6
+    stages = report["stages"]
+    assert [*stages] == ["measuring", "sampling text", "converting", "checking"]
+    assert min(stages.values()) > 0 and sum(stages.values()) <= report["seconds"]
     check = report["verification"]
     assert check["max_rel_logit_error"] < 5e-4 and check["kl"] < 1e-6
     assert check["greedy_match"] == 1 and check["tokens"] == 128
@@ -52,6 +57,17 @@ def test_json_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     printed = capsys.readouterr()
     assert f"{report['params_after']:,} after" in printed.out
     assert printed.err == ""
+
+
+@pytest.mark.parametrize("long", [True, False])
+def test_stages_are_told_where_they_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], long: bool
+) -> None:
+    make_checkpoint(tmp_path / "s", **SIZES)
+    monkeypatch.setattr(convert_command, "LONG", 0 if long else 1e9)
+    assert convert("--model", tmp_path / "s", "--mlx-path", tmp_path / "out", "--no-verify") == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    assert (re.search(r" s \(measuring \d+, converting \d+\), peak", last) is not None) == long
 
 
 def test_without_arguments_the_bundled_model(

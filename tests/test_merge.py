@@ -1,17 +1,24 @@
 """The algebra alone, in float64: properties over random matrices, and the measured conditioning."""
 
+from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import reference
+from architectures import make as make_architecture
 from exact import exact_tensors
 from factory import make_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_skipless import merge
+from mlx_skipless.checkpoint import Checkpoint, open_checkpoint
 from mlx_skipless.merge import (
     Linear,
+    Merger,
     basis_without_reader,
     basis_without_writer,
     centre,
@@ -20,6 +27,8 @@ from mlx_skipless.merge import (
     fold_norm,
     measure,
 )
+from mlx_skipless.plan import make_plan
+from mlx_skipless.points import layer_of
 
 
 def random_linear(rng: np.random.Generator, n_in: int, n_out: int, bias: bool) -> Linear:
@@ -100,6 +109,8 @@ def test_fold_norm(bias: bool, shifted: bool, gained: bool) -> None:
     x = rng.standard_normal((4, 6))
     normed = x * (1 if gain is None else gain) + (0 if shift is None else shift)
     folded = fold_norm(gain, shift, linear)
+    single = Linear(linear.weight.astype(np.float32), linear.bias)
+    assert fold_norm(gain, shift, single).weight.dtype == np.float32
     assert_near(apply(folded, x), apply(linear, normed))
     assert (folded.bias is None) == (not bias and not shifted)
 
@@ -150,3 +161,72 @@ def test_float64_is_exact(remove: str, spread: float, tmp_path: Path) -> None:
     expected = reference.logits(config, weights, tokens)
     got = reference.logits(config, result, tokens)
     assert 0 < reference.worst_relative_error(expected, got) <= 1e-10
+
+
+class Recorder(Checkpoint):
+    """Notes what is read."""
+
+    def read(self, names: Iterable[str]) -> dict[str, mx.array]:
+        found = super().read(names)
+        noted.extend(name for name in found if name.endswith(("_proj.weight", "router.weight")))
+        return found
+
+
+noted: list[str] = []
+
+
+def test_the_next_layer_is_read_ahead(tmp_path: Path) -> None:
+    """Each matrix once, and it makes no difference."""
+    make_checkpoint(tmp_path, norm="qkv", gains=True)
+    opened = open_checkpoint(tmp_path)
+    checkpoint = Recorder(**{f.name: getattr(opened, f.name) for f in fields(opened)})
+    plan = make_plan(checkpoint.args, remove="qp")
+    merger = Merger(checkpoint, plan, mx.float32)
+    layers = range(checkpoint.args.num_hidden_layers)
+    noted.clear()
+    for layer in layers:
+        got = merger.layer(layer)
+        read = [name for name in noted if name.startswith(f"model.layers.{layer + 1}.")]
+        assert layer + 1 not in layers or len(read) == 7
+        expected = Merger(opened, plan, mx.float32).layer(layer)
+        assert got.keys() == expected.keys()
+        assert all(mx.array_equal(got[name], expected[name]) for name in got)
+    assert len(noted) == len(set(noted)) == 7 * len(layers)
+
+
+def test_a_large_layer_is_read_in_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_checkpoint(tmp_path, norm="qkv")
+    checkpoint = open_checkpoint(tmp_path)
+    started: list[mx.array] = []
+    monkeypatch.setattr(mx, "async_eval", lambda *arrays: started.extend(arrays))
+    for most, expected in ((1 << 30, 7), (0, 0)):
+        monkeypatch.setattr(merge, "AHEAD_BYTES", most)
+        started.clear()
+        Merger(checkpoint, make_plan(checkpoint.args, remove="none"), mx.float32).layer(0)
+        assert len(started) == expected
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_experts_are_read_together(tmp_path: Path, ahead: bool) -> None:
+    make_architecture(tmp_path, "mixtral")
+    opened = open_checkpoint(tmp_path)
+    checkpoint = Recorder(**{f.name: getattr(opened, f.name) for f in fields(opened)})
+    plan = make_plan(checkpoint.args, remove="qp", skipless=True)
+    merger = Merger(checkpoint, plan, mx.float32)
+    noted.clear()
+    if ahead:
+        merger.layer(0)
+    merger.layer(1)
+    read = [name for name in noted if name.startswith("model.layers.1.mlp.")]
+    assert len(read) == len(set(read)) == 4
+
+
+def test_layers_out_of_order_are_not_read_ahead(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, norm="qkv")
+    opened = open_checkpoint(tmp_path)
+    checkpoint = Recorder(**{f.name: getattr(opened, f.name) for f in fields(opened)})
+    merger = Merger(checkpoint, make_plan(checkpoint.args, remove="none"), mx.float32)
+    noted.clear()
+    for layer in (1, 0, 0):
+        merger.layer(layer)
+    assert {layer_of(name) for name in noted} == {0, 1}

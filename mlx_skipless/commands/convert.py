@@ -14,6 +14,7 @@ from ..report import Report
 from .shared import DEFAULT_MODEL, json_file, progress_bars, quantization_arguments
 
 HELP = "remove weights from a model"
+LONG = 10  # seconds that make one ask where they went
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -144,4 +145,13 @@ def _print_report(report: Report, console: Console) -> None:
         console.print(f"WARNING: {warning}", style="bold red", soft_wrap=True)
     where = f"wrote {report.output}" if report.output else "dry run: nothing written"
     memory = size(report.peak_memory_bytes)
-    console.print(f"{where}; {report.seconds:.1f} s, peak memory {memory}", soft_wrap=True)
+    time = f"{report.seconds:.1f} s{_stages(report)}"
+    console.print(f"{where}; {time}, peak memory {memory}", soft_wrap=True)
+
+
+def _stages(report: Report) -> str:
+    """Where the time went, if it was long."""
+    if report.seconds < LONG:
+        return ""
+    stages = (f"{stage} {seconds:.0f}" for stage, seconds in report.stages.items())
+    return f" ({', '.join(stages)})"
