@@ -41,7 +41,8 @@ def test_passages_that_the_network_speaks(network, calibrating: bool) -> None:
     assert found.check.size == (2048 if streamed.resident else 128)
     assert found.calibration is not None and found.calibration.size >= 8192
     check, calibration = np.array(found.check), np.array(found.calibration)
-    assert (check[:, :8] != calibration[: len(check), :8]).any()
+    shared = min(check.shape[1], calibration.shape[1])
+    assert (check[:, :shared] != calibration[: len(check), :shared]).any()
 
 
 def encode(text: str) -> list[int]:

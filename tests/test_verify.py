@@ -10,6 +10,7 @@ from factory import make_checkpoint
 
 import mlx_skipless
 from mlx_skipless import verify
+from mlx_skipless.checkpoint import open_checkpoint
 from mlx_skipless.errors import UserError
 from mlx_skipless.families import FAMILIES
 
@@ -56,8 +57,9 @@ def test_written_quantized_parts(tmp_path: Path) -> None:
         tmp_path / "s", tmp_path / "out", remove="qp", quantize=True, verify=False
     )
     model, _ = mlx_skipless.load(tmp_path / "out")
-    parts = verify.WrittenParts(tmp_path / "out", model.args, FAMILIES["skipless"])
-    streamed = verify.StreamedNetwork(model.args, parts, report.quantization)
+    args = open_checkpoint(tmp_path / "out").args
+    parts = verify.WrittenParts(tmp_path / "out", args, FAMILIES["skipless"])
+    streamed = verify.StreamedNetwork(args, parts, report.quantization)
     tokens = mx.array(np.random.default_rng(0).integers(0, 256, (1, 9)))
     got = streamed.logits(streamed.hidden(tokens))
     assert mx.abs(got - model(tokens)).max().item() < 1e-4
