@@ -155,6 +155,8 @@ def sample(
 ) -> mx.array:
     """Text of the network's own; see ``spoken``."""
     caches = [KVCache() for _ in range(network.args.num_hidden_layers)]
+    for cache in caches:
+        cache.step = length  # room for no more: many short sequences would fill gigabytes
 
     def next_logits(fresh: mx.array) -> mx.array:
         return network.logits(network.hidden(fresh, caches)[:, -1:])[:, -1]

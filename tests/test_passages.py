@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import reference
+from mlx_lm.models.cache import KVCache
 
 from mlx_skipless import passages
 from mlx_skipless.errors import UserError
@@ -26,6 +27,20 @@ def test_sampled_text_is_the_networks_own(network) -> None:
     entropy = -(np.exp(log_p) * log_p).sum(-1)
     assert -chosen.mean() == pytest.approx(entropy.mean(), abs=0.6)
     assert entropy.mean() < np.log(264) - 0.1
+
+
+def test_sampling_keeps_no_more_than_it_says(network, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache's usual room is for 256 tokens, of each of many sequences."""
+    made: list[KVCache] = []
+
+    class Kept(KVCache):
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
+
+    monkeypatch.setattr(passages, "KVCache", Kept)
+    assert passages.sample(network[1], 3, 5, seed=0, start=None).shape == (3, 5)
+    assert made and all(cache.keys.shape[2] <= 5 for cache in made)
 
 
 @pytest.mark.parametrize("calibrating", [True, False])
