@@ -1,6 +1,7 @@
 """What can go from the architectures that are known: arithmetic on published shapes."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -177,15 +178,15 @@ def _entry(name: str) -> Entry:
     )
 
 
-def markdown() -> str:
-    """The catalogue as a table."""
+def markdown(found: Iterable[Entry]) -> str:
+    """Entries as a table."""
     lines = [
         "| model | `model_type` | weights | norms that fold | first layer as a table: numbers "
         "read, memory | without skips: goes, weights, of these before / after, bytes read for a "
         "token before / after | why no more | attention dropped: runs in |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for one in entries():
+    for one in found:
         folded = ", ".join(one.folded)
         kept = f"; not {', '.join(one.kept)}" if one.kept else ""
         table = f"1 / {one.table_reads:,.0f}, {one.table_growth:+.1%}"

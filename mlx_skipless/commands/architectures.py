@@ -15,5 +15,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: dict[str, Any]) -> None:
     with json_file(options["json"]) as write_json:
-        print(catalogue.markdown())
-        write_json({"models": [entry.as_dict() for entry in catalogue.entries()]})
+        found = catalogue.entries()
+        print(catalogue.markdown(found))
+        write_json({"models": [entry.as_dict() for entry in found]})
