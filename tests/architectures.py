@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import factory
+import mlx.core as mx
+import mlx_lm
 import numpy as np
 from reference import Config, Weights
 
@@ -53,6 +55,16 @@ class Architecture:
     theirs: Callable[[Config, Weights], Weights] = lambda config, weights: weights
     stock: bool = True
     gain_offset: float = 0.0
+
+
+def text(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (2, 12))
+
+
+def logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    """mlx-lm's own."""
+    model, _ = mlx_lm.load(str(folder), trust_remote_code=True)  # type: ignore[misc]
+    return np.array(model(mx.array(tokens)).astype(mx.float32))
 
 
 def _llama(config: Config) -> Config:

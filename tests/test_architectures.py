@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import reference
 import transformers
-from architectures import ARCHITECTURES, make
+from architectures import ARCHITECTURES, logits, make, text
 from factory import stored
 from mlx_lm.utils import quantize_model
 from reference import Config, Weights
@@ -38,16 +38,6 @@ PARALLEL = ["gpt_neox", "gptj", "phi", "cohere"]
 def less_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passages, "CALIBRATION", (16, 16))
     monkeypatch.setattr(passages, "LONG_CHECK", (4, 32))
-
-
-def text(seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (2, 12))
-
-
-def logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
-    """mlx-lm's own."""
-    model, _ = mlx_lm.load(str(folder), trust_remote_code=True)  # type: ignore[misc]
-    return np.array(model(mx.array(tokens)).astype(mx.float32))
 
 
 def check_same_function(expected: np.ndarray, folder: Path, tokens: np.ndarray, limit: float):

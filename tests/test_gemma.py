@@ -9,6 +9,7 @@ import mlx_lm
 import numpy as np
 import pytest
 import reference
+from architectures import logits, text
 from factory import make_gemma, stored
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import quantize_model
@@ -29,16 +30,6 @@ SHAPES: list[dict[str, Any]] = [
 def less_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passages, "CALIBRATION", (16, 16))
     monkeypatch.setattr(passages, "LONG_CHECK", (4, 32))
-
-
-def text(seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (2, 12))
-
-
-def logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
-    """mlx-lm's own."""
-    model, _ = mlx_lm.load(str(folder), trust_remote_code=True)  # type: ignore[misc]
-    return np.array(model(mx.array(tokens)).astype(mx.float32))
 
 
 def gains_of(weights: Any) -> list[str]:
