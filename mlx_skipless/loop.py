@@ -144,9 +144,9 @@ class ResumableRun:
         state = self._state()
         metadata = {"step": str(self._step), "seconds": repr(self._seconds)}
         metadata["losses"] = json.dumps([loss.item() for loss in self._losses])
-        weights = [array for name, array in state.items() if name.startswith("weights.")]
-        if not all(bool(mx.isfinite(w).all()) for w in weights):
-            raise UserError(self._diverged())
+        for name, array in state.items():
+            if name.startswith("weights.") and not bool(mx.isfinite(array).all()):
+                raise UserError(self._diverged(name.removeprefix("weights.")))
         try:
             replace_file(
                 self._out / TRAINING / STATE,
@@ -222,9 +222,9 @@ class ResumableRun:
         if event:
             self._log({"step": self._step, **event}, report)
 
-    def _diverged(self) -> str:
+    def _diverged(self, where: str = "the loss") -> str:
         return (
-            f"the loss is no number any more at step {self._step}: {self._kept()}; lower "
+            f"{where} is no number any more at step {self._step}: {self._kept()}; lower "
             "--learning-rate, or give it a longer --warmup"
         )
 
