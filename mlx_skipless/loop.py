@@ -144,9 +144,7 @@ class ResumableRun:
         state = self._state()
         metadata = {"step": str(self._step), "seconds": repr(self._seconds)}
         metadata["losses"] = json.dumps([loss.item() for loss in self._losses])
-        for name, array in state.items():
-            if name.startswith("weights.") and not bool(mx.isfinite(array).all()):
-                raise UserError(self._diverged(name.removeprefix("weights.")))
+        self._check_weights()
         try:
             replace_file(
                 self._out / TRAINING / STATE,
@@ -163,6 +161,12 @@ class ResumableRun:
                 f"disk full? {self._kept()}"
             ) from error
         self._saved = self._step
+
+    def _check_weights(self) -> None:
+        weights: Any = tree_flatten(self.model.trainable_parameters())
+        for name, array in weights:
+            if not bool(mx.isfinite(array).all()):
+                raise UserError(self._diverged(name))
 
     def _log(self, event: Event, report: Callable[[Event], None]) -> None:
         with (self._out / TRAINING / LOG).open("a", encoding="utf-8") as log:
