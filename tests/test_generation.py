@@ -97,7 +97,7 @@ def test_the_narrowest_sampling_is_greedy(llama: Loaded, narrow: dict[str, float
 def test_logits_that_are_no_numbers_end_the_answer(
     folder: Path, broken_at: int, told_after: int
 ) -> None:
-    """Soon, if not at once; what is in the cache stays broken, as here the gain of the final norm."""
+    """Soon, if not at once: what is broken stays so, here the final norm's gain."""
     model, tokenizer = load(folder)
     stream = generation.stream(model, tokenizer, PROMPT, max_tokens=40)
     with pytest.raises(UserError, match=f"no numbers after {told_after} tokens") as caught:
