@@ -4,8 +4,8 @@ import fcntl
 import glob
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -84,15 +84,20 @@ class Writer:
 
     def __enter__(self) -> "Writer":
         self._held = ExitStack()
-        self.folder = self._make_folder()
-        # A run that began at the same time may have taken it for abandoned before it was locked.
-        while not self._held.enter_context(_locked(self.folder)) or not self.folder.is_dir():
-            self.folder = self._make_folder()
+        try:
+            self._make_folder()
+            # A run that began at the same time may have taken it for abandoned: it was not locked.
+            while not self._held.enter_context(_locked(self.folder)) or not self.folder.is_dir():
+                self._make_folder()
+        except BaseException:  # a signal in the middle of making it, too
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
         return self
 
-    def _make_folder(self) -> Path:
+    def _make_folder(self) -> None:
+        self.folder = self._out.absolute().parent / f"{self._prefix}{secrets.token_hex(8)}"
         try:
-            return Path(tempfile.mkdtemp(prefix=self._prefix, dir=self._out.absolute().parent))
+            self.folder.mkdir(0o700)
         except OSError as error:
             raise UserError(
                 f"cannot write beside {self._out} ({error}): give another {self._flag}"
@@ -186,7 +191,7 @@ class Writer:
     def commit(self) -> None:
         """Make the folder appear."""
         check_free(self._out, self._flag)
-        # mkdtemp's folders are private; a model is as readable as any other new folder.
+        # It was private so far; a model is as readable as any other new folder.
         umask = os.umask(0)
         os.umask(umask)
         self.folder.chmod(0o777 & ~umask)
