@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import ROOT
@@ -80,7 +81,7 @@ class Reader:
     def __init__(self, home: Path):
         self._home, self._folder = home, home / "checkout"
         self._port = str(free_port())
-        self._left_running: list[subprocess.Popen[bytes]] = []
+        self._started: list[subprocess.Popen[bytes]] = []
         self._folder.mkdir()
         for name in ("pyproject.toml", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, self._folder)
@@ -119,15 +120,14 @@ class Reader:
     def _types(self, command: str, typed: list[str]) -> str:
         """In a terminal, a line at each prompt."""
         terminal, inside = pty.openpty()
-        process = subprocess.Popen(
-            ["bash", "-euc", command], cwd=self._folder, env=self._env,
-            stdin=inside, stdout=inside, stderr=inside, start_new_session=True,
-        )  # fmt: skip
+        process = self._starts(command, stdin=inside, output=inside)
         os.close(inside)
         seen, until, waiting = b"", time.monotonic() + PATIENCE, list(typed)
-        with contextlib.suppress(OSError):  # it ends
-            while select.select([terminal], [], [], until - time.monotonic())[0]:
-                seen += os.read(terminal, 4096)
+        with contextlib.suppress(OSError):  # Linux's way to say that it has ended
+            while select.select([terminal], [], [], max(0, until - time.monotonic()))[0]:
+                if not (more := os.read(terminal, 4096)):
+                    break
+                seen += more
                 if waiting and seen.endswith(b"\n> "):
                     os.write(terminal, waiting.pop(0).encode() + b"\n")
         os.close(terminal)
@@ -135,23 +135,29 @@ class Reader:
         return seen.decode()
 
     def _leaves_running(self, command: str) -> None:
-        log = (self._home / "log").open("wb")
-        process = subprocess.Popen(
-            ["bash", "-euc", command], cwd=self._folder, env=self._env,
-            stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
-        self._left_running.append(process)
+        log = self._home / "log"
+        with log.open("wb") as output:
+            process = self._starts(command, stdin=subprocess.DEVNULL, output=output)
         for _ in range(4 * PATIENCE):
-            assert process.poll() is None, (self._home / "log").read_text()
+            assert process.poll() is None, log.read_text()
             with contextlib.suppress(OSError):
                 return socket.create_connection(("127.0.0.1", int(self._port)), 1).close()
             time.sleep(0.25)
-        pytest.fail(f"nobody listens\n{command}")
+        pytest.fail(f"nobody listens\n{command}{log.read_text()}")
+
+    def _starts(self, command: str, stdin: Any, output: Any) -> "subprocess.Popen[bytes]":
+        process = subprocess.Popen(
+            ["bash", "-euc", command], cwd=self._folder, env=self._env,
+            stdin=stdin, stdout=output, stderr=output, start_new_session=True,
+        )  # fmt: skip
+        self._started.append(process)
+        return process
 
     def ends(self) -> None:
-        for process in self._left_running:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(30)
+        for process in self._started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+                process.wait(30)
 
 
 def installation(folder: Path) -> Path:
