@@ -5,6 +5,7 @@ mlx-lm that the package allows and one with the newest. Default: this one, our p
 """
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import socket
@@ -18,8 +19,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import reference
+from converted import made
 from factory import make_checkpoint, make_llama
 
+import mlx_skipless
 from mlx_skipless.conversion import convert
 
 PYTHONS = os.environ.get("MLX_LM_PYTHONS", sys.executable).split(":")
@@ -173,24 +176,25 @@ def test_quantizing_protects_what_an_inverse_magnifies(
     assert "model.layers.1.mlp.gate_up_proj.scales" in stored
 
 
-@pytest.fixture
-def server(python: str, folder: Path, tmp_path: Path) -> Iterator[str]:
+@contextlib.contextmanager
+def serving(python: str, folder: Path, log_file: Path, *flags: str) -> Iterator[str]:
+    """mlx_lm.server's address while it serves a folder."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = (tmp_path / "log").open("w")
-    command = [python, "-c", WITHOUT_US, "mlx_lm", "server", "--trust-remote-code"]
+    log = log_file.open("w")
+    command = [python, "-c", WITHOUT_US, "mlx_lm", "server", *flags]
     options = ["--model", str(folder), "--port", str(port), "--host", "127.0.0.1"]
     process = subprocess.Popen(
         [*command, *options],
         stdout=log,
         stderr=log,
-        cwd=tmp_path,
+        cwd=log_file.parent,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     try:
         for _ in range(240):
-            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert process.poll() is None, log_file.read_text()
             try:
                 socket.create_connection(("127.0.0.1", port), 1).close()
                 break
@@ -201,6 +205,37 @@ def server(python: str, folder: Path, tmp_path: Path) -> Iterator[str]:
         process.terminate()
         process.wait(30)
         log.close()
+
+
+@pytest.fixture
+def server(python: str, folder: Path, tmp_path: Path) -> Iterator[str]:
+    with serving(python, folder, tmp_path / "log", "--trust-remote-code") as address:
+        yield address
+
+
+@pytest.mark.parametrize("kind", ["folded, without attention 1", "quantized table"])
+def test_server_says_what_we_say(kind: str, python: str, tmp_path: Path) -> None:
+    """An architecture of mlx-lm's own, without trust, and ours in 4 bits."""
+    openai = pytest.importorskip("openai")
+    flags: tuple[str, ...] = ()
+    if "folded" in kind:
+        make_llama(tmp_path / "s", intermediate_size=256)
+        report = convert(tmp_path / "s", tmp_path / kind, drop_attention=1, verify=False)
+        assert report.stock and report.folded
+    else:
+        made(tmp_path, kind)
+        flags = ("--trust-remote-code",)
+    with serving(python, tmp_path / kind, tmp_path / "log", *flags) as address:
+        client = openai.OpenAI(base_url=address, api_key="none", timeout=120)
+        for text in TEXTS[:2]:
+            answer = client.chat.completions.create(
+                model="default_model",
+                messages=[{"role": "user", "content": text}],
+                max_tokens=16,
+                temperature=0,
+            )
+            own = mlx_skipless.generate(tmp_path / kind, None, text, max_tokens=16)
+            assert answer.choices[0].message.content == own.text
 
 
 def test_server_answers_the_openai_client(server: str) -> None:
