@@ -94,8 +94,8 @@ def _norms(config: Config, key: str, known: Collection[str], norm: str) -> list[
 
 
 def _layers_with(names: Iterable[str], suffix: str) -> list[int]:
-    pattern = re.compile(rf"model\.layers\.(\d+)\.{re.escape(suffix)}$")
-    return sorted(int(m[1]) for name in names if (m := pattern.match(name)))
+    pattern = re.compile(rf"model\.layers\.(0|[1-9][0-9]{{0,8}})\.{re.escape(suffix)}")
+    return sorted(int(m[1]) for name in names if (m := pattern.fullmatch(name)))
 
 
 def _rope(config: Config) -> tuple[float, Config | None]:
