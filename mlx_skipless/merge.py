@@ -43,7 +43,6 @@ from .points import layer_of, letter_of, points
 from .products import Inverse, product, working
 
 ROWS = 8192  # of an embedding or a head at a time
-AHEAD_BYTES = 1 << 30  # of a layer that is read before its turn
 
 
 @dataclass(frozen=True)
@@ -163,9 +162,9 @@ def _largest_singular_value(matrix: np.ndarray) -> float:
 class Merger:
     """Applies a plan to a checkpoint, a layer at a time; holds at most three bases.
 
-    Layers that are asked for in the order of the stream are read from disk while the one before is
-    worked on. ``gain_offset`` is what the result's gains of stream norms are to be stored less than
-    they are.
+    Layers that are asked for in the order of the stream are read into the system's cache while the
+    one before is worked on. ``gain_offset`` is what the result's gains of stream norms are to be
+    stored less than they are.
     """
 
     def __init__(
@@ -178,7 +177,6 @@ class Merger:
         self._writes = {m: i for i, point in enumerate(self._points) for m in point.producers}
         self._basis = lru_cache(maxsize=3)(self._make_basis)
         self._kind = working(dtype)
-        self._coming: dict[str, mx.array] = {}
         self._latest = -1
 
     def conditioning(self, where: str) -> Conditioning:
@@ -374,23 +372,15 @@ class Merger:
         return fold_norm(*self._norm_before(where), Linear(matrix, vector))
 
     def _read(self, where: str) -> dict[str, mx.array]:
-        """Weight and, if there is one, bias of a module, by canonical name; lazy or read ahead."""
-        names = f"{where}.weight", f"{where}.bias"
-        came = {name: self._coming.pop(name) for name in names if name in self._coming}
-        return came | self._checkpoint.read([name for name in names if name not in came])
+        """Weight and, if there is one, bias of a module, by canonical name."""
+        return self._checkpoint.read([f"{where}.weight", f"{where}.bias"])
 
     def _read_ahead(self, layer: int) -> None:
-        """Start to read the matrices of the next layer, if layers are asked for one by one."""
+        """Have the matrices of the next layer read, if layers are asked for one by one."""
         one_by_one, self._latest = self._latest == layer - 1, layer
-        prefix = f"model.layers.{layer}."
-        self._coming = {n: array for n, array in self._coming.items() if n.startswith(prefix)}
-        if not one_by_one or not self._checkpoint.lazy:
-            return
-        names = [f"{path(layer + 1, projection)}.weight" for projection in PROJECTIONS]
-        arrays = self._checkpoint.read(names)
-        if sum(array.nbytes for array in arrays.values()) <= AHEAD_BYTES:
-            mx.async_eval(*arrays.values())
-            self._coming |= arrays
+        if one_by_one:
+            names = [f"{path(layer + 1, projection)}.weight" for projection in PROJECTIONS]
+            self._checkpoint.read_ahead(names)
 
     def _norm_before(self, where: str) -> tuple[np.ndarray | None, np.ndarray | None]:
         """The gain and bias (in,) that the plan folds into the matrix at a module path."""
