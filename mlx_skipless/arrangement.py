@@ -79,13 +79,22 @@ def places(family: Family, names: Iterable[str]) -> dict[str, Place]:
 
 
 def shape(place: Place, shapes: Mapping[str, tuple[int, ...]], args: ModelArgs) -> tuple[int, ...]:
-    """The shape of a canonical tensor; of a fused matrix, what the others leave for it."""
-    found = [tuple(shapes[name]) for name in place.names]
-    odd = next((other for other in found if other != found[0]), found[0])
+    """The shape of a canonical tensor; of a fused matrix, what the others leave for it.
+
+    Raises:
+        UserError: for experts of several shapes.
+    """
+    first = tuple(shapes[place.names[0]])
+    for name in place.names:
+        if shapes[name] != first:
+            raise UserError(
+                f"{name} has shape {shapes[name]}, {place.names[0]} {first}: experts are all alike; "
+                "download the checkpoint again"
+            )
     if place.fused:
         rows = place.rows(args)
-        return (odd[0] - sum(rows) + rows[place.index], *odd[1:]) if odd else odd
-    return (len(found), *odd) if place.stacked else odd
+        return (first[0] - sum(rows) + rows[place.index], *first[1:]) if first else first
+    return (len(place.names), *first) if place.stacked else first
 
 
 def arranged(place: Place, arrays: Arrays, args: ModelArgs) -> mx.array:

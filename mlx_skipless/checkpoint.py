@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import mlx.core as mx
 from safetensors import SafetensorError, safe_open
@@ -157,7 +157,7 @@ def _read(name: str, tensor: _Tensor) -> mx.array:
     *rows, last = tensor.shape or (1,)
     array = mx.zeros((*rows, last * tensor.dtype.size), mx.uint8)
     mx.eval(array)
-    files.fill(tensor.file, tensor.offset, memoryview(array).cast("B"))
+    files.fill(tensor.file, tensor.offset, array)
     return array.view(tensor.dtype).reshape(tensor.shape)
 
 
@@ -209,7 +209,7 @@ class UnpackedStore:
             if path in self._paths and name.endswith(scheme.parts):
                 self.shapes[f"{path}.weight"] = scheme.shape(path, store.shapes, store.dtypes)
                 scales = store.dtypes[f"{path}.scales"]
-                self.dtypes[f"{path}.weight"] = scales if scales in FLOATS.values() else mx.bfloat16
+                self.dtypes[f"{path}.weight"] = scales if _is_float(scales) else mx.bfloat16
             elif path in self._paths and name.endswith(".bias") and not self._is_bias(name):
                 continue  # GPTQ exporters write a bias of zeros beside matrices that have none
             else:
@@ -273,7 +273,7 @@ class Checkpoint:
         if self.store is None:
             return getattr(mx, declared) if declared in FLOAT_NAMES else mx.bfloat16
         of_matrices = Counter(
-            d for n, d in self._dtypes.items() if len(self._shapes[n]) > 1 and d in FLOATS.values()
+            d for n, d in self._dtypes.items() if _is_float(d) and len(self._shapes[n]) > 1
         )
         return of_matrices.most_common(1)[0][0] if of_matrices else mx.float32
 
@@ -376,7 +376,7 @@ class Checkpoint:
                     f"{_called(place, name)} in {self.name} has shape {found}, config.json asks "
                     f"for {wanted}: correct config.json or download the checkpoint again"
                 )
-            if any(self._dtypes[original] not in FLOATS.values() for original in place.names):
+            if not all(_is_float(self._dtypes[original]) for original in place.names):
                 raise UserError(
                     f"{_called(place, name)} in {self.name} has a number type that is not read; "
                     f"known: {', '.join(FLOATS)}"
@@ -389,6 +389,10 @@ class Checkpoint:
                     f"{self.name} has a tensor {place.names[0]} that a {self.config['model_type']} "
                     "of this config does not use: config.json describes another model"
                 )
+
+
+def _is_float(dtype: mx.Dtype | None) -> TypeGuard[mx.Dtype]:
+    return dtype is not None and mx.issubdtype(dtype, mx.floating)
 
 
 def _called(place: Place, name: str) -> str:

@@ -8,6 +8,7 @@ import stat
 import threading
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from . import hub
 from .errors import UserError
@@ -83,19 +84,20 @@ def check_links(folder: Path, *, code: bool) -> None:
             )
 
 
-def fill(path: Path, offset: int, into: memoryview) -> None:
-    """Read so many bytes.
+def fill(path: Path, offset: int, into: Any) -> None:
+    """Read so many bytes as a contiguous buffer has.
 
     Raises:
         UserError: if they cannot be had.
     """
+    view = memoryview(into).cast("B")
     try:
         with path.open("rb") as file:
             file.seek(offset)
-            found = file.readinto(into)  # type: ignore[attr-defined]
+            found = file.readinto(view)  # type: ignore[attr-defined]
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error}): copy or download it again") from error
-    if found < into.nbytes:
+    if found < view.nbytes:
         raise UserError(f"{path} has become shorter since it was opened: copy or download it again")
 
 

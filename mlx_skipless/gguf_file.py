@@ -186,7 +186,7 @@ class GGUFStore:
         tensor = self._tensors[original]
         mapped = tensor.data  # where a file that got shorter would end this process
         data = np.empty(mapped.nbytes, np.uint8)
-        files.fill(self._path, tensor.data_offset, memoryview(data))
+        files.fill(self._path, tensor.data_offset, data)
         return self._unpacked(tensor, data.view(mapped.dtype).reshape(mapped.shape))
 
     def _unpacked(self, tensor: gguf.ReaderTensor, data: np.ndarray) -> np.ndarray:

@@ -43,6 +43,7 @@ from .points import layer_of, letter_of, points
 from .products import Inverse, product, working
 
 ROWS = 8192  # of an embedding or a head at a time
+unwarned = np.errstate(over="ignore", invalid="ignore")  # what overflows is refused by its name
 
 
 @dataclass(frozen=True)
@@ -179,10 +180,12 @@ class Merger:
         self._kind = working(dtype)
         self._latest = -1
 
+    @unwarned
     def conditioning(self, where: str) -> Conditioning:
         """Of the matrix at a module path, its norm's gain folded in."""
         return measure(self._linear(where, np.float64).weight)
 
+    @unwarned
     def condition(self, where: str) -> float:
         """Largest over smallest singular value of a matrix of any shape; infinite if singular."""
         weight = self._linear(where, np.float64).weight
@@ -193,6 +196,7 @@ class Merger:
         # Below that the squares say nothing.
         return math.sqrt(values[-1] / values[0]) if values[0] > 1e-14 * values[-1] else math.inf
 
+    @unwarned
     def embedding(self) -> dict[str, mx.array]:
         name = f"{EMBEDDING}.weight"
         basis = self._basis(self._writes[EMBEDDING])
@@ -205,6 +209,7 @@ class Merger:
         added = 0 if basis.shift is None else (basis.shift @ matrix).astype(self._kind)
         return {name: self._rows(name, lambda rows: product(rows, matrix) + added)}
 
+    @unwarned
     def layer(self, layer: int) -> dict[str, mx.array]:
         """Every tensor of one layer of the result, in its type."""
         out: dict[str, mx.array] = {}
@@ -219,6 +224,7 @@ class Merger:
             out |= self._projection(where)
         return out | self._vectors(layer)
 
+    @unwarned
     def head(self) -> dict[str, mx.array]:
         """The final norm's gain and the head, as far as the result has them."""
         out = self._norm(FINAL_NORM, "final", self._plan.before.hidden_size)

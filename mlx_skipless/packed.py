@@ -52,8 +52,9 @@ class Scheme:
                 raise UserError(
                     f"{path}{part} has shape {found}, {self.name} asks for {shape}: {AGAIN}"
                 )
-        for part in self.parts:
-            if path + part in types and types[path + part] not in self._types(path, part):
+        kinds = {part: types[path + part] for part in self.parts if path + part in types}
+        for part, kind in kinds.items():
+            if kind is None or kind not in self._types(path, part):
                 raise UserError(f"{path}{part} has a number type that {self.name} has not: {AGAIN}")
         return dense
 

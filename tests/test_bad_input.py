@@ -838,13 +838,12 @@ def test_a_number_type_that_mlx_does_not_read(refused: Refused, place: Path):
     assert Q in error and "number type" in error
 
 
-def test_a_tensor_that_is_ignored_but_keeps_its_file_from_being_read(refused: Refused, place: Path):
+def test_a_tensor_that_is_ignored_may_be_of_a_type_that_mlx_has_not(place: Path):
     file = place / "model" / "model.safetensors"
     tensors = safetensors.numpy.load_file(file)
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4)
     safetensors.numpy.save_file(tensors, file)
-    error = refused()
-    assert "@/model/model.safetensors cannot be read" in error and "F64" in error
+    assert convert(place / "model", place / "out").verification is not None
 
 
 SKIPLESS_KINDS = [
