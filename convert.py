@@ -2,7 +2,9 @@
 
 import sys
 
-from mlx_skipless.cli import command
-
 if __name__ == "__main__":
+    try:
+        from mlx_skipless.cli import command
+    except KeyboardInterrupt:  # importing takes seconds
+        sys.exit("error: interrupted")
     sys.exit(command("convert"))

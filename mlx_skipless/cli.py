@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from rich.text import Text
+
 from . import __version__
 from .commands import (
     analyze,
@@ -20,6 +22,7 @@ from .commands import (
     train,
     verify,
 )
+from .commands.shared import stderr
 from .errors import UserError, first_line
 
 SUMMARY = "Makes language models smaller and faster by removing weights, inside mlx-lm."
@@ -39,45 +42,67 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``mlx-skipless COMMAND``; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="mlx-skipless", description=SUMMARY)
+    parser = argparse.ArgumentParser(
+        prog="mlx-skipless",
+        description=SUMMARY,
+        epilog="mlx-skipless COMMAND --help explains a command, with examples",
+    )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
-        module.arguments(commands.add_parser(name, help=module.HELP, description=module.HELP))
+        _explain(commands.add_parser(name, help=module.HELP), module)
     options = vars(parser.parse_args(argv))
     return _run(COMMANDS[options.pop("command")].run, options)
 
 
 def command(name: str) -> int:
     """``python NAME.py``: one command with its own help; returns the exit code."""
-    module = COMMANDS[name]
-    parser = argparse.ArgumentParser(description=module.HELP)
+    parser = argparse.ArgumentParser(prog=f"python {name}.py")
+    _explain(parser, COMMANDS[name])
+    return _run(COMMANDS[name].run, vars(parser.parse_args()))
+
+
+def _explain(parser: argparse.ArgumentParser, module: Any) -> None:
+    """Give a parser a command's arguments, and its help what they are for."""
+    parser.description = f"{module.HELP[0].upper()}{module.HELP[1:]}."
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    examples = (
+        f"  {f'{parser.prog} {line}'.strip()}\n      {what}" for line, what in module.EXAMPLES
+    )
+    parser.epilog = "\n".join(["examples:", *examples])
     module.arguments(parser)
-    return _run(module.run, vars(parser.parse_args()))
 
 
 def _run(run: Any, options: dict[str, Any]) -> int:
     def terminate(signum: int, frame: Any) -> None:
         raise KeyboardInterrupt  # unwinds, so that nothing is left behind
 
-    signal.signal(signal.SIGTERM, terminate)
+    for end in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(end) != signal.SIG_IGN:  # nohup's run outlives its terminal
+            signal.signal(end, terminate)
     if sys.stdin is None:  # closed: else the next file is descriptor 0, which MLX takes for none
         sys.stdin = open(os.devnull)  # noqa: SIM115
     try:
         run(options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _complain(str(error))
         return 1
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+        _complain("interrupted")
         return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (OSError, MemoryError, RuntimeError) as error:  # MLX is out of memory as a RuntimeError
-        print(f"error: {first_line(error)}", file=sys.stderr)
+        _complain(first_line(error))
         return 1
     return 0
+
+
+def _complain(message: str) -> None:
+    """One line on stderr, red on a terminal; a checkpoint's names may hold anything."""
+    plain = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    stderr().print(Text.assemble(("error:", "bold red"), f" {plain}"), soft_wrap=True)
 
 
 if __name__ == "__main__":

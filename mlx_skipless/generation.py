@@ -30,12 +30,14 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .errors import UserError, first_line
+from .layout import dtype_name
 from .loading import load
 from .memory import weight_bytes
 
 KV_BITS = (2, 3, 4, 6, 8)
 DRAFTS = 3  # tokens that a draft model proposes at a time
 TALE, TALE_TEMP = "Once upon a time", 0.8  # where nobody asks for anything
+CHECK_EVERY = 16  # tokens between two looks at whether the logits are numbers
 KEEP = 4  # a rotating cache never drops the first tokens: attention leans on them
 
 Source: TypeAlias = "str | Path | tuple[nn.Module, TokenizerWrapper]"
@@ -114,8 +116,21 @@ class Stream(Iterator[str]):
             self._accepted += response.from_draft
         self._last = response
         self.tokens.append(response.token)
+        if len(self.tokens) % CHECK_EVERY == 1 or response.finish_reason is not None:
+            self._check(response)
         self.text += response.text
         return response.text
+
+    def _check(self, response: GenerationResponse) -> None:
+        """A NaN in a cache stays, so a look now and then finds it."""
+        logits = response.logprobs
+        if bool(mx.isnan(logits[response.token])):
+            self.close()
+            raise UserError(
+                f"the model's logits are no numbers after {len(self.tokens)} tokens: they overflow "
+                f"{dtype_name(logits.dtype)} on the way, or the checkpoint is broken; convert it "
+                "with --dtype bfloat16 or float32, whose check names the layer"
+            )
 
     def close(self) -> None:
         """Stop the answer here."""

@@ -144,9 +144,7 @@ class ResumableRun:
         state = self._state()
         metadata = {"step": str(self._step), "seconds": repr(self._seconds)}
         metadata["losses"] = json.dumps([loss.item() for loss in self._losses])
-        weights = [array for name, array in state.items() if name.startswith("weights.")]
-        if not all(bool(mx.isfinite(w).all()) for w in weights):
-            raise UserError(self._diverged())
+        self._check_weights()
         try:
             replace_file(
                 self._out / TRAINING / STATE,
@@ -163,6 +161,12 @@ class ResumableRun:
                 f"disk full? {self._kept()}"
             ) from error
         self._saved = self._step
+
+    def _check_weights(self) -> None:
+        weights: Any = tree_flatten(self.model.trainable_parameters())
+        for name, array in weights:
+            if not bool(mx.isfinite(array).all()):
+                raise UserError(self._diverged(name))
 
     def _log(self, event: Event, report: Callable[[Event], None]) -> None:
         with (self._out / TRAINING / LOG).open("a", encoding="utf-8") as log:
@@ -222,9 +226,9 @@ class ResumableRun:
         if event:
             self._log({"step": self._step, **event}, report)
 
-    def _diverged(self) -> str:
+    def _diverged(self, where: str = "the loss") -> str:
         return (
-            f"the loss is no number any more at step {self._step}: {self._kept()}; lower "
+            f"{where} is no number any more at step {self._step}: {self._kept()}; lower "
             "--learning-rate, or give it a longer --warmup"
         )
 

@@ -15,6 +15,7 @@ from .verify import Verification
 
 NOTABLE_ERROR = 1e-3  # relative logit error; a well-conditioned merge in float32 stays below
 ALARMING_KL = 0.02  # nats per token: what plain 4-bit quantization costs a small skipless model
+ALARMING_SHARE = 1 / 8  # of the largest number that a type holds: other text may go beyond
 ALARMING_RATIO = 1.5  # of a quantized result's KL to that of quantization alone
 SKIPLESS_WARNING = (
     "--skipless drops the skip connections that the weights were trained with: the result is NOT a "
@@ -110,6 +111,13 @@ class Report:
             )
             warnings += (
                 f"the result differs from its source by {check.kl:.2g} nats per token: {cause}",
+            )
+        most = max(check.magnitudes, key=lambda one: one.share, default=None)
+        if most is not None and most.share > ALARMING_SHARE:
+            warnings += (
+                f"numbers reach {most.value:.2g} at {most.where}, {most.share:.0%} of what "
+                f"{most.dtype} holds: other text may overflow it"
+                + ("; use --dtype bfloat16" if most.dtype == "float16" else ""),
             )
         return replace(self, verification=check, notes=notes, warnings=warnings)
 

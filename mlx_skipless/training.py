@@ -238,6 +238,7 @@ class Run(loop.ResumableRun):
 
     def _extra(self) -> Event:
         if self._step == self._steps or loop.due(self._step, self._sample_every):
+            self._check_weights()
             return {"sample": self._sample()}
         return {}
 

@@ -20,12 +20,20 @@ from .arrangement import arranged, module_in_family, places
 from .checkpoint import SafetensorsStore
 from .errors import UserError
 from .families import Family
+from .magnitudes import Magnitude, NotFinite, Watch
 from .model import Block, ModelArgs
 from .names import EMBEDDING, FINAL_NORM, HEAD
 
 Arrays = Mapping[str, mx.array]
 HEAD_TOKENS = 128  # whose logits are in memory at a time
 RESIDENT_BYTES = 2 << 30  # of float32 weights that may stay in memory
+SOURCE_OVERFLOWS = (
+    "the source itself overflows {} on the check's text, at {}: its stream has no norms to hold "
+    "it; --no-verify converts it all the same"
+)
+RESULT_OVERFLOWS = (
+    "the result overflows {} on the check's text, at {}: use --dtype bfloat16 or float32"
+)
 
 
 class Parts(Protocol):
@@ -39,7 +47,7 @@ class Parts(Protocol):
 class Network(Protocol):
     """A language model in two steps: tokens to the stream, the stream to logits."""
 
-    def hidden(self, tokens: mx.array) -> mx.array: ...
+    def hidden(self, tokens: mx.array, *, watch: Watch) -> mx.array: ...
     def logits(self, hidden: mx.array) -> mx.array: ...
 
 
@@ -77,7 +85,7 @@ class StockNetwork:
         name = self._names[ours]
         return getattr(self._model if hasattr(self._model, name) else self._model.model, name)
 
-    def hidden(self, tokens: mx.array) -> mx.array:
+    def hidden(self, tokens: mx.array, *, watch: Watch) -> mx.array:
         """The stream before the final norm; each layer is let go once it has run."""
         h = self._args.entered(self._module(EMBEDDING)(tokens))
         layers = self._model.layers
@@ -86,8 +94,8 @@ class StockNetwork:
             window = self._model.model.sliding_window if slides else None
             if self._args.num_local_experts:
                 layer.load_weights([*runnable(dict(tree_flatten(layer.parameters()))).items()])
-            h = layer(h, create_attention_mask(h, None, window_size=window), None)
-            mx.eval(h)
+            mask = create_attention_mask(h, None, window_size=window)
+            h = watch.run(f"model.layers.{i}", layer, h, mask, None)
             layers[i] = layer = None
         return h
 
@@ -186,6 +194,7 @@ class StreamedNetwork:
         self,
         tokens: mx.array,
         caches: list[KVCache] | None = None,
+        watch: Watch | None = None,
     ) -> mx.array:
         """The stream before the final norm, (batch, length, hidden), of tokens (batch, length)."""
         h = self.args.entered(self._embedding(tokens))
@@ -193,8 +202,12 @@ class StreamedNetwork:
             block = self._block(layer)
             cache = caches[layer] if caches is not None else None
             window = self.args.sliding_window if block.use_sliding else None
-            h = block(h, create_attention_mask(h, cache, window_size=window), cache)
-            mx.eval(h)
+            mask = create_attention_mask(h, cache, window_size=window)
+            if watch is None:
+                h = block(h, mask, cache)
+                mx.eval(h)
+            else:
+                h = watch.run(f"model.layers.{layer}", block, h, mask, cache)
         if not self.resident:
             mx.clear_cache()
         return h
@@ -217,6 +230,7 @@ class Verification:
         source_perplexity: likewise.
         tokens: how many were compared.
         text: where the text came from.
+        magnitudes: the largest number that each layer of the result met.
         quantized_only: of a quantized result, the same for its source quantized in the same way,
             to nearest, without removals.
         kl_ratio: ``kl`` as a multiple of that of ``quantized_only``.
@@ -229,6 +243,7 @@ class Verification:
     source_perplexity: float
     tokens: int
     text: str
+    magnitudes: tuple[Magnitude, ...] = ()
     quantized_only: "Verification | None" = None
     kl_ratio: float | None = None
 
@@ -249,12 +264,22 @@ def compare(
         UserError: if a network overflows.
     """
     rows = np.array(tokens)
-    wanted = source.hidden(tokens)
+    wanted = _hidden(source, tokens, Watch(), SOURCE_OVERFLOWS)
     outcomes = []
     for result in results:
-        pairs = zip(_logits(source, wanted), _logits(result, result.hidden(tokens)), strict=True)
-        outcomes.append(compare_logits(pairs, rows, text))
+        watch = Watch()
+        given = _hidden(result, tokens, watch, RESULT_OVERFLOWS)
+        pairs = zip(_logits(source, wanted), _logits(result, given), strict=True)
+        outcome = compare_logits(pairs, rows, text)
+        outcomes.append(replace(outcome, magnitudes=tuple(watch.layers)))
     return outcomes
+
+
+def _hidden(network: Network, tokens: mx.array, watch: Watch, complaint: str) -> mx.array:
+    try:
+        return network.hidden(tokens, watch=watch)
+    except NotFinite as error:
+        raise UserError(complaint.format(error.first.dtype, error.first.where)) from error
 
 
 def _logits(network: Network, hidden: mx.array) -> Iterator[np.ndarray]:
@@ -274,12 +299,9 @@ def compare_logits(
     errors, divergences, matches, nll, source_nll = [], [], [], [], []
     for (a, b), row in zip(pairs, tokens, strict=True):
         if not np.isfinite(a).all():
-            raise UserError(
-                "the source itself overflows float32 on the check's text: its stream has no norms "
-                "to hold it; --no-verify converts it all the same"
-            )
+            raise UserError(SOURCE_OVERFLOWS.format("float32", "the head"))
         if not np.isfinite(b).all():
-            raise UserError("the result overflows its number type: use --dtype bfloat16 or float32")
+            raise UserError(RESULT_OVERFLOWS.format("its number type", "the head"))
         a, b = a.astype(np.float64), b.astype(np.float64)
         largest = np.abs(a).max(-1)
         errors.append(np.abs(a - b).max(-1) / np.where(largest > 0, largest, 1))

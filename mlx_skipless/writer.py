@@ -1,13 +1,14 @@
 """Writing a model: all of it or nothing, in shards, with everything mlx-lm needs beside it."""
 
+import fcntl
 import glob
 import json
 import os
-import re
+import secrets
 import shutil
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -39,8 +40,9 @@ class Writer:
     """A folder that appears under its name when it is whole, and not at all otherwise.
 
     Use as a context manager; ``commit`` makes it appear. Tensors go to a temporary folder beside
-    it, which any failure removes, and the next run removes after a kill. A thread writes one shard
-    while the next is computed, so a failure to write shows in a later call.
+    it, which any failure removes. After a kill the next run to the same place does: the system has
+    let go of the lock on it. A thread writes one shard while the next is computed, so a failure to
+    write shows in a later call.
 
     Args:
         out: the folder.
@@ -48,13 +50,16 @@ class Writer:
         flag: that names the folder, for messages.
 
     Raises:
-        UserError: if the path exists, its parent does not, or the disk lacks room.
+        UserError: if the path exists, its parent does not, the disk lacks room, or another run is
+            writing the same.
     """
 
     def __init__(self, out: Path, expected_bytes: int, flag: str = "--mlx-path"):
         self._out, self._flag = out, flag
         check_free(out, flag)
         parent = out.absolute().parent
+        self._prefix = f".{out.name}.partial-"
+        self._remove_abandoned(parent)
         free = shutil.disk_usage(parent).free
         needed = int(expected_bytes * 1.01) + (64 << 20)
         if needed > free:
@@ -62,8 +67,6 @@ class Writer:
                 f"{parent} has {free / 1e9:.2f} GB free, the result takes {needed / 1e9:.2f} GB: "
                 f"make room or give another {flag}"
             )
-        self._prefix = f".{out.name}.partial-"
-        self._remove_abandoned(parent)
         self._shards: list[list[str]] = []
         self._pending: dict[str, mx.array] = {}
         self._pending_bytes = self._total_bytes = 0
@@ -72,19 +75,34 @@ class Writer:
 
     def _remove_abandoned(self, parent: Path) -> None:
         for folder in parent.glob(f"{glob.escape(self._prefix)}*"):
-            pid = re.match(r"(\d+)-", folder.name.removeprefix(self._prefix))
-            if pid and not _alive(int(pid[1])):
+            with _locked(folder) as ours:
+                if not ours:
+                    raise UserError(
+                        f"another run is writing {self._out}: wait for it, or give another "
+                        f"{self._flag}"
+                    )
                 shutil.rmtree(folder, ignore_errors=True)
 
     def __enter__(self) -> "Writer":
-        prefix = f"{self._prefix}{os.getpid()}-"
+        self._held = ExitStack()
         try:
-            self.folder = Path(tempfile.mkdtemp(prefix=prefix, dir=self._out.absolute().parent))
+            self._make_folder()
+            # A run that began at the same time may have taken it for abandoned: it was not locked.
+            while not self._held.enter_context(_locked(self.folder)) or not self.folder.is_dir():
+                self._make_folder()
+        except BaseException:  # a signal in the middle of making it, too
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+        return self
+
+    def _make_folder(self) -> None:
+        self.folder = self._out.absolute().parent / f"{self._prefix}{secrets.token_hex(8)}"
+        try:
+            self.folder.mkdir(0o700)
         except OSError as error:
             raise UserError(
                 f"cannot write beside {self._out} ({error}): give another {self._flag}"
             ) from error
-        return self
 
     def __exit__(
         self,
@@ -96,6 +114,7 @@ class Writer:
             self._worker.shutdown(cancel_futures=True)
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
+            self._held.close()
 
     def add(self, tensors: Mapping[str, mx.array]) -> None:
         """Take some tensors; they are written when a shard is full."""
@@ -112,9 +131,7 @@ class Writer:
         mx.eval(shard)  # MLX computes in one thread at a time; the worker only reads it
         self._wait()
         file = self.folder / f"shard-{len(self._shards)}.safetensors"
-        self._writing = self._worker.submit(
-            mx.save_safetensors, str(file), shard, metadata={"format": "mlx"}
-        )
+        self._writing = self._worker.submit(_save_shard, file, shard)
         self._shards.append(list(self._pending))
         self._total_bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
@@ -175,7 +192,7 @@ class Writer:
     def commit(self) -> None:
         """Make the folder appear."""
         check_free(self._out, self._flag)
-        # mkdtemp's folders are private; a model is as readable as any other new folder.
+        # It was private so far; a model is as readable as any other new folder.
         umask = os.umask(0)
         os.umask(umask)
         self.folder.chmod(0o777 & ~umask)
@@ -193,14 +210,33 @@ def check_free(out: Path, flag: str = "--mlx-path") -> None:
         raise UserError(f"{out.absolute().parent} is no folder: create it first")
 
 
-def _alive(pid: int) -> bool:
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Lock a folder until the end of the block or of this process; False if another has.
+
+    True as well where the file system knows no locks, or the folder has gone.
+    """
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        yield True
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours = True
+    except OSError as error:
+        ours = not isinstance(error, BlockingIOError)
+    try:
+        yield ours
+    finally:
+        os.close(descriptor)
+
+
+def _save_shard(file: Path, tensors: dict[str, mx.array]) -> None:
+    """Write a file and see it on the disk, so that a folder that appears is whole for good."""
+    mx.save_safetensors(str(file), tensors, metadata={"format": "mlx"})
+    with file.open("rb") as written:
+        os.fsync(written.fileno())
 
 
 def carry_tokenizer(

@@ -63,10 +63,11 @@ def contents(folder: Path) -> dict[str, bytes | str | None]:
 
 @pytest.fixture(autouse=True)
 def signals() -> Iterator[None]:
-    """`main` handles SIGTERM; pytest gets its own handling back."""
-    before = signal.getsignal(signal.SIGTERM)
+    """`main` handles SIGTERM and SIGHUP; pytest gets its own handling back."""
+    before = {which: signal.getsignal(which) for which in (signal.SIGTERM, signal.SIGHUP)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for which, handler in before.items():
+        signal.signal(which, handler)
 
 
 @pytest.fixture(autouse=True)
@@ -1209,6 +1210,7 @@ class InMidConversion:
     [
         (signal.SIGINT, 1, "error: interrupted\n"),
         (signal.SIGTERM, 1, "error: interrupted\n"),
+        (signal.SIGHUP, 1, "error: interrupted\n"),
     ],
 )
 def test_a_signal_leaves_nothing(place: Path, how: signal.Signals, code: int, said: str):
@@ -1224,11 +1226,21 @@ def test_a_kill_leaves_nothing_after_the_next_run(
     running = InMidConversion(place, out)
     monkeypatch.chdir(running.place)
     assert running.end(signal.SIGKILL)[0] == -signal.SIGKILL
-    (killed,) = running.left()
-    other = killed.replace(str(running.process.pid), str(os.getpid()))
-    (running.place / other).mkdir()  # of a run that goes on
+    assert len(running.left()) == 1
+    (running.place / ".outer.partial-of-another").mkdir()
     assert main(["convert", "--model", str(place / "model"), "--mlx-path", out]) == 0
-    assert running.left() == sorted([other, out])
+    assert running.left() == sorted([".outer.partial-of-another", out])
+
+
+def test_what_another_run_is_writing_is_refused_at_once(
+    refused: Refused, place: Path, monkeypatch: pytest.MonkeyPatch
+):
+    running = InMidConversion(place)
+    before = running.left()
+    monkeypatch.chdir(running.place)
+    assert "another run is writing out: wait for it" in refused(out="out")
+    assert running.left() == before
+    assert running.end(signal.SIGTERM)[0] == 1 and running.left() == []
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64])

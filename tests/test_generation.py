@@ -93,6 +93,21 @@ def test_the_narrowest_sampling_is_greedy(llama: Loaded, narrow: dict[str, float
     assert run(llama, max_tokens=20, temp=3.0, seed=0) != greedy
 
 
+@pytest.mark.parametrize(("broken_at", "told_after"), [(0, 1), (5, 17), (30, 33), (38, 40)])
+def test_logits_that_are_no_numbers_end_the_answer(
+    folder: Path, broken_at: int, told_after: int
+) -> None:
+    """Soon, if not at once: what is broken stays so, here the final norm's gain."""
+    model, tokenizer = load(folder)
+    stream = generation.stream(model, tokenizer, PROMPT, max_tokens=40)
+    with pytest.raises(UserError, match=f"no numbers after {told_after} tokens") as caught:
+        for taken in range(41):
+            if taken == broken_at:
+                model.model.norm.weight = model.model.norm.weight * float("nan")
+            next(stream)
+    assert "--dtype" in str(caught.value) and len(stream.tokens) == told_after
+
+
 @pytest.mark.parametrize("off", [{"top_p": 1.0}, {"top_p": 0.0}, {"min_p": 0.0}])
 def test_sampling_limits_can_be_off(llama: Loaded, off: dict[str, float]):
     options = {"max_tokens": 20, "temp": 3.0, "seed": 0}

@@ -7,10 +7,8 @@ mlx-lm that the package allows and one with the newest. Default: this one, our p
 import concurrent.futures
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,15 +17,11 @@ import numpy as np
 import pytest
 import reference
 from factory import make_checkpoint, make_llama
+from serving import WITHOUT_US, serving
 
 from mlx_skipless.conversion import convert
 
 PYTHONS = os.environ.get("MLX_LM_PYTHONS", sys.executable).split(":")
-WITHOUT_US = (
-    "import runpy, sys; sys.modules['mlx_skipless'] = None; "
-    "sys.argv = sys.argv[1:]; "
-    "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
-)
 TEXTS = ["the king rode out", "a fox met a crow", "once there was a mill", "she ran to the well"]
 
 
@@ -175,55 +169,30 @@ def test_quantizing_protects_what_an_inverse_magnifies(
 
 @pytest.fixture
 def server(python: str, folder: Path, tmp_path: Path) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = (tmp_path / "log").open("w")
-    command = [python, "-c", WITHOUT_US, "mlx_lm", "server", "--trust-remote-code"]
-    options = ["--model", str(folder), "--port", str(port), "--host", "127.0.0.1"]
-    process = subprocess.Popen(
-        [*command, *options],
-        stdout=log,
-        stderr=log,
-        cwd=tmp_path,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    try:
-        for _ in range(240):
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                break
-            except OSError:
-                time.sleep(0.25)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.terminate()
-        process.wait(30)
-        log.close()
+    with serving(folder, tmp_path / "log", python) as (url, _):
+        yield url
 
 
 def test_server_answers_the_openai_client(server: str) -> None:
+    """One by one, and eight at once, half of them streamed: the same answers."""
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=server, api_key="none", timeout=120)
+    asked = {"model": "default_model", "max_tokens": 6, "temperature": 0}
 
     def ask(text: str) -> str:
-        message = {"role": "user", "content": text}
         answer = client.chat.completions.create(
-            model="default_model", messages=[message], max_tokens=6, temperature=0
+            messages=[{"role": "user", "content": text}], **asked
         )
         assert 1 <= answer.usage.completion_tokens <= 6
         return answer.choices[0].message.content
 
+    def stream(text: str) -> str:
+        pieces = client.chat.completions.create(
+            messages=[{"role": "user", "content": text}], stream=True, **asked
+        )
+        return "".join(p.choices[0].delta.content or "" for p in pieces if p.choices)
+
     alone = [ask(text) for text in TEXTS]
-    with concurrent.futures.ThreadPoolExecutor(len(TEXTS)) as pool:
-        assert list(pool.map(ask, TEXTS)) == alone  # batched together, the same answers
-    pieces = client.chat.completions.create(
-        model="default_model",
-        messages=[{"role": "user", "content": TEXTS[0]}],
-        max_tokens=6,
-        temperature=0,
-        stream=True,
-    )
-    text = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
-    assert text == alone[0]
+    with concurrent.futures.ThreadPoolExecutor(2 * len(TEXTS)) as pool:
+        answers = [pool.submit(way, text) for way in (ask, stream) for text in TEXTS]
+        assert [answer.result() for answer in answers] == 2 * alone

@@ -460,7 +460,7 @@ def test_an_interrupted_run_saves_and_tells(
     out = tmp_path / "run"
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(events, "print_event", stop_at(6, which))
+        patch.setattr(events, "line", stop_at(6, which))
         assert command("train", "--data", text, "--mlx-path", out, *flags()) == 1
     assert "interrupted at step 6: --resume goes on" in one_error(capsys)
     assert signal.getsignal(signal.SIGINT) == handler
@@ -499,7 +499,7 @@ def test_a_second_signal_ends_at_once(
     capsys: pytest.CaptureFixture[str],
 ):
     out = tmp_path / "run"
-    monkeypatch.setattr(events, "print_event", stop_at(6, signal.SIGINT, signal.SIGINT))
+    monkeypatch.setattr(events, "line", stop_at(6, signal.SIGINT, signal.SIGINT))
     assert command("train", "--data", text, "--mlx-path", out, *flags()) == 1
     assert one_error(capsys) == "error: interrupted\n"
     state: Any = mx.load(str(out / "training/state.safetensors"), return_metadata=True)
@@ -815,7 +815,7 @@ def report(event):
     if event["step"] == 6:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
-events.print_event = report
+events.line = report
 sys.exit(cli.main(sys.argv[1:]))
 """
 

@@ -113,6 +113,21 @@ def test_an_interrupt_waits_for_the_thread_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_interrupt_while_the_folder_is_made_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = Path.mkdir
+
+    def interrupted(folder: Path, *arguments: Any) -> None:
+        make(folder, *arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "mkdir", interrupted)
+    with pytest.raises(KeyboardInterrupt), Writer(tmp_path / "out", 0):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_discarded_weights_are_not_written_after_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

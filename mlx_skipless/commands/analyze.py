@@ -4,13 +4,19 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from .. import analysis, analysis_view
 from ..errors import UserError
-from .shared import json_file, output_file, progress_bars
+from .shared import output, output_arguments, output_file
 
 HELP = "measure what a model could do without"
+EXAMPLES = (
+    ("SRC", "weights, condition numbers, and what each sub-layer is worth"),
+    ("mistralai/Mistral-7B-v0.1 --config-only", "what needs no weights"),
+    (
+        "SRC --calibration notes.txt --plot analysis.png --json analysis.json",
+        "on text of yours, drawn and in numbers",
+    ),
+)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,24 +38,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the sampled text (default: 0)")
     parser.add_argument("--plot", metavar="PNG", help="draw what was measured there")
-    parser.add_argument("--json", metavar="FILE", help="write every figure there")
+    output_arguments(parser, "every figure")
 
 
 def run(options: dict[str, Any]) -> None:
-    figure, numbers = options.pop("plot"), options.pop("json")
+    figure, numbers = options.pop("plot"), options["json"]
     if figure is not None and Path(figure).suffix.lower() != ".png":
         raise UserError(f"--plot {figure}: a PNG is drawn, give a name that ends in .png")
     if figure is not None and numbers is not None and Path(figure) == Path(numbers):
         raise UserError(f"--plot and --json both name {figure}: give two files")
-    with json_file(numbers) as write_json, output_file("--plot", figure) as draw:
-        with progress_bars() as progress:
+    with output(options) as shown, output_file("--plot", figure) as draw:
+        with shown.progress() as progress:
             found = analysis.analyze(**options, progress=progress)
         if figure is not None and found.layers[0].condition is None:
             raise UserError(analysis.NOTHING_TO_MEASURE.format("--plot"))
-        console = Console(highlight=False, markup=False)
         for part in analysis_view.tables(found):
-            console.print(part, soft_wrap=isinstance(part, str))
+            shown.console.print(part, soft_wrap=isinstance(part, str))
         for note in found.notes:
-            console.print(f"note: {note}", soft_wrap=True)
+            shown.say(f"note: {note}")
         draw(lambda file: analysis_view.plot(found, file))
-        write_json(found.as_dict())
+        shown.write_json(found.as_dict())

@@ -4,17 +4,21 @@ import argparse
 from typing import Any
 
 from .. import catalogue
-from .shared import json_file
+from .shared import output, output_arguments
 
 HELP = "show what can go from the architectures that are known, by published shapes"
+EXAMPLES = (
+    ("", "the table"),
+    ("--json -", "for a script"),
+)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", metavar="FILE", help="write every figure there")
+    output_arguments(parser, "every figure")
 
 
 def run(options: dict[str, Any]) -> None:
-    with json_file(options["json"]) as write_json:
+    with output(options) as shown:
         found = catalogue.entries()
-        print(catalogue.markdown(found))
-        write_json({"models": [entry.as_dict() for entry in found]})
+        shown.say(catalogue.markdown(found))
+        shown.write_json({"models": [entry.as_dict() for entry in found]})

@@ -4,14 +4,24 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from .. import bench, bench_view
 from ..errors import UserError
 from ..plan import REMOVALS
-from .shared import json_file, output_file, progress_bars, quantization_arguments
+from .shared import output, output_arguments, output_file, quantization_arguments
 
 HELP = "measure models side by side, against plain mlx-lm"
+EXAMPLES = (
+    ("OUT SRC", "two models side by side, and plain mlx-lm"),
+    (
+        "--synthetic mistral-7b:4 -q",
+        "four layers of a shape, random and in 4 bits: nothing is downloaded",
+    ),
+    ("--synthetic mistral-7b --prompt-lengths", "bytes alone, at once"),
+    (
+        "OUT --contexts 1024 16384 --batch-sizes 1 8 --markdown speed.md",
+        "decoding behind long contexts, in batches",
+    ),
+)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,11 +68,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--plot", metavar="PNG", help="draw the speeds there")
     parser.add_argument("--markdown", metavar="FILE", help="write the tables there")
-    parser.add_argument("--json", metavar="FILE", help="write every figure there")
+    output_arguments(parser, "every figure")
 
 
 def run(options: dict[str, Any]) -> None:
-    figure, text, numbers = (options.pop(name) for name in ("plot", "markdown", "json"))
+    figure, text, numbers = (*map(options.pop, ("plot", "markdown")), options["json"])
     if figure is not None and Path(figure).suffix.lower() != ".png":
         raise UserError(f"--plot {figure}: a PNG is drawn, give a name that ends in .png")
     given = [Path(name) for name in (figure, text, numbers) if name is not None]
@@ -71,18 +81,17 @@ def run(options: dict[str, Any]) -> None:
     if figure is not None and not options["prompt_lengths"] and not options["contexts"]:
         raise UserError("--plot draws speeds: give --prompt-lengths or --contexts")
     with (
-        json_file(numbers) as write_json,
+        output(options) as shown,
         output_file("--markdown", text) as write,
         output_file("--plot", figure) as draw,
     ):
-        with progress_bars() as progress:
+        with shown.progress() as progress:
             found = bench.benchmark(**options, progress=progress)
-        console = Console(highlight=False, markup=False)
         for grid in bench_view.grids(found):
-            console.print(grid.rich())
-            console.print()
+            shown.console.print(grid.rich())
+            shown.console.print()
         for line in bench_view.remarks(found):
-            console.print(line, soft_wrap=True)
-        write_json(found.as_dict())
+            shown.say(line)
+        shown.write_json(found.as_dict())
         write(lambda file: file.write_text(bench_view.markdown(found), encoding="utf-8"))
         draw(lambda file: bench_view.plot(found, file))

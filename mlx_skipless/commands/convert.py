@@ -3,7 +3,6 @@
 import argparse
 from typing import Any
 
-from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
@@ -11,9 +10,29 @@ from .. import budget, card, conversion
 from ..generation import size
 from ..plan import REMOVALS
 from ..report import Report
-from .shared import DEFAULT_MODEL, json_file, progress_bars, quantization_arguments
+from .shared import DEFAULT_MODEL, Output, output, output_arguments, quantization_arguments
 
 HELP = "remove weights from a model"
+EXAMPLES = (
+    ("", "make mlx_model of the bundled model, without its Q and P"),
+    ("--model mistralai/Mistral-7B-v0.1 --dry-run", "what could go, without writing anything"),
+    (
+        "--model SRC --mlx-path OUT -q",
+        "remove what pays, then quantize to 4 bits against the model's own text",
+    ),
+    (
+        "--model SRC --mlx-path OUT --target-bytes 4GB --calibration notes.txt",
+        "the best model of 4 GB for such text",
+    ),
+    (
+        "--model SRC --mlx-path OUT --drop-attention auto --max-loss 1%",
+        "a pretrained model without the attentions that it hardly needs",
+    ),
+    (
+        "--model SRC --mlx-path OUT --json - --no-verify",
+        "for a script: the report on standard output",
+    ),
+)
 LONG = 10  # seconds that make one ask where they went
 
 
@@ -91,7 +110,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the sampled text (default: 0)")
     parser.add_argument("--dry-run", action="store_true", help="show the plan, write nothing")
     parser.add_argument("--no-verify", action="store_true", help="skip the check at the end")
-    parser.add_argument("--json", metavar="FILE", help="write the report there")
+    output_arguments(parser, "the report")
 
 
 def _count_or_auto(text: str) -> int | str:
@@ -103,21 +122,21 @@ def _share(text: str) -> float:
 
 
 def run(options: dict[str, Any]) -> None:
-    json_name = options.pop("json")
     options["verify"] = not options.pop("no_verify")
     out = None if options["dry_run"] else options["mlx_path"]
-    with json_file(json_name, out) as write_json:
-        with progress_bars() as progress:
+    with output(options, out) as shown:
+        with shown.progress() as progress:
             report = conversion.convert(**options, progress=progress)
-        _print_report(report, Console(highlight=False, markup=False))
-        write_json(report.as_dict())
+        _show(report, shown)
+        shown.write_json(report.as_dict())
 
 
-def _print_report(report: Report, console: Console) -> None:
+def _show(report: Report, shown: Output) -> None:
+    console = shown.console
     if report.packing:
         again = "" if report.quantization else ", and not quantized again: -q does that"
         done = "and stays as it is" if report.kept_packed else f"dequantized first{again}"
-        console.print(f"the source is quantized ({report.packing}): {done}")
+        shown.say(f"the source is quantized ({report.packing}): {done}")
     table = Table("part", "goes", box=None, pad_edge=False)
     measured = any(row.cost for row in report.rows)
     costs = ("KL without", "KL with") if measured else ()
@@ -140,13 +159,13 @@ def _print_report(report: Report, console: Console) -> None:
         lines.append(f"note: {done}; the result runs in plain mlx-lm")
     lines += card.effect(report)
     for line in lines:
-        console.print(line, soft_wrap=True)
+        shown.say(line)
     for warning in report.warnings:
-        console.print(f"WARNING: {warning}", style="bold red", soft_wrap=True)
+        shown.warn(warning)
     where = f"wrote {report.output}" if report.output else "dry run: nothing written"
     memory = size(report.peak_memory_bytes)
     time = f"{report.seconds:.1f} s{_stages(report)}"
-    console.print(f"{where}; {time}, peak memory {memory}", soft_wrap=True)
+    shown.say(f"{where}; {time}, peak memory {memory}")
 
 
 def _stages(report: Report) -> str:

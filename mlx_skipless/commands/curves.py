@@ -8,6 +8,7 @@ from .. import curve
 from ..loop import read_log
 
 HELP = "draw the losses of training runs in one figure"
+EXAMPLES = (("trial trained_model", "two runs in loss.png"),)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,9 +5,15 @@ from typing import Any
 
 from .. import evaluation
 from ..errors import UserError
-from .shared import DEFAULT_MODEL, held_out_arguments, json_file
+from .shared import DEFAULT_MODEL, held_out_arguments, output, output_arguments
 
 HELP = "score a model on held-out text"
+EXAMPLES = (
+    (
+        "--model OUT --data tales/*.txt",
+        "nats per token and bits per character on the end of each file",
+    ),
+)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,16 +30,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="let a model of another kind run its code"
     )
-    parser.add_argument("--json", metavar="FILE", help="write the score there")
+    output_arguments(parser, "the score")
 
 
 def run(options: dict[str, Any]) -> None:
     if not (options["data"] or options["validation"]):
         raise UserError("no text: give --data, whose end is held out, or --validation")
-    with json_file(options.pop("json")) as write_json:
+    with output(options) as shown:
         score = evaluation.evaluate(**options | {"data": options["data"] or ()})
-        print(
+        shown.say(
             f"{score.loss:.4f} nats per token, {score.bits_per_character:.4f} bits per character "
             f"({score.tokens:,} tokens, {score.characters:,} characters)"
         )
-        write_json(score.as_dict())
+        shown.write_json(score.as_dict())

@@ -6,15 +6,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from .. import card, chat, conversion, generation
 from ..errors import UserError
 from ..loading import load
-from .shared import DEFAULT_MODEL, json_file, progress_bars
+from .shared import DEFAULT_MODEL, Output, output, output_arguments
 
 HELP = "chat with a model, measure tokens per second"
+EXAMPLES = (
+    ("", "chat with mlx_model; where it has no turns, go on telling"),
+    ('--model OUT --prompt "Once upon a time" --temp 0.8', "one answer, and tokens per second"),
+    (
+        '--model OUT --prompt "Once upon a time" --compare SRC',
+        "two models in turn, and their ratio",
+    ),
+    ("--model OUT --prompt - --quiet < question.txt", "a pipe: the answer and nothing else"),
+    ('--model OUT --prompt "Hello" --draft-model SMALL', "let a smaller model propose tokens"),
+)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,11 +61,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="let a model of another kind run its code"
     )
-    parser.add_argument("--json", metavar="FILE", help="write the measurements there")
+    output_arguments(parser, "text and measurements")
 
 
 def run(options: dict[str, Any]) -> None:
-    json_name, other = options.pop("json"), options.pop("compare")
+    json_name, other = options["json"], options.pop("compare")
     name, prompt = options.pop("model"), options.pop("prompt")
     trust, cache_file = options.pop("trust_remote_code"), options.pop("prompt_cache_file")
     draft, drafts = options.pop("draft_model"), options.pop("num_draft_tokens")
@@ -66,9 +75,9 @@ def run(options: dict[str, Any]) -> None:
         raise UserError("--compare runs two models and --prompt-cache-file is one's: drop one")
     if draft is not None and (other or cache_file):
         raise UserError("--draft-model goes with neither --compare nor --prompt-cache-file")
-    with json_file(json_name) as write_json:
+    with output(options) as shown:
         if name == DEFAULT_MODEL and not Path(name).exists():
-            _convert_bundled(name)
+            _convert_bundled(name, shown)
         model, tokenizer = load(name, trust_remote_code=trust)
         if prompt == "-":
             prompt = sys.stdin.read()
@@ -83,12 +92,12 @@ def run(options: dict[str, Any]) -> None:
             return
         if tale:
             prompt = generation.prompt_tokens(tokenizer, generation.TALE, chat=False)
-            print(generation.TALE, end="", flush=True)
+            _speak(generation.TALE, shown)
         if other is not None:
             second = load(other, trust_remote_code=trust)
             result = generation.compare([(model, tokenizer), second], prompt, **options)
-            _print_comparison(result, name, other)
-            write_json(result.as_dict())
+            shown.console.print(_table(result, name, other))
+            shown.write_json(result.as_dict())
             return
         if draft is not None:
             options["draft_model"] = generation.load_draft(
@@ -100,18 +109,29 @@ def run(options: dict[str, Any]) -> None:
             prompt = generation.prompt_tokens(tokenizer, prompt, continued=True)
         stream = generation.stream(model, tokenizer, prompt, **options)
         for piece in generation.spaced(stream, tokenizer) if tale else stream:
-            print(piece, end="", flush=True)
-        print()
-        print(generation.summary(stream.answer), file=sys.stderr)
-        write_json(stream.answer.as_dict())
+            _speak(piece, shown)
+        _speak("\n", shown)
+        _aside(generation.summary(stream.answer), shown)
+        shown.write_json(stream.answer.as_dict())
 
 
-def _convert_bundled(out: str) -> None:
-    print(f"no {out} here: converting the bundled model first", file=sys.stderr)
-    with progress_bars() as progress:
+def _speak(text: str, shown: Output) -> None:
+    """The answer is the result, which no --quiet hides."""
+    if not shown.to_stdout:
+        print(text, end="", flush=True)
+
+
+def _aside(line: str, shown: Output) -> None:
+    if not shown.quiet:
+        print(line, file=sys.stderr)
+
+
+def _convert_bundled(out: str, shown: Output) -> None:
+    _aside(f"no {out} here: converting the bundled model first", shown)
+    with shown.progress() as progress:
         report = conversion.convert(None, out, progress=progress)
     for line in card.effect(report):
-        print(line, file=sys.stderr)
+        _aside(line, shown)
 
 
 def _piped() -> bool:
@@ -121,7 +141,7 @@ def _piped() -> bool:
     return bool(select.select([sys.stdin], [], [], 0)[0])
 
 
-def _print_comparison(result: Any, name: str, other: str) -> None:
+def _table(result: Any, name: str, other: str) -> Table:
     table = Table("", name, other, "ratio", box=None, pad_edge=False)
     for label, key in (
         ("prompt tokens/s", "prompt_tps"),
@@ -130,4 +150,4 @@ def _print_comparison(result: Any, name: str, other: str) -> None:
         a, b = getattr(result.first, key), getattr(result.second, key)
         ratio = getattr(result, f"{key}_ratio")
         table.add_row(label, f"{a:.1f}", f"{b:.1f}", "" if ratio is None else f"{ratio:.2f}")
-    Console(highlight=False, markup=False).print(table)
+    return table

@@ -8,9 +8,14 @@ from ..errors import UserError
 from ..generation import size
 from ..options import read_options
 from . import events
-from .shared import field_groups, held_out_arguments, json_file, run_arguments, taken
+from .shared import field_groups, held_out_arguments, output, run_arguments, taken
 
 HELP = "distil a reduced model towards its original"
+EXAMPLES = (
+    ("--model REDUCED --teacher SRC", "distil on text that the original speaks"),
+    ("--model REDUCED --teacher SRC --data notes.txt --steps 300", "on text of yours"),
+    ("--resume", "go on after a stop, bit for bit"),
+)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +32,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: dict[str, Any]) -> None:
-    json_name = options.pop("json")
     pace, treatment = taken(options, healing.Pace), taken(options, healing.Treatment)
     resume = options["resume"]
     steps = treatment.get("steps") if resume else None
@@ -36,18 +40,18 @@ def run(options: dict[str, Any]) -> None:
         raise UserError("--resume goes on with the run's own treatment: only --steps may change")
     if options["validation"] and not options["data"]:
         raise UserError("--validation is for --data: the original's own text is held out in part")
-    with json_file(json_name, None if resume else options["mlx_path"]) as write_json:
+    with output(options, None if resume else options["mlx_path"]) as shown:
         result = healing.heal(
             treatment=read_options(healing.Treatment, "treatment", treatment),
             pace=healing.Pace(**pace),
             steps=steps,
-            report=events.print_event,
+            report=lambda event: shown.say(events.line(event)),
             **options,
         )
         for line in card.healing(result):
-            print(line)
-        print(
+            shown.say(line)
+        shown.say(
             f"wrote {result.output}: {result.trained_parameters:,} weights trained, "
             f"{result.seconds:,.0f} s, peak memory {size(result.peak_memory_bytes)}"
         )
-        write_json(result.as_dict())
+        shown.write_json(result.as_dict())

@@ -1,4 +1,4 @@
-"""What several commands have in common: files to write, progress bars, groups of flags."""
+"""What several commands have in common: what they show and write, groups of flags."""
 
 import argparse
 import contextlib
@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import Field, fields
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -51,14 +51,83 @@ def output_file(flag: str, name: str | None, out: str | None = None) -> Iterator
     yield put
 
 
+def output_arguments(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--json", metavar="FILE",
+        help=f"write {what} there; - is standard output, with nothing else on it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quiet", action="store_true", help="show nothing but results, warnings and errors"
+    )
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a command shows and writes; bars, warnings and errors go to stderr.
+
+    Attributes:
+        console: standard output; silent if the command is to be quiet.
+        quiet: whether it is.
+        to_stdout: whether standard output is for the JSON alone.
+        write_json: writes what it is given, if that was asked for.
+    """
+
+    console: Console
+    quiet: bool
+    to_stdout: bool
+    write_json: Callable[[Any], None]
+
+    def say(self, line: str) -> None:
+        self.console.print(line, soft_wrap=True)
+
+    def warn(self, line: str) -> None:
+        style = "bold red"
+        stderr().print(f"WARNING: {line}", style=style, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def progress(self) -> Iterator[conversion.Progress]:
+        """A bar a stage, if stderr is a terminal."""
+        console = stderr()
+        columns = (
+            TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )  # fmt: skip
+        shown = console.is_terminal and not self.quiet
+        with Progress(*columns, console=console, disable=not shown) as bars:
+            tasks: dict[str, Any] = {}
+
+            def show(stage: str, done: int, total: int) -> None:
+                if stage not in tasks:
+                    tasks[stage] = bars.add_task(stage, total=total)
+                bars.update(tasks[stage], completed=done)
+
+            yield show
+
+
+def stderr() -> Console:
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+
 @contextlib.contextmanager
-def json_file(name: str | None, out: str | None = None) -> Iterator[Any]:
-    """A function that writes the JSON file; see ``output_file``."""
+def output(options: dict[str, Any], out: str | None = None) -> Iterator[Output]:
+    """Takes what ``output_arguments`` added; ``out`` is a folder that the command makes."""
+    name, quiet = options.pop("json"), options.pop("quiet")
+    to_stdout = name == "-"
+    quiet = quiet or to_stdout
+    console = Console(highlight=False, markup=False, emoji=False, quiet=quiet)
+
+    def text(content: Any) -> str:
+        return json.dumps(_plain(content), indent=2) + "\n"
+
+    if to_stdout:
+        yield Output(console, quiet, True, lambda content: print(text(content), end=""))
+        return
     with output_file("--json", name, out) as put:
-        yield lambda content: put(
-            lambda file: file.write_text(
-                json.dumps(_plain(content), indent=2) + "\n", encoding="utf-8"
-            )
+        yield Output(
+            console,
+            quiet,
+            False,
+            lambda content: put(lambda file: file.write_text(text(content), encoding="utf-8")),
         )
 
 
@@ -69,24 +138,6 @@ def _plain(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return [_plain(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
-@contextlib.contextmanager
-def progress_bars() -> Iterator[conversion.Progress]:
-    """A bar a stage on stderr, if that is a terminal."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    )  # fmt: skip
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        tasks: dict[str, Any] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done)
-
-        yield show
 
 
 def quantization_arguments(parser: argparse.ArgumentParser, what: str) -> None:
@@ -124,7 +175,7 @@ def run_arguments(parser: argparse.ArgumentParser, default: str, what: str) -> N
         "--resume", action="store_true",
         help="go on with the run in OUT, bit for bit; only --steps may change",
     )  # fmt: skip
-    parser.add_argument("--json", metavar="FILE", help="write the outcome there")
+    output_arguments(parser, "the outcome")
 
 
 def field_groups(parser: argparse.ArgumentParser, *groups: tuple[str, type]) -> None:

@@ -11,9 +11,14 @@ from ..errors import UserError, first_line
 from ..generation import size
 from ..recipe import Recipe, from_options
 from . import events
-from .shared import field_groups, held_out_arguments, json_file, run_arguments, taken
+from .shared import field_groups, held_out_arguments, output, run_arguments, taken
 
 HELP = "train a model, skipless unless told otherwise"
+EXAMPLES = (
+    ("--data tales/*.txt", "a skipless model of the bundled one's recipe"),
+    ("--data tales/*.txt --steps 200 --mlx-path trial", "a shorter run"),
+    ("--resume --mlx-path trial", "go on after a stop, bit for bit"),
+)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,24 +39,24 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: dict[str, Any]) -> None:
-    json_name, config = options.pop("json"), options.pop("config")
+    config = options.pop("config")
     pace, recipe = taken(options, training.Pace), taken(options, Recipe)
     steps = recipe.get("steps") if options["resume"] else None
     if options["resume"] and (config or pace or set(recipe) - {"steps"}):
         raise UserError("--resume goes on with the run's own recipe: only --steps may change")
-    with json_file(json_name, None if options["resume"] else options["mlx_path"]) as write_json:
+    with output(options, None if options["resume"] else options["mlx_path"]) as shown:
         result = training.train(
             recipe=from_options({**_read_yaml(config), **recipe}),
             pace=training.Pace(**pace),
             steps=steps,
-            report=events.print_event,
+            report=lambda event: shown.say(events.line(event)),
             **options,
         )
-        print(
+        shown.say(
             f"wrote {result.output}: {result.parameters:,} weights, {result.tokens:,} tokens, "
             f"{result.seconds:,.0f} s, peak memory {size(result.peak_memory_bytes)}"
         )
-        write_json(result.as_dict())
+        shown.write_json(result.as_dict())
 
 
 def _read_yaml(name: str | None) -> dict[str, Any]:

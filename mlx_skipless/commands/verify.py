@@ -3,13 +3,18 @@
 import argparse
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from .. import tasks
-from .shared import json_file
+from .shared import output, output_arguments
 
 HELP = "score two models on lm-eval's tasks"
+EXAMPLES = (
+    (
+        "SRC OUT --tasks arc_easy hellaswag --limit 200",
+        "scores before and after, and the difference",
+    ),
+)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,11 +45,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="let a model of another kind run its code"
     )
-    parser.add_argument("--json", metavar="FILE", help="write the scores there")
+    output_arguments(parser, "the scores")
 
 
 def run(options: dict[str, Any]) -> None:
-    with json_file(options.pop("json")) as write_json:
+    with output(options) as shown:
         scores = tasks.compare_tasks(**options)
         table = Table(box=None, pad_edge=False)
         for title in ("task", "metric"):
@@ -59,8 +64,8 @@ def run(options: dict[str, Any]) -> None:
                 _with_error(f"{score.result:.4f}", score.result_stderr),
                 _with_error(f"{score.difference:+.4f}", score.difference_stderr),
             )
-        Console(highlight=False, markup=False).print(table)
-        write_json({"scores": [score.as_dict() for score in scores]})
+        shown.console.print(table)
+        shown.write_json({"scores": [score.as_dict() for score in scores]})
 
 
 def _with_error(figure: str, stderr: float | None) -> str:
