@@ -88,8 +88,8 @@ def shape(place: Place, shapes: Mapping[str, tuple[int, ...]], args: ModelArgs) 
     for name in place.names:
         if shapes[name] != first:
             raise UserError(
-                f"{name} has shape {shapes[name]}, {place.names[0]} {first}: experts are all alike; "
-                "download the checkpoint again"
+                f"{name} has shape {shapes[name]}, {place.names[0]} {first}: experts are all "
+                "alike; download the checkpoint again"
             )
     if place.fused:
         rows = place.rows(args)
