@@ -14,6 +14,7 @@ from itertools import accumulate
 
 import mlx.core as mx
 
+from .errors import UserError
 from .families import Family
 from .model import ModelArgs
 from .points import layer_of
@@ -41,8 +42,21 @@ class Place:
 
 
 def places(family: Family, names: Iterable[str]) -> dict[str, Place]:
-    """Where each canonical tensor is among a source's tensors of these names."""
+    """Where each canonical tensor is among a source's tensors of these names.
+
+    Raises:
+        UserError: if two of them are the same one.
+    """
     found: dict[str, Place] = {}
+
+    def put(ours: str, place: Place) -> None:
+        if ours in found:
+            raise UserError(
+                f"{found[ours].names[0]} and {place.names[0]} are one and the same tensor, {ours}: "
+                "take one of them out of the checkpoint"
+            )
+        found[ours] = place
+
     experts: dict[str, dict[int, str]] = {}
     inverse = {theirs: ours for ours, theirs in family.names.items()}
     for name in names:
@@ -55,23 +69,32 @@ def places(family: Family, names: Iterable[str]) -> dict[str, Place]:
             prefix, modules = _renamed(module.removesuffix(theirs), inverse), family.fused[theirs]
             for i, ours in enumerate(modules):
                 place = Place((name,), fused=modules, index=i, by_head=family.fused_by_head)
-                found[f"{prefix}{ours}.{part}"] = place
+                put(f"{prefix}{ours}.{part}", place)
         else:
-            found[f"{_renamed(module, inverse)}.{part}"] = Place((name,))
+            put(f"{_renamed(module, inverse)}.{part}", Place((name,)))
     for name, numbered in experts.items():
         if sorted(numbered) == [*range(len(numbered))]:  # else some are missing: so is the whole
-            found[name] = Place(tuple(numbered[i] for i in sorted(numbered)), stacked=True)
+            put(name, Place(tuple(numbered[i] for i in sorted(numbered)), stacked=True))
     return found
 
 
 def shape(place: Place, shapes: Mapping[str, tuple[int, ...]], args: ModelArgs) -> tuple[int, ...]:
-    """The shape of a canonical tensor; of a fused matrix, what the others leave for it."""
-    found = [tuple(shapes[name]) for name in place.names]
-    odd = next((other for other in found if other != found[0]), found[0])
+    """The shape of a canonical tensor; of a fused matrix, what the others leave for it.
+
+    Raises:
+        UserError: for experts of several shapes.
+    """
+    first = tuple(shapes[place.names[0]])
+    for name in place.names:
+        if shapes[name] != first:
+            raise UserError(
+                f"{name} has shape {shapes[name]}, {place.names[0]} {first}: experts are all "
+                "alike; download the checkpoint again"
+            )
     if place.fused:
         rows = place.rows(args)
-        return (odd[0] - sum(rows) + rows[place.index], *odd[1:]) if odd else odd
-    return (len(found), *odd) if place.stacked else odd
+        return (first[0] - sum(rows) + rows[place.index], *first[1:]) if first else first
+    return (len(place.names), *first) if place.stacked else first
 
 
 def arranged(place: Place, arrays: Arrays, args: ModelArgs) -> mx.array:
@@ -148,7 +171,7 @@ def _expert(family: Family, module: str) -> tuple[str, int] | None:
     """Of a single expert's module, the one that holds all, and its number."""
     for theirs, ours in family.experts.items():
         before, after = map(re.escape, theirs.split("{}"))
-        if match := re.fullmatch(rf"(.*\.){before}(\d+){after}", module):
+        if match := re.fullmatch(rf"(.*\.){before}(0|[1-9][0-9]{{0,8}}){after}", module):
             return f"{match[1]}{ours}", int(match[2])
     return None
 

@@ -91,8 +91,7 @@ class Conversation:
         """The whole conversation, and `text` as its next turn."""
         if self._tokenizer.has_chat_template:
             messages = [*self.messages, {"role": "user", "content": text}]
-            ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-            return list(ids)
+            return list(generation.templated(self._tokenizer, messages))
         if not self._transcript:
             return generation.prompt_tokens(self._tokenizer, text, chat=False)
         more = self._tokenizer.encode("\n" + text, add_special_tokens=False)

@@ -1,8 +1,8 @@
 """Reading a model, a Hugging Face folder or a GGUF file: tensor by tensor, dense, canonical names.
 
-Nothing is held: ``Checkpoint.read`` gives lazy arrays of the tensors asked for, and they live as
-long as the caller keeps them. Checks every name and shape before any weight is read, and runs no
-code and unpickles nothing from a checkpoint.
+Nothing is held: ``Checkpoint.read`` gives the tensors asked for, and they live as long as the
+caller keeps them. Checks every name and shape before any weight is read, and runs no code and
+unpickles nothing from a checkpoint.
 """
 
 import json
@@ -11,12 +11,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
-from . import hub
+from . import files, hub
 from .arrangement import Place, arranged, canonical_modules, places, shape
 from .config import model_args
 from .errors import UserError
@@ -28,7 +28,14 @@ from .names import LINEAR_PATHS, is_stream_gain
 from .packed import MLXScheme, Scheme, scheme_of
 
 FLOATS = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}
+TYPES = FLOATS | {
+    "U8": mx.uint8, "U16": mx.uint16, "U32": mx.uint32, "U64": mx.uint64,
+    "I8": mx.int8, "I16": mx.int16, "I32": mx.int32, "I64": mx.int64, "BOOL": mx.bool_,
+}  # fmt: skip
 FLOAT_NAMES = ("float16", "bfloat16", "float32")
+INDEX = "model.safetensors.index.json"
+DEEPEST = 64  # levels of a config
+LARGEST = 1 << 31  # MLX counts no further along an axis
 
 
 class Store(Protocol):
@@ -39,67 +46,143 @@ class Store(Protocol):
     @property
     def dtypes(self) -> Mapping[str, mx.Dtype | None]: ...
     def read(self, names: Iterable[str]) -> dict[str, mx.array]: ...
+    def read_ahead(self, names: Iterable[str]) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """Where a safetensors file has a tensor; ``dtype`` is None for a type that MLX has not."""
+
+    file: Path
+    offset: int
+    nbytes: int
+    shape: tuple[int, ...]
+    dtype: mx.Dtype | None
 
 
 class SafetensorsStore:
     """The safetensors files of a folder.
 
     Raises:
-        UserError: if there are none, or one is missing, truncated, corrupt or outside the folder.
+        UserError: if there are none, or one is missing, truncated, corrupt or outside the folder,
+            or two have tensors of one name.
     """
 
     def __init__(self, folder: Path):
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, mx.Dtype | None] = {}
-        self._file_of: dict[str, Path] = {}
+        self._tensors: dict[str, _Tensor] = {}
         for file in _weight_files(folder):
-            try:
-                with safe_open(str(file), framework="numpy") as tensors:
-                    for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                        header = tensors.get_slice(name)
-                        self.shapes[name] = tuple(header.get_shape())
-                        self.dtypes[name] = FLOATS.get(header.get_dtype())
-                        self._file_of[name] = file
-            except (SafetensorError, OSError) as error:
-                raise UserError(
-                    f"{file} is truncated or corrupt ({error}): download or copy it again"
-                ) from error
+            for name, tensor in _tensors_of(file):
+                if name in self._tensors:
+                    raise UserError(
+                        f"{name} is in {file} and in {self._tensors[name].file.name}: "
+                        "download the checkpoint again, into a new folder"
+                    )
+                self._tensors[name] = tensor
+        self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in self._tensors.items()}
+        self._state = self._files()
+
+    def _files(self) -> dict[Path, tuple[int, int]]:
+        found = {tensor.file: tensor.file.stat() for tensor in self._tensors.values()}
+        return {file: (state.st_size, state.st_mtime_ns) for file, state in found.items()}
+
+    def check_unchanged(self) -> None:
+        """To be called when MLX has read the files: it takes what is missing for read.
+
+        Raises:
+            UserError: if one has changed since it was opened.
+        """
+        for file, state in self._files().items():
+            if state != self._state[file]:
+                raise UserError(f"{file} changed while it was read: try again")
 
     def read(self, names: Iterable[str]) -> dict[str, mx.array]:
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self._file_of[name], []).append(name)
-        read: dict[str, mx.array] = {}
-        for file, wanted in by_file.items():
-            # Loaded anew each time: a kept lazy array would keep its data once evaluated.
-            try:
-                arrays: Any = mx.load(str(file), format="safetensors")
-            except (RuntimeError, OSError) as error:
-                raise UserError(
-                    f"{file} cannot be read ({error}): download or copy it again"
-                ) from error
-            read |= {name: arrays[name] for name in wanted}
-        return read
+        return {name: _read(name, self._tensors[name]) for name in names}
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        found = (self._tensors[name] for name in names)
+        files.read_ahead((tensor.file, tensor.offset, tensor.nbytes) for tensor in found)
+
+
+def _tensors_of(file: Path) -> list[tuple[str, _Tensor]]:
+    """What the header of a safetensors file says.
+
+    Raises:
+        UserError: if it cannot be true. The safetensors library checks it, but for names that come
+            twice, of which parsers may take either.
+    """
+    if not files.is_there(file):
+        raise UserError(f"no {file.name} in {file.parent}: download the checkpoint again")
+    try:
+        with safe_open(str(file), framework="numpy"):
+            pass
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length), object_pairs_hook=_once)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{file} is truncated or corrupt ({error}): download or copy it again"
+        ) from error
+    header.pop("__metadata__", None)
+    if any(size >= LARGEST for entry in header.values() for size in entry["shape"]):
+        raise UserError(f"{file} has a tensor of an absurd shape: download or copy it again")
+    return [
+        (
+            name,
+            _Tensor(
+                file,
+                8 + length + entry["data_offsets"][0],
+                entry["data_offsets"][1] - entry["data_offsets"][0],
+                tuple(entry["shape"]),
+                TYPES.get(entry["dtype"]),
+            ),
+        )
+        for name, entry in header.items()
+    ]
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("its header names something twice")
+    return found
+
+
+def _read(name: str, tensor: _Tensor) -> mx.array:
+    """A tensor's values. Read here, since MLX takes what it could not read for read."""
+    if tensor.dtype is None:
+        raise UserError(f"{name} in {tensor.file} has a number type that is not read")
+    if tensor.nbytes == 0:
+        return mx.zeros(tensor.shape, tensor.dtype)
+    *rows, last = tensor.shape or (1,)
+    array = mx.zeros((*rows, last * tensor.dtype.size), mx.uint8)
+    mx.eval(array)
+    files.fill(tensor.file, tensor.offset, array)
+    return array.view(tensor.dtype).reshape(tensor.shape)
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
+    """Of which the index only says what they are called: all that is in them belongs to the model.
+
+    So transformers and mlx-lm take it, too.
+    """
+    index = folder / INDEX
+    if files.is_there(index):
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
             raise UserError(f'{index} has no "weight_map": download the checkpoint again')
-        files = sorted(set(names.values()))
-        for name in files:
+        found = sorted(set(names.values()))
+        for name in found:
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise UserError(
                     f"{index} names {name!r}, which is not a file of its folder: refused"
                 )
-        missing = [name for name in files if not (folder / name).is_file()]
+        missing = [name for name in found if not files.is_there(folder / name)]
         if missing:
             raise UserError(
                 f"{folder} lacks {missing[0]}, which its index names: download it again"
             )
-        return [folder / name for name in files]
+        return [folder / name for name in found]
     files_found = sorted(folder.glob("model*.safetensors"))
     if not files_found:
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
@@ -124,8 +207,9 @@ class UnpackedStore:
         for name in store.shapes:
             path = name.rpartition(".")[0]
             if path in self._paths and name.endswith(scheme.parts):
-                self.shapes[f"{path}.weight"] = scheme.shape(path, store.shapes)
-                self.dtypes[f"{path}.weight"] = store.dtypes[f"{path}.scales"] or mx.bfloat16
+                self.shapes[f"{path}.weight"] = scheme.shape(path, store.shapes, store.dtypes)
+                scales = store.dtypes[f"{path}.scales"]
+                self.dtypes[f"{path}.weight"] = scales if _is_float(scales) else mx.bfloat16
             elif path in self._paths and name.endswith(".bias") and not self._is_bias(name):
                 continue  # GPTQ exporters write a bias of zeros beside matrices that have none
             else:
@@ -135,20 +219,25 @@ class UnpackedStore:
     def _is_bias(self, name: str) -> bool:
         return bool(mx.any(self.packed.read([name])[name] != 0).item())
 
+    def _parts(self, name: str) -> list[str]:
+        """The tensors on disk that one stands for: itself, if it is not packed."""
+        path = name.removesuffix(".weight")
+        if path not in self._paths or not name.endswith(".weight"):
+            return [name]
+        return [path + p for p in self._scheme.parts if path + p in self.packed.shapes]
+
     def read(self, names: Iterable[str]) -> dict[str, mx.array]:
-        parts: list[str] = []
-        packed: list[str] = []
-        plain: list[str] = []
-        for name in names:
-            path = name.removesuffix(".weight")
-            if path in self._paths and name.endswith(".weight"):
-                packed.append(path)
-                parts += [path + p for p in self._scheme.parts if path + p in self.packed.shapes]
-            else:
-                plain.append(name)
-        arrays = self.packed.read([*plain, *parts])
-        read = {name: arrays[name] for name in plain}
-        return read | {f"{path}.weight": self._scheme.dense(path, arrays) for path in packed}
+        parts = {name: self._parts(name) for name in names}
+        arrays = self.packed.read(part for group in parts.values() for part in group)
+        return {
+            name: arrays[name]
+            if group == [name]
+            else self._scheme.dense(name.removesuffix(".weight"), arrays)
+            for name, group in parts.items()
+        }
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        self.packed.read_ahead(part for name in names for part in self._parts(name))
 
 
 @dataclass(frozen=True)
@@ -183,13 +272,10 @@ class Checkpoint:
         declared = self.config.get("torch_dtype") or self.config.get("dtype")
         if self.store is None:
             return getattr(mx, declared) if declared in FLOAT_NAMES else mx.bfloat16
-        of_matrices = Counter(d for n, d in self._dtypes.items() if len(self._shapes[n]) > 1 and d)
+        of_matrices = Counter(
+            d for n, d in self._dtypes.items() if _is_float(d) and len(self._shapes[n]) > 1
+        )
         return of_matrices.most_common(1)[0][0] if of_matrices else mx.float32
-
-    @property
-    def lazy(self) -> bool:
-        """Whether what ``read`` gives is not in memory yet; GGUF's blocks are unpacked at once."""
-        return not isinstance(self.store, GGUFStore)
 
     @cached_property
     def _places(self) -> dict[str, Place]:
@@ -208,14 +294,22 @@ class Checkpoint:
         return self.store.dtypes
 
     def read(self, names: Iterable[str]) -> dict[str, mx.array]:
-        """The tensors of these canonical names, dense and lazy; absent ones are left out."""
+        """The tensors of these canonical names, dense; absent ones are left out."""
         assert self.store is not None, "a config alone has no weights"
-        wanted = {name: self._places[name] for name in names if name in self._places}
+        wanted = self._wanted(names)
         arrays = self.store.read({own for place in wanted.values() for own in place.names})
         return {
             name: self._gain(name, arranged(place, arrays, self.args))
             for name, place in wanted.items()
         }
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Have the system read these tensors, while others are worked on."""
+        assert self.store is not None
+        self.store.read_ahead(own for place in self._wanted(names).values() for own in place.names)
+
+    def _wanted(self, names: Iterable[str]) -> dict[str, Place]:
+        return {name: self._places[name] for name in names if name in self._places}
 
     def _gain(self, name: str, array: mx.array) -> mx.array:
         """A tensor as it acts: gains that are stored less an offset get it back, in float32."""
@@ -227,13 +321,27 @@ class Checkpoint:
         """Whether its matrices are packed in a way that mlx-lm runs as it is."""
         return isinstance(self.store, UnpackedStore) and self.store.runs
 
-    def read_packed(self, prefix: str = "") -> dict[str, mx.array]:
-        """The tensors whose canonical names start with ``prefix``, lazy, just as on disk."""
+    def read_packed(self, prefix: str) -> dict[str, mx.array]:
+        """The tensors whose canonical names start with ``prefix``, just as on disk."""
         assert isinstance(self.store, UnpackedStore)
-        found = places(self.family, self.store.packed.shapes)
-        wanted = {name: place for name, place in found.items() if name.startswith(prefix)}
+        wanted = {n: place for n, place in self._packed_places.items() if n.startswith(prefix)}
         arrays = self.store.packed.read({own for place in wanted.values() for own in place.names})
         return {name: arranged(place, arrays, self.args) for name, place in wanted.items()}
+
+    def packed_placeholders(self) -> dict[str, mx.array]:
+        """All of them, lazy: their shapes and types hold, their values mean nothing."""
+        assert isinstance(self.store, UnpackedStore)
+        store = self.store.packed
+        arrays = {
+            name: mx.zeros(shape, store.dtypes[name] or mx.uint8)
+            for name, shape in store.shapes.items()
+        }
+        return {n: arranged(place, arrays, self.args) for n, place in self._packed_places.items()}
+
+    @property
+    def _packed_places(self) -> dict[str, Place]:
+        assert isinstance(self.store, UnpackedStore)
+        return places(self.family, self.store.packed.shapes)
 
     @property
     def packed_settings(self) -> Config:
@@ -268,7 +376,7 @@ class Checkpoint:
                     f"{_called(place, name)} in {self.name} has shape {found}, config.json asks "
                     f"for {wanted}: correct config.json or download the checkpoint again"
                 )
-            if any(self._dtypes[original] is None for original in place.names):
+            if not all(_is_float(self._dtypes[original]) for original in place.names):
                 raise UserError(
                     f"{_called(place, name)} in {self.name} has a number type that is not read; "
                     f"known: {', '.join(FLOATS)}"
@@ -281,6 +389,10 @@ class Checkpoint:
                     f"{self.name} has a tensor {place.names[0]} that a {self.config['model_type']} "
                     "of this config does not use: config.json describes another model"
                 )
+
+
+def _is_float(dtype: mx.Dtype | None) -> TypeGuard[mx.Dtype]:
+    return dtype is not None and mx.issubdtype(dtype, mx.floating)
 
 
 def _called(place: Place, name: str) -> str:
@@ -299,19 +411,32 @@ def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in a file of a checkpoint.
 
     Raises:
-        UserError: if it is missing, malformed or no object.
+        UserError: if it is missing, malformed, no object, or too large or deep to be believed.
     """
+    if not files.is_there(file, files.CONFIG_BYTES):
+        raise UserError(f"no {file.name} in {file.parent}: give a Hugging Face model folder")
     try:
         read = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"no {file.name} in {file.parent}: give a Hugging Face model folder"
-        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read as JSON ({error}): download it again") from error
     if not isinstance(read, dict):
         raise UserError(f"{file} holds no JSON object: download it again")
+    if _deeper(read, DEEPEST):
+        raise UserError(f"{file} has more than {DEEPEST} levels: download it again")
     return read
+
+
+def _deeper(value: Any, most: int) -> bool:
+    """Whether lists and objects lie in one another beyond so many levels."""
+    level = [value]
+    for _ in range(most):
+        level = [
+            inner
+            for one in level
+            if isinstance(one, dict | list)
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+    return any(isinstance(one, dict | list) for one in level)
 
 
 def open_checkpoint(
@@ -336,14 +461,16 @@ def open_checkpoint(
         str(source), revision=revision, config_only=config_only, code=trust_remote_code
     )
     name = str(source)
-    if path.suffix == ".gguf":
-        gguf_store = GGUFStore(path)
-        return _checked(name, path, gguf_store.config, gguf_store, gguf_store.packing)
-    if path.is_file():
-        if path.suffix != ".json":
-            raise UserError(f"{path} is no model: give a folder, a .gguf file or a Hub id")
-        return _checked(name, path, read_json(path), None, None)
+    if not path.is_dir():
+        files.is_there(path)
+        if path.suffix == ".gguf":
+            gguf_store = GGUFStore(path)
+            return _checked(name, path, gguf_store.config, gguf_store, gguf_store.packing)
+        if path.suffix == ".json":
+            return _checked(name, path, read_json(path), None, None)
+        raise UserError(f"{path} is no model: give a folder, a .gguf file or a Hub id")
     config = read_json(path / "config.json")
+    files.check_small(path)
     family_of(config)  # an unknown architecture is the more helpful complaint
     scheme = scheme_of(config)
     if config_only and not any(path.glob("*.safetensors")):
@@ -358,6 +485,12 @@ def _checked(
     name: str, path: Path, config: Config, store: Store | None, packing: str | None
 ) -> Checkpoint:
     family = family_of(config)
+    if config.get("model_file") is not None and config["model_type"] != "skipless":
+        raise UserError(
+            f"{name} brings its own code ({config['model_file']}), which is never run here: what "
+            'its network is only that knows; if it is none of its own, take "model_file" out of '
+            "config.json"
+        )
     tensors = None if store is None else places(family, store.shapes).keys()
     args = replace(model_args(config, tensors), fused={})  # they are cut out when read
     checkpoint = Checkpoint(name, path, config, family, args, packing, store)

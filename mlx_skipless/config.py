@@ -94,17 +94,19 @@ def _norms(config: Config, key: str, known: Collection[str], norm: str) -> list[
 
 
 def _layers_with(names: Iterable[str], suffix: str) -> list[int]:
-    pattern = re.compile(rf"model\.layers\.(\d+)\.{re.escape(suffix)}$")
-    return sorted(int(m[1]) for name in names if (m := pattern.match(name)))
+    pattern = re.compile(rf"model\.layers\.(0|[1-9][0-9]{{0,8}})\.{re.escape(suffix)}")
+    return sorted(int(m[1]) for name in names if (m := pattern.fullmatch(name)))
 
 
 def _rope(config: Config) -> tuple[float, Config | None]:
     """Base and scaling, from our own key, Hugging Face's old ones or ``rope_parameters``."""
+    for key in ("rope", "rope_scaling", "rope_parameters"):
+        if config.get(key) is not None and not isinstance(config[key], dict):
+            raise UserError(
+                f"the RoPE scaling in config.json is {config[key]!r}; it must be an object"
+            )
     new = config.get("rope_parameters")
     scaling = next((config[k] for k in ("rope", "rope_scaling") if config.get(k)), new)
-    for value in (new, scaling):
-        if value is not None and not isinstance(value, dict):
-            raise UserError(f"the RoPE scaling in config.json is {value!r}; it must be an object")
     theta = _real({**config, **(new or {})}, "rope_theta", 10000.0)
     scaling = {k: v for k, v in (scaling or {}).items() if k != "rope_theta" and v is not None}
     left = {k: v for k, v in scaling.items() if k not in ("rope_type", "type")}

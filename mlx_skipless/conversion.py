@@ -22,7 +22,7 @@ from .job import MODEL_FILE, Job, PackedParts
 from .layout import Layout, PackedLayout, asked_quantization
 from .loading import BUNDLED, load_tokenizer
 from .memory import machine_memory_bytes, peak_memory_bytes
-from .merge import AHEAD_BYTES, Merger
+from .merge import Merger
 from .model import Model, ModelArgs
 from .names import HEAD
 from .plan import (
@@ -188,7 +188,7 @@ def convert(
     def layout_of(plan: Plan) -> Layout:
         if not packed:
             return Layout(plan.after, target, quantization)
-        stored = checkpoint.read_packed()
+        stored = checkpoint.packed_placeholders()
         if args.tie_word_embeddings:  # a head on disk is not read
             stored = {name: a for name, a in stored.items() if not name.startswith(f"{HEAD}.")}
         return PackedLayout(plan.after, target, None, stored, checkpoint.packed_settings)
@@ -312,7 +312,7 @@ def _measure(
 def _check_memory(job: Job, prose: Prose) -> None:
     """Refuse what cannot fit.
 
-    Three bases and the largest matrix in float64, two shards, a layer read ahead, the check.
+    Three bases and the largest matrix in float64, two shards, the check.
     """
     args = job.plan.before
     hidden, ffn = args.hidden_size, args.intermediate_size
@@ -320,7 +320,6 @@ def _check_memory(job: Job, prose: Prose) -> None:
     float64 = 8 * (6 * hidden * max(hidden, width) + 3 * max(hidden, width) * ffn)
     largest = max(array.nbytes for array in job.layout.tensors.values())
     needed = float64 + 2 * SHARD_BYTES + 4 * job.layout.count("model.layers.0.") + 3 * largest
-    needed += min(AHEAD_BYTES, Layout(args, job.checkpoint.dtype).nbytes("model.layers.0."))
     needed += memory_bytes(args) if prose.calibrate else 0
     if prose.distill:  # the source, the result's codes, its dense matrices and their gradients
         needed += 5 * Layout(args, mx.float32).nbytes() + 8 * LOGITS_BYTES

@@ -339,7 +339,7 @@ def prompt_tokens(
         message = {"role": "user", "content": text}
         if continued:
             return _end_of_message(tokenizer, message)
-        return list(tokenizer.apply_chat_template([message], add_generation_prompt=True))
+        return list(templated(tokenizer, [message]))
     if continued:
         return list(tokenizer.encode(text, add_special_tokens=False))
     start = tokenizer.bos_token
@@ -348,15 +348,36 @@ def prompt_tokens(
     )
 
 
+def templated(
+    tokenizer: TokenizerWrapper, messages: Sequence[dict[str, str]], **options: Any
+) -> Any:
+    """Messages through the model's chat template, up to the answer.
+
+    Raises:
+        UserError: if the template fails: it is a program, the checkpoint's own, and transformers
+            runs it in a sandbox.
+    """
+    try:
+        found = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, **options)
+    except Exception as error:  # jinja2's, and what a template does to Python's own types
+        raise UserError(
+            f"the model's chat template fails ({first_line(error)}): correct it or download the "
+            "model again"
+        ) from error
+    if not found:
+        raise UserError("the model's chat template leaves the message out: correct it")
+    return found
+
+
 def _end_of_message(tokenizer: TokenizerWrapper, message: dict[str, str]) -> list[int]:
     """A templated message from its content on, and the opening of the answer."""
     marker = "<content>"
     texts = [
-        tokenizer.apply_chat_template(
-            [{**message, "content": content}], tokenize=False, add_generation_prompt=True
-        )
+        templated(tokenizer, [{**message, "content": content}], tokenize=False)
         for content in (message["content"], marker)
     ]
+    if marker not in texts[1]:
+        raise UserError("the model's chat template leaves the message out: correct it")
     return list(tokenizer.encode(texts[0][texts[1].index(marker) :], add_special_tokens=False))
 
 

@@ -9,8 +9,8 @@ import mlx.core as mx
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from . import gguf_tokenizer
-from .errors import UserError
+from . import files, gguf_tokenizer
+from .errors import UserError, first_line
 
 NAMES = {
     "attn_q": "self_attn.q_proj",
@@ -28,13 +28,24 @@ ROPE_FACTORS = "rope_freqs.weight"
 DENSE = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 
 
+MOST_VALUES = 1 << 23  # in the metadata; a vocabulary of a quarter of a million takes a million
+
+
 class _Reader(gguf.GGUFReader):
-    """One that notices where a file ends: the original reads on, for as long as the header says."""
+    """One that notices where a file ends: the original reads on, for as long as the header says.
+
+    It maps the file, so nothing is read through it after opening but metadata.
+    """
+
+    _values = 0
 
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        self._values += 1
         found = super()._get(offset, dtype, count, override_order)
         if len(found) < count:
             raise ValueError("it ends early")
+        if self._values > MOST_VALUES:
+            raise ValueError("it has more metadata than any model")
         return found
 
 
@@ -46,12 +57,15 @@ class GGUFStore:
     """
 
     def __init__(self, path: Path):
-        self._path = path
+        self._path, self._bytes = path, path.stat().st_size
         try:
-            self._reader = _Reader(path)
-            self._tensors = {t.name: t for t in self._reader.tensors}
-            self._parse()
-        except (OSError, ValueError, TypeError, LookupError, ArithmeticError) as error:
+            with np.errstate(over="raise", divide="raise", invalid="raise"):
+                self._reader = _Reader(path)
+                self._tensors = {t.name: t for t in self._reader.tensors}
+                self._parse()
+        except (
+            OSError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError,
+        ) as error:  # fmt: skip
             raise UserError(
                 f"{path} is truncated or no GGUF file ({error}): download it again"
             ) from error
@@ -68,7 +82,15 @@ class GGUFStore:
             raise UserError(
                 f"{self._path} is one part of several: join them first (llama-gguf-split --merge)"
             )
-        self._original = {_name(n): n for n in self._tensors if n != ROPE_FACTORS}
+        if self._reader.byte_order == "S":
+            raise UserError(f"{self._path} is of the other byte order, which is not supported")
+        self._original: dict[str, str] = {}
+        for original in self._tensors:
+            if original != ROPE_FACTORS and _name(original) in self._original:
+                raise ValueError(f"{original} comes twice, under two names")
+            self._original |= {} if original == ROPE_FACTORS else {_name(original): original}
+        for tensor in self._tensors.values():
+            self._unpacked(tensor, np.zeros(gguf.GGML_QUANT_SIZES[tensor.tensor_type][1], np.uint8))
         self.config = self._config()
         self.shapes = {
             name: tuple(int(n) for n in reversed(self._tensors[original].shape))
@@ -162,11 +184,18 @@ class GGUFStore:
 
     def _dense(self, original: str) -> np.ndarray:
         tensor = self._tensors[original]
+        mapped = tensor.data  # where a file that got shorter would end this process
+        data = np.empty(mapped.nbytes, np.uint8)
+        files.fill(self._path, tensor.data_offset, data)
+        return self._unpacked(tensor, data.view(mapped.dtype).reshape(mapped.shape))
+
+    def _unpacked(self, tensor: gguf.ReaderTensor, data: np.ndarray) -> np.ndarray:
+        """Data of a tensor's type in float32."""
         try:
-            dense = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            dense = gguf.quants.dequantize(data, tensor.tensor_type)
         except NotImplementedError as error:
             raise UserError(
-                f"{original} in {self._path} is of the type {tensor.tensor_type.name}, which "
+                f"{tensor.name} in {self._path} is of the type {tensor.tensor_type.name}, which "
                 "cannot be read: use another export"
             ) from error
         return dense.astype(np.float32)
@@ -177,7 +206,16 @@ class GGUFStore:
         Raises:
             UserError: if it is broken or of a kind that is not known.
         """
-        tokenizer = gguf_tokenizer.build(self._field, str(self._path))
+        if self._path.stat().st_size < self._bytes:  # its end may be gone from the map, too
+            raise UserError(f"{self._path} has become shorter: copy or download it again")
+        try:
+            tokenizer = gguf_tokenizer.build(self._field, str(self._path))
+        except UserError:
+            raise
+        except Exception as error:  # transformers and tokenizers raise whatever they like
+            raise UserError(
+                f"{self._path} has a broken tokenizer ({first_line(error)}): download it again"
+            ) from error
         if tokenizer is not None and len(tokenizer) > self.config["vocab_size"]:
             raise UserError(
                 f"{self._path} has {len(tokenizer)} tokens and {self.config['vocab_size']} "
@@ -187,6 +225,10 @@ class GGUFStore:
 
     def read(self, names: Iterable[str]) -> dict[str, mx.array]:
         return {name: self._read(name) for name in names}
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        found = (self._tensors[self._original[name]] for name in names)
+        files.read_ahead((self._path, int(t.data_offset), int(t.n_bytes)) for t in found)
 
     def _read(self, name: str) -> mx.array:
         tensor = self._dense(self._original[name]).reshape(self.shapes[name])

@@ -10,7 +10,7 @@ import mlx_lm.utils
 import transformers
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from . import hub
+from . import files, hub
 from .arrangement import places
 from .checkpoint import SafetensorsStore, read_json
 from .config import model_args
@@ -73,15 +73,17 @@ def load_network(
     if not folder.is_dir():
         raise UserError(f"{folder} is no model folder: `convert.py --model {folder}` makes one")
     config = read_json(folder / "config.json")
+    files.check_small(folder)
     skipless = config.get("model_type") == "skipless"
     if config.get("model_file") and not skipless and not trust_remote_code:
         raise UserError(
             f"{path_or_hf_repo} brings its own code ({config['model_file']}): add "
             "--trust-remote-code if you trust it"
         )
+    store = SafetensorsStore(folder)
     overrides = {}
     if skipless:
-        names = places(family_of(config), SafetensorsStore(folder).shapes).keys()
+        names = places(family_of(config), store.shapes).keys()
         overrides = {**asdict(model_args(config, names)), "model_file": None}
     try:
         model, config = mlx_lm.utils.load_model(
@@ -91,6 +93,7 @@ def load_network(
             get_model_classes=_own_classes if skipless else mlx_lm.utils._get_classes,
             trust_remote_code=trust_remote_code and not skipless,
         )
+        store.check_unchanged()
         if adapter_path is not None:
             model = mlx_lm.utils.load_adapters(model, adapter_path)
             model.eval()

@@ -43,7 +43,7 @@ from .points import layer_of, letter_of, points
 from .products import Inverse, product, working
 
 ROWS = 8192  # of an embedding or a head at a time
-AHEAD_BYTES = 1 << 30  # of a layer that is read before its turn
+unwarned = np.errstate(over="ignore", invalid="ignore")  # what overflows is refused by its name
 
 
 @dataclass(frozen=True)
@@ -163,9 +163,9 @@ def _largest_singular_value(matrix: np.ndarray) -> float:
 class Merger:
     """Applies a plan to a checkpoint, a layer at a time; holds at most three bases.
 
-    Layers that are asked for in the order of the stream are read from disk while the one before is
-    worked on. ``gain_offset`` is what the result's gains of stream norms are to be stored less than
-    they are.
+    Layers that are asked for in the order of the stream are read into the system's cache while the
+    one before is worked on. ``gain_offset`` is what the result's gains of stream norms are to be
+    stored less than they are.
     """
 
     def __init__(
@@ -178,13 +178,14 @@ class Merger:
         self._writes = {m: i for i, point in enumerate(self._points) for m in point.producers}
         self._basis = lru_cache(maxsize=3)(self._make_basis)
         self._kind = working(dtype)
-        self._coming: dict[str, mx.array] = {}
         self._latest = -1
 
+    @unwarned
     def conditioning(self, where: str) -> Conditioning:
         """Of the matrix at a module path, its norm's gain folded in."""
         return measure(self._linear(where, np.float64).weight)
 
+    @unwarned
     def condition(self, where: str) -> float:
         """Largest over smallest singular value of a matrix of any shape; infinite if singular."""
         weight = self._linear(where, np.float64).weight
@@ -195,6 +196,7 @@ class Merger:
         # Below that the squares say nothing.
         return math.sqrt(values[-1] / values[0]) if values[0] > 1e-14 * values[-1] else math.inf
 
+    @unwarned
     def embedding(self) -> dict[str, mx.array]:
         name = f"{EMBEDDING}.weight"
         basis = self._basis(self._writes[EMBEDDING])
@@ -207,6 +209,7 @@ class Merger:
         added = 0 if basis.shift is None else (basis.shift @ matrix).astype(self._kind)
         return {name: self._rows(name, lambda rows: product(rows, matrix) + added)}
 
+    @unwarned
     def layer(self, layer: int) -> dict[str, mx.array]:
         """Every tensor of one layer of the result, in its type."""
         out: dict[str, mx.array] = {}
@@ -221,6 +224,7 @@ class Merger:
             out |= self._projection(where)
         return out | self._vectors(layer)
 
+    @unwarned
     def head(self) -> dict[str, mx.array]:
         """The final norm's gain and the head, as far as the result has them."""
         out = self._norm(FINAL_NORM, "final", self._plan.before.hidden_size)
@@ -374,23 +378,15 @@ class Merger:
         return fold_norm(*self._norm_before(where), Linear(matrix, vector))
 
     def _read(self, where: str) -> dict[str, mx.array]:
-        """Weight and, if there is one, bias of a module, by canonical name; lazy or read ahead."""
-        names = f"{where}.weight", f"{where}.bias"
-        came = {name: self._coming.pop(name) for name in names if name in self._coming}
-        return came | self._checkpoint.read([name for name in names if name not in came])
+        """Weight and, if there is one, bias of a module, by canonical name."""
+        return self._checkpoint.read([f"{where}.weight", f"{where}.bias"])
 
     def _read_ahead(self, layer: int) -> None:
-        """Start to read the matrices of the next layer, if layers are asked for one by one."""
+        """Have the matrices of the next layer read, if layers are asked for one by one."""
         one_by_one, self._latest = self._latest == layer - 1, layer
-        prefix = f"model.layers.{layer}."
-        self._coming = {n: array for n, array in self._coming.items() if n.startswith(prefix)}
-        if not one_by_one or not self._checkpoint.lazy:
-            return
-        names = [f"{path(layer + 1, projection)}.weight" for projection in PROJECTIONS]
-        arrays = self._checkpoint.read(names)
-        if sum(array.nbytes for array in arrays.values()) <= AHEAD_BYTES:
-            mx.async_eval(*arrays.values())
-            self._coming |= arrays
+        if one_by_one:
+            names = [f"{path(layer + 1, projection)}.weight" for projection in PROJECTIONS]
+            self._checkpoint.read_ahead(names)
 
     def _norm_before(self, where: str) -> tuple[np.ndarray | None, np.ndarray | None]:
         """The gain and bias (in,) that the plan folds into the matrix at a module path."""

@@ -13,6 +13,9 @@ from .errors import UserError
 
 Arrays = Mapping[str, mx.array]
 Shapes = Mapping[str, tuple[int, ...]]
+Types = Mapping[str, mx.Dtype | None]
+FLOATS = (mx.float16, mx.bfloat16, mx.float32)
+WORDS = (mx.int32, mx.uint32)
 MODES = {  # MLX's: group sizes and bits, its own choice first
     "affine": ((64, 32, 128), (4, 1, 2, 3, 5, 6, 8)),
     "mxfp4": ((32,), (4,)),
@@ -33,11 +36,11 @@ class Scheme:
     marker: str
     parts: tuple[str, ...]
 
-    def shape(self, path: str, shapes: Shapes) -> tuple[int, ...]:
+    def shape(self, path: str, shapes: Shapes, types: Types) -> tuple[int, ...]:
         """(out, in) of the dense matrix at ``path``, from its parts' shapes; experts come first.
 
         Raises:
-            UserError: if a part is missing or does not fit the others.
+            UserError: if a part is missing, does not fit the others or has another number type.
         """
         try:
             dense, expected = self._layout(path, shapes)
@@ -49,6 +52,10 @@ class Scheme:
                 raise UserError(
                     f"{path}{part} has shape {found}, {self.name} asks for {shape}: {AGAIN}"
                 )
+        kinds = {part: types[path + part] for part in self.parts if path + part in types}
+        for part, kind in kinds.items():
+            if kind is None or kind not in self._types(path, part):
+                raise UserError(f"{path}{part} has a number type that {self.name} has not: {AGAIN}")
         return dense
 
     def _layout(
@@ -56,6 +63,10 @@ class Scheme:
     ) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
         """(out, in) of the dense matrix, and the shapes that its parts have then."""
         raise NotImplementedError
+
+    def _types(self, path: str, part: str) -> tuple[mx.Dtype, ...]:
+        """The number types that a part of a matrix may have."""
+        return FLOATS if part == ".scales" else WORDS
 
     def dense(self, path: str, arrays: Arrays) -> mx.array:
         """The dense matrix at ``path``, (out, in), float32."""
@@ -82,7 +93,8 @@ class MLXScheme(Scheme):
             raise UserError(f"MLX's mode {mode!r} cannot be read; known: {', '.join(MODES)}")
         sizes, widths = MODES[mode]
         group_size, bits = own.get("group_size") or sizes[0], own.get("bits") or widths[0]
-        if group_size not in sizes or bits not in widths:
+        whole = type(group_size) is type(bits) is int
+        if not whole or group_size not in sizes or bits not in widths:
             raise UserError(
                 f"MLX's mode {mode} has no groups of {group_size} at {bits} bits: correct the "
                 "quantization in config.json"
@@ -101,6 +113,11 @@ class MLXScheme(Scheme):
         if mode == "affine":
             expected[".biases"] = (*out, groups)
         return (*out, n_in), expected
+
+    def _types(self, path: str, part: str) -> tuple[mx.Dtype, ...]:
+        if part == ".weight":
+            return (mx.uint32,)
+        return FLOATS if self.settings(path)[2] == "affine" else (mx.uint8,)
 
     def dense(self, path: str, arrays: Arrays) -> mx.array:
         group_size, bits, mode = self.settings(path)
@@ -156,9 +173,9 @@ class GPTQScheme(Scheme):
 
     def __init__(self, config: Mapping[str, Any]):
         bits = config.get("bits")
-        if bits not in (2, 3, 4, 8):
+        if type(bits) is not int or bits not in (2, 3, 4, 8):
             raise UserError(f"GPTQ with {bits!r} bits is not supported; known: 2, 3, 4, 8")
-        self.bits = int(bits)
+        self.bits = bits
         layout = str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
         layout = "marlin" if config.get("is_marlin_format") else layout
         if layout not in ("gptq", "gptq_v2") or config.get("pack_dtype", "int32") != "int32":

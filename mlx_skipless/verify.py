@@ -288,6 +288,7 @@ def _logits(network: Network, hidden: mx.array) -> Iterator[np.ndarray]:
         yield from np.array(network.logits(hidden[start : start + rows]))
 
 
+@np.errstate(over="ignore")  # a perplexity may be infinite
 def compare_logits(
     pairs: Iterable[tuple[np.ndarray, np.ndarray]], tokens: np.ndarray, text: str
 ) -> Verification:

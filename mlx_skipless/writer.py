@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 import transformers
 
+from . import files
 from .checkpoint import Checkpoint
 from .errors import UserError, first_line
 from .gguf_file import GGUFStore
@@ -248,14 +249,15 @@ def carry_tokenizer(
     config and saves it, as mlx-lm does. Returns whether there was a tokenizer.
 
     Raises:
-        UserError: if there is one that cannot be read.
+        UserError: if there is one that cannot be read, or what would be taken is a link elsewhere.
     """
     if isinstance(checkpoint.store, GGUFStore):
         return _save(checkpoint.store.tokenizer, checkpoint.path, folder)
     source = checkpoint.folder
     assert source is not None, "a config alone has no tokenizer"
-    present = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    if (source / GENERATION_CONFIG).is_file():
+    files.check_links(source, code=trust_remote_code)
+    present = [name for name in TOKENIZER_FILES if files.is_there(source / name)]
+    if files.is_there(source / GENERATION_CONFIG):
         shutil.copyfile(source / GENERATION_CONFIG, folder / GENERATION_CONFIG)
     if not set(present) & set(VOCABULARY_FILES):
         return False

@@ -17,6 +17,7 @@ from mlx_skipless.plan import make_plan
 # One test a core: a BLAS that takes them all would only stand in the others' way.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 settings.register_profile("busy", deadline=None)  # a loaded machine is no failure
+settings.register_profile("thorough", deadline=None)  # test_fuzz.py: a hundred times as many
 settings.load_profile("busy")
 
 
