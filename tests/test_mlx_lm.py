@@ -175,9 +175,11 @@ def server(python: str, folder: Path, tmp_path: Path) -> Iterator[str]:
         yield url
 
 
-@pytest.mark.parametrize("kind", ["folded, without attention 1", "quantized table"])
+@pytest.mark.parametrize(
+    "kind", ["folded, attention dropped", "quantized table", "no attention 1, 2"]
+)
 def test_server_says_what_we_say(kind: str, python: str, tmp_path: Path) -> None:
-    """An architecture of mlx-lm's own, without trust, and ours in 4 bits."""
+    """An architecture of mlx-lm's own, without trust, ours in 4 bits, and ours with few caches."""
     openai = pytest.importorskip("openai")
     trust = "folded" not in kind
     if not trust:
