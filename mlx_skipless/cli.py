@@ -85,24 +85,23 @@ def _run(run: Any, options: dict[str, Any]) -> int:
     try:
         run(options)
     except UserError as error:
-        _complain(str(error))
+        _complain(error)
         return 1
     except KeyboardInterrupt:
-        _complain("interrupted")
+        _complain(UserError("interrupted"))
         return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (OSError, MemoryError, RuntimeError) as error:  # MLX is out of memory as a RuntimeError
-        _complain(first_line(error))
+        _complain(UserError(first_line(error)))
         return 1
     return 0
 
 
-def _complain(message: str) -> None:
-    """One line on stderr, red on a terminal; a checkpoint's names may hold anything."""
-    plain = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
-    stderr().print(Text.assemble(("error:", "bold red"), f" {plain}"), soft_wrap=True)
+def _complain(error: UserError) -> None:
+    """One line on stderr, red on a terminal."""
+    stderr().print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
 
 
 if __name__ == "__main__":

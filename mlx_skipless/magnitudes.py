@@ -87,8 +87,9 @@ class _Probe(nn.Module):
         super().__init__()
         self.inner, self._name, self._seen = inner, name, seen
 
-    def __call__(self, x: mx.array, *others: Any, **options: Any) -> Any:
-        self._seen.append((f"{self._name}'s input", x))
+    def __call__(self, x: Any, *others: Any, **options: Any) -> Any:
+        arrays = [x] if isinstance(x, mx.array) else x  # an attention reads several of a table
+        self._seen += [(f"{self._name}'s input", array) for array in arrays]
         out = self.inner(x, *others, **options)
         self._seen.append((f"{self._name}'s output", out))
         return out

@@ -486,7 +486,8 @@ def test_a_bundled_model_that_cannot_be_converted_leaves_nothing(
 )
 def test_a_tale_keeps_its_first_space(name: str | None, pieces: list[str], shown: str):
     """What goes on on the prompt's line opens with the space that its first token has."""
-    responses = (SimpleNamespace(token=0, text=piece) for piece in pieces)
+    known = {"token": 0, "logprobs": mx.zeros(1), "finish_reason": None}
+    responses = (SimpleNamespace(text=piece, **known) for piece in pieces)
     tokenizer: Any = SimpleNamespace(convert_ids_to_tokens=[name].__getitem__)
     assert "".join(generation.spaced(generation.Stream(responses), tokenizer)) == shown
 

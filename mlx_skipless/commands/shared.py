@@ -66,7 +66,7 @@ class Output:
     """What a command shows and writes; bars, warnings and errors go to stderr.
 
     Attributes:
-        console: standard output; silent if the command is to be quiet.
+        console: for tables, on standard output; silent if the command is to be quiet.
         quiet: whether it is.
         to_stdout: whether standard output is for the JSON alone.
         write_json: writes what it is given, if that was asked for.
@@ -78,11 +78,11 @@ class Output:
     write_json: Callable[[Any], None]
 
     def say(self, line: str) -> None:
-        self.console.print(line, soft_wrap=True)
+        if not self.quiet:
+            print(line, flush=True)
 
     def warn(self, line: str) -> None:
-        style = "bold red"
-        stderr().print(f"WARNING: {line}", style=style, soft_wrap=True)
+        stderr().print(f"WARNING: {line}", style="bold red", soft_wrap=True)
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[conversion.Progress]:
