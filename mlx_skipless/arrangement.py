@@ -17,6 +17,7 @@ import mlx.core as mx
 from .errors import UserError
 from .families import Family
 from .model import ModelArgs
+from .names import is_stream_gain
 from .points import layer_of
 
 Arrays = Mapping[str, mx.array]
@@ -181,3 +182,13 @@ def _renamed(module: str, names: Mapping[str, str]) -> str:
     for old, new in names.items():
         module = re.sub(rf"(^|\.){re.escape(old)}(?=\.|$)", rf"\g<1>{new}", module)
     return module
+
+
+def acting(tensors: Arrays, gain_offset: float) -> dict[str, mx.array]:
+    """Tensors as they act: gains of stream norms that are stored less an offset, in float32."""
+    return {
+        name: array.astype(mx.float32) + gain_offset
+        if gain_offset and is_stream_gain(name)
+        else array
+        for name, array in tensors.items()
+    }

@@ -20,6 +20,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.base import create_attention_mask
 
+from .arrangement import acting
 from .errors import UserError
 from .layout import Layout
 from .model import Block, ModelArgs
@@ -166,12 +167,19 @@ class CalibratedParts:
         merger: makes the result's dense tensors.
         layout: how the result's tensors lie on disk.
         tokens: (sequences, length) of text.
+        gain_offset: what the merger's gains of stream norms are stored less than they are.
     """
 
     def __init__(
-        self, before: ModelArgs, source: Parts, merger: Merged, layout: Layout, tokens: mx.array
+        self,
+        before: ModelArgs,
+        source: Parts,
+        merger: Merged,
+        layout: Layout,
+        tokens: mx.array,
+        gain_offset: float = 0.0,
     ):
-        self._before, self._source = before, source
+        self._before, self._source, self._gain_offset = before, source, gain_offset
         self._merger, self._layout = merger, layout
         self._tokens = split(tokens)
         self._wanted: list[mx.array] = []  # the source's stream, a batch each
@@ -251,7 +259,8 @@ class CalibratedParts:
         prefix = f"model.layers.{layer}."
         out = dict(self._merger.layer(layer))
         source = filled(Block(self._before, layer), self._source.layer(layer), prefix)
-        result = filled(Block(self._layout.args, layer), out, prefix)
+        runs = acting(out, self._gain_offset)
+        result = filled(Block(self._layout.args, layer), runs, prefix)
         for readers in READERS:
             places = [path(layer, name) for name in readers]
             places = [where for where in places if self._layout.format_of(where) is not None]
@@ -287,7 +296,8 @@ class CalibratedParts:
         for i, (wanted, actual) in enumerate(zip(self._wanted, self._actual, strict=True)):
             y = normed(self._before, wanted, source) @ source[f"{HEAD}.weight"].T
             y = y + source.get(f"{HEAD}.bias", 0) - out.get(f"{HEAD}.bias", 0)
-            moments[judges(i)].add(normed(self._layout.args, actual, out), {HEAD: y})
+            x = normed(self._layout.args, actual, acting(out, self._gain_offset))
+            moments[judges(i)].add(x, {HEAD: y})
         packed, _ = self._fitted(HEAD, *moments, out.pop(f"{HEAD}.weight"))
         return out | packed
 

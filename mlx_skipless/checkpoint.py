@@ -17,14 +17,14 @@ import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
 from . import files, hub
-from .arrangement import Place, arranged, canonical_modules, places, shape
+from .arrangement import Place, acting, arranged, canonical_modules, places, shape
 from .config import model_args
 from .errors import UserError
 from .families import Config, Family, family_of
 from .gguf_file import GGUFStore
 from .layout import tensors_of
 from .model import Model, ModelArgs
-from .names import LINEAR_PATHS, is_stream_gain
+from .names import LINEAR_PATHS
 from .packed import MLXScheme, Scheme, scheme_of
 
 FLOATS = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}
@@ -298,10 +298,8 @@ class Checkpoint:
         assert self.store is not None, "a config alone has no weights"
         wanted = self._wanted(names)
         arrays = self.store.read({own for place in wanted.values() for own in place.names})
-        return {
-            name: self._gain(name, arranged(place, arrays, self.args))
-            for name, place in wanted.items()
-        }
+        found = {name: arranged(place, arrays, self.args) for name, place in wanted.items()}
+        return acting(found, self.family.gain_offset)
 
     def read_ahead(self, names: Iterable[str]) -> None:
         """Have the system read these tensors, while others are worked on."""
@@ -310,11 +308,6 @@ class Checkpoint:
 
     def _wanted(self, names: Iterable[str]) -> dict[str, Place]:
         return {name: self._places[name] for name in names if name in self._places}
-
-    def _gain(self, name: str, array: mx.array) -> mx.array:
-        """A tensor as it acts: gains that are stored less an offset get it back, in float32."""
-        offset = self.family.gain_offset
-        return array.astype(mx.float32) + offset if offset and is_stream_gain(name) else array
 
     @property
     def packed_by_mlx(self) -> bool:

@@ -14,6 +14,7 @@ import mlx.core as mx
 from . import budget, card, drop, first_layer, hub, passages, settle
 from . import model as model_module
 from . import verify as verification
+from .arrangement import acting
 from .calibrate import CalibratedParts, NearestParts, memory_bytes
 from .checkpoint import FLOAT_NAMES, Checkpoint, open_checkpoint
 from .distill import LOGITS_BYTES, distilled
@@ -95,7 +96,7 @@ def convert(
         remove: "auto", "none", or letters to remove: "qp", "kp", "vp", "q", "k", "v", "p".
         skipless: first make the skipless network of a pretrained one.
         fold_norms: put every norm's gain into the matrices behind it; ``remove="auto"`` does that
-            to a pretrained model unasked.
+            to a pretrained model unasked, unless it is to be quantized.
         quantize: quantize the result.
         q_bits: bits of a weight; default: the mode's own.
         q_group_size: weights that share a scale; default: the mode's own.
@@ -175,12 +176,12 @@ def convert(
     packed = packed and checkpoint.packed_by_mlx and quantization is None and not dtype
     packed = packed and not fold_norms and not skipless
     packed = packed and not make_plan(args, remove=remove).identity
-    # Folding is what is exact for it.
+    # Folding is what is exact for it; but gains of many sizes in one matrix round worse.
     pretrained = args.norm == "pre" and not skipless and not packed
     options: dict[str, Any] = {
         "remove": remove,
         "skipless": skipless,
-        "fold_norms": fold_norms or (pretrained and remove == "auto"),
+        "fold_norms": fold_norms or (pretrained and remove == "auto" and quantization is None),
         "dtype": target,
         "quantized": quantization is not None,
     }
@@ -426,7 +427,7 @@ def _distill(job: Job, writer: Writer, tokens: mx.array, prose: Prose, progress:
     teacher, student = Model(job.plan.before), Model(job.layout.args)
     teacher.load_weights([*_tensors(job.source_parts(), job.plan.before).items()])
     dense = {name: array for name, array in result.items() if name.rpartition(".")[0] not in forms}
-    student.load_weights([*dense.items()], strict=False)
+    student.load_weights([*acting(dense, job.family.gain_offset).items()], strict=False)
     teacher.set_dtype(mx.float32)
     student.set_dtype(mx.float32)
     changed = distilled(
@@ -457,7 +458,8 @@ def _result_parts(job: Job, calibration: mx.array | None) -> Parts:
         return PackedParts(job.checkpoint, job.layout, table, job.family.gain_offset)
     if calibration is None:
         return NearestParts(dense, job.layout)
-    return CalibratedParts(job.plan.before, job.source_parts(), dense, job.layout, calibration)
+    before, source, offset = job.plan.before, job.source_parts(), job.family.gain_offset
+    return CalibratedParts(before, source, dense, job.layout, calibration, offset)
 
 
 def _source_network(job: Job) -> StreamedNetwork:

@@ -15,6 +15,7 @@ from .verify import Verification
 
 NOTABLE_ERROR = 1e-3  # relative logit error; a well-conditioned merge in float32 stays below
 ALARMING_KL = 0.02  # nats per token: what plain 4-bit quantization costs a small skipless model
+STRANGE_KL = 0.2  # more than 16 bits cost a model that nothing was removed from
 ALARMING_SHARE = 1 / 8  # of the largest number that a type holds: other text may go beyond
 ALARMING_RATIO = 1.5  # of a quantized result's KL to that of quantization alone
 SKIPLESS_WARNING = (
@@ -132,6 +133,8 @@ class Report:
                     f"{check.kl_ratio:.1f} times what quantization alone costs: --calibration "
                     "with text of the kind that it will read helps, --remove p needs no inverse",
                 )
+        elif not condition and self.dtype != "float32" and ALARMING_KL < check.kl < STRANGE_KL:
+            notes += (f"computing in {self.dtype} costs {check.kl:.2g} nats per token by itself",)
         elif check.kl > ALARMING_KL:
             cause = (
                 f"inverses magnify the rounding of {self.dtype}. --remove auto leaves such "

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +291,31 @@ def test_foreign_code_needs_trust(tmp_path: Path) -> None:
         mlx_skipless.load(tmp_path / "s")
     with pytest.raises(mlx_skipless.UserError, match="never run here"):
         open_checkpoint(tmp_path / "s")
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_what_is_quantized_is_folded_only_if_asked(tmp_path: Path, asked: bool) -> None:
+    """Gains of many sizes in one matrix round worse."""
+    make_llama(tmp_path / "s", **SIZES)
+    report = mlx_skipless.convert(
+        tmp_path / "s", tmp_path / "out", quantize=True, q_group_size=32, fold_norms=asked
+    )
+    assert bool(report.folded) == asked and report.stock
+    assert mlx_skipless.convert(tmp_path / "s", tmp_path / "dense", verify=False).folded
+
+
+@pytest.mark.parametrize(("kl", "warned"), [(0.01, False), (0.05, False), (0.5, True)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_what_16_bits_cost_is_no_alarm(tmp_path: Path, dtype: str, kl: float, warned: bool) -> None:
+    make_llama(tmp_path / "s", **SIZES)
+    report = mlx_skipless.convert(tmp_path / "s", tmp_path / "out", dtype=dtype)
+    assert report.verification is not None
+    before = replace(report, notes=(), warnings=(), verification=None)
+    told = before.verified(replace(report.verification, kl=kl))
+    assert any("more than rounding explains" in w for w in told.warnings) == (
+        warned or (dtype == "float32" and kl > 0.02)
+    )
+    assert any("bfloat16 costs" in n for n in told.notes) == (dtype == "bfloat16" and kl == 0.05)
 
 
 @pytest.mark.parametrize("ending", ["txt", "jsonl"])
