@@ -124,7 +124,7 @@ class Source:
         self.name = name
         self.config = json.loads((self.folder / "config.json").read_text())
         self.bytes = (self.folder / "model.safetensors").read_bytes()
-        self.tensors = safetensors.numpy.load(self.bytes)
+        self.tensors = dict(sorted(safetensors.numpy.load(self.bytes).items()))
 
     def write(self, config: Any = None, tensors: dict[str, np.ndarray] | None = None) -> None:
         """The model, with another config or other tensors."""
