@@ -70,6 +70,7 @@ class Layer:
     """One layer.
 
     Attributes:
+        layer: its number, from 0.
         weights: of its "attention" and "ffn".
         importance: 1 - cosine by "attention", "ffn" and "block", None for what is gone already;
             None without skips or a text.
@@ -115,7 +116,8 @@ class Analysis:
         parts: weights by part: embedding, q, k, v, p, ffn, head, norms and other vectors.
         removals: one for each choice of letters.
         first_layer: what a table of the first layer's projections would save; None if there can be
-            none. ``first_layer_reads`` is how many times fewer numbers it reads, by batch size.
+            none.
+        first_layer_reads: how many times fewer numbers such a table reads, by batch size.
         cache_bytes: of KV cache per token and layer with attention.
         layers: of them each.
         drops: ever more attentions dropped, the least important first; None without skips or text.

@@ -57,7 +57,11 @@ Outcome = TypeVar("Outcome")
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure measured several times: the median, the lowest and the highest."""
+    """A figure measured several times.
+
+    Attributes:
+        median, low, high: of these measurements.
+    """
 
     median: float
     low: float
@@ -70,9 +74,12 @@ class Spread:
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: a batch of prompts, or ``decode_only`` behind caches of random numbers.
+    """What is measured.
 
-    ``length`` is that of each sequence before decoding, in tokens.
+    Attributes:
+        length: tokens of each sequence before decoding.
+        batch_size: sequences at once.
+        decode_only: behind caches of random numbers, in place of prompts.
     """
 
     length: int
@@ -104,6 +111,8 @@ class Result:
     """A model in a case; speeds are in tokens per second of all sequences together.
 
     Attributes:
+        label: the model's.
+        case: what was measured.
         prompt_tps: tokens of the prompts over the time to the first token, and
         first_token_seconds: that time; None where nothing but decoding was measured.
         decode_tps: tokens behind the first.
@@ -184,11 +193,15 @@ def benchmark(
     Args:
         models: folders or Hub ids. The first that runs in mlx-lm's own code is the baseline; if
             none does, mlx-lm's Llama (or Mixtral) of the first one's sizes, with random weights.
-        synthetic: random weights of a shape, see ``shape_of``, in mlx-lm's own network and in the
-            skipless one.
+        synthetic: random weights in mlx-lm's own network and in the skipless one, of a shape: a
+            model that ``mlx-skipless architectures`` lists or a config.json, "NAME:8" with 8
+            layers.
         remove: from the skipless one: "auto", by arithmetic, "none", or letters.
         dtype: of the random weights; default: what the shape's config says, else bfloat16.
-        quantize: quantize the random weights, by ``q_mode``, ``q_bits`` and ``q_group_size``.
+        quantize: quantize the random weights.
+        q_bits: bits of a weight; default: the mode's own.
+        q_group_size: weights that share a scale; default: the mode's own.
+        q_mode: mlx-lm's: "affine", "mxfp4", "nvfp4" or "mxfp8".
         save: write the synthetic shape's checkpoint there, dense; must not exist.
         prompt_lengths: tokens of the prompts to read.
         contexts: tokens in the caches behind which to decode alone.

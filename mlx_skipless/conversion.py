@@ -96,7 +96,10 @@ def convert(
         skipless: first make the skipless network of a pretrained one.
         fold_norms: put every norm's gain into the matrices behind it; ``remove="auto"`` does that
             to a pretrained model unasked.
-        quantize: quantize the result, by mlx-lm's modes: ``q_mode``, ``q_bits``, ``q_group_size``.
+        quantize: quantize the result.
+        q_bits: bits of a weight; default: the mode's own.
+        q_group_size: weights that share a scale; default: the mode's own.
+        q_mode: mlx-lm's: "affine", "mxfp4", "nvfp4" or "mxfp8".
         calibration: a text file or data set of the Hub to quantize against, its end to check with;
             default: text sampled from the model.
         target_bytes: quantize to the best mixture of bits whose weights take at most so many bytes.
@@ -119,6 +122,9 @@ def convert(
         dry_run: plan only; nothing is written.
         verify: compare source and result when done.
         progress: called with (stage, done, total).
+
+    Returns:
+        What was done, its check included; with ``dry_run`` what would be.
 
     Raises:
         UserError: for anything the user can mend; nothing is left at ``mlx_path`` then.

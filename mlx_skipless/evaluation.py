@@ -19,7 +19,14 @@ CONTEXT = 512  # for models that say nothing, or allow more
 
 @dataclass(frozen=True)
 class Score:
-    """``loss`` is in nats per token; ``bits_per_character`` counts special tokens' bits too."""
+    """How well a model predicts a text.
+
+    Attributes:
+        loss: nats per token.
+        bits_per_character: special tokens' bits are in it too.
+        tokens: that were predicted.
+        characters: of these.
+    """
 
     loss: float
     bits_per_character: float

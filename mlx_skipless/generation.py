@@ -47,12 +47,16 @@ Source: TypeAlias = "str | Path | tuple[nn.Module, TokenizerWrapper]"
 class Answer:
     """What a model said and what it took.
 
-    `prompt_tokens` counts the tokens processed, without those already in a given cache. Speeds are
-    tokens per second: `prompt_tps` up to the first generated token, `generation_tps` over those
-    after it (0 if there are none). `peak_memory_bytes` is the most that MLX held during the
-    answer, weights included. `generation_tokens` counts the end token too. `finish_reason` is
-    "stop" (end token), "length" (max_tokens), or None (left early). A draft model proposed
-    `drafted_tokens`, of which `accepted_tokens` are in the answer.
+    Attributes:
+        text: the answer.
+        prompt_tokens: that were processed, without those already in a given cache.
+        prompt_tps: tokens per second up to the first generated token.
+        generation_tokens: the end token included.
+        generation_tps: tokens per second after the first; 0 if there are none.
+        peak_memory_bytes: the most that MLX held during the answer, weights included.
+        finish_reason: "stop" (end token), "length" (max_tokens), or None (left early).
+        drafted_tokens: that a draft model proposed.
+        accepted_tokens: of these, how many are in the answer.
     """
 
     text: str
@@ -243,9 +247,18 @@ def generate(
     prompt: str | list[int],
     **options: Any,
 ) -> Answer:
-    """The whole answer; `options` are `stream`'s.
+    """The whole answer to a prompt.
 
-    `model` may be a folder or a repository, which is loaded with its tokenizer if none is given.
+    Args:
+        model: a loaded one, or a folder or Hub id, which is loaded.
+        tokenizer: the model's; None: that of the folder.
+        prompt: text, which goes through the chat template if there is one, or token ids as they
+            are.
+        options: `stream`'s: `max_tokens` (256), `temp` (0: greedy), `top_p` and `min_p` (0: off),
+            `seed`, `max_kv_size`, `kv_bits`, `prompt_cache`, `draft_model`, `num_draft_tokens` (3).
+
+    Raises:
+        UserError: for options and prompts that cannot be.
     """
     if isinstance(model, str | Path):
         model, own = load(model)

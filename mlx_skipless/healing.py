@@ -45,7 +45,7 @@ LEARNING_RATES = {"lora": 1e-3, "full": 5e-5}
 
 @dataclass(frozen=True)
 class Treatment:
-    """How to heal."""
+    """How to heal: what is trained and for how long."""
 
     fine_tune_type: str = option(
         "lora", "low-rank changes to the matrices, or all weights", ("lora", "full")
@@ -128,7 +128,21 @@ class Distance:
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended: the distance before the first step and that of what was written."""
+    """How a run ended.
+
+    Attributes:
+        output: the folder of the run and of the healed model.
+        fine_tune_type: "lora" or "full".
+        step: the last one.
+        tokens: that were seen, repeated ones each time.
+        trained_parameters: weights that were trained; of low-rank changes, theirs.
+        text: names of the files that it learnt from, or "sampled".
+        before: the distance from the original before the first step.
+        after: that of what was written.
+        seconds: of training, earlier sessions of a resumed run included.
+        tokens_per_second: over these.
+        peak_memory_bytes: the most that the process held.
+    """
 
     output: str
     fine_tune_type: str

@@ -31,10 +31,20 @@ def load(
 ) -> tuple[nn.Module, TokenizerWrapper]:
     """Load a converted model, a skipless source, or any model that mlx-lm knows.
 
-    Args and errors are those of ``load_network``.
+    A skipless network is built from this package; the checkpoint's own model file is not run.
+
+    Args:
+        path_or_hf_repo: a folder or a Hub id.
+        revision: of a Hub id.
+        adapter_path: LoRA adapters to apply.
+        lazy: leave the weights on disk until they are used.
+        trust_remote_code: for models of other architectures that bring code.
 
     Returns:
         The model and its tokenizer, as ``mlx_lm.load`` gives them.
+
+    Raises:
+        UserError: if there is no such model, it is broken, or it asks for trust.
     """
     model, folder, config = load_network(
         path_or_hf_repo,
@@ -54,22 +64,10 @@ def load_network(
     lazy: bool = False,
     trust_remote_code: bool = False,
 ) -> tuple[nn.Module, Path, dict[str, Any]]:
-    """Load a model without its tokenizer, which it need not have.
-
-    A skipless network is built from this package; the checkpoint's own model file is not run.
-
-    Args:
-        path_or_hf_repo: a folder or a Hub id.
-        revision: of a Hub id.
-        adapter_path: LoRA adapters to apply.
-        lazy: leave the weights on disk until they are used.
-        trust_remote_code: for models of other architectures that bring code.
+    """Load a model without its tokenizer, which it need not have; args and errors are ``load``'s.
 
     Returns:
         The model, its folder and its config.
-
-    Raises:
-        UserError: if there is no such model, it is broken, or it asks for trust.
     """
     folder = hub.resolve(str(path_or_hf_repo), revision=revision, code=trust_remote_code)
     if not folder.is_dir():

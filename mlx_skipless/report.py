@@ -25,7 +25,16 @@ SKIPLESS_WARNING = (
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One row of the plan: a layer, or the embedding, or the head."""
+    """One row of the plan: a layer, or the embedding, or the head.
+
+    Attributes:
+        name: "layers.0", "embed_tokens" or "lm_head".
+        goes: what goes from it, in words: "Q P".
+        weights_before, weights_after: how many it has.
+        bytes_before, bytes_after: that they take.
+        condition: the largest condition number of what goes, None where none was measured.
+        cost: of removing its Q (K, V or P), where a quantized result was measured.
+    """
 
     name: str
     goes: str
@@ -41,11 +50,32 @@ class LayerRow:
 class Report:
     """What a conversion did, or with ``dry_run`` would do.
 
-    ``params_before`` counts the network that the removals start from, ``bytes_before`` its bytes as
-    dense weights of the source's type. ``speedup_from_bytes`` compares the bytes that decoding a
-    token reads with those of the same network in the result's format without the removals.
-    ``first_layer`` is what a table saves and costs, None without one; ``stages`` each stage's
-    seconds, in the order of their beginnings.
+    Attributes:
+        source: what the user called it.
+        output: the folder that was written, None with ``dry_run``.
+        packing: how the source is quantized, in words, None if it is not.
+        kept_packed: whether what nothing touched stays packed as it was.
+        dtype: of the result's weights that are not quantized.
+        quantization: of the result, as its config.json has it, None if it is not quantized.
+        params_before: weights of the network that the removals start from.
+        params_after: weights of the result.
+        bytes_before: of ``params_before`` as dense weights of the source's type.
+        bytes_after: of the result as it is stored.
+        removed: the layers without a part, by "q", "k", "v", "p", "attention" and "ffn".
+        folded: the norms whose gains went into matrices.
+        stock: whether the result runs in mlx-lm's own network, without ``model.py``.
+        skipless: whether skips were dropped first, so that the result has to be trained again.
+        speedup_from_bytes: bytes that decoding a token would read of the same network in the
+            result's format without the removals, over those that it reads.
+        first_layer: what a table of the first layer saves and costs, None without one.
+        cache_bytes_before, cache_bytes_after: of KV cache, that a token takes.
+        rows: of the plan, a part of the network each.
+        notes: what else there is to know, a sentence each.
+        warnings: what must not be overlooked, a sentence each.
+        verification: how far the result is from its source, None where that was not checked.
+        seconds: that all took.
+        stages: seconds of each stage, in the order of their beginnings.
+        peak_memory_bytes: the most that the process held.
     """
 
     source: str

@@ -93,18 +93,23 @@ def _nemotron_nas_settings(args: ModelArgs) -> Config:
     """Blocks without attention or FFN, in the terms of mlx-lm's nemotron-nas."""
     group = args.num_attention_heads // args.num_key_value_heads
     # Widths are given as two thirds of a multiple of the stream's, and rounded up to 256.
-    width = {"ffn_mult": 1.5 * (args.intermediate_size - 128) / args.hidden_size}
-    nothing: Config = {"no_op": True}
+    width = 1.5 * (args.intermediate_size - 128) / args.hidden_size
+
+    def part(name: str, layer: int, key: str, value: float) -> Config:
+        gone = args.lacks(name, layer)
+        # llama.cpp's converter looks at what is null, mlx-lm at what does nothing.
+        return {key: None if gone else value, "no_op": gone, "replace_with_linear": False}
+
     return {
         "model_type": "nemotron-nas",
         "architectures": ["DeciLMForCausalLM"],
         "max_position_embeddings": args.max_position_embeddings,
         "block_configs": [
             {
-                "attention": nothing if args.lacks("attention", i) else {"n_heads_in_group": group},
-                "ffn": nothing if args.lacks("ffn", i) else width,
+                "attention": part("attention", layer, "n_heads_in_group", group),
+                "ffn": part("ffn", layer, "ffn_mult", width),
             }
-            for i in range(args.num_hidden_layers)
+            for layer in range(args.num_hidden_layers)
         ],
     }
 

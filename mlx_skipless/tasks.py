@@ -79,6 +79,9 @@ def compare_tasks(
         confirm_run_unsafe_code: for tasks that run what the model wrote.
         trust_remote_code: for models of other architectures that bring code.
 
+    Returns:
+        A score for each metric of each task.
+
     Raises:
         UserError: if lm-eval is not installed, or for a task or model that cannot be used.
     """

@@ -69,8 +69,20 @@ class Pace(loop.Pace):
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended; ``bits_per_character`` and ``validation_loss`` (nats per token) are of all
-    the held-out text, None if there is none."""
+    """How a run ended.
+
+    Attributes:
+        output: the run's folder.
+        step: the last one.
+        tokens: that were seen, repeated ones each time.
+        parameters: weights of the network.
+        loss: nats per token, the mean over the steps of the log's last line.
+        validation_loss: of all the held-out text, nats per token, None if there is none.
+        bits_per_character: likewise.
+        seconds: of training, earlier sessions of a resumed run included.
+        tokens_per_second: over these.
+        peak_memory_bytes: the most that the process held.
+    """
 
     output: str
     step: int

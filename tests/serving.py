@@ -17,13 +17,16 @@ WITHOUT_US = (
 
 
 @contextmanager
-def serving(model: Path, log: Path, python: str = sys.executable) -> Iterator[tuple[str, int]]:
+def serving(
+    model: Path, log: Path, python: str = sys.executable, *, trust: bool = True
+) -> Iterator[tuple[str, int]]:
     """The address for OpenAI's client, and the server's process id."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [python, "-c", WITHOUT_US, "mlx_lm", "server", "--trust-remote-code"]
+    command = [python, "-c", WITHOUT_US, "mlx_lm", "server"]
     options = ["--model", str(model), "--port", str(port), "--host", "127.0.0.1"]
+    options += ["--trust-remote-code"] if trust else []
     with log.open("w") as lines:
         process = subprocess.Popen(
             [*command, *options],

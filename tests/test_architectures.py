@@ -101,6 +101,20 @@ def test_as_transformers_has_it(name: str, tmp_path: Path) -> None:
     assert reference.worst_relative_error(expected, logits(tmp_path / "o", text())) < 1e-5
 
 
+@pytest.mark.parametrize("name", [name for name in STOCK if name != "mixtral"])
+def test_transformers_reads_what_is_folded(name: str, tmp_path: Path) -> None:
+    """A result without model.py is transformers' too, but for experts, which mlx-lm stacks."""
+    torch = pytest.importorskip("torch")
+    expected = reference.logits(*make(tmp_path / "s", name), text())
+    assert convert(tmp_path / "s", tmp_path / "o", verify=False).folded
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "o", dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        found = model(torch.tensor(text())).logits.numpy()
+    assert reference.worst_relative_error(expected, found) < 1e-5
+
+
 @pytest.mark.parametrize("name", STOCK)
 def test_our_network_equals_mlx_lms(name: str, tmp_path: Path) -> None:
     make(tmp_path / "s", name, **as_mlx_lm(name))

@@ -255,6 +255,25 @@ def test_converted(config: Config, options: dict[str, Any], stock: bool, tmp_pat
     assert check is not None and check.kl > 0 and not report.warnings
 
 
+def test_blocks_in_llama_cpps_terms(tmp_path: Path) -> None:
+    """Its converter asks every block what is null, and nothing else."""
+    made(tmp_path / "s", intermediate_size=256)
+    mlx_skipless.convert(tmp_path / "s", tmp_path / "o", drop_attention=2, drop_block=1)
+    config = json.loads((tmp_path / "o" / "config.json").read_text())
+    assert config["architectures"] == ["DeciLMForCausalLM"]
+    names = mx.load(str(tmp_path / "o" / "model.safetensors")).keys()
+    gone = 0
+    for layer, block in enumerate(config["block_configs"]):
+        for part, module, key in (
+            ("attention", "self_attn", "n_heads_in_group"), ("ffn", "mlp", "ffn_mult")
+        ):  # fmt: skip
+            there = any(name.startswith(f"model.layers.{layer}.{module}.") for name in names)
+            assert (block[part][key] is not None) == there
+            assert block[part]["replace_with_linear"] is False
+            gone += not there
+    assert gone == 4
+
+
 def test_a_packed_source_stays_packed(tmp_path: Path) -> None:
     """Every tensor that stays is the source's, bit for bit, and mlx-lm runs it."""
     made(tmp_path / "s", intermediate_size=256)

@@ -16,9 +16,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import reference
+from converted import made
 from factory import make_checkpoint, make_llama
 from serving import WITHOUT_US, serving
 
+import mlx_skipless
 from mlx_skipless.conversion import convert
 
 PYTHONS = os.environ.get("MLX_LM_PYTHONS", sys.executable).split(":")
@@ -171,6 +173,32 @@ def test_quantizing_protects_what_an_inverse_magnifies(
 def server(python: str, folder: Path, tmp_path: Path) -> Iterator[str]:
     with serving(folder, tmp_path / "log", python) as (url, _):
         yield url
+
+
+@pytest.mark.parametrize(
+    "kind", ["folded, attention dropped", "quantized table", "no attention 1, 2"]
+)
+def test_server_says_what_we_say(kind: str, python: str, tmp_path: Path) -> None:
+    """An architecture of mlx-lm's own, without trust, ours in 4 bits, and ours with few caches."""
+    openai = pytest.importorskip("openai")
+    trust = "folded" not in kind
+    if not trust:
+        make_llama(tmp_path / "s", intermediate_size=256)
+        report = convert(tmp_path / "s", tmp_path / kind, drop_attention=1, verify=False)
+        assert report.stock and report.folded
+    else:
+        made(tmp_path, kind)
+    with serving(tmp_path / kind, tmp_path / "log", python, trust=trust) as (url, _):
+        client = openai.OpenAI(base_url=url, api_key="none", timeout=120)
+        for text in TEXTS[:2]:
+            answer = client.chat.completions.create(
+                model="default_model",
+                messages=[{"role": "user", "content": text}],
+                max_tokens=16,
+                temperature=0,
+            )
+            own = mlx_skipless.generate(tmp_path / kind, None, text, max_tokens=16)
+            assert answer.choices[0].message.content == own.text
 
 
 def test_server_answers_the_openai_client(server: str) -> None:

@@ -1,0 +1,41 @@
+"""The page on the Python interface is the code's, and the code says what the page needs."""
+
+import dataclasses
+import inspect
+import re
+import runpy
+from typing import Any
+
+import pytest
+from commands import ROOT
+
+import mlx_skipless
+
+PAGE = runpy.run_path(str(ROOT / "docs/api.py"))
+THINGS = [*PAGE["PUBLIC"], *PAGE["reached"]()]
+FUNCTIONS = [thing for thing in THINGS if inspect.isfunction(thing)]
+
+
+def test_the_page_is_what_the_code_says() -> None:
+    written = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    assert written == PAGE["document"](), "run: python docs/api.py > docs/api.md"
+    headings = re.findall(r"^### (\S+)$", written, re.MULTILINE)
+    assert set(mlx_skipless.__all__) <= set(headings) and len(headings) == len(THINGS)
+
+
+@pytest.mark.parametrize("thing", THINGS, ids=lambda thing: thing.__qualname__)
+def test_a_docstring_names_every_parameter(thing: Any) -> None:
+    """And no other; fields that are flags say themselves what they are."""
+    docstring = inspect.cleandoc(thing.__doc__)
+    items = re.findall(r"^ {4}(\w+(?:, \w+)*): \S", docstring, re.MULTILINE)
+    named = {name for item in items for name in item.split(", ")} - {"UserError"}
+    if dataclasses.is_dataclass(thing):
+        named |= {one.name for one in dataclasses.fields(thing) if one.metadata.get("help")}
+    elif inspect.isclass(thing):
+        return  # an exception
+    assert named == set(inspect.signature(thing).parameters)
+
+
+@pytest.mark.parametrize("thing", FUNCTIONS, ids=lambda thing: thing.__qualname__)
+def test_a_docstring_says_what_is_raised(thing: Any) -> None:
+    assert "Raises:\n" in thing.__doc__ and "UserError: " in thing.__doc__
