@@ -87,8 +87,9 @@ class _Probe(nn.Module):
         super().__init__()
         self.inner, self._name, self._seen = inner, name, seen
 
-    def __call__(self, x: mx.array, *others: Any, **options: Any) -> Any:
-        self._seen.append((f"{self._name}'s input", x))
+    def __call__(self, x: Any, *others: Any, **options: Any) -> Any:
+        parts = x if isinstance(x, list) else [x]  # a table has q, k and v apart
+        self._seen.extend((f"{self._name}'s input", part) for part in parts)
         out = self.inner(x, *others, **options)
         self._seen.append((f"{self._name}'s output", out))
         return out
