@@ -145,6 +145,7 @@ def _qwen2(config: Config) -> Config:
         "sliding_window": config.get("sliding_window") if kinds else None,
         "attention_bias": None,
         "biases": _biases(config, ATTENTION[:3]),
+        "max_position_embeddings": _first(config, "max_position_embeddings", default=32768),
     }
 
 

@@ -19,6 +19,8 @@ from .plan import Plan, RemovalCost
 from .report import Report, make_report
 
 MODEL_FILE = "model.py"
+# Keys (or how they begin) that mean something to mlx-lm in these architectures, and to no one else.
+ONLY_MLX_LMS = ("quantiz", "text_config", "rope_traditional", "layer_norm_bias")
 
 
 @dataclass(frozen=True)

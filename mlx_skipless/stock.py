@@ -132,7 +132,10 @@ def _qwen2(args: ModelArgs) -> bool:
 
 
 def _qwen_settings(args: ModelArgs) -> Config:
-    settings = _llama_settings(args)
+    settings = {
+        **_llama_settings(args),
+        "max_position_embeddings": args.max_position_embeddings,
+    }
     return {k: v for k, v in settings.items() if k not in ("attention_bias", "mlp_bias")}
 
 

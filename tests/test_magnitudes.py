@@ -185,3 +185,12 @@ def test_every_architecture_can_be_watched(tmp_path: Path, kind: str) -> None:
     watched = network.hidden(mx.array([[5, 6, 7]]), watch=watch)
     assert len(watch.layers) == checkpoint.args.num_hidden_layers
     assert mx.array_equal(watched, network.hidden(mx.array([[5, 6, 7]])))
+
+
+def test_what_comes_out_of_a_table_is_watched(tmp_path: Path) -> None:
+    """An attention of no matrix of its own gets q, k and v."""
+    make_checkpoint(tmp_path / "model", num_key_value_heads=4)
+    report = mlx_skipless.convert(
+        tmp_path / "model", tmp_path / "out", remove="p", precompute_first_layer="force"
+    )
+    assert report.verification is not None and len(report.verification.magnitudes) == 3
