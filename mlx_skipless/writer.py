@@ -76,24 +76,28 @@ class Writer:
     def _remove_abandoned(self, parent: Path) -> None:
         for folder in parent.glob(f"{glob.escape(self._prefix)}*"):
             with _locked(folder) as ours:
-                if not ours:
+                if ours is False:
                     raise UserError(
                         f"another run is writing {self._out}: wait for it, or give another "
                         f"{self._flag}"
                     )
-                shutil.rmtree(folder, ignore_errors=True)
+                if ours:
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def __enter__(self) -> "Writer":
         self._held = ExitStack()
         try:
             self._make_folder()
             # A run that began at the same time may have taken it for abandoned: it was not locked.
-            while not self._held.enter_context(_locked(self.folder)) or not self.folder.is_dir():
+            while not self._lock():
                 self._make_folder()
         except BaseException:  # a signal in the middle of making it, too
             shutil.rmtree(self.folder, ignore_errors=True)
             raise
         return self
+
+    def _lock(self) -> bool:
+        return self._held.enter_context(_locked(self.folder)) is not False and self.folder.is_dir()
 
     def _make_folder(self) -> None:
         self.folder = self._out.absolute().parent / f"{self._prefix}{secrets.token_hex(8)}"
@@ -211,21 +215,23 @@ def check_free(out: Path, flag: str = "--mlx-path") -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
+def _locked(folder: Path) -> Iterator[bool | None]:
     """Lock a folder until the end of the block or of this process; False if another has.
 
-    True as well where the file system knows no locks, or the folder has gone.
+    None if nobody can tell: the file system knows no locks, or the folder has gone.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
-        yield True
+        yield None
         return
+    ours: bool | None = True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        ours = True
-    except OSError as error:
-        ours = not isinstance(error, BlockingIOError)
+    except BlockingIOError:
+        ours = False
+    except OSError:
+        ours = None
     try:
         yield ours
     finally:

@@ -1,5 +1,7 @@
 """Shards that a thread writes: in order, whole, and gone if anything goes wrong."""
 
+import errno
+import fcntl
 import threading
 from pathlib import Path
 from typing import Any
@@ -126,6 +128,21 @@ def test_an_interrupt_while_the_folder_is_made_leaves_nothing(
     with pytest.raises(KeyboardInterrupt), Writer(tmp_path / "out", 0):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("known", "left"), [(True, []), (False, [".out.partial-1"])])
+def test_without_locks_nothing_of_another_run_is_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool, left: list[str]
+) -> None:
+    def unknown(*arguments: Any) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    (tmp_path / ".out.partial-1").mkdir()
+    if not known:
+        monkeypatch.setattr(fcntl, "flock", unknown)
+    with Writer(tmp_path / "out", 0) as writing:
+        writing.commit()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*left, "out"]
 
 
 def test_discarded_weights_are_not_written_after_all(
