@@ -4,7 +4,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.text import Text
@@ -42,24 +42,32 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``mlx-skipless COMMAND``; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="mlx-skipless",
-        description=SUMMARY,
-        epilog="mlx-skipless COMMAND --help explains a command, with examples",
-    )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, module in COMMANDS.items():
-        _explain(commands.add_parser(name, help=module.HELP), module)
-    options = vars(parser.parse_args(argv))
-    return _run(COMMANDS[options.pop("command")].run, options)
+
+    def run() -> None:
+        parser = argparse.ArgumentParser(
+            prog="mlx-skipless",
+            description=SUMMARY,
+            epilog="mlx-skipless COMMAND --help explains a command, with examples",
+        )
+        parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+        commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+        for name, module in COMMANDS.items():
+            _explain(commands.add_parser(name, help=module.HELP), module)
+        options = vars(parser.parse_args(argv))
+        COMMANDS[options.pop("command")].run(options)
+
+    return _exit_code(run)
 
 
 def command(name: str) -> int:
     """``python NAME.py``: one command with its own help; returns the exit code."""
-    parser = argparse.ArgumentParser(prog=f"python {name}.py")
-    _explain(parser, COMMANDS[name])
-    return _run(COMMANDS[name].run, vars(parser.parse_args()))
+
+    def run() -> None:
+        parser = argparse.ArgumentParser(prog=f"python {name}.py")
+        _explain(parser, COMMANDS[name])
+        COMMANDS[name].run(vars(parser.parse_args()))
+
+    return _exit_code(run)
 
 
 def _explain(parser: argparse.ArgumentParser, module: Any) -> None:
@@ -73,7 +81,9 @@ def _explain(parser: argparse.ArgumentParser, module: Any) -> None:
     module.arguments(parser)
 
 
-def _run(run: Any, options: dict[str, Any]) -> int:
+def _exit_code(run: Callable[[], None]) -> int:
+    """Of what runs until it fails or is told to end; says why in a line."""
+
     def terminate(signum: int, frame: Any) -> None:
         raise KeyboardInterrupt  # unwinds, so that nothing is left behind
 
@@ -83,7 +93,7 @@ def _run(run: Any, options: dict[str, Any]) -> int:
     if sys.stdin is None:  # closed: else the next file is descriptor 0, which MLX takes for none
         sys.stdin = open(os.devnull)  # noqa: SIM115
     try:
-        run(options)
+        run()
     except UserError as error:
         _complain(error)
         return 1

@@ -171,3 +171,15 @@ def test_a_run_that_ignores_hangups_goes_on_doing_so(capsys: pytest.CaptureFixtu
     finally:
         signal.signal(signal.SIGHUP, hangup)
         signal.signal(signal.SIGTERM, before)
+
+
+def test_an_interrupt_of_the_arguments_is_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(parser: argparse.ArgumentParser) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(signal, "signal", lambda *ignored: None)
+    monkeypatch.setattr(cli.COMMANDS["analyze"], "arguments", interrupt)
+    assert cli.main(["convert"]) == 1
+    assert capsys.readouterr() == ("", "error: interrupted\n")
