@@ -91,10 +91,7 @@ class Job:
         """config.json of the result."""
         source, layout = self.checkpoint.config, self.layout
         if self.stock:
-            # What mlx-lm would read its own way, of weights that are new.
-            config = {
-                k: v for k, v in source.items() if not k.startswith(("quantiz", "text_config"))
-            }
+            config = {k: v for k, v in source.items() if not k.startswith(ONLY_MLX_LMS)}
             assert self.family.stock is not None
             config |= self.family.stock.settings(layout.args)
         else:

@@ -61,14 +61,14 @@ def silence() -> Iterator[None]:
         warnings.simplefilter("ignore", DeprecationWarning)
         os.dup2(file.fileno(), 2)
         try:
-            with contextlib.redirect_stderr(os.fdopen(os.dup(2), "w")) as python:
+            with os.fdopen(os.dup(2), "w") as python, contextlib.redirect_stderr(python):
                 yield
-                python.flush()
         finally:
             os.dup2(kept, 2)
             os.close(kept)
         file.seek(0)
-        assert file.read() == b""
+        said = file.read()
+        assert said == b"", said
 
 
 def converted(folder: Path, **options: Any) -> tuple[Report, Path] | None:
@@ -285,7 +285,7 @@ def test_spoiled_values(name: str, options: dict[str, Any], rng: random.Random) 
         return
     assert all(np.isfinite(values).all() for values in weights.values())
     found = check(*outcome, options, most=0.1)  # of large numbers float32 keeps few digits
-    huge = max(np.abs(values).max() for values in weights.values()) > 1e15
+    huge = max(np.abs(values).max() for values in weights.values()) > 1e8
     if huge or set(options) & {*APPROXIMATE, "skipless"}:  # norms square: that is float32's end
         return
     with np.errstate(all="ignore"):
