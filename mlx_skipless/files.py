@@ -65,23 +65,30 @@ def check_links(folder: Path, *, code: bool) -> None:
     Of what a tokenizer is made transformers decides, so this is every file but weights and config:
     those may lie anywhere, since nothing gets further that does not parse as safetensors or as a
     known architecture, and folders of links to large weights are common. ``code``: Python files
-    are taken, too. The Hub's cache is a folder of links itself, to its own ``blobs``.
+    are taken, too.
 
     Raises:
         UserError: for a link that leads elsewhere.
     """
-    root = folder.resolve()
-    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
     for file in (*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*")):
         kept = file.name == "config.json" or file.suffix == ".safetensors"
-        if kept or file.is_dir() or (file.suffix == ".py" and not code):
-            continue
-        target = Path(os.path.realpath(file))  # a link to itself is no error here
-        if not target.is_relative_to(root) and target.parent != blobs:
-            raise UserError(
-                f"{file} leads out of its folder, to {target}, and would be copied into the "
-                "result: if that is meant, put a copy in its place"
-            )
+        if not (kept or file.is_dir() or (file.suffix == ".py" and not code)):
+            check_inside(file, folder, f"{file} leads")
+
+
+def check_inside(file: Path, folder: Path, what: str) -> None:
+    """Refuse a file that lies outside a model's folder; ``what`` leads there, as the error says.
+
+    The Hub's cache is a folder of links itself, to its own ``blobs``.
+    """
+    root = folder.resolve()
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
+    target = Path(os.path.realpath(file))  # a link to itself is no error here
+    if not target.is_relative_to(root) and target.parent != blobs:
+        raise UserError(
+            f"{what} out of its folder, to {target}, and would be copied into the result: if that "
+            "is meant, put a copy in its place"
+        )
 
 
 def fill(path: Path, offset: int, into: Any) -> None:
