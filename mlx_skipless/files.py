@@ -10,15 +10,27 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from . import hub
 from .errors import UserError
 
+SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")  # what is read besides weights
 # The largest of the Hub are a few tens of MB.
 CONFIG_BYTES = 64 << 20
 TOKENIZER_BYTES = 256 << 20
 TEMPLATES = "additional_chat_templates"  # transformers' folder of them
 AT_ONCE = 16 << 20
 AHEAD_BYTES = 1 << 30  # more might be gone again before its turn comes
+
+
+def check_name(path: Path) -> None:
+    """Refuse a path that is no Unicode: neither MLX nor transformers nor a model card takes it.
+
+    Raises:
+        UserError: if it is none.
+    """
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path} has a name that is not UTF-8: give it another") from error
 
 
 def is_there(path: Path, most: int | None = None) -> bool:
@@ -52,7 +64,7 @@ def check_small(folder: Path) -> None:
     Raises:
         UserError: as ``is_there`` does.
     """
-    for pattern in hub.CONFIGS:
+    for pattern in SMALL:
         for file in folder.glob(pattern):
             if not file.name.startswith("."):
                 is_there(file, TOKENIZER_BYTES)

@@ -203,7 +203,8 @@ class Writer:
 
 
 def check_free(out: Path, flag: str = "--mlx-path") -> None:
-    """Raises UserError if ``out`` exists or its parent does not."""
+    """Raises UserError if ``out`` exists, its parent does not, or its name is none for a model."""
+    files.check_name(out)
     if os.path.lexists(out):
         raise UserError(f"{out} exists already: remove it or give another {flag}")
     if not out.absolute().parent.is_dir():

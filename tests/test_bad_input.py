@@ -509,6 +509,14 @@ def test_what_an_error_quotes_stays_in_its_line(refused: Refused, place: Path, n
         assert name not in error and ascii(name)[1:-1] in error
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems have no such names")
+def test_a_name_that_is_no_unicode(refused: Refused, place: Path):
+    odd = Path(os.fsdecode(os.fsencode(place) + b"/\xff"))
+    assert "@/\\udcff has a name that is not UTF-8" in refused(out=odd)
+    (place / "model").rename(odd)
+    assert "@/\\udcff has a name that is not UTF-8" in refused(model=odd)
+
+
 # Links
 
 SECRET = b'{"password": "tell nobody"}'
