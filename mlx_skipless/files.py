@@ -10,15 +10,27 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from . import hub
 from .errors import UserError
 
+SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")  # what is read besides weights
 # The largest of the Hub are a few tens of MB.
 CONFIG_BYTES = 64 << 20
 TOKENIZER_BYTES = 256 << 20
 TEMPLATES = "additional_chat_templates"  # transformers' folder of them
 AT_ONCE = 16 << 20
 AHEAD_BYTES = 1 << 30  # more might be gone again before its turn comes
+
+
+def check_name(path: Path) -> None:
+    """Refuse a path that is no Unicode: neither MLX nor transformers nor a model card takes it.
+
+    Raises:
+        UserError: if it is none.
+    """
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path} has a name that is not UTF-8: give it another") from error
 
 
 def is_there(path: Path, most: int | None = None) -> bool:
@@ -52,7 +64,7 @@ def check_small(folder: Path) -> None:
     Raises:
         UserError: as ``is_there`` does.
     """
-    for pattern in hub.CONFIGS:
+    for pattern in SMALL:
         for file in folder.glob(pattern):
             if not file.name.startswith("."):
                 is_there(file, TOKENIZER_BYTES)
@@ -65,23 +77,30 @@ def check_links(folder: Path, *, code: bool) -> None:
     Of what a tokenizer is made transformers decides, so this is every file but weights and config:
     those may lie anywhere, since nothing gets further that does not parse as safetensors or as a
     known architecture, and folders of links to large weights are common. ``code``: Python files
-    are taken, too. The Hub's cache is a folder of links itself, to its own ``blobs``.
+    are taken, too.
 
     Raises:
         UserError: for a link that leads elsewhere.
     """
-    root = folder.resolve()
-    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
     for file in (*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*")):
         kept = file.name == "config.json" or file.suffix == ".safetensors"
-        if kept or file.is_dir() or (file.suffix == ".py" and not code):
-            continue
-        target = Path(os.path.realpath(file))  # a link to itself is no error here
-        if not target.is_relative_to(root) and target.parent != blobs:
-            raise UserError(
-                f"{file} leads out of its folder, to {target}, and would be copied into the "
-                "result: if that is meant, put a copy in its place"
-            )
+        if not (kept or file.is_dir() or (file.suffix == ".py" and not code)):
+            check_inside(file, folder, f"{file} leads")
+
+
+def check_inside(file: Path, folder: Path, what: str) -> None:
+    """Refuse a file that lies outside a model's folder; ``what`` leads there, as the error says.
+
+    The Hub's cache is a folder of links itself, to its own ``blobs``.
+    """
+    root = folder.resolve()
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
+    target = Path(os.path.realpath(file))  # a link to itself is no error here
+    if not target.is_relative_to(root) and target.parent != blobs:
+        raise UserError(
+            f"{what} out of its folder, to {target}, and would be copied into the result: if that "
+            "is meant, put a copy in its place"
+        )
 
 
 def fill(path: Path, offset: int, into: Any) -> None:

@@ -24,7 +24,7 @@ from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from . import card, corpus, evaluation, hub, loop, passages
+from . import card, corpus, evaluation, files, hub, loop, passages
 from .checkpoint import read_json
 from .corpus import Batches
 from .errors import UserError, first_line
@@ -208,6 +208,7 @@ def heal(
         sources = Sources(_absolute(model), _absolute(teacher), texts, held, validation_share)
     treatment = treatment or Treatment()
     load_model = partial(load, trust_remote_code=trust_remote_code)
+    files.check_links(hub.resolve(sources.model), code=True)  # mlx-lm copies what runs, too
     (student, tokenizer), (original, own) = load_model(sources.model), load_model(sources.teacher)
     _check_pair(student, tokenizer, original, own)
     with loop.made(out, resume):

@@ -17,9 +17,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from . import files
 from .errors import UserError, first_line
 
-CONFIGS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 WEIGHTS = ["model*.safetensors"]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DATA_SET = re.compile(rf"({HUB_ID.pattern})(?::([\w.-]*))?(?::([\w.-]+))?")
@@ -28,10 +28,8 @@ DATA_SET = re.compile(rf"({HUB_ID.pattern})(?::([\w.-]*))?(?::([\w.-]+))?")
 def is_id(source: str) -> bool:
     """Whether a source is a Hub id: it looks like one, and no such path exists."""
     path = os.path.expanduser(source)
-    files = (".gguf", ".json")
-    return (
-        bool(HUB_ID.fullmatch(source)) and not source.endswith(files) and not os.path.exists(path)
-    )
+    is_file = source.endswith((".gguf", ".json"))
+    return bool(HUB_ID.fullmatch(source)) and not is_file and not os.path.exists(path)
 
 
 class _Bar(huggingface_hub.utils.tqdm):
@@ -53,11 +51,12 @@ def resolve(
     """
     path = os.path.expanduser(source)
     if os.path.exists(path):
+        files.check_name(Path(path))
         return Path(path)
     if not is_id(source):
         raise UserError(f"no such file or folder: {source} (a Hub id looks like owner/name)")
     where = f"{source} at revision {revision}" if revision else source
-    patterns = [*CONFIGS, *([] if config_only else WEIGHTS), *(["*.py"] if code else [])]
+    patterns = [*files.SMALL, *([] if config_only else WEIGHTS), *(["*.py"] if code else [])]
     try:
         return Path(
             huggingface_hub.snapshot_download(

@@ -17,7 +17,7 @@ import mlx.core as mx
 import transformers
 
 from . import files
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, read_json
 from .errors import UserError, first_line
 from .gguf_file import GGUFStore
 from .loading import tokenizer_options
@@ -207,7 +207,8 @@ class Writer:
 
 
 def check_free(out: Path, flag: str = "--mlx-path") -> None:
-    """Raises UserError if ``out`` exists or its parent does not."""
+    """Raises UserError if ``out`` exists, its parent does not, or its name is none for a model."""
+    files.check_name(out)
     if os.path.lexists(out):
         raise UserError(f"{out} exists already: remove it or give another {flag}")
     if not out.absolute().parent.is_dir():
@@ -262,6 +263,7 @@ def carry_tokenizer(
     source = checkpoint.folder
     assert source is not None, "a config alone has no tokenizer"
     files.check_links(source, code=trust_remote_code)
+    _check_named_files(source)
     present = [name for name in TOKENIZER_FILES if files.is_there(source / name)]
     if files.is_there(source / GENERATION_CONFIG):
         shutil.copyfile(source / GENERATION_CONFIG, folder / GENERATION_CONFIG)
@@ -275,6 +277,18 @@ def carry_tokenizer(
     for name in (*present, *code):
         shutil.copyfile(source / name, folder / name)
     return True
+
+
+def _check_named_files(source: Path) -> None:
+    """Refuse a tokenizer_config.json that names a file elsewhere, which older transformers read.
+
+    The name of a file that is not there comes from an author's own machine.
+    """
+    config = source / "tokenizer_config.json"
+    if files.is_there(config):
+        for key, name in read_json(config).items():
+            if key.endswith("_file") and isinstance(name, str) and os.path.lexists(source / name):
+                files.check_inside(source / name, source, f'"{key}" in {config} leads')
 
 
 def _save(read: Callable[[], Any], source: Path, folder: Path) -> bool:

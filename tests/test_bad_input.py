@@ -509,6 +509,14 @@ def test_what_an_error_quotes_stays_in_its_line(refused: Refused, place: Path, n
         assert name not in error and ascii(name)[1:-1] in error
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems have no such names")
+def test_a_name_that_is_no_unicode(refused: Refused, place: Path):
+    odd = Path(os.fsdecode(os.fsencode(place) + b"/\xff"))
+    assert "@/\\udcff has a name that is not UTF-8" in refused(out=odd)
+    (place / "model").rename(odd)
+    assert "@/\\udcff has a name that is not UTF-8" in refused(model=odd)
+
+
 # Links
 
 SECRET = b'{"password": "tell nobody"}'
@@ -551,6 +559,31 @@ def test_a_linked_folder_of_templates(refused: Refused, place: Path):
     assert "leads out of its folder, to @/own/diary.jinja" in refused()
 
 
+@pytest.mark.parametrize("flags", ["", "--skipless --remove p"])
+@pytest.mark.parametrize("key", ["vocab_file", "merges_file", "special_tokens_map_file"])
+@pytest.mark.parametrize("relative", [True, False])
+def test_a_tokenizer_that_names_a_file_elsewhere(
+    refused: Refused,
+    made: Callable[..., Path],
+    tmp_path: Path,
+    key: str,
+    flags: str,
+    relative: bool,
+):
+    """transformers read it once."""
+    shutil.copytree(made(make_llama), tmp_path / "model")
+    (tmp_path / "secret").write_bytes(SECRET)
+    file = tmp_path / "model" / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    secret = "../secret" if relative else str(tmp_path / "secret")
+    file.write_text(json.dumps(config | {key: secret}))
+    error = refused(*flags.split())
+    assert f'"{key}" in @/model/tokenizer_config.json leads out of its folder, to @/secret' in error
+    gone = {key: "/home/of-its-author/vocab.json", "tokenizer_file": None}
+    file.write_text(json.dumps(config | gone))
+    convert(tmp_path / "model", tmp_path / "out", verify=False)
+
+
 def test_code_that_is_taken_where_it_is_trusted(
     refused: Refused, made: Callable[..., Path], tmp_path: Path
 ):
@@ -591,9 +624,7 @@ def in_the_cache(folder: Path, cache: Path) -> Path:
 
 @pytest.mark.parametrize("flags", ["", "--skipless --remove p"])
 @pytest.mark.parametrize("kind", ["cache", "linked folder", "weights elsewhere", "within"])
-def test_links_that_are_fine(
-    made: Callable[..., Path], tmp_path: Path, flags: str, kind: str, capsys: Any
-):
+def test_links_that_are_fine(made: Callable[..., Path], tmp_path: Path, flags: str, kind: str):
     source = made(make_llama)
     model = tmp_path / "model"
     if kind == "cache":

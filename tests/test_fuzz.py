@@ -285,9 +285,10 @@ def test_spoiled_values(name: str, options: dict[str, Any], rng: random.Random) 
         return
     assert all(np.isfinite(values).all() for values in weights.values())
     found = check(*outcome, options, most=0.1)  # of large numbers float32 keeps few digits
-    huge = max(np.abs(values).max() for values in weights.values()) > 1e8
-    if huge or set(options) & {*APPROXIMATE, "skipless"}:  # norms square: that is float32's end
+    if outcome[0].warnings or set(options) & {*APPROXIMATE, "skipless"}:
         return
+    if max(np.abs(values).max() for values in weights.values()) > 1e8:
+        return  # norms square what products made of it, beyond float32
     with np.errstate(all="ignore"):
         expected = reference.logits(source(name).mapped, weights, TEXT)
     assert outcome[0].verification is not None
