@@ -644,7 +644,6 @@ def test_links_that_are_fine(made: Callable[..., Path], tmp_path: Path, flags: s
             (model / name).symlink_to(elsewhere / name)
     arguments = ["--model", str(model), "--mlx-path", str(tmp_path / "out"), *flags.split()]
     assert main(["convert", *arguments]) == 0
-    assert all(line.startswith("WARNING: ") for line in capsys.readouterr().err.splitlines())
     written = [*(tmp_path / "out").iterdir()]
     assert not any(file.is_symlink() for file in written)
     assert "tokenizer.json" in {file.name for file in written}
