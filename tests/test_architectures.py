@@ -409,6 +409,69 @@ def test_a_missing_expert(tmp_path: Path) -> None:
             convert(tmp_path / f"s{gone}", tmp_path / "o")
 
 
+def test_experts_of_several_shapes(tmp_path: Path) -> None:
+    """The first being the odd one."""
+    make(tmp_path / "s", "mixtral")
+    name = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+    retensored(tmp_path / "s", lambda tensors: tensors.update({name: tensors[name][1:]}))
+    with pytest.raises(mlx_skipless.UserError, match=r"experts\.1\.w1\.weight has shape"):
+        convert(tmp_path / "s", tmp_path / "o")
+
+
+ALIASES = {
+    "gpt_neox": ("embed_out.weight", "model.embed_out.weight"),
+    "mixtral": (
+        "model.layers.1.block_sparse_moe.experts.0.w2.weight",
+        "model.layers.1.block_sparse_moe.switch_mlp.down_proj.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_a_tensor_under_two_names(name: str, tmp_path: Path) -> None:
+    """Neither is taken for the other."""
+    one, other = ALIASES[name]
+    make(tmp_path / "s", name)
+    retensored(tmp_path / "s", lambda tensors: tensors.update({other: tensors[one]}))
+    with pytest.raises(mlx_skipless.UserError, match="one and the same tensor"):
+        convert(tmp_path / "s", tmp_path / "o")
+
+
+@pytest.mark.parametrize("expert", ["9" * 5000, "00", "1.0", "\u0661"])
+def test_an_expert_of_an_absurd_number(expert: str, tmp_path: Path) -> None:
+    make(tmp_path / "s", "mixtral")
+    name = f"model.layers.0.block_sparse_moe.experts.{expert}.w1.weight"
+    retensored(tmp_path / "s", lambda tensors: tensors.update({name: mx.ones((96, 64))}))
+    with pytest.raises(mlx_skipless.UserError, match="does not use"):
+        convert(tmp_path / "s", tmp_path / "o")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("qwen2", {"text_config": True}),
+        ("qwen2", {"rope_traditional": True}),
+        ("llama", {"rope_traditional": "1"}),
+        ("cohere", {"layer_norm_bias": True}),
+        ("qwen3", {"max_position_embeddings": None}),
+    ],
+)
+def test_keys_that_mlx_lm_alone_would_read(name: str, changes: Config, tmp_path: Path) -> None:
+    """Nothing that a config says to no one else changes what its result is."""
+    config, weights = make(tmp_path / "s", name, **as_mlx_lm(name), **changes)
+    report = convert(tmp_path / "s", tmp_path / "o")
+    assert report.stock
+    expected = reference.logits({**config, "rope_traditional": name == "cohere"}, weights, text())
+    assert reference.worst_relative_error(expected, logits(tmp_path / "o", text())) < 1e-5
+
+
+def test_activations_are_not_quantized(tmp_path: Path) -> None:
+    make(tmp_path / "s", "llama", quantize_activations=True)
+    for options in ({}, {"quantize": True, "q_group_size": 32}):
+        convert(tmp_path / "s", tmp_path / f"o{len(options)}", **options)
+        logits(tmp_path / f"o{len(options)}", text())
+
+
 BUFFERS = {
     "gpt_neox": ("gpt_neox.layers.{}.attention", "bias masked_bias rotary_emb.inv_freq"),
     "gptj": ("transformer.h.{}.attn", "bias masked_bias"),

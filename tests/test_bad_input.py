@@ -369,6 +369,15 @@ def test_headers_of_other_text(refused: Refused, place: Path, change: Callable[[
     assert "@/model/model.safetensors is truncated or corrupt" in refused()
 
 
+def test_a_header_that_names_a_tensor_twice(refused: Refused, place: Path):
+    """The library takes one of them, and another reader may take the other."""
+    one = json.dumps({"a": entry()})
+    (place / "model" / "model.safetensors").write_bytes(
+        header(f"{one[:-1]}, {one[1:]}".encode(), bytes(4))
+    )
+    assert "names something twice" in refused()
+
+
 @pytest.mark.parametrize("length", [1 << 40, (1 << 63) + 5, (1 << 64) - 1])
 def test_a_header_longer_than_its_file(refused: Refused, place: Path, length: int):
     file = place / "model" / "model.safetensors"
@@ -507,6 +516,9 @@ def test_what_an_error_quotes_stays_in_its_line(refused: Refused, place: Path, n
         edit_tensors(place / "model", put(name, lambda array: mx.zeros(3)))
         error = refused()
         assert name not in error and ascii(name)[1:-1] in error
+        with pytest.raises(UserError) as caught:
+            convert(place / "model", place / "out")
+        assert ascii(name)[1:-1] in str(caught.value) and str(caught.value).isprintable()
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="its file systems have no such names")
@@ -726,6 +738,8 @@ def test_missing_sizes(refused: Refused, place: Path, key: str):
         ({"rope_theta": float("inf")}, '"rope_theta"'),
         ({"rope_theta": [10000]}, '"rope_theta"'),
         ({"rope_scaling": "linear"}, "RoPE scaling"),
+        ({"rope_scaling": False}, "RoPE scaling"),
+        ({"rope_scaling": []}, "RoPE scaling"),
         ({"rope_scaling": {"rope_type": "spiral"}}, "RoPE scaling"),
         ({"rope_scaling": {"rope_type": 5}}, "RoPE scaling"),
         ({"rope_scaling": {"type": "linear"}}, "RoPE scaling"),
@@ -939,6 +953,20 @@ def test_a_type_too_narrow(refused: Refused, place: Path, name: str, removal: st
     error = refused("--remove", removal, "--dtype", "float16")
     assert "does not fit float16" in error and "bfloat16" in error
     assert name in error or removal == "qp"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_gain_too_large_for_any_type(
+    refused: Refused, made: Callable[..., Path], tmp_path: Path, dtype: str
+):
+    """NumPy would warn of it beside the error."""
+    shutil.copytree(made(make_llama), tmp_path / "model")
+    for name in ("input_layernorm", "self_attn.q_proj"):
+        edit_tensors(
+            tmp_path / "model", put(f"model.layers.1.{name}.weight", lambda array: array * 1e25)
+        )
+    error = refused("--dtype", dtype)
+    assert "model.layers.1.self_attn.q_proj.weight does not fit float32" in error
 
 
 def test_a_product_too_large_for_any_type(refused: Refused, place: Path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,12 +169,22 @@ def test_bfloat16_reads_as_it_is(tmp_path: Path):
     assert all(mx.array_equal(read[n], expected[n]) for n in read)
 
 
-def test_what_is_read_ahead_may_fail_in_peace(tmp_path: Path, source: tuple[Path, Path]):
+def test_what_is_read_ahead_may_fail_in_peace(
+    source: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+):
     model, file = source
     checkpoint = open_checkpoint(model)
+    waits: list[Any] = []
+
+    class Waits(threading.Thread):
+        def start(self) -> None:
+            waits.append(self)
+
+    monkeypatch.setattr(threading, "Thread", Waits)
     for change in (lambda: os.truncate(file, 100), file.unlink):
         change()
         checkpoint.read_ahead([LAST])
+        waits.pop().run()
 
 
 def test_reading_ahead_reads_the_spans_and_no_more_than_may_be_kept(

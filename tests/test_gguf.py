@@ -32,6 +32,7 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from mlx_skipless import gguf_file
 from mlx_skipless.checkpoint import open_checkpoint
 from mlx_skipless.conversion import convert
 from mlx_skipless.errors import UserError
@@ -470,6 +471,40 @@ def test_a_damaged_header_is_refused_or_harmless(tmp_path: Path, small):
     assert refused > 30
 
 
+def test_the_other_byte_order_is_refused(tmp_path: Path, small):
+    """gguf takes its blocks for this machine's."""
+    _, config, weights = small
+    usual = gguf.GGUFWriter
+
+    def swapped(file: Path, architecture: str) -> gguf.GGUFWriter:
+        return usual(file, architecture, endianess=gguf.GGUFEndian.BIG)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFWriter", swapped)
+        write(tmp_path / "model.gguf", config, weights)
+    with pytest.raises(UserError, match="byte order"):
+        open_checkpoint(tmp_path / "model.gguf")
+
+
+def test_absurd_amounts_of_metadata(tmp_path: Path, small, monkeypatch: pytest.MonkeyPatch):
+    _, config, weights = small
+
+    def nested(writer: gguf.GGUFWriter) -> None:
+        writer.add_uint32("deep", 0)
+
+    write(tmp_path / "model.gguf", config, weights, describe=nested)
+    content = (tmp_path / "model.gguf").read_bytes()
+    before, after = content.split(b"deep")
+    array = struct.pack("<IQ", 9, 1)  # of one, an array of one, ...
+    deep = struct.pack("<I", 9) + array * 2000 + struct.pack("<IQB", 0, 1, 7)
+    (tmp_path / "model.gguf").write_bytes(before + b"deep" + deep + after[8:])
+    with pytest.raises(UserError, match="recursion"):
+        open_checkpoint(tmp_path / "model.gguf")
+    monkeypatch.setattr(gguf_file, "MOST_VALUES", 500)
+    with pytest.raises(UserError, match="more metadata than any model"):
+        open_checkpoint(small[0])
+
+
 def test_an_array_longer_than_the_file_ends_at_once(tmp_path: Path, small):
     content = small[0].read_bytes()
     at = content.index(b"tokenizer.ggml.token_type") + len(b"tokenizer.ggml.token_type") + 8
@@ -499,9 +534,19 @@ def test_no_gguf_file_at_all(tmp_path: Path):
             "longrope",
         ),
         ({"extra": {"blk.0.attn_q_norm.weight": np.ones(8, np.float32)}}, "blk.0.attn_q_norm"),
+        ({"extra": {"model.norm.weight": np.ones(32, np.float32)}}, "two names"),
         ({"extra": {"blk.1.attn_q.weight": np.ones((32, 32), np.float32)}}, "blk.1|layers.1"),
     ],
-    ids=["architecture", "experts", "split", "partial", "longrope", "extra", "extra layer"],
+    ids=[
+        "architecture",
+        "experts",
+        "split",
+        "partial",
+        "longrope",
+        "extra",
+        "twice",
+        "extra layer",
+    ],
 )
 def test_what_is_no_llama_is_refused(
     tmp_path: Path, small, options: dict[str, Any], complaint: str

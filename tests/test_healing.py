@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,6 +101,20 @@ def test_divergence(shape: tuple[int, ...], dtype: mx.Dtype) -> None:
     assert got.shape == shape[:-1] and got.dtype == mx.float32
     a64, b64 = (np.array(x.astype(mx.float32)).astype(np.float64) for x in (a, b))
     assert float(got.mean().item()) == pytest.approx(reference.softmax_kl(a64, b64), rel=1e-5)
+
+
+def test_a_link_out_of_the_model_is_not_copied(
+    pair: tuple[Path, Config, Weights], tmp_path: Path
+) -> None:
+    """mlx-lm would copy it beside the result, code that nobody trusts too."""
+    shutil.copytree(pair[0] / "r", tmp_path / "r")
+    (tmp_path / "secret").write_text("{}")
+    for name in ("generation_config.json", "own.py"):
+        (tmp_path / "r" / name).symlink_to(tmp_path / "secret")
+        with pytest.raises(mlx_skipless.UserError, match=f"{name} leads out of its folder"):
+            mlx_skipless.heal(tmp_path / "r", pair[0] / "s", tmp_path / "h", SMALL, pace=PACE)
+        (tmp_path / "r" / name).unlink()
+    assert not (tmp_path / "h").exists()
 
 
 def test_a_run_says_what_it_was(

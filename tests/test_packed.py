@@ -462,6 +462,10 @@ def test_an_unknown_packing_is_refused(tmp_path: Path, settings: Config, complai
         {"bits": 7},
         {"group_size": 16},
         {"mode": "mxfp4", "bits": 8},
+        {"bits": 4.0},
+        {"bits": True},
+        {"group_size": 64.0},
+        {"bits": [4]},
     ],
     ids=str,
 )
@@ -506,6 +510,32 @@ def test_a_missing_or_misshapen_part_is_named(
 
     rewrite(tmp_path, harm)
     with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(("scheme", "part"), PARTS, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize("kind", [mx.int64, mx.float16, mx.bool_, mx.uint8])
+def test_a_part_of_another_number_type_is_named(
+    tmp_path: Path, scheme: tuple[Config, Packer], part: str, kind: mx.Dtype
+):
+    write(tmp_path, *scheme)
+    name = f"model.layers.1.mlp.up_proj.{part}"
+    rewrite(tmp_path, lambda arrays: arrays | {name: arrays[name].astype(kind)})
+    in_mxfp4 = scheme[0].get("quantization", {}).get("mode") == "mxfp4"
+    fits = mx.uint8 if in_mxfp4 else mx.float16
+    if part in ("scales", "biases") and kind == fits:
+        open_checkpoint(tmp_path)
+        return
+    with pytest.raises(UserError, match=rf"{name} has a number type that"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("bits", [4.0, True, "4", None])
+def test_bits_of_gptq_that_are_no_whole_number(tmp_path: Path, bits: Any):
+    settings, pack = gptq(4)
+    write(tmp_path, settings, pack)
+    rewrite(tmp_path, quantization_config=settings["quantization_config"] | {"bits": bits})
+    with pytest.raises(UserError, match="bits is not supported"):
         open_checkpoint(tmp_path)
 
 

@@ -41,6 +41,13 @@ def test_overflow_is_named(which: int, words: str) -> None:
         verify.compare_logits(zip(*logits, strict=True), np.zeros((1, 2), dtype=int), "")
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_perplexity_may_be_infinite() -> None:
+    a = np.array([[[0.0, 1e4], [0.0, 1e4]]], dtype=np.float32)
+    got = verify.compare_logits(zip(a, a, strict=True), np.zeros((1, 2), dtype=int), "")
+    assert got.perplexity == np.inf and got.max_rel_logit_error == 0
+
+
 def test_streaming_is_the_network(network) -> None:
     source, streamed = network
     tokens = np.random.default_rng(0).integers(0, 256, (2, 12))
