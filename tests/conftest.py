@@ -9,10 +9,10 @@ from factory import make_checkpoint
 from hypothesis import settings
 from reference import Config, Weights
 
-from mlx_skipless import verify
-from mlx_skipless.checkpoint import open_checkpoint
-from mlx_skipless.merge import Merger
-from mlx_skipless.plan import make_plan
+from mlx_skipless.checkpoints.checkpoint import open_checkpoint
+from mlx_skipless.conversion import check as verify
+from mlx_skipless.removal.merger import Merger
+from mlx_skipless.removal.plan import make_plan
 
 # One test a core: a BLAS that takes them all would only stand in the others' way.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

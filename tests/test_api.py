@@ -11,14 +11,14 @@ from commands import ROOT
 
 import mlx_skipless
 
-PAGE = runpy.run_path(str(ROOT / "docs/api.py"))
+PAGE = runpy.run_path(str(ROOT / "tools/api.py"))
 THINGS = [*PAGE["PUBLIC"], *PAGE["reached"]()]
 FUNCTIONS = [thing for thing in THINGS if inspect.isfunction(thing)]
 
 
 def test_the_page_is_what_the_code_says() -> None:
     written = (ROOT / "docs/api.md").read_text(encoding="utf-8")
-    assert written == PAGE["document"](), "run: python docs/api.py > docs/api.md"
+    assert written == PAGE["document"](), "run: python tools/api.py > docs/api.md"
     headings = re.findall(r"^### (\S+)$", written, re.MULTILINE)
     assert set(mlx_skipless.__all__) <= set(headings) and len(headings) == len(THINGS)
 

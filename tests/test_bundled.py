@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 import mlx_skipless
-from mlx_skipless import generation, passages
-from mlx_skipless.loading import BUNDLED
+from mlx_skipless.inference import generation
+from mlx_skipless.inference.loading import BUNDLED
+from mlx_skipless.text import samples as passages
 
 ROOT = Path(__file__).resolve().parent.parent
 TALES = os.environ.get("MLX_SKIPLESS_TALES")  # the folder of books that it was trained on

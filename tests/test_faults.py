@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent / "faults.py"
+SCRIPT = Path(__file__).parents[1] / "tools/faults.py"
 TRIES = {
     "SIGINT": 20,
     "SIGTERM": 10,

@@ -31,9 +31,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlx_skipless import UserError, convert
-from mlx_skipless.config import LIMITS
-from mlx_skipless.loading import load_network
-from mlx_skipless.report import Report
+from mlx_skipless.architectures.config import LIMITS
+from mlx_skipless.conversion.report import Report
+from mlx_skipless.inference.loading import load_network
 
 THOROUGH = settings.get_current_profile_name() == "thorough"
 RANDOM = st.randoms(use_true_random=False)

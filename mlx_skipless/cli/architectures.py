@@ -1,0 +1,24 @@
+"""architectures: what can go from the architectures that are known."""
+
+import argparse
+from typing import Any
+
+from ..evaluation import catalogue
+from .shared import output, output_arguments
+
+HELP = "show what can go from the architectures that are known, by published shapes"
+EXAMPLES = (
+    ("", "the table"),
+    ("--json -", "for a script"),
+)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    output_arguments(parser, "every figure")
+
+
+def run(options: dict[str, Any]) -> None:
+    with output(options) as shown:
+        found = catalogue.entries()
+        shown.say(catalogue.markdown(found))
+        shown.write_json({"models": [entry.as_dict() for entry in found]})

@@ -1,0 +1,98 @@
+"""bench: measure models side by side, against plain mlx-lm."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..evaluation import bench_view
+from ..evaluation import benchmark as bench
+from ..removal.plan import REMOVALS
+from .shared import output, output_arguments, output_file, quantization_arguments
+
+HELP = "measure models side by side, against plain mlx-lm"
+EXAMPLES = (
+    ("OUT SRC", "two models side by side, and plain mlx-lm"),
+    (
+        "--synthetic mistral-7b:4 -q",
+        "four layers of a shape, random and in 4 bits: nothing is downloaded",
+    ),
+    ("--synthetic mistral-7b --prompt-lengths", "bytes alone, at once"),
+    (
+        "OUT --contexts 1024 16384 --batch-sizes 1 8 --markdown speed.md",
+        "decoding behind long contexts, in batches",
+    ),
+)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "models", nargs="*", metavar="MODEL",
+        help="model folders or Hub ids; the first that runs in mlx-lm's own code is the baseline, "
+        "else mlx-lm's network of the first one's sizes",
+    )  # fmt: skip
+    parser.add_argument(
+        "--synthetic", metavar="NAME[:LAYERS]",
+        help="random weights of a shape, in mlx-lm's own network and the skipless one: a model "
+        "that `architectures` lists, or a config.json",
+    )  # fmt: skip
+    parser.add_argument(
+        "--remove", default="auto", choices=REMOVALS,
+        help="from the synthetic skipless network (default: all that pays, by arithmetic)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=["float16", "bfloat16", "float32"],
+        help="of the synthetic weights (default: the config's, else bfloat16)",
+    )  # fmt: skip
+    quantization_arguments(parser, "quantize the synthetic networks")
+    parser.add_argument(
+        "--save", metavar="DIR",
+        help="write the synthetic shape's checkpoint there, dense and without a tokenizer, for "
+        "convert; must not exist",
+    )  # fmt: skip
+    for flag, what, default in (
+        ("--prompt-lengths", "tokens of the prompts, none to read none", (128, 1024)),
+        ("--contexts", "tokens in random caches behind which to decode alone", ()),
+        ("--batch-sizes", "sequences at once", (1, 4)),
+    ):
+        parser.add_argument(
+            flag, nargs="+" if flag == "--batch-sizes" else "*", type=int, default=default,
+            metavar="N", help=f"{what} (default: {' '.join(map(str, default)) or 'none'})",
+        )  # fmt: skip
+    parser.add_argument(
+        "--decode-tokens", type=int, default=64, metavar="N",
+        help="to time for each sequence (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--repeats", type=int, default=5, metavar="N",
+        help="rounds in which the models take turns (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--plot", metavar="PNG", help="draw the speeds there")
+    parser.add_argument("--markdown", metavar="FILE", help="write the tables there")
+    output_arguments(parser, "every figure")
+
+
+def run(options: dict[str, Any]) -> None:
+    figure, text, numbers = (*map(options.pop, ("plot", "markdown")), options["json"])
+    if figure is not None and Path(figure).suffix.lower() != ".png":
+        raise UserError(f"--plot {figure}: a PNG is drawn, give a name that ends in .png")
+    given = [Path(name) for name in (figure, text, numbers) if name is not None]
+    if len({*given}) < len(given):
+        raise UserError("--plot, --markdown and --json name one file: give one each")
+    if figure is not None and not options["prompt_lengths"] and not options["contexts"]:
+        raise UserError("--plot draws speeds: give --prompt-lengths or --contexts")
+    with (
+        output(options) as shown,
+        output_file("--markdown", text) as write,
+        output_file("--plot", figure) as draw,
+    ):
+        with shown.progress() as progress:
+            found = bench.benchmark(**options, progress=progress)
+        for grid in bench_view.grids(found):
+            shown.console.print(grid.rich())
+            shown.console.print()
+        for line in bench_view.remarks(found):
+            shown.say(line)
+        shown.write_json(found.as_dict())
+        write(lambda file: file.write_text(bench_view.markdown(found), encoding="utf-8"))
+        draw(lambda file: bench_view.plot(found, file))

@@ -1,0 +1,38 @@
+"""What a run of train or heal tells on the way."""
+
+from typing import Any
+
+from ..inference.generation import size
+
+
+def line(event: dict[str, Any]) -> str:
+    """An event of ``loop.ResumableRun`` in words."""
+    step = f"step {event['step']:>6,}"
+    if "parameters" in event:
+        return (
+            f"{event['parameters']:,} weights and {event['train_tokens']:,} tokens to train on, "
+            f"{event['validation_tokens']:,} held out; {event['steps']:,} steps"
+        )
+    if "sample" in event:
+        return f"{step}  sample: {event['sample']}"
+    if "before" in event or "after" in event:
+        when, found = next((k, event[k]) for k in ("before", "after") if k in event)
+        return (
+            f"{step}  {when}: KL {found['kl']:.4f}  loss {found['loss']:.4f}  the original's "
+            f"{found['teacher_loss']:.4f}"
+        )
+    if "perplexity" in event:
+        return (
+            f"{step}  held-out KL {event['validation_loss']:.4f}  perplexity "
+            f"{event['perplexity']:.2f}"
+        )
+    if "validation_loss" in event:
+        return (
+            f"{step}  held-out loss {event['validation_loss']:.4f}  "
+            f"bits per character {event['bits_per_character']:.4f}"
+        )
+    return (
+        f"{step}  loss {event['loss']:.4f}  learning rate {event['learning_rate']:.1e}  "
+        f"{event['tokens_per_second']:,.0f} tokens/s  "
+        f"memory {size(event['memory_bytes'])}"
+    )

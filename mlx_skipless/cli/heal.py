@@ -1,0 +1,58 @@
+"""heal: distil a reduced model towards its original."""
+
+import argparse
+from typing import Any
+
+from ..conversion import card
+from ..errors import UserError
+from ..inference.generation import size
+from ..options import read_options
+from ..training import healing
+from . import events
+from .shared import field_groups, held_out_arguments, output, run_arguments, taken
+
+HELP = "distil a reduced model towards its original"
+EXAMPLES = (
+    ("--model REDUCED --teacher SRC", "distil on text that the original speaks"),
+    ("--model REDUCED --teacher SRC --data notes.txt --steps 300", "on text of yours"),
+    ("--resume", "go on after a stop, bit for bit"),
+)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", metavar="DIR_OR_REPO", help="the reduced model: what convert wrote"
+    )
+    parser.add_argument("--teacher", metavar="DIR_OR_REPO", help="the model that it was made from")
+    held_out_arguments(parser)
+    run_arguments(parser, "healed_model", "the run and of the healed model")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="let a model of another kind run its code"
+    )
+    field_groups(parser, ("pace (0: never)", healing.Pace), ("treatment", healing.Treatment))
+
+
+def run(options: dict[str, Any]) -> None:
+    pace, treatment = taken(options, healing.Pace), taken(options, healing.Treatment)
+    resume = options["resume"]
+    steps = treatment.get("steps") if resume else None
+    other = [options[name] for name in ("model", "teacher", "data", "validation")]
+    if resume and (pace or set(treatment) - {"steps"} or any(other)):
+        raise UserError("--resume goes on with the run's own treatment: only --steps may change")
+    if options["validation"] and not options["data"]:
+        raise UserError("--validation is for --data: the original's own text is held out in part")
+    with output(options, None if resume else options["mlx_path"]) as shown:
+        result = healing.heal(
+            treatment=read_options(healing.Treatment, "treatment", treatment),
+            pace=healing.Pace(**pace),
+            steps=steps,
+            report=lambda event: shown.say(events.line(event)),
+            **options,
+        )
+        for line in card.healing(result):
+            shown.say(line)
+        shown.say(
+            f"wrote {result.output}: {result.trained_parameters:,} weights trained, "
+            f"{result.seconds:,.0f} s, peak memory {size(result.peak_memory_bytes)}"
+        )
+        shown.write_json(result.as_dict())

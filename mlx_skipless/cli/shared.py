@@ -1,0 +1,209 @@
+"""What several commands have in common: what they show and write, groups of flags."""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import Field, dataclass, fields
+from pathlib import Path
+from typing import Any, get_args
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..conversion import convert as conversion
+from ..errors import UserError
+
+DEFAULT_MODEL = "mlx_model"
+
+
+@contextlib.contextmanager
+def output_file(flag: str, name: str | None, out: str | None = None) -> Iterator[Any]:
+    """A function that has another write a file; an impossible path is refused before the work.
+
+    ``out`` is a folder that the work itself makes.
+    """
+    if name is None:
+        yield lambda write: None
+        return
+    path = Path(name)
+    if out is not None and (made := Path(out).absolute()) in [(p := path.absolute()), *p.parents]:
+        raise UserError(f"{flag} {name}: --mlx-path {made} is made there, give another file")
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        partial.touch()
+        partial.unlink()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{flag} {name}: cannot be written ({reason}), give a file") from error
+
+    def put(write: Callable[[Path], Any]) -> None:
+        try:
+            write(partial)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    yield put
+
+
+def output_arguments(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--json", metavar="FILE",
+        help=f"write {what} there; - is standard output, with nothing else on it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quiet", action="store_true", help="show nothing but results, warnings and errors"
+    )
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a command shows and writes; bars, warnings and errors go to stderr.
+
+    Attributes:
+        console: for tables, on standard output; silent if the command is to be quiet.
+        quiet: whether it is.
+        to_stdout: whether standard output is for the JSON alone.
+        write_json: writes what it is given, if that was asked for.
+    """
+
+    console: Console
+    quiet: bool
+    to_stdout: bool
+    write_json: Callable[[Any], None]
+
+    def say(self, line: str) -> None:
+        if not self.quiet:
+            print(line, flush=True)
+
+    def warn(self, line: str) -> None:
+        stderr().print(f"WARNING: {line}", style="bold red", soft_wrap=True)
+
+    @contextlib.contextmanager
+    def progress(self) -> Iterator[conversion.Progress]:
+        """A bar a stage, if stderr is a terminal."""
+        console = stderr()
+        columns = (
+            TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )  # fmt: skip
+        shown = console.is_terminal and not self.quiet
+        with Progress(*columns, console=console, disable=not shown) as bars:
+            tasks: dict[str, Any] = {}
+
+            def show(stage: str, done: int, total: int) -> None:
+                if stage not in tasks:
+                    tasks[stage] = bars.add_task(stage, total=total)
+                bars.update(tasks[stage], completed=done)
+
+            yield show
+
+
+def stderr() -> Console:
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+
+@contextlib.contextmanager
+def output(options: dict[str, Any], out: str | None = None) -> Iterator[Output]:
+    """Takes what ``output_arguments`` added; ``out`` is a folder that the command makes."""
+    name, quiet = options.pop("json"), options.pop("quiet")
+    to_stdout = name == "-"
+    quiet = quiet or to_stdout
+    console = Console(highlight=False, markup=False, emoji=False, quiet=quiet)
+
+    def text(content: Any) -> str:
+        return json.dumps(_plain(content), indent=2) + "\n"
+
+    if to_stdout:
+        yield Output(console, quiet, True, lambda content: print(text(content), end=""))
+        return
+    with output_file("--json", name, out) as put:
+        yield Output(
+            console,
+            quiet,
+            False,
+            lambda content: put(lambda file: file.write_text(text(content), encoding="utf-8")),
+        )
+
+
+def _plain(content: Any) -> Any:
+    """What JSON can hold: null for an infinity or what is no number."""
+    if isinstance(content, dict):
+        return {key: _plain(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_plain(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def quantization_arguments(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("-q", "--quantize", action="store_true", help=what)
+    parser.add_argument("--q-bits", type=int, help="bits per weight (default: the mode's own)")
+    parser.add_argument("--q-group-size", type=int, help="weights that share a scale")
+    parser.add_argument(
+        "--q-mode", default="affine", choices=["affine", "mxfp4", "nvfp4", "mxfp8"],
+        help="quantization mode (default: %(default)s)",
+    )  # fmt: skip
+
+
+def held_out_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", nargs="+", metavar="FILE",
+        help='text: .jsonl with "text", "prompt" and "completion" or "messages", else plain',
+    )  # fmt: skip
+    parser.add_argument(
+        "--validation", nargs="+", default=[], metavar="FILE",
+        help="held-out text (default: the end of each file of --data)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--validation-share", type=float, default=0.03,
+        help="share of each file's lines that is held out (default: %(default)s)",
+    )  # fmt: skip
+
+
+def run_arguments(parser: argparse.ArgumentParser, default: str, what: str) -> None:
+    """Of a command whose work is a run that can be resumed, in a folder that holds ``what``."""
+    parser.add_argument(
+        "--mlx-path", default=default, metavar="OUT",
+        help=f"folder of {what}; must not exist (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resume", action="store_true",
+        help="go on with the run in OUT, bit for bit; only --steps may change",
+    )  # fmt: skip
+    output_arguments(parser, "the outcome")
+
+
+def field_groups(parser: argparse.ArgumentParser, *groups: tuple[str, type]) -> None:
+    for title, kind in groups:
+        group = parser.add_argument_group(title)
+        for option in fields(kind):
+            _field_argument(group, option)
+
+
+def _field_argument(group: Any, option: Field[Any]) -> None:
+    """A flag for a field of a dataclass; absent from the options where it is not given."""
+    kinds = get_args(option.type) or (option.type,)
+    default = "" if option.default in (None, "") else f" (default: {option.default})"
+    how: dict[str, Any]
+    if bool in kinds:
+        how = {"action": argparse.BooleanOptionalAction}
+    elif choices := option.metadata.get("choices"):
+        how = {"choices": [choice for choice in choices if choice]}
+    elif type(None) in kinds:
+        how = {"type": lambda text: None if text == "none" else float(text), "metavar": "NUMBER"}
+    else:
+        how = {"type": kinds[0], "metavar": "N"}
+    group.add_argument(
+        f"--{option.name.replace('_', '-')}", default=argparse.SUPPRESS,
+        help=f"{option.metadata['help']}{default}", **how,
+    )  # fmt: skip
+
+
+def taken(options: dict[str, Any], kind: type) -> dict[str, Any]:
+    """Those options that are fields of a dataclass, which go from the others."""
+    return {one.name: options.pop(one.name) for one in fields(kind) if one.name in options}

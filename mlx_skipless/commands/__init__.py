@@ -1,1 +1,0 @@
-"""The commands, a module each: ``HELP``, ``arguments(parser)`` and ``run(options)``."""

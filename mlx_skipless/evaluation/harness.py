@@ -1,0 +1,90 @@
+"""lm-eval on a loaded model, as mlx_lm.evaluate does it. Imports lm-eval, which is optional."""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import mlx.nn as nn
+from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
+from mlx_lm.evaluate import MLXLM
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..errors import UserError, first_line
+
+
+class LoadedLM(MLXLM):
+    """mlx_lm.evaluate's model around one that is loaded: its own loader would run its code."""
+
+    def __init__(
+        self, model: nn.Module, tokenizer: TokenizerWrapper, batch_size: int, chat: bool
+    ) -> None:
+        LM.__init__(self)
+        self._model, self.tokenizer = model, tokenizer
+        self.use_chat_template = chat
+        self._batch_size = batch_size
+        self._max_tokens = self._sampler = None
+
+
+@cache
+def _manager(include_path: Path | None) -> TaskManager:
+    return TaskManager(include_path=include_path)
+
+
+def find_tasks(tasks: Sequence[str], include_path: Path | None) -> list[str]:
+    """Names and wildcards as the names that match, task files as they are.
+
+    Raises:
+        UserError: for a task that there is not.
+    """
+    found = []
+    for task in tasks:
+        matches = _manager(include_path).match_tasks([task])
+        if not matches and Path(task).is_file():
+            matches = [task]
+        if not matches:
+            raise UserError(
+                f"--tasks {task}: no such task or file; `lm-eval ls tasks` lists the tasks, "
+                "--include-path adds a folder of yours"
+            )
+        found += matches
+    return found
+
+
+def run(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    tasks: Sequence[str],
+    *,
+    include_path: Path | None,
+    num_shots: int | None,
+    limit: int | None,
+    batch_size: int,
+    apply_chat_template: bool,
+    seed: int,
+    confirm_run_unsafe_code: bool,
+) -> dict[str, Any]:
+    """``lm_eval.simple_evaluate`` with mlx_lm.evaluate's arguments.
+
+    Raises:
+        UserError: if lm-eval cannot run the tasks.
+    """
+    try:
+        return lm_eval.simple_evaluate(
+            model=LoadedLM(model, tokenizer, batch_size, apply_chat_template),
+            tasks=list(tasks),
+            task_manager=_manager(include_path),
+            num_fewshot=num_shots,
+            limit=limit,
+            apply_chat_template=apply_chat_template,
+            fewshot_as_multiturn=False,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+            confirm_run_unsafe_code=confirm_run_unsafe_code,
+        )
+    except Exception as error:  # tasks, data sets and metrics raise whatever they like
+        raise UserError(f"lm-eval cannot run {', '.join(tasks)}: {first_line(error)}") from error

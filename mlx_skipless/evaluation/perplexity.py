@@ -1,0 +1,112 @@
+"""How well a model predicts text: nats per token and bits per character."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..errors import UserError
+from ..inference.loading import load
+from ..text import corpus
+
+CONTEXT = 512  # for models that say nothing, or allow more
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a model predicts a text.
+
+    Attributes:
+        loss: nats per token.
+        bits_per_character: special tokens' bits are in it too.
+        tokens: that were predicted.
+        characters: of these.
+    """
+
+    loss: float
+    bits_per_character: float
+    tokens: int
+    characters: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate(
+    model: str | Path,
+    data: Sequence[str | Path] = (),
+    *,
+    validation: Sequence[str | Path] = (),
+    validation_share: float = 0.03,
+    context: int | None = None,
+    batch_size: int = 16,
+    trust_remote_code: bool = False,
+) -> Score:
+    """Score a model on held-out text, in windows that do not overlap.
+
+    Args:
+        model: a folder or Hub id that ``load`` takes.
+        data: files whose last ``validation_share`` of lines is held out, as in training.
+        validation: files to take whole, instead.
+        validation_share: between 0 and 1.
+        context: tokens a window; default: what the model was made for, at most 512.
+        batch_size: windows at once.
+        trust_remote_code: for models of other architectures that bring code.
+
+    Raises:
+        UserError: for a model or text that cannot be used.
+    """
+    if context is not None and context < 1:
+        raise UserError(f"--context {context}: must be at least 1")
+    if batch_size < 1:
+        raise UserError(f"--batch-size {batch_size}: must be at least 1")
+    texts = corpus.read_texts(
+        [Path(file) for file in data if not validation],
+        [Path(file) for file in validation],
+        share=validation_share,
+    )
+    network, tokenizer = load(model, trust_remote_code=trust_remote_code)
+    longest = getattr(getattr(network, "args", None), "max_position_embeddings", None)
+    length = context or min(CONTEXT, longest or CONTEXT)
+    tokens = corpus.encode(texts.validation, tokenizer._tokenizer)
+    check_length(tokens, length)
+    return score(
+        lambda batch: nll(network, batch), tokens, tokenizer._tokenizer, length, batch_size
+    )
+
+
+def check_length(tokens: np.ndarray, length: int) -> None:
+    """Raise a UserError if held-out tokens fill no window of ``length``."""
+    if len(tokens) <= length:
+        raise UserError(
+            f"the held-out text has {len(tokens):,} tokens, too few for a context of {length:,}: "
+            "give more text or a shorter --context"
+        )
+
+
+def nll(network: nn.Module, batch: mx.array) -> mx.array:
+    """The negative log likelihood of the tokens after the first, summed; batch (n, length + 1)."""
+    logits = network(batch[:, :-1]).astype(mx.float32)
+    return nn.losses.cross_entropy(logits, batch[:, 1:], reduction="sum")
+
+
+def score(
+    summed_nll: Callable[[mx.array], mx.array],
+    tokens: np.ndarray,
+    tokenizer: Any,
+    length: int,
+    batch_size: int,
+    limit: int | None = None,
+) -> Score:
+    """Score a row of tokens in windows of ``length``; ``limit`` as in ``corpus.windows``."""
+    nats, count, characters = 0.0, 0, 0
+    for batch in corpus.windows(tokens, length, batch_size, limit):
+        nats += summed_nll(mx.array(batch)).item()  # type: ignore[assignment]
+        count += batch[:, 1:].size
+        characters += sum(corpus.characters(tokenizer, row) for row in batch[:, 1:])
+    return Score(nats / count, nats / math.log(2) / max(1, characters), count, characters)

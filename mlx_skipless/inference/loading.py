@@ -1,0 +1,135 @@
+"""Loading a model to run: converted ones without trust, any other as mlx-lm does."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+import mlx_lm.utils
+import transformers
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..architectures.config import model_args
+from ..architectures.families import family_of
+from ..architectures.tensors import places
+from ..checkpoints import files, hub
+from ..checkpoints.checkpoint import SafetensorsStore, read_json
+from ..errors import UserError, first_line
+from ..network.model import Model, ModelArgs
+
+BUNDLED = Path(__file__).parents[1] / "assets" / "tales"  # a source checkpoint that tells tales
+
+
+def load(
+    path_or_hf_repo: str | Path,
+    *,
+    revision: str | None = None,
+    adapter_path: str | None = None,
+    lazy: bool = False,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, TokenizerWrapper]:
+    """Load a converted model, a skipless source, or any model that mlx-lm knows.
+
+    A skipless network is built from this package; the checkpoint's own model file is not run.
+
+    Args:
+        path_or_hf_repo: a folder or a Hub id.
+        revision: of a Hub id.
+        adapter_path: LoRA adapters to apply.
+        lazy: leave the weights on disk until they are used.
+        trust_remote_code: for models of other architectures that bring code.
+
+    Returns:
+        The model and its tokenizer, as ``mlx_lm.load`` gives them.
+
+    Raises:
+        UserError: if there is no such model, it is broken, or it asks for trust.
+    """
+    model, folder, config = load_network(
+        path_or_hf_repo,
+        revision=revision,
+        adapter_path=adapter_path,
+        lazy=lazy,
+        trust_remote_code=trust_remote_code,
+    )
+    return model, load_tokenizer(folder, config, trust_remote_code=trust_remote_code)
+
+
+def load_network(
+    path_or_hf_repo: str | Path,
+    *,
+    revision: str | None = None,
+    adapter_path: str | None = None,
+    lazy: bool = False,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, Path, dict[str, Any]]:
+    """Load a model without its tokenizer, which it need not have; args and errors are ``load``'s.
+
+    Returns:
+        The model, its folder and its config.
+    """
+    folder = hub.resolve(str(path_or_hf_repo), revision=revision, code=trust_remote_code)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no model folder: `convert.py --model {folder}` makes one")
+    config = read_json(folder / "config.json")
+    files.check_small(folder)
+    skipless = config.get("model_type") == "skipless"
+    if config.get("model_file") and not skipless and not trust_remote_code:
+        raise UserError(
+            f"{path_or_hf_repo} brings its own code ({config['model_file']}): add "
+            "--trust-remote-code if you trust it"
+        )
+    store = SafetensorsStore(folder)
+    overrides = {}
+    if skipless:
+        names = places(family_of(config), store.shapes).keys()
+        overrides = {**asdict(model_args(config, names)), "model_file": None}
+    try:
+        model, config = mlx_lm.utils.load_model(
+            folder,
+            lazy,
+            model_config=overrides,
+            get_model_classes=_own_classes if skipless else mlx_lm.utils._get_classes,
+            trust_remote_code=trust_remote_code and not skipless,
+        )
+        store.check_unchanged()
+        if adapter_path is not None:
+            model = mlx_lm.utils.load_adapters(model, adapter_path)
+            model.eval()
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
+        raise UserError(f"{path_or_hf_repo} cannot be loaded: {first_line(error)}") from error
+    return model, folder, config
+
+
+def _own_classes(config: dict) -> tuple[type[nn.Module], type]:
+    return Model, ModelArgs
+
+
+def load_tokenizer(
+    folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool, name: str | None = None
+) -> TokenizerWrapper:
+    """The tokenizer of a model folder, as mlx-lm wraps it; ``name`` is what an error calls it.
+
+    Raises:
+        UserError: if it is missing or cannot be read.
+    """
+    options = tokenizer_options(config, trust_remote_code=trust_remote_code)
+    try:
+        return mlx_lm.utils.load_tokenizer(
+            folder, options, eos_token_ids=config.get("eos_token_id")
+        )
+    except Exception as error:  # transformers and tokenizers raise whatever they like
+        raise UserError(
+            f"the tokenizer of {name or folder} cannot be read ({first_line(error)}): copy it "
+            "again, or "
+            "give a checkpoint with a Hugging Face tokenizer"
+        ) from error
+
+
+def tokenizer_options(config: Mapping[str, Any], *, trust_remote_code: bool) -> dict[str, Any]:
+    """For transformers' ``AutoTokenizer``, which does not know this package's model type."""
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if config.get("model_type") == "skipless":
+        options["config"] = transformers.PreTrainedConfig()
+    return options

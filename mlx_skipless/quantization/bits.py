@@ -1,0 +1,150 @@
+"""Bits for each matrix: as many as a size allows, where they do most good.
+
+Rounding a matrix to b bits adds noise in proportion to 1 / (2^b - 1)^2, and small noises add up at
+the logits. So from what each matrix costs at one width, the cost of any mixture is known well
+enough to choose among mixtures; what the chosen one costs is measured afterwards.
+"""
+
+import bisect
+import itertools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..errors import UserError
+
+BITS = (2, 3, 4, 5, 6, 8)
+UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+# Of a measured KL, when looking for the smallest result that keeps a limit.
+CLOSE = 0.9  # near enough below the limit
+SAME_SIZE = 0.005  # share of bytes that is not worth another try
+TRIES = 8
+# What error feedback and fits leave of the cost of rounding to nearest, before any is measured.
+FIRST_GUESS = 0.3
+
+
+def size(text: str) -> int:
+    """Bytes of a size such as "900000", "1.6MB" or "4 GB" (decimal units).
+
+    Raises:
+        UserError: if it is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?b)?", text.strip().lower())
+    value = round(float(found[1]) * UNITS[found[2] if found[2] in UNITS else ""]) if found else 0
+    if value < 1:
+        raise UserError(f"{text!r} is no size: give bytes, or for instance 1.6MB or 4GB")
+    return value
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Bits by module path, the bytes that all of the network's tensors take, and its cost.
+
+    ``cost`` is in nats per token, were every matrix rounded to nearest.
+    """
+
+    bits: Mapping[str, int]
+    nbytes: int
+    cost: float
+
+
+class Raises:
+    """The ways from the smallest mixture to the largest, a matrix's next width at a time.
+
+    Those that save most cost for their bytes come first, so that of the mixtures of some bytes the
+    one that takes them in this order costs least, but for what one matrix more or less makes.
+
+    Args:
+        weights: of each matrix whose bits are free, by module path.
+        costs: of rounding each to ``measured_bits``, in nats per token.
+        measured_bits: see there.
+        scale_bytes: of each matrix's scales and biases.
+        rest: bytes of all other tensors.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, int],
+        costs: Mapping[str, float],
+        measured_bits: int,
+        scale_bytes: Mapping[str, int],
+        rest: int,
+    ):
+        def cost(where: str, bits: int) -> float:
+            return costs[where] * ((2**measured_bits - 1) / (2**bits - 1)) ** 2
+
+        raises = []
+        for where, count in weights.items():
+            for low, high in itertools.pairwise(BITS):
+                gain = cost(where, low) - cost(where, high)
+                more = count * (high - low) // 8
+                raises.append((-gain / more, low, where, high, gain, more))
+        # Gains fall from each width to the next, so sorting keeps a matrix's own in order.
+        self._raises = [tuple_[2:] for tuple_ in sorted(raises)]
+        self._least = Mixture(
+            dict.fromkeys(weights, BITS[0]),
+            rest + sum(count * BITS[0] // 8 + scale_bytes[w] for w, count in weights.items()),
+            sum(cost(where, BITS[0]) for where in weights),
+        )
+
+    def mixtures(self, limit: float = math.inf) -> list[Mixture]:
+        """The mixtures of at most ``limit`` bytes on the way, from the smallest to the largest.
+
+        A raise that does not fit stops its matrix there, and others go on.
+
+        Raises:
+            UserError: if there is none.
+        """
+        if self._least.nbytes > limit:
+            raise UserError(
+                f"--target-bytes {limit:,} is out of reach: at {BITS[0]} bits in every matrix the "
+                f"result takes {self._least.nbytes:,} bytes"
+            )
+        found, stopped = [self._least], set()
+        for where, high, gain, more in self._raises:
+            last = found[-1]
+            if last.nbytes + more > limit:
+                stopped.add(where)
+            if where not in stopped:
+                bits = {**last.bits, where: high}
+                found.append(Mixture(bits, last.nbytes + more, last.cost - gain))
+        return found
+
+
+def smallest_below(
+    found: Sequence[Mixture], limit: float, measure: Callable[[Mixture], float]
+) -> tuple[Mixture, bool]:
+    """The smallest mixture whose measured KL is at most ``limit``, within ``SAME_SIZE``.
+
+    Returns the mixture, and whether it is the one that was measured last.
+
+    Raises:
+        UserError: if even the largest costs more.
+    """
+    largest = len(found) - 1
+    low, high = -1, largest + 1  # the largest that costs too much, the smallest that does not
+    share, kl, last = FIRST_GUESS, 0.0, -1
+    for attempt in range(TRIES):
+        # Costs fall along the list.
+        guess = bisect.bisect_left(found, -limit / share, key=lambda mixture: -mixture.cost)
+        last = min(max(guess, low + 1), high - 1)
+        if attempt == TRIES - 1 and high > largest:
+            last = largest
+        kl = measure(found[last])
+        low, high = (low, last) if kl <= limit else (last, high)
+        if low == largest:
+            raise UserError(
+                f"--target-kl {limit:g} is out of reach: at {BITS[-1]} bits in every matrix the "
+                f"result is {kl:.2g} nats per token from its source"
+            )
+        share = kl / max(found[last].cost, 1e-30)
+        between = found[min(high, largest)].nbytes - (found[low].nbytes if low >= 0 else 0)
+        close = high == last and kl >= CLOSE * limit
+        if (
+            high - low == 1
+            or (high <= largest and between < SAME_SIZE * found[high].nbytes)
+            or close
+        ):
+            break
+    return found[high], high == last

@@ -1,0 +1,246 @@
+"""Text to train on: files to documents, a tokenizer made for them, and batches of token windows.
+
+Knows nothing of networks.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from ..errors import UserError, first_line
+
+END, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+# ChatML, the form that mlx-lm and most servers know.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Documents to train on and documents held out; ``chat`` if some were conversations."""
+
+    train: list[str]
+    validation: list[str]
+    chat: bool
+
+
+def read_texts(
+    files: Sequence[Path], validation: Sequence[Path] = (), *, share: float = 0.03
+) -> Texts:
+    """The documents of ``files``.
+
+    A .jsonl file holds a document a line: {"text"}, {"prompt", "completion"} or {"messages"} as in
+    mlx_lm.lora; any other file is one document of plain text.
+
+    Args:
+        files: what to train on.
+        validation: what to hold out; without it, the last ``share`` of each file's lines.
+        share: between 0 and 1.
+
+    Raises:
+        UserError: for a file that is missing, not UTF-8, malformed or empty.
+    """
+    if not 0 <= share < 1:
+        raise UserError(f"--validation-share {share}: must be at least 0 and below 1")
+    train: list[str] = []
+    held_out: list[str] = []
+    chat = False
+    for file in files:
+        lines = _lines(file)
+        cut = len(lines) if validation else len(lines) - round(share * len(lines))
+        for part, into in ((lines[:cut], train), (lines[cut:], held_out)):
+            documents, talks = _documents(file, part)
+            into += documents
+            chat |= talks
+    for file in validation:
+        held_out += _documents(file, _lines(file))[0]
+    return Texts(train, held_out, chat)
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text ({error}): convert it") from error
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}): give a text file") from error
+    lines = text.split("\n")
+    if lines[-1] == "":
+        lines.pop()
+    if not text.strip():
+        raise UserError(f"{file} is empty: leave it out")
+    return lines
+
+
+def _documents(file: Path, lines: Sequence[str]) -> tuple[list[str], bool]:
+    if file.suffix != ".jsonl":
+        return (["\n".join(lines)] if lines else []), False
+    documents, chat = [], False
+    for line in filter(str.strip, lines):
+        try:
+            record = json.loads(line)
+            documents.append(document(record))
+            chat |= "messages" in record
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{file} has a line that is no record ({first_line(error)}): each must be JSON "
+                'with "text", "prompt" and "completion", or "messages"'
+            ) from error
+    return documents, chat
+
+
+def document(record: Mapping[str, Any]) -> str:
+    """The text of a record: {"messages"}, {"text"} or {"prompt", "completion"}.
+
+    Raises:
+        KeyError, TypeError, ValueError: if it is none of these.
+    """
+    if "messages" in record:
+        return "".join(
+            f"{TURN_START}{_text(m['role'])}\n{_text(m['content'])}{TURN_END}\n"
+            for m in record["messages"]
+        )
+    if "text" in record:
+        return _text(record["text"])
+    return _text(record["prompt"]) + _text(record["completion"])
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.40} is no text")
+    value.encode()  # JSON allows half a surrogate pair; no tokenizer does
+    return value
+
+
+def make_tokenizer(documents: Sequence[str], vocab_size: int, *, chat: bool) -> Any:
+    """A byte-level BPE of ``vocab_size`` entries, as a Hugging Face tokenizer.
+
+    Raises:
+        UserError: if the text is too short for so many entries, or they are fewer than bytes.
+    """
+    special = [END, TURN_START, TURN_END]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + len(special):
+        raise UserError(
+            f"--vocab-size {vocab_size}: must be at least {len(alphabet) + len(special)}, "
+            "one for each byte and the special tokens"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
+    )
+    # By lines: the pieces that BPE merges never cross one, and a book is too long to hold twice.
+    lines = (line for document in documents for line in document.splitlines(keepends=True))
+    tokenizer.train_from_iterator(lines, trainer)
+    if tokenizer.get_vocab_size() < vocab_size:
+        raise UserError(
+            f"--vocab-size {vocab_size}: the text yields only {tokenizer.get_vocab_size()} "
+            "entries; ask for fewer or give more text"
+        )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=TURN_END if chat else END,
+        pad_token=END,
+        chat_template=CHAT_TEMPLATE if chat else None,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def encode(documents: Sequence[str], tokenizer: Any) -> np.ndarray:
+    """The documents as one row of token ids, int32, the end token after each.
+
+    Raises:
+        UserError: if the tokenizer has no end token.
+    """
+    end = tokenizer.convert_tokens_to_ids(END)
+    if end is None or end == tokenizer.unk_token_id:
+        end = tokenizer.eos_token_id
+    if end is None:
+        raise UserError("the tokenizer has no end token: give one that has")
+    if not documents:
+        return np.zeros(0, np.int32)
+    rows = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
+    return np.concatenate([np.array([*row, end], np.int32) for row in rows])
+
+
+def characters(tokenizer: Any, tokens: np.ndarray) -> int:
+    """How many characters the tokens stand for; special tokens stand for none."""
+    text = tokenizer.decode(
+        tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return len(text)
+
+
+class Batches:
+    """Batches of windows of a row of tokens; which ones depends on ``seed`` and the step alone.
+
+    Each epoch cuts the row into windows anew, from a random offset, and takes each once.
+
+    Args:
+        tokens: (n,), int32.
+        length: tokens that a window predicts; it holds one more.
+        batch_size: windows a step.
+
+    Raises:
+        UserError: if the row is shorter than two windows.
+    """
+
+    def __init__(self, tokens: np.ndarray, length: int, batch_size: int, seed: int):
+        if len(tokens) < 2 * length + 1:
+            raise UserError(
+                f"the text has {len(tokens):,} tokens, too few for a context of {length:,}: "
+                "give more text or a shorter --context"
+            )
+        self._tokens = tokens
+        self._length = length
+        self._batch_size = batch_size
+        self._windows = (len(tokens) - 1) // length - 1  # whichever the offset
+        self._seed = seed
+        self._starts: Callable[[int], np.ndarray] = lru_cache(maxsize=2)(self._epoch)
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng((self._seed, epoch))
+        return rng.integers(self._length) + self._length * rng.permutation(self._windows)
+
+    def at(self, step: int) -> np.ndarray:
+        """The batch of a step, counted from 0: (batch_size, length + 1), int32."""
+        first = step * self._batch_size
+        starts = [
+            self._starts(i // self._windows)[i % self._windows]
+            for i in range(first, first + self._batch_size)
+        ]
+        return np.stack([self._tokens[s : s + self._length + 1] for s in starts])
+
+
+def windows(
+    tokens: np.ndarray, length: int, batch_size: int, limit: int | None = None
+) -> Iterator[np.ndarray]:
+    """Windows of a row in order, for validation: batches (≤ batch_size, length + 1), int32.
+
+    Neighbours share one token, so that each token but the first is predicted once; the tail that
+    fills no window is left out. With ``limit`` only so many tokens are predicted, in windows spread
+    evenly over the row.
+    """
+    count = (len(tokens) - 1) // length
+    taken = count if limit is None else min(count, max(1, limit // length))
+    rows = [
+        tokens[i * length : (i + 1) * length + 1]
+        for i in np.linspace(0, count - 1, taken).round().astype(int)
+    ]
+    for i in range(0, taken, batch_size):
+        yield np.stack(rows[i : i + batch_size])

@@ -1,0 +1,198 @@
+"""Text to calibrate and to check with: a user's file, or the source model's own words."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+from mlx_lm.models.cache import KVCache
+
+from ..checkpoints import hub
+from ..conversion.check import StreamedNetwork
+from ..errors import UserError
+from . import corpus
+
+CHECK = (4, 32)  # sequences, tokens each
+LONG_CHECK = (16, 128)  # where quantization is compared with quantization
+LONG_CHECK_WEIGHTS = 1 << 25  # of a network that a CPU can run, quantized, on a long check
+CALIBRATION = (64, 256)
+# Where the layers are read from disk for each token, text is sampled in fewer steps.
+STREAMED_CHECK, STREAMED_CALIBRATION = (32, 4), (512, 16)
+SHORTEST = 16  # tokens in a row that calibrate anything
+TAIL = 1 << 16  # characters at a file's end that are kept for the check
+DATA_SET = 1 << 22  # characters of a data set that are read
+PIECE = 2048  # characters of a file in a row to calibrate with
+
+
+@dataclass(frozen=True)
+class Passages:
+    """Tokens (sequences, length) to check a result with and, if it needs them, to calibrate it.
+
+    ``origin`` says where they come from.
+    """
+
+    check: mx.array
+    calibration: mx.array | None
+    origin: str
+
+
+def check_seed(seed: int) -> None:
+    """Raises UserError for what cannot seed text of a model's own."""
+    if not 0 <= seed < 2**64:
+        raise UserError(f"--seed {seed}: must be at least 0 and fit 64 bits")
+
+
+def read_text(source: str | Path) -> str:
+    """The text to calibrate with.
+
+    Args:
+        source: a plain file, all of it; a .jsonl file, its documents; or a data set of the Hub,
+            its first ones, as many as ``DATA_SET`` characters take.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    try:
+        if hub.is_data_set(str(source)):
+            documents = list(_first_documents(str(source)))
+        else:
+            documents = corpus.read_texts([Path(source)], share=0).train
+    except UserError as error:
+        raise UserError(f"--calibration {error}") from error
+    return "\n\n".join(documents)
+
+
+def _first_documents(source: str) -> Iterator[str]:
+    size = 0
+    for row in hub.data_set_rows(source):
+        try:
+            text = corpus.document(row)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f'the data set {source} has no column "text", "messages", or "prompt" and '
+                f'"completion" of text; its columns are {", ".join(row)}'
+            ) from error
+        if text.strip():
+            yield text
+        size += len(text)
+        if size >= DATA_SET:
+            return
+
+
+def from_text(
+    name: str,
+    text: str,
+    encode: Callable[[str], list[int]],
+    *,
+    calibrating: bool,
+    long_check: bool = False,
+    longest: int | None = None,
+) -> Passages:
+    """Passages of a text called ``name``: its end to check, places all over the rest to calibrate.
+
+    Args:
+        name: what errors call it.
+        text: of any length.
+        encode: text to tokens.
+        calibrating: whether calibration is wanted.
+        long_check: whether to check more than usual.
+        longest: tokens that the model can read in a row.
+
+    Raises:
+        UserError: if it is too short.
+    """
+    sequences, length = LONG_CHECK if long_check else CHECK
+    length = min(length, longest or length)
+    tail = min(TAIL, len(text) // 4) if calibrating else TAIL
+    ids = encode(text[-tail:])
+    count = min(len(ids) // length, sequences)
+    if not count:
+        raise UserError(
+            f"--calibration {name} has {len(ids)} tokens"
+            f"{' in its last quarter' if calibrating else ''}; the check needs {length} or more"
+        )
+    check = mx.array(ids[-count * length :]).reshape(count, length)
+    if not calibrating:
+        return Passages(check, None, name)
+    rest = text[:-tail]
+    sequences, length = CALIBRATION
+    step = max(PIECE, len(rest) // sequences)
+    places = range(0, len(rest), step)
+    share = math.ceil(sequences * length / max(1, len(places)))
+    row = [i for at in places for i in encode(rest[at : at + PIECE])[:share]]
+    length = min(length, longest or length, len(row) // sequences)
+    if length < SHORTEST:
+        raise UserError(
+            f"--calibration {name} has {len(row)} tokens to calibrate with; at least "
+            f"{sequences * SHORTEST:,} are needed: give more text"
+        )
+    count = min(len(row) // length, sequences)
+    return Passages(check, mx.array(row[: count * length]).reshape(count, length), name)
+
+
+def sampled(
+    network: StreamedNetwork,
+    *,
+    seed: int,
+    start: int | None,
+    calibrating: bool,
+    long_check: bool = False,
+) -> Passages:
+    """Text that the network itself speaks; see ``sample``."""
+    check = (LONG_CHECK if long_check else CHECK) if network.resident else STREAMED_CHECK
+    longest = network.args.max_position_embeddings or CALIBRATION[1]
+    calibration = None
+    if calibrating:
+        sequences, length = CALIBRATION if network.resident else STREAMED_CALIBRATION
+        length = min(length, longest)
+        calibration = sample(network, sequences, length, seed=(seed + 1) % 2**64, start=start)
+    tokens = sample(network, check[0], min(check[1], longest), seed=seed, start=start)
+    return Passages(tokens, calibration, "sampled from the model")
+
+
+def sample(
+    network: StreamedNetwork, sequences: int, length: int, *, seed: int, start: int | None
+) -> mx.array:
+    """Text of the network's own; see ``spoken``."""
+    caches = [KVCache() for _ in range(network.args.num_hidden_layers)]
+    for cache in caches:
+        cache.step = length  # room for no more: many short sequences would fill gigabytes
+
+    def next_logits(fresh: mx.array) -> mx.array:
+        return network.logits(network.hidden(fresh, caches)[:, -1:])[:, -1]
+
+    return spoken(next_logits, network.args.vocab_size, sequences, length, seed=seed, start=start)
+
+
+def spoken(
+    next_logits: Callable[[mx.array], mx.array],
+    vocab_size: int,
+    sequences: int,
+    length: int,
+    *,
+    seed: int,
+    start: int | None,
+) -> mx.array:
+    """Text of a network's own, tokens (sequences, length) at temperature 1.
+
+    Each sequence opens with ``start`` if given and a random token.
+
+    Args:
+        next_logits: takes the tokens (sequences, new) that follow those it took before, and gives
+            logits (sequences, vocab_size) of the next one.
+    """
+    key = mx.random.key(seed)
+    key, first = mx.random.split(key)
+    tokens = mx.random.randint(0, vocab_size, (sequences, 1), key=first)
+    if start is not None and 0 <= start < vocab_size:
+        tokens = mx.concatenate(
+            [mx.full((sequences, 1), start, dtype=tokens.dtype), tokens], axis=1
+        )
+    fresh = tokens
+    while tokens.shape[1] < length:
+        logits = next_logits(fresh)
+        key, now = mx.random.split(key)
+        fresh = mx.random.categorical(mx.nan_to_num(logits), key=now)[:, None].astype(tokens.dtype)
+        tokens = mx.concatenate([tokens, fresh], axis=1)
+    return tokens

@@ -1,0 +1,888 @@
+"""GGUF files: tensors of every type, metadata, tokenizers, and what is refused."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import math
+import random
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import mlx.core as mx
+import mlx_lm.utils
+import numpy as np
+import pytest
+import sentencepiece
+from factory import CHAT_TEMPLATE, make_llama
+from gguf import GGMLQuantizationType as Type
+from reference import Config, Weights
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from mlx_skipless.checkpoints import gguf_file
+from mlx_skipless.checkpoints.checkpoint import open_checkpoint
+from mlx_skipless.checkpoints.gguf_file import GGUFStore
+from mlx_skipless.checkpoints.writer import carry_tokenizer
+from mlx_skipless.conversion.convert import convert
+from mlx_skipless.errors import UserError
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+# Writing a model as llama.cpp does
+
+
+def gguf_name(name: str) -> str:
+    path, _, kind = name.rpartition(".")
+    if path.startswith("model.layers."):
+        _, _, layer, module = path.split(".", 3)
+        return f"blk.{layer}.{NAMES[module]}.{kind}"
+    return f"{NAMES[path]}.{kind}"
+
+
+def side_by_side(rows: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's order of q and k: channels i and i + half of a head next to each other."""
+    half = len(rows) // heads // 2
+    order = [
+        h * 2 * half + i + part * half for h in range(heads) for i in range(half) for part in (0, 1)
+    ]
+    return rows[order]
+
+
+def rotary_heads(name: str, config: Config) -> int | None:
+    if ".q_proj." in name:
+        return config["num_attention_heads"]
+    return config["num_key_value_heads"] if ".k_proj." in name else None
+
+
+def write(
+    file: Path,
+    config: Config,
+    weights: Weights,
+    *,
+    kind: Type = Type.F32,
+    raw: dict[str, np.ndarray] | None = None,
+    architecture: str = "llama",
+    describe: Callable[[gguf.GGUFWriter], Any] = lambda writer: None,
+    extra: dict[str, np.ndarray] | None = None,
+) -> None:
+    """A GGUF file of a Llama.
+
+    Its matrices but the embedding are of the type ``kind``; with ``raw`` those in it are, and these
+    are their blocks (rows, bytes). The rest is float32.
+    """
+    writer = gguf.GGUFWriter(file, architecture)
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_vocab_size(config["vocab_size"])
+    describe(writer)
+    for name, values in weights.items():
+        if raw is not None and name in raw:
+            writer.add_tensor(gguf_name(name), raw[name], raw_dtype=kind)
+            continue
+        heads = rotary_heads(name, config)
+        values = values if heads is None else side_by_side(values, heads)
+        values = np.ascontiguousarray(values, dtype=np.float32)
+        plain = raw is not None or values.ndim == 1 or "embed_tokens" in name
+        packed = Type.F32 if plain else kind
+        writer.add_tensor(gguf_name(name), gguf.quants.quantize(values, packed), raw_dtype=packed)
+    for name, values in (extra or {}).items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def add_byte_tokenizer(writer: gguf.GGUFWriter) -> None:
+    """The factory's tokenizer: 256 bytes, <s>, </s>."""
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s>", "</s>"])
+    writer.add_token_types([NORMAL] * 256 + [CONTROL] * 2)
+    writer.add_bos_token_id(256)
+    writer.add_eos_token_id(257)
+    writer.add_chat_template(CHAT_TEMPLATE)
+
+
+def read_all(source: Path) -> dict[str, np.ndarray]:
+    checkpoint = open_checkpoint(source)
+    assert checkpoint.store is not None
+    arrays = checkpoint.read(checkpoint.store.shapes)
+    return {name: np.array(array.astype(mx.float32)) for name, array in arrays.items()}
+
+
+# Tensors
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "tolerance"),
+    [
+        (Type.F32, "float32", 0),
+        (Type.F16, "float16", 2**-11),
+        (Type.BF16, "bfloat16", 2**-8),
+        (Type.Q8_0, "float16", 2**-7),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_a_llama_reads_back_as_it_was(tmp_path: Path, kind: Type, dtype: str, tolerance: float):
+    config, weights = make_llama(tmp_path / "hf", attention_bias=True)
+    write(tmp_path / "model.gguf", config, weights, kind=kind)
+
+    read = read_all(tmp_path / "model.gguf")
+
+    assert read.keys() == weights.keys()
+    for name, values in weights.items():
+        assert np.abs(read[name] - values).max() <= tolerance * np.abs(values).max(), name
+    checkpoint = open_checkpoint(tmp_path / "model.gguf")
+    assert checkpoint.dtype == getattr(mx, dtype)
+    assert checkpoint.packing == ("GGUF Q8_0" if kind == Type.Q8_0 else None)
+
+
+def half(blocks: np.ndarray, at: int) -> np.ndarray:
+    """The float16 at a byte of every block, (blocks, 1)."""
+    return blocks[:, at : at + 2].copy().view(np.float16).astype(np.float32)
+
+
+def nibbles(blocks: np.ndarray) -> np.ndarray:
+    """Low halves of the bytes, then the high ones."""
+    return np.concatenate([blocks & 15, blocks >> 4], axis=1).astype(np.float32)
+
+
+def fifth_bits(blocks: np.ndarray) -> np.ndarray:
+    return np.unpackbits(blocks, axis=1, bitorder="little").astype(np.float32) * 16
+
+
+def q4_0(b: np.ndarray) -> np.ndarray:
+    return half(b, 0) * (nibbles(b[:, 2:]) - 8)
+
+
+def q4_1(b: np.ndarray) -> np.ndarray:
+    return half(b, 0) * nibbles(b[:, 4:]) + half(b, 2)
+
+
+def q5_0(b: np.ndarray) -> np.ndarray:
+    return half(b, 0) * (nibbles(b[:, 6:]) + fifth_bits(b[:, 2:6]) - 16)
+
+
+def q5_1(b: np.ndarray) -> np.ndarray:
+    return half(b, 0) * (nibbles(b[:, 8:]) + fifth_bits(b[:, 4:8])) + half(b, 2)
+
+
+def q8_0(b: np.ndarray) -> np.ndarray:
+    return half(b, 0) * b[:, 2:].view(np.int8)
+
+
+def six_bit_pairs(b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Eight scales and eight minima from the twelve bytes of a Q4_K or Q5_K block."""
+    low, high, mixed = b[:, :4], b[:, 4:8], b[:, 8:]
+    scales = np.concatenate([low & 63, mixed & 15 | low >> 6 << 4], axis=1)
+    minima = np.concatenate([high & 63, mixed >> 4 | high >> 6 << 4], axis=1)
+    return scales.astype(np.float32)[..., None], minima.astype(np.float32)[..., None]
+
+
+def q4_k(b: np.ndarray) -> np.ndarray:
+    scales, minima = six_bit_pairs(b[:, 4:16])
+    values = np.stack([nibbles(part) for part in np.split(b[:, 16:], 4, axis=1)], axis=1)
+    values = values.reshape(-1, 8, 32)
+    return half(b, 0)[..., None] * scales * values - half(b, 2)[..., None] * minima
+
+
+def q5_k(b: np.ndarray) -> np.ndarray:
+    scales, minima = six_bit_pairs(b[:, 4:16])
+    fifth = np.stack([b[:, 16:48] >> i & 1 for i in range(8)], axis=1) * 16
+    values = np.stack([nibbles(part) for part in np.split(b[:, 48:], 4, axis=1)], axis=1)
+    values = values.reshape(-1, 8, 32) + fifth
+    return half(b, 0)[..., None] * scales * values - half(b, 2)[..., None] * minima
+
+
+def q6_k(b: np.ndarray) -> np.ndarray:
+    values = np.empty((len(b), 256), np.float32)
+    for i in range(256):
+        part, quarter, column = i // 128, i % 128 // 32, i % 32
+        low = b[:, part * 64 + quarter % 2 * 32 + column] >> quarter // 2 * 4 & 15
+        high = b[:, 128 + part * 32 + column] >> quarter * 2 & 3
+        values[:, i] = (low | high << 4).astype(np.float32) - 32
+    scales = b[:, 192:208].view(np.int8).repeat(16, axis=1).astype(np.float32)
+    return half(b, 208) * scales * values
+
+
+# Where a block has float16 numbers; all its other bytes may be anything.
+BLOCKS = {
+    Type.Q4_0: (q4_0, [0]),
+    Type.Q4_1: (q4_1, [0, 2]),
+    Type.Q5_0: (q5_0, [0]),
+    Type.Q5_1: (q5_1, [0, 2]),
+    Type.Q8_0: (q8_0, [0]),
+    Type.Q4_K: (q4_k, [0, 2]),
+    Type.Q5_K: (q5_k, [0, 2]),
+    Type.Q6_K: (q6_k, [208]),
+}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Weights]:
+    """A model whose rows hold whole blocks of any type."""
+    folder = tmp_path_factory.mktemp("wide")
+    return make_llama(folder, hidden_size=256, intermediate_size=256, num_hidden_layers=1)
+
+
+@pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.name)
+def test_any_block_reads_as_the_format_defines(tmp_path: Path, wide, kind: Type):
+    config, weights = wide
+    decode, halves = BLOCKS[kind]
+    rng = np.random.default_rng(0)
+    size, length = gguf.GGML_QUANT_SIZES[kind]
+    blocks = {}
+    for name, values in weights.items():
+        if values.ndim == 2:
+            blocks[name] = rng.integers(0, 256, (values.size // size, length), dtype=np.uint8)
+            for at in halves:
+                numbers = rng.uniform(-1, 1, (len(blocks[name]), 1)).astype(np.float16)
+                blocks[name][:, at : at + 2] = numbers.view(np.uint8)
+    raw = {name: b.reshape(len(weights[name]), -1) for name, b in blocks.items()}
+    write(tmp_path / "model.gguf", config, weights, kind=kind, raw=raw)
+
+    read = read_all(tmp_path / "model.gguf")
+
+    for name in raw:
+        expected = decode(blocks[name]).reshape(weights[name].shape)
+        heads = rotary_heads(name, config)
+        found = read[name] if heads is None else side_by_side(read[name], heads)
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6, err_msg=name)
+    assert open_checkpoint(tmp_path / "model.gguf").packing == f"GGUF {kind.name}"
+
+
+@pytest.mark.parametrize("kind", [Type.Q2_K, Type.Q3_K, Type.IQ4_XS], ids=lambda kind: kind.name)
+def test_types_that_only_gguf_decodes(tmp_path: Path, wide, kind: Type):
+    """Their values are gguf's word; that all of them are read, and in order, is checked."""
+    config, weights = wide
+    name = "model.layers.0.self_attn.v_proj.weight"
+    size, length = gguf.GGML_QUANT_SIZES[kind]
+    rows, columns = weights[name].shape
+    bytes_of_row = columns // size * length
+    blocks = np.random.default_rng(0).integers(0, 60, (rows, bytes_of_row), dtype=np.uint8)
+    write(tmp_path / "model.gguf", config, weights, kind=kind, raw={name: blocks})
+
+    read = read_all(tmp_path / "model.gguf")
+
+    np.testing.assert_array_equal(read[name], gguf.quants.dequantize(blocks, kind))
+
+
+# Metadata
+
+
+def llama3_factors(head_dim: int, theta: float, factor: float) -> np.ndarray:
+    """Llama 3.1's: wavelengths over 8192 tokens by ``factor``, under 2048 not at all."""
+    divisors = []
+    for i in range(0, head_dim, 2):
+        wavelength = 2 * math.pi * theta ** (i / head_dim)
+        if wavelength < 8192 / 4:
+            divisors.append(1.0)
+        elif wavelength > 8192:
+            divisors.append(factor)
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            divisors.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(divisors, np.float32)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama_3_scaling_is_known_by_its_table(tmp_path: Path, factor: float):
+    config, weights = make_llama(tmp_path / "hf", rope_theta=500000.0)
+    factors = llama3_factors(config["head_dim"], config["rope_theta"], factor)
+    write(tmp_path / "model.gguf", config, weights, extra={"rope_freqs.weight": factors})
+
+    checkpoint = open_checkpoint(tmp_path / "model.gguf")
+
+    assert checkpoint.config["rope_scaling"] == {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+
+
+def test_a_scaling_of_another_table_is_refused(tmp_path: Path):
+    config, weights = make_llama(tmp_path / "hf", rope_theta=500000.0)
+    factors = llama3_factors(config["head_dim"], config["rope_theta"], 8.0)
+    factors[1] = 3.0
+    write(tmp_path / "model.gguf", config, weights, extra={"rope_freqs.weight": factors})
+    with pytest.raises(UserError, match="not Llama 3's"):
+        open_checkpoint(tmp_path / "model.gguf")
+
+
+def linear(writer: gguf.GGUFWriter) -> None:
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(2.5)
+
+
+def old_linear(writer: gguf.GGUFWriter) -> None:
+    writer.add_float32("llama.rope.scale_linear", 2.5)
+
+
+def yarn(writer: gguf.GGUFWriter) -> None:
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(4.0)
+    writer.add_rope_scaling_orig_ctx_len(128)
+
+
+@pytest.mark.parametrize(
+    ("describe", "scaling"),
+    [
+        (lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.NONE), None),
+        (linear, {"rope_type": "linear", "factor": 2.5}),
+        (old_linear, {"rope_type": "linear", "factor": 2.5}),
+        (yarn, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}),
+    ],
+    ids=["none", "linear", "old linear", "yarn"],
+)
+def test_rope_scaling(tmp_path: Path, describe: Callable, scaling: Config | None):
+    config, weights = make_llama(tmp_path / "hf")
+    write(tmp_path / "model.gguf", config, weights, describe=describe)
+    assert open_checkpoint(tmp_path / "model.gguf").config.get("rope_scaling") == scaling
+
+
+def test_a_tied_head_and_a_head_width_of_its_own(tmp_path: Path):
+    config, weights = make_llama(tmp_path / "hf", tie_word_embeddings=True, head_dim=24)
+
+    def describe(writer: gguf.GGUFWriter) -> None:
+        writer.add_key_length(24)
+        writer.add_value_length(24)
+
+    write(tmp_path / "model.gguf", config, weights, describe=describe)
+    args = open_checkpoint(tmp_path / "model.gguf").args
+    assert args.tie_word_embeddings and args.head_dim == 24
+
+
+# Conversion
+
+
+def test_a_conversion_equals_that_of_the_hugging_face_folder(tmp_path: Path):
+    config, weights = make_llama(tmp_path / "hf")
+    write(tmp_path / "model.gguf", config, weights, describe=add_byte_tokenizer)
+    reports = {}
+    for source, out in (("hf", "from_hf"), ("model.gguf", "from_gguf")):
+        reports[out] = convert(tmp_path / source, tmp_path / out, skipless=True, remove="p", seed=1)
+
+    hf, other = (mx.load(str(tmp_path / out / "model.safetensors")) for out in reports)
+    assert hf.keys() == other.keys()
+    assert all(mx.array_equal(hf[name], other[name]) for name in hf)
+    assert not any("o_proj" in name for name in other)
+    configs = [json.loads((tmp_path / out / "config.json").read_text()) for out in reports]
+    assert configs[0] == configs[1]
+    assert reports["from_gguf"].verification == reports["from_hf"].verification
+    tokenizers = [mlx_lm.utils.load_tokenizer(tmp_path / out) for out in reports]
+    text = "Zwölf Boxkämpfer jagen Viktor <s> quer über\n\n\tden Sylter Deich; it's 12345."
+    messages = [{"role": "user", "content": text}]
+    for call in (
+        lambda t: t.encode(text),
+        lambda t: t.decode(t.encode(text)),
+        lambda t: t.apply_chat_template(messages, add_generation_prompt=True),
+        lambda t: (t.bos_token, t.eos_token, t.eos_token_ids, type(t.detokenizer)),
+    ):
+        assert call(tokenizers[0]) == call(tokenizers[1])
+
+
+def test_a_packed_file_converts_and_says_so(tmp_path: Path):
+    config, weights = make_llama(tmp_path / "hf")
+    write(tmp_path / "model.gguf", config, weights, kind=Type.Q8_0)
+    report = convert(tmp_path / "model.gguf", tmp_path / "out", fold_norms=True, dtype="float32")
+    assert report.packing == "GGUF Q8_0" and report.stock
+    assert report.verification is not None and report.verification.max_rel_logit_error < 1e-4
+    assert not (tmp_path / "out" / "tokenizer.json").exists()  # the file has none
+
+
+# What is refused
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config, Weights]:
+    folder = tmp_path_factory.mktemp("small")
+    config, weights = make_llama(
+        folder / "hf", hidden_size=32, intermediate_size=32, num_hidden_layers=1, head_dim=8
+    )
+    write(folder / "model.gguf", config, weights, describe=add_byte_tokenizer)
+    return folder / "model.gguf", config, weights
+
+
+def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path: Path, small):
+    content = small[0].read_bytes()
+    file = tmp_path / "model.gguf"
+    last = len(content) - 64
+    for length in [*range(0, 400, 7), *np.linspace(400, last, 60, dtype=int)]:
+        file.write_bytes(content[:length])
+        with pytest.raises(UserError, match=r"model\.gguf"):
+            open_checkpoint(file)
+
+
+def test_a_damaged_header_is_refused_or_harmless(tmp_path: Path, small):
+    content = bytearray(small[0].read_bytes())
+    header = gguf.GGUFReader(small[0]).data_offset
+    file = tmp_path / "model.gguf"
+    rng = random.Random(0)
+    refused = 0
+    for _ in range(150):
+        at, value = rng.randrange(header), rng.randrange(256)
+        file.write_bytes(content[:at] + bytes([value]) + content[at + 1 :])
+        try:
+            checkpoint = open_checkpoint(file)
+            assert checkpoint.store is not None
+            checkpoint.read(checkpoint.store.shapes)
+            carry_tokenizer(checkpoint, tmp_path, stock=False, trust_remote_code=False)
+        except UserError as error:
+            assert "model.gguf" in str(error) or "config.json" in str(error), error
+            refused += 1
+    assert refused > 30
+
+
+def test_the_other_byte_order_is_refused(tmp_path: Path, small):
+    """gguf takes its blocks for this machine's."""
+    _, config, weights = small
+    usual = gguf.GGUFWriter
+
+    def swapped(file: Path, architecture: str) -> gguf.GGUFWriter:
+        return usual(file, architecture, endianess=gguf.GGUFEndian.BIG)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFWriter", swapped)
+        write(tmp_path / "model.gguf", config, weights)
+    with pytest.raises(UserError, match="byte order"):
+        open_checkpoint(tmp_path / "model.gguf")
+
+
+def test_absurd_amounts_of_metadata(tmp_path: Path, small, monkeypatch: pytest.MonkeyPatch):
+    _, config, weights = small
+
+    def nested(writer: gguf.GGUFWriter) -> None:
+        writer.add_uint32("deep", 0)
+
+    write(tmp_path / "model.gguf", config, weights, describe=nested)
+    content = (tmp_path / "model.gguf").read_bytes()
+    before, after = content.split(b"deep")
+    array = struct.pack("<IQ", 9, 1)  # of one, an array of one, ...
+    deep = struct.pack("<I", 9) + array * 2000 + struct.pack("<IQB", 0, 1, 7)
+    (tmp_path / "model.gguf").write_bytes(before + b"deep" + deep + after[8:])
+    with pytest.raises(UserError, match="recursion"):
+        open_checkpoint(tmp_path / "model.gguf")
+    monkeypatch.setattr(gguf_file, "MOST_VALUES", 500)
+    with pytest.raises(UserError, match="more metadata than any model"):
+        open_checkpoint(small[0])
+
+
+def test_an_array_longer_than_the_file_ends_at_once(tmp_path: Path, small):
+    content = small[0].read_bytes()
+    at = content.index(b"tokenizer.ggml.token_type") + len(b"tokenizer.ggml.token_type") + 8
+    assert struct.unpack_from("<Q", content, at) == (258,)
+    file = tmp_path / "model.gguf"
+    file.write_bytes(content[:at] + struct.pack("<Q", 1 << 60) + content[at + 8 :])
+    with pytest.raises(UserError, match="truncated"):
+        open_checkpoint(file)
+
+
+def test_no_gguf_file_at_all(tmp_path: Path):
+    for content in (b"", b"GGUF", b"PK\3\4" + bytes(100), bytes(1000)):
+        (tmp_path / "model.gguf").write_bytes(content)
+        with pytest.raises(UserError, match="no GGUF file"):
+            open_checkpoint(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"architecture": "qwen2"}, "'qwen2'; supported: llama"),
+        ({"describe": lambda w: w.add_expert_count(8)}, "mixture of experts"),
+        ({"describe": lambda w: w.add_uint16("split.count", 3)}, "one part of several"),
+        ({"describe": lambda w: w.add_key_length(16)}, "rotates 8 of 16"),
+        (
+            {"describe": lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)},
+            "longrope",
+        ),
+        ({"extra": {"blk.0.attn_q_norm.weight": np.ones(8, np.float32)}}, "blk.0.attn_q_norm"),
+        ({"extra": {"model.norm.weight": np.ones(32, np.float32)}}, "two names"),
+        ({"extra": {"blk.1.attn_q.weight": np.ones((32, 32), np.float32)}}, "blk.1|layers.1"),
+    ],
+    ids=[
+        "architecture",
+        "experts",
+        "split",
+        "partial",
+        "longrope",
+        "extra",
+        "twice",
+        "extra layer",
+    ],
+)
+def test_what_is_no_llama_is_refused(
+    tmp_path: Path, small, options: dict[str, Any], complaint: str
+):
+    _, config, weights = small
+    write(tmp_path / "model.gguf", config, weights, **options)
+    with pytest.raises(UserError, match=complaint):
+        open_checkpoint(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize(
+    "lost", ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight"]
+)
+def test_a_missing_tensor_is_named(tmp_path: Path, small, lost: str):
+    _, config, weights = small
+    write(tmp_path / "model.gguf", config, {n: w for n, w in weights.items() if n != lost})
+    with pytest.raises(UserError, match=f"{gguf_name(lost)}|{lost}"):
+        open_checkpoint(tmp_path / "model.gguf")
+
+
+def test_a_number_type_that_cannot_be_read_is_named(tmp_path: Path, small):
+    _, config, weights = small
+    name = "model.layers.0.self_attn.v_proj.weight"
+    others = {n: w for n, w in weights.items() if n != name}
+    write(tmp_path / "model.gguf", config, others, extra={gguf_name(name): weights[name]})
+    with pytest.raises(UserError, match="F64"):
+        read_all(tmp_path / "model.gguf")
+
+
+# Tokenizers
+
+
+def tokenizer_of(
+    tmp_path: Path, small, describe: Callable[[gguf.GGUFWriter], Any]
+) -> PreTrainedTokenizerFast:
+    """What a converted model gets from a GGUF file so described, read back from its folder."""
+    _, config, weights = small
+    weights = dict(weights)
+    rows = np.zeros((2000, config["hidden_size"]), np.float32)
+    weights["model.embed_tokens.weight"] = weights["lm_head.weight"] = rows
+    config = config | {"vocab_size": len(rows)}
+    write(tmp_path / "model.gguf", config, weights, describe=describe)
+    checkpoint = open_checkpoint(tmp_path / "model.gguf")
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(checkpoint.config))
+    assert carry_tokenizer(checkpoint, folder, stock=True, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    direct = checkpoint.store.tokenizer()
+    assert direct("a b").input_ids == tokenizer("a b").input_ids
+    return tokenizer
+
+
+SYLLABLES = ["ka", "lo", "mi", "ter", "ün", "é", "sch", "a", "aa", "日本", "語", "The", "WORD"]
+
+
+def some_text(rng: random.Random, words: int) -> str:
+    def word() -> str:
+        kind = rng.random()
+        if kind < 0.7:
+            return "".join(rng.choices(SYLLABLES, k=rng.randint(1, 4)))
+        if kind < 0.8:
+            return str(rng.randrange(10 ** rng.randint(1, 9)))
+        return rng.choice(
+            ["it's", "WE'LL", "...", "!?\n", "\n\n", "\t", "a_b", "x = (y + 1);\n//", "½"]
+        )
+
+    return "".join(rng.choice([" ", " ", " ", "  ", "    ", ""]) + word() for _ in range(words))
+
+
+def odd_texts(count: int) -> Iterator[str]:
+    """Ordinary text, runs of few characters, and any characters at all."""
+    rng = random.Random(7)
+    yield from ("", " ", "  ", "\n", "a", " a", "▁", "a▁b ▁", "e\u0301é")
+    for _ in range(count):
+        yield some_text(rng, rng.randint(1, 20))
+        yield "".join(rng.choices([" ", "a", "aa", "é", "日"], k=rng.randint(0, 40)))
+        ranges = [(32, 127), (1, 0x3000), (0xE000, 0x1FFFF)]
+        yield "".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randint(0, 30)))
+
+
+@pytest.mark.parametrize("prefix", [True, False, None], ids=["prefix", "no prefix", "unsaid"])
+def test_a_sentencepiece_model_tokenizes_as_sentencepiece_does(tmp_path: Path, small, prefix):
+    rng = random.Random(0)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([some_text(rng, 20).replace("\n", " ") for _ in range(600)]),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=900,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=prefix is not False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        character_coverage=0.999,
+        minloglevel=2,
+        num_threads=1,
+    )
+    spm = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    pieces = range(spm.get_piece_size())
+
+    def type_of(i: int) -> int:
+        if spm.is_unknown(i):
+            return UNKNOWN
+        return CONTROL if spm.is_control(i) else BYTE if spm.is_byte(i) else NORMAL
+
+    def describe(writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_list([spm.id_to_piece(i) for i in pieces])
+        writer.add_token_scores([spm.get_score(i) for i in pieces])
+        writer.add_token_types([type_of(i) for i in pieces])
+        if prefix is not None:
+            writer.add_add_space_prefix(prefix)
+
+    tokenizer = tokenizer_of(tmp_path, small, describe)
+
+    assert tokenizer("a").input_ids[0] == spm.bos_id() == tokenizer.bos_token_id
+    assert (tokenizer.eos_token_id, tokenizer.unk_token_id) == (spm.eos_id(), spm.unk_id())
+    lengths = []
+    for text in odd_texts(700):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert ids == spm.encode(text), repr(text)
+        assert tokenizer.decode(ids) == spm.decode(ids), repr(text)
+        lengths.append(len(ids))
+    assert sum(lengths) > 10000
+    streaming = mlx_lm.utils.load_tokenizer(tmp_path / "tokenizer").detokenizer
+    text = "kalomi  日本 é 123"
+    for token in spm.encode(text):
+        streaming.add_token(token)
+    streaming.finalize()
+    assert streaming.text == text
+
+
+def test_special_tokens_and_what_follows_them(tmp_path: Path, small):
+    """As llama.cpp: a space goes before what follows a special token, too."""
+    tokens = ["<unk>", "<s>", "</s>", "▁", "a", "b", "▁a", "<tool>", "<0x41>"]
+    types = [UNKNOWN, CONTROL, CONTROL, NORMAL, NORMAL, NORMAL, NORMAL, USER_DEFINED, BYTE]
+
+    def describe(writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(tokens)
+        writer.add_token_scores([0.0, 0.0, 0.0, -3.0, -4.0, -5.0, -1.0, 0.0, 0.0])
+        writer.add_token_types(types)
+        writer.add_add_eos_token(True)
+
+    tokenizer = tokenizer_of(tmp_path, small, describe)
+
+    ids = tokenizer("ab<tool>a</s>A?").input_ids
+    assert [tokens[i] for i in ids] == [
+        "<s>", "▁a", "b", "<tool>", "▁a", "</s>", "▁", "<0x41>", "<unk>", "</s>",
+    ]  # fmt: skip
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "ab<tool> a A"
+    assert [tokens[i] for i in tokenizer("a", "b").input_ids] == [
+        "<s>", "▁a", "</s>", "<s>", "▁", "b", "</s>",
+    ]  # fmt: skip
+
+
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+LLAMA_3 = (
+    CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+QWEN_2 = (
+    CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+NEMO = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def splitter(pattern: str) -> pre_tokenizers.PreTokenizer:
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    return pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+
+
+@functools.cache
+def unsplit_bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """A byte-level BPE that learnt across words, so that every cut matters to it.
+
+    The last third of its merges is lost: some of its tokens are out of the others' reach.
+    """
+    rng = random.Random(0)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.train_from_iterator(
+        [some_text(rng, 8) for _ in range(1000)],
+        trainers.BpeTrainer(
+            vocab_size=1500,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=["<s>", "</s>", "<pad>"],
+            show_progress=False,
+        ),
+    )
+    model = json.loads(tokenizer.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    return model["vocab"], merges[: len(merges) * 2 // 3]
+
+
+def bpe(pre: pre_tokenizers.PreTokenizer, **options: Any) -> Tokenizer:
+    vocab, merges = unsplit_bpe()
+    tokenizer = Tokenizer(models.BPE(vocab, merges, **options))
+    tokenizer.pre_tokenizer = pre
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def describe_bpe(writer: gguf.GGUFWriter, tokenizer: Tokenizer, name: str) -> None:
+    model = json.loads(tokenizer.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(name)
+    writer.add_token_list(tokens)
+    writer.add_token_types([CONTROL] * 3 + [NORMAL] * (len(tokens) - 3))
+    writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_pad_token_id(2)
+
+
+DIGITS = pre_tokenizers.Sequence(
+    [
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ]
+)
+GPT_2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "pre", "whole", "begins"),
+    [
+        ("gpt-2", GPT_2, False, False),
+        ("default", GPT_2, False, False),
+        ("smollm", DIGITS, False, False),
+        ("llama-bpe", splitter(LLAMA_3), True, True),
+        ("llama3", splitter(LLAMA_3), True, True),
+        ("tekken", splitter(NEMO), True, True),
+        ("qwen2", splitter(QWEN_2), False, False),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_byte_level_bpe_tokenizes_as_the_original(
+    tmp_path: Path, small, name: str, pre, whole: bool, begins: bool
+):
+    original = bpe(pre, ignore_merges=whole)
+    if name == "qwen2":
+        original.normalizer = normalizers.NFC()
+
+    tokenizer = tokenizer_of(tmp_path, small, lambda w: describe_bpe(w, original, name))
+
+    for text in odd_texts(300):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert ids == original.encode(text).ids, repr(text)
+        assert tokenizer.decode(ids) == original.decode(ids), repr(text)
+    assert tokenizer("a").input_ids[: 1 + begins] == [0, tokenizer.vocab["a"]][not begins :]
+    assert tokenizer("<s>a</s>", add_special_tokens=False).input_ids[::2] == [0, 1]
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+        "<s>", "</s>", "<pad>",
+    )  # fmt: skip
+
+
+def test_the_file_decides_on_bos_and_eos_and_brings_the_chat_template(tmp_path: Path, small):
+    original = bpe(GPT_2)
+
+    def describe(writer: gguf.GGUFWriter) -> None:
+        describe_bpe(writer, original, "llama-bpe")
+        writer.add_add_bos_token(False)
+        writer.add_add_eos_token(True)
+        writer.add_chat_template(CHAT_TEMPLATE)
+
+    tokenizer = tokenizer_of(tmp_path, small, describe)
+
+    assert tokenizer("a").input_ids == [tokenizer.vocab["a"], 1]
+    messages = [{"role": "user", "content": "ka"}]
+    chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert chat == "<s>user: ka\n<s>assistant: "
+
+
+def test_an_ordinary_word_named_as_padding_stays_one(tmp_path: Path, small):
+    original = bpe(GPT_2)
+    word = original.token_to_id("!")
+
+    def describe(writer: gguf.GGUFWriter) -> None:
+        describe_bpe(writer, original, "gpt-2")
+        del writer.kv_data[0]["tokenizer.ggml.padding_token_id"]
+        writer.add_pad_token_id(word)
+
+    tokenizer = tokenizer_of(tmp_path, small, describe)
+    assert tokenizer("!").input_ids == [word]
+    assert tokenizer.decode([word], skip_special_tokens=True) == "!"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "complaint"),
+    [
+        ({"model": "bert"}, "'bert'; known: gpt2 and llama.*Hugging Face model"),
+        ({"pre": "deepseek-v3"}, "'deepseek-v3'.*known: default.*Hugging Face model"),
+        ({"pre": None}, "rule None"),
+        ({"tokens": ["a", "b", "a"], "token_type": [1, 1, 1]}, "list of tokens"),
+        ({"tokens": None}, "list of tokens"),
+        ({"token_type": [1, 1]}, "list of tokens"),
+        ({"merges": ["a"]}, "list of merges"),
+        ({"merges": ["a z"]}, "list of merges"),
+        ({"model": "llama", "scores": [0.0]}, "token scores"),
+        ({"tokens": [str(i) for i in range(300)], "merges": ["1 0"]}, "300 tokens and 264"),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, str) else ", ".join(value),
+)
+def test_a_tokenizer_that_is_unknown_or_broken_is_refused(
+    tmp_path: Path, small, metadata: dict[str, Any], complaint: str
+):
+    _, config, weights = small
+    known = {"model": "gpt2", "pre": "gpt-2", "tokens": ["a", "b", "ab"], "merges": ["a b"]}
+
+    def describe(writer: gguf.GGUFWriter) -> None:
+        for key, value in (known | metadata).items():
+            add = writer.add_array if isinstance(value, list) else writer.add_string
+            if value is not None:
+                add(f"tokenizer.ggml.{key}", value)
+
+    write(tmp_path / "model.gguf", config, weights, describe=describe)
+    checkpoint = open_checkpoint(tmp_path / "model.gguf")
+    with pytest.raises(UserError, match=complaint):
+        carry_tokenizer(checkpoint, tmp_path, stock=True, trust_remote_code=False)
+
+
+def test_a_file_without_a_tokenizer_has_none(tmp_path: Path, small):
+    _, config, weights = small
+    for describe in (lambda w: None, lambda w: w.add_tokenizer_model("no_vocab")):
+        write(tmp_path / "model.gguf", config, weights, describe=describe)
+        assert GGUFStore(tmp_path / "model.gguf").tokenizer() is None

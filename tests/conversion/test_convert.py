@@ -1,0 +1,347 @@
+"""convert as a user sees it: the report, the files, the flags, the printed words."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import reference
+from factory import make_checkpoint, make_llama
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load_model
+
+import mlx_skipless
+from mlx_skipless import cli
+from mlx_skipless.checkpoints import writer
+from mlx_skipless.checkpoints.checkpoint import open_checkpoint
+from mlx_skipless.cli import convert as convert_command
+from mlx_skipless.conversion import convert as conversion
+
+SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "norm": "qkv"}
+
+
+def convert(*arguments: str | Path) -> int:
+    return cli.main(["convert", *map(str, arguments)])
+
+
+def loaded_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    model, _ = mlx_skipless.load(folder)
+    return np.array(model(mx.array(tokens)).astype(mx.float32))
+
+
+def test_json_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every figure of the report against the files and the reference."""
+    source = make_checkpoint(tmp_path / "s", **SIZES)
+    assert convert("--model", tmp_path / "s", "--remove", "qp", "--mlx-path", tmp_path / "out",
+                   "--json", tmp_path / "report.json") == 0  # fmt: skip
+    report = json.loads((tmp_path / "report.json").read_text())
+    weights = source[1]
+    assert report["params_before"] == sum(w.size for w in weights.values())
+    assert report["params_after"] == report["params_before"] - 6 * 128**2
+    assert report["bytes_before"] == 4 * report["params_before"]
+    assert report["bytes_after"] == 4 * report["params_after"]
+    on_disk = sum(a.nbytes for a in mx.load(str(tmp_path / "out/model.safetensors")).values())
+    assert report["bytes_after"] == on_disk
+    assert report["removed"] == {"q": [0, 1, 2], "p": [0, 1, 2]}
+    assert report["seconds"] > 0 and report["peak_memory_bytes"] > 1e6
+    stages = report["stages"]
+    assert [*stages] == ["measuring", "sampling text", "converting", "checking"]
+    assert min(stages.values()) > 0 and sum(stages.values()) <= report["seconds"]
+    check = report["verification"]
+    assert check["max_rel_logit_error"] < 5e-4 and check["kl"] < 1e-6
+    assert check["greedy_match"] == 1 and check["tokens"] == 128
+    read = report["params_before"] - weights["model.embed_tokens.weight"].size + 128
+    after = read - 6 * 128**2
+    assert report["speedup_from_bytes"] == pytest.approx(read / after, rel=1e-6)
+    printed = capsys.readouterr()
+    assert f"{report['params_after']:,} after" in printed.out
+    assert printed.err == ""
+
+
+@pytest.mark.parametrize("long", [True, False])
+def test_stages_are_told_where_they_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], long: bool
+) -> None:
+    make_checkpoint(tmp_path / "s", **SIZES)
+    monkeypatch.setattr(convert_command, "LONG", 0 if long else 1e9)
+    assert convert("--model", tmp_path / "s", "--mlx-path", tmp_path / "out", "--no-verify") == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    assert (re.search(r" s \(measuring \d+, converting \d+\), peak", last) is not None) == long
+
+
+def test_without_arguments_the_bundled_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It loses all that pays, is the same function, and is never written over."""
+    source = make_checkpoint(tmp_path / "tales", linear_paths=True, template=False, **SIZES)
+    monkeypatch.setattr(conversion, "BUNDLED", tmp_path / "tales")
+    monkeypatch.chdir(tmp_path)
+    assert convert() == 0
+    printed = capsys.readouterr().out
+    assert "wrote mlx_model" in printed and "the same greedy token at 100.0%" in printed
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mlx_model", "tales"]
+    assert "from `tales`" in (tmp_path / "mlx_model/README.md").read_text()
+    tokens = np.random.default_rng(0).integers(0, 256, (1, 8))
+    got = loaded_logits(tmp_path / "mlx_model", tokens)
+    assert reference.worst_relative_error(reference.logits(*source, tokens), got) <= 5e-4
+
+    before = {p: p.read_bytes() for p in (tmp_path / "mlx_model").iterdir()}
+    assert convert() == 1
+    assert "mlx_model exists already" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in (tmp_path / "mlx_model").iterdir()} == before
+    report = mlx_skipless.convert(mlx_path=tmp_path / "again", verify=False)
+    assert report.removed == {"q": [0, 1, 2], "p": [0, 1, 2]}
+
+
+def test_dry_run_writes_only_the_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_checkpoint(tmp_path / "s", **SIZES)
+    assert convert("--model", tmp_path / "s", "--dry-run", "--mlx-path", tmp_path / "out",
+                   "--json", tmp_path / "plan.json") == 0  # fmt: skip
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["plan.json", "s"]
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["removed"] == {"q": [0, 1, 2], "p": [0, 1, 2]} and plan["verification"] is None
+    printed = capsys.readouterr().out
+    assert "layers.2" in printed and "Q P" in printed and "nothing written" in printed
+
+
+def test_dry_run_measures_condition_numbers(tmp_path: Path) -> None:
+    _, weights = make_checkpoint(tmp_path / "s", spread=1.0, **SIZES)
+    report = mlx_skipless.convert(tmp_path / "s", dry_run=True, remove="qp")
+    for row, layer in zip(report.rows[1:4], range(3), strict=True):
+        q = weights[f"model.layers.{layer}.self_attn.q_proj.weight"]
+        assert row.condition == pytest.approx(np.linalg.cond(q), rel=0.02)
+
+
+MISTRAL_7B = {
+    "model_type": "mistral",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 32768,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.mark.parametrize("where", ["folder", "file"])
+def test_mistral_7b_from_its_config_alone(where: str, tmp_path: Path) -> None:
+    """The paper's table 3: 7.2B weights, 6.2B without Q and P, 15 % fewer, 1.17 times faster."""
+    (tmp_path / "config.json").write_text(json.dumps(MISTRAL_7B))
+    source = tmp_path if where == "folder" else tmp_path / "config.json"
+    report = mlx_skipless.convert(source, dry_run=True, skipless=True, remove="qp")
+    assert round(report.params_before / 1e9, 1) == 7.2
+    assert round(report.params_after / 1e9, 1) == 6.2
+    assert round(1 - report.params_after / report.params_before, 2) == 0.15
+    # The paper divides all weights; decoding does not read an untied embedding's other rows.
+    assert report.params_before / report.params_after == pytest.approx(1.17, abs=0.005)
+    assert report.speedup_from_bytes == pytest.approx(1.178, abs=0.001)
+
+
+def test_auto_leaves_a_pretrained_model_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_llama(tmp_path / "s")
+    assert convert("--model", tmp_path / "s", "--mlx-path", tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    assert "no exact removal" in printed and "--skipless --remove qp" in printed
+    assert not (tmp_path / "out/model.py").exists()
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["model_type"] == "llama"
+
+
+@pytest.mark.parametrize(
+    ("mode", "bits", "group_size"),
+    [("affine", b, 64) for b in (2, 3, 4, 5, 6, 8)]
+    + [("affine", 4, 32), ("mxfp4", None, None), ("nvfp4", None, None), ("mxfp8", None, None)],
+)
+@pytest.mark.parametrize("remove", ["p", "none"])
+def test_quantizing(
+    remove: str, mode: str, bits: int | None, group_size: int | None, tmp_path: Path
+) -> None:
+    """As mlx-lm quantizes the dense result: the same tensors, bit for bit, and the same config."""
+    make_checkpoint(tmp_path / "s", **SIZES)
+    options: dict[str, Any] = {"remove": remove, "verify": False}
+    mlx_skipless.convert(tmp_path / "s", tmp_path / "dense", **options)
+    report = mlx_skipless.convert(
+        tmp_path / "s", tmp_path / "ours", quantize=True, q_mode=mode, q_bits=bits,
+        q_group_size=group_size, **options,
+    )  # fmt: skip
+    from mlx_lm.convert import convert as mlx_lm_convert
+
+    mlx_lm_convert(
+        str(tmp_path / "dense"), str(tmp_path / "theirs"), quantize=True, q_mode=mode,
+        q_bits=bits, q_group_size=group_size, trust_remote_code=True,
+    )  # fmt: skip
+    ours = mx.load(str(tmp_path / "ours/model.safetensors"))
+    theirs = mx.load(str(tmp_path / "theirs/model.safetensors"))
+    assert set(ours) == set(theirs)
+    assert all(mx.array_equal(ours[name], theirs[name]).item() for name in ours)
+    configs = [
+        json.loads((tmp_path / x / "config.json").read_text())["quantization"]
+        for x in ("ours", "theirs")
+    ]
+    assert configs[0] == configs[1] == report.quantization
+    assert report.bytes_after == sum(array.nbytes for array in ours.values())
+
+
+def test_a_noisy_q_goes_when_quantized(tmp_path: Path) -> None:
+    """Calibration makes up for its inverse, so nothing needs more bits."""
+    make_checkpoint(tmp_path / "s", spread=2.0, **SIZES)
+    report = mlx_skipless.convert(tmp_path / "s", dry_run=True, quantize=True)
+    assert report.removed == {"q": [0, 1, 2], "p": [0, 1, 2]}
+    assert report.quantization is not None
+    assert not any(isinstance(v, dict) for v in report.quantization.values())
+    assert not report.warnings
+
+
+def test_a_noisy_q_beside_a_tied_embedding_stays_when_quantized(tmp_path: Path) -> None:
+    """auto weighs the extra bits of the embedding against Q, and says why it stays."""
+    sizes = SIZES | {"tie_word_embeddings": True, "final_norm": False}
+    make_checkpoint(tmp_path / "s", spread=2.0, **sizes)
+    auto = mlx_skipless.convert(tmp_path / "s", dry_run=True, quantize=True)
+    assert auto.removed == {"q": [1, 2], "p": [0, 1, 2]}
+    assert any("Q of layer 0 stays: the tied embedding" in note for note in auto.notes)
+    insisted = mlx_skipless.convert(tmp_path / "s", dry_run=True, quantize=True, remove="qp")
+    assert insisted.removed == {"q": [0, 1, 2], "p": [0, 1, 2]}
+    assert insisted.bytes_after > auto.bytes_after
+    assert any("magnified" in warning for warning in insisted.warnings)
+
+
+def test_dtype(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "s", **SIZES)
+    mlx_skipless.convert(tmp_path / "s", tmp_path / "half", dtype="float16", remove="p")
+    stored = mx.load(str(tmp_path / "half/model.safetensors"))
+    assert {array.dtype for array in stored.values()} == {mx.float16}
+    tokens = np.random.default_rng(0).integers(0, 256, (1, 8))
+    got = loaded_logits(tmp_path / "half", tokens)
+    assert reference.worst_relative_error(reference.logits(*source, tokens), got) < 2e-2
+
+
+def test_sharded_source_and_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards are named and indexed as mlx-lm's are, and load there."""
+    source = make_checkpoint(tmp_path / "s", shards=3, **SIZES)
+    monkeypatch.setattr(writer, "SHARD_BYTES", 400_000)
+    report = mlx_skipless.convert(tmp_path / "s", tmp_path / "out", remove="qp", verify=False)
+    files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 2
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == set(files)
+    assert index["metadata"] == {
+        "total_size": report.bytes_after,
+        "total_parameters": report.params_after,
+    }
+    model, _ = load_model(tmp_path / "out", trust_remote_code=True)
+    assert {name for name, _ in tree_flatten(model.parameters())} == set(index["weight_map"])
+    tokens = np.random.default_rng(0).integers(0, 256, (1, 8))
+    got = np.array(model(mx.array(tokens)))
+    assert reference.worst_relative_error(reference.logits(*source, tokens), got) <= 5e-4
+
+
+def test_tokenizer_template_and_generation_config_come_along(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "s", **SIZES)
+    (tmp_path / "s/generation_config.json").write_text('{"eos_token_id": [257, 7]}')
+    mlx_skipless.convert(tmp_path / "s", tmp_path / "out", remove="qp", verify=False)
+    from mlx_lm.utils import load_tokenizer
+
+    before, after = (load_tokenizer(tmp_path / name) for name in ("s", "out"))
+    text = "Once, \u00e9t\u00e9 \U0001f98a  two  spaces"
+    assert before.encode(text) == after.encode(text)
+    message = [{"role": "user", "content": text}]
+    templates = [
+        t.apply_chat_template(message, add_generation_prompt=True) for t in (before, after)
+    ]
+    assert templates[0] == templates[1]
+    assert (tmp_path / "out/generation_config.json").read_text() == '{"eos_token_id": [257, 7]}'
+    _, tokenizer = mlx_skipless.load(tmp_path / "out")
+    assert {257, 7} <= set(tokenizer.eos_token_ids)
+
+
+def test_model_card(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "s", **SIZES)
+    report = mlx_skipless.convert(tmp_path / "s", tmp_path / "out", remove="qp")
+    text = (tmp_path / "out/README.md").read_text()
+    assert text.startswith("---\n") and "library_name: mlx" in text
+    assert report.verification is not None
+    assert f"KL {report.verification.kl:.2e}" in text and f"{report.params_after:,} after" in text
+    assert "Q removed from layers 0, 1, 2." in text
+
+
+def test_the_checkpoints_own_code_is_not_run(tmp_path: Path) -> None:
+    """Ours loads from the package; a converted folder's model.py may say what it likes."""
+    source = make_checkpoint(tmp_path / "s", **SIZES)
+    mlx_skipless.convert(tmp_path / "s", tmp_path / "out", remove="qp", verify=False)
+    (tmp_path / "out/model.py").write_text("raise SystemExit('executed')")
+    tokens = np.random.default_rng(0).integers(0, 256, (1, 8))
+    got = loaded_logits(tmp_path / "out", tokens)
+    assert reference.worst_relative_error(reference.logits(*source, tokens), got) <= 5e-4
+
+
+def test_foreign_code_needs_trust(tmp_path: Path) -> None:
+    make_llama(tmp_path / "s")
+    config = json.loads((tmp_path / "s/config.json").read_text())
+    (tmp_path / "s/config.json").write_text(json.dumps({**config, "model_file": "evil.py"}))
+    (tmp_path / "s/evil.py").write_text("raise SystemExit('executed')")
+    with pytest.raises(mlx_skipless.UserError, match="--trust-remote-code"):
+        mlx_skipless.load(tmp_path / "s")
+    with pytest.raises(mlx_skipless.UserError, match="never run here"):
+        open_checkpoint(tmp_path / "s")
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_what_is_quantized_is_folded_only_if_asked(tmp_path: Path, asked: bool) -> None:
+    """Gains of many sizes in one matrix round worse."""
+    make_llama(tmp_path / "s", **SIZES)
+    report = mlx_skipless.convert(
+        tmp_path / "s", tmp_path / "out", quantize=True, q_group_size=32, fold_norms=asked
+    )
+    assert bool(report.folded) == asked and report.stock
+    assert mlx_skipless.convert(tmp_path / "s", tmp_path / "dense", verify=False).folded
+
+
+@pytest.mark.parametrize(("kl", "warned"), [(0.01, False), (0.05, False), (0.5, True)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_what_16_bits_cost_is_no_alarm(tmp_path: Path, dtype: str, kl: float, warned: bool) -> None:
+    make_llama(tmp_path / "s", **SIZES)
+    report = mlx_skipless.convert(tmp_path / "s", tmp_path / "out", dtype=dtype)
+    assert report.verification is not None
+    before = replace(report, notes=(), warnings=(), verification=None)
+    told = before.verified(replace(report.verification, kl=kl))
+    assert any("more than rounding explains" in w for w in told.warnings) == (
+        warned or (dtype == "float32" and kl > 0.02)
+    )
+    assert any("bfloat16 costs" in n for n in told.notes) == (dtype == "bfloat16" and kl == 0.05)
+
+
+@pytest.mark.parametrize("ending", ["txt", "jsonl"])
+def test_calibration_text(ending: str, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "s", **SIZES)
+    file = tmp_path / f"text.{ending}"
+    text = "The miller's daughter span straw into gold. " * 20
+    file.write_text(text if ending == "txt" else json.dumps({"text": text}) + "\n")
+    report = mlx_skipless.convert(tmp_path / "s", tmp_path / "out", calibration=file)
+    assert report.verification is not None
+    assert report.verification.text == str(file) and report.verification.tokens == 128
+
+
+def test_the_check_sees_a_wrong_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merge that forgets one matrix is caught by the figures that convert prints."""
+    from mlx_skipless.removal import merger as merge
+
+    make_checkpoint(tmp_path / "s", **SIZES)
+    right = merge.change_basis
+
+    def wrong(linear: merge.Linear, **bases: Any) -> merge.Linear:
+        return right(linear, **bases) if bases.get("writes") else linear
+
+    monkeypatch.setattr(merge, "change_basis", wrong)
+    report = mlx_skipless.convert(tmp_path / "s", tmp_path / "out", remove="q")
+    assert report.verification is not None
+    assert report.verification.max_rel_logit_error > 0.1 and report.verification.kl > 1e-3

@@ -1,0 +1,608 @@
+"""Generation: what is sampled, what the cache holds, what is refused, what a comparison says."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from commands import script
+from factory import EOS, make_checkpoint, make_llama
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, save_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_skipless import cli
+from mlx_skipless.conversion import convert as conversion
+from mlx_skipless.errors import UserError
+from mlx_skipless.inference import chat, generation
+from mlx_skipless.inference.loading import load
+
+Loaded = tuple[nn.Module, TokenizerWrapper]
+PROMPT = list(b"The quick brown fox jumps over the lazy dog.")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    make_llama(folder, head_dim=32)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(folder: Path) -> Loaded:
+    return load(folder)
+
+
+@pytest.fixture(scope="module")
+def sliding(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    folder = tmp_path_factory.mktemp("sliding")
+    make_checkpoint(
+        folder,
+        norm="qkv",
+        head_dim=32,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    )
+    return load(folder)
+
+
+def run(loaded: Loaded, prompt: str | list[int] = PROMPT, **options: Any) -> list[int]:
+    """The tokens of an answer."""
+    pieces = generation.stream(*loaded, prompt, **options)
+    for _ in pieces:
+        pass
+    return pieces.tokens
+
+
+def cacheless(model: nn.Module, ids: list[int], max_tokens: int) -> list[int]:
+    """Greedy decoding by running the whole text for each token."""
+    start = len(ids)
+    while len(ids) - start < max_tokens and (len(ids) == start or ids[-1] != EOS):
+        ids = [*ids, mx.argmax(model(mx.array([ids]))[0, -1]).item()]
+    return ids[start:]
+
+
+def test_temperature_zero_takes_the_likeliest_token_each_time(llama: Loaded):
+    assert run(llama, max_tokens=30) == cacheless(llama[0], PROMPT, 30)
+
+
+def test_a_sliding_window_model_decodes_as_it_computes(sliding: Loaded):
+    assert run(sliding, max_tokens=30) == cacheless(sliding[0], PROMPT, 30)
+
+
+def test_a_seed_reproduces_and_another_does_not(llama: Loaded):
+    first = run(llama, max_tokens=30, temp=1.0, seed=7)
+    assert run(llama, max_tokens=30, temp=1.0, seed=7) == first
+    assert run(llama, max_tokens=30, temp=1.0, seed=8) != first
+    assert run(llama, max_tokens=30, temp=1.0) != first
+
+
+@pytest.mark.parametrize("narrow", [{"top_p": 1e-6}, {"min_p": 1.0}])
+def test_the_narrowest_sampling_is_greedy(llama: Loaded, narrow: dict[str, float]):
+    greedy = run(llama, max_tokens=20)
+    assert run(llama, max_tokens=20, temp=3.0, seed=0, **narrow) == greedy
+    assert run(llama, max_tokens=20, temp=3.0, seed=0) != greedy
+
+
+@pytest.mark.parametrize(("broken_at", "told_after"), [(0, 1), (5, 17), (30, 33), (38, 40)])
+def test_logits_that_are_no_numbers_end_the_answer(
+    folder: Path, broken_at: int, told_after: int
+) -> None:
+    """Soon, if not at once: what is broken stays so, here the final norm's gain."""
+    model, tokenizer = load(folder)
+    stream = generation.stream(model, tokenizer, PROMPT, max_tokens=40)
+    with pytest.raises(UserError, match=f"no numbers after {told_after} tokens") as caught:
+        for taken in range(41):
+            if taken == broken_at:
+                model.model.norm.weight = model.model.norm.weight * float("nan")
+            next(stream)
+    assert "--dtype" in str(caught.value) and len(stream.tokens) == told_after
+
+
+@pytest.mark.parametrize("off", [{"top_p": 1.0}, {"top_p": 0.0}, {"min_p": 0.0}])
+def test_sampling_limits_can_be_off(llama: Loaded, off: dict[str, float]):
+    options = {"max_tokens": 20, "temp": 3.0, "seed": 0}
+    assert run(llama, **options, **off) == run(llama, **options)
+
+
+def test_an_answer_counts_and_joins_its_pieces(llama: Loaded):
+    stream = generation.stream(*llama, PROMPT, max_tokens=25)
+    with pytest.raises(RuntimeError):
+        _ = stream.answer
+    text = "".join(stream)
+    answer = stream.answer
+    assert answer.text == text == stream.text
+    assert answer.prompt_tokens == len(PROMPT)
+    assert answer.generation_tokens == len(stream.tokens) == 25
+    assert answer.finish_reason == "length"
+    assert answer.prompt_tps > 0 and answer.generation_tps > 0
+    assert json.loads(json.dumps(answer.as_dict()))["text"] == text
+
+
+def test_an_end_token_stops(folder: Path):
+    model, tokenizer = load(folder)
+    greedy = cacheless(model, PROMPT, 10)
+    end = next(i for i, token in enumerate(greedy) if token not in greedy[:i] and i >= 1)
+    tokenizer.add_eos_token(str(greedy[end]))
+    stream = generation.stream(model, tokenizer, PROMPT, max_tokens=10)
+    list(stream)
+    assert stream.tokens == greedy[: end + 1]
+    assert stream.answer.finish_reason == "stop"
+
+
+def test_decoding_speed_counts_the_steps_after_the_first(llama: Loaded):
+    assert generation.generate(*llama, PROMPT, max_tokens=1).generation_tps == 0
+
+
+def test_peak_memory_is_of_this_answer_in_bytes(llama: Loaded):
+    gc.collect()
+    held = mx.get_active_memory()
+    junk = mx.zeros((1 << 26,))
+    mx.eval(junk)
+    del junk
+    answer = generation.generate(*llama, PROMPT, max_tokens=3)
+    assert isinstance(answer.peak_memory_bytes, int)
+    assert held < answer.peak_memory_bytes < held + (1 << 26)
+
+
+def test_a_folder_serves_as_model(folder: Path, llama: Loaded):
+    expected = generation.generate(*llama, PROMPT, max_tokens=8).text
+    assert generation.generate(str(folder), None, PROMPT, max_tokens=8).text == expected
+
+
+def test_text_goes_through_the_chat_template_unless_told(llama: Loaded):
+    _, tokenizer = llama
+    chat = generation.prompt_tokens(tokenizer, "Hi")
+    assert tokenizer.decode(chat) == "<s>user: Hi\n<s>assistant: "
+    assert generation.prompt_tokens(tokenizer, "Hi", chat=True) == chat
+    plain = generation.prompt_tokens(tokenizer, "Hi", chat=False)
+    assert plain == tokenizer.encode("Hi") != chat
+    assert run(llama, "Hi", max_tokens=5) == run(llama, chat, max_tokens=5)
+
+
+def test_without_a_template_text_is_plain_and_chat_is_refused(folder: Path):
+    (bare := folder.parent / "bare").mkdir()
+    for file in folder.iterdir():
+        if file.name != "chat_template.jinja":
+            (bare / file.name).write_bytes(file.read_bytes())
+    _, tokenizer = load(bare)
+    assert generation.prompt_tokens(tokenizer, "Hi") == tokenizer.encode("Hi")
+    with pytest.raises(UserError, match="no chat template"):
+        generation.prompt_tokens(tokenizer, "Hi", chat=True)
+
+
+@pytest.mark.parametrize("size", [5, 16])
+def test_a_bounded_cache_stays_bounded(llama: Loaded, size: int):
+    cache = generation.make_cache(llama[0], max_kv_size=size)
+    run(llama, max_tokens=40, prompt_cache=cache)
+    assert [c.keys.shape[2] for c in cache] == [size] * 3
+    assert all(c.offset == len(PROMPT) + 40 for c in cache)
+
+
+def test_a_bound_changes_what_is_said_only_when_reached(llama: Loaded):
+    whole = run(llama, max_tokens=30)
+    assert run(llama, max_tokens=30, max_kv_size=len(PROMPT) + 30) == whole
+    assert run(llama, max_tokens=30, max_kv_size=8) != whole
+
+
+def test_a_sliding_layer_keeps_the_smaller_window(sliding: Loaded):
+    def sizes(size: int) -> list[tuple[int, int]]:
+        cache = generation.make_cache(sliding[0], max_kv_size=size)
+        run(sliding, max_tokens=20, prompt_cache=cache)
+        return [(c.max_size, c.keys.shape[2]) for c in cache]
+
+    assert sizes(12) == [(8, 8), (12, 12), (8, 8)]
+    assert sizes(6) == [(6, 6)] * 3
+
+
+def test_a_quantized_cache_is_smaller_and_close(llama: Loaded):
+    def fill(**options: Any) -> tuple[int, mx.array]:
+        cache = generation.make_cache(llama[0], **options)
+        logits = [llama[0](mx.array([part]), cache=cache) for part in (PROMPT[:9], PROMPT[9:])]
+        return sum(c.nbytes for c in cache), mx.concatenate(logits, axis=1)
+
+    exact_size, exact = fill()
+    last = 0.0
+    for bits in reversed(generation.KV_BITS):
+        size, logits = fill(kv_bits=bits)
+        assert size == exact_size * (bits + 2) // 32  # and per group of 32 a scale and a bias
+        error = mx.abs(logits - exact).max().item()
+        assert error > last
+        last = error
+        if bits == 8:
+            assert error < 0.02 * mx.abs(exact).max().item()
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
+@pytest.mark.parametrize("bits", generation.KV_BITS)
+def test_every_width_quantizes_to_all_bits(tmp_path: Path, head_dim: int, bits: int):
+    config = {"num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    make_llama(tmp_path, head_dim=head_dim, **config)
+    loaded = load(tmp_path)
+    cache = generation.make_cache(loaded[0], kv_bits=bits)
+    run(loaded, max_tokens=3, prompt_cache=cache)
+    assert cache[0].keys[0].shape[-1] == head_dim * bits // 32
+    assert cache[0].group_size == (32 if head_dim % 64 else 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"max_tokens": 0}, "--max-tokens 0"),
+        ({"temp": -0.1}, "--temp -0.1"),
+        ({"temp": float("nan")}, "--temp nan"),
+        ({"top_p": 1.5}, "--top-p 1.5"),
+        ({"top_p": -0.5}, "--top-p -0.5"),
+        ({"min_p": 2}, "--min-p 2"),
+        ({"seed": -1}, "--seed -1"),
+        ({"seed": 2**64}, "--seed 18446744073709551616"),
+        ({"kv_bits": 5}, "--kv-bits 5"),
+        ({"max_kv_size": 4}, "--max-kv-size 4"),
+        ({"kv_bits": 8, "max_kv_size": 64}, "drop one"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(llama: Loaded, options: dict[str, Any], says: str):
+    with pytest.raises(UserError, match=says) as refusal:
+        generation.stream(*llama, PROMPT, **options)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("prompt", ["", " \n", []])
+def test_an_empty_prompt_is_refused(llama: Loaded, prompt: str | list[int]):
+    with pytest.raises(UserError, match="empty"):
+        generation.stream(*llama, prompt)
+
+
+def test_text_that_is_not_unicode_is_refused(llama: Loaded):
+    with pytest.raises(UserError, match="not valid Unicode at character 2"):
+        generation.stream(*llama, "ab\udc80")
+
+
+def test_a_sliding_window_cannot_be_quantized(sliding: Loaded):
+    with pytest.raises(UserError, match=r"sliding window.*drop --kv-bits"):
+        generation.make_cache(sliding[0], kv_bits=8)
+
+
+def test_narrow_heads_cannot_be_quantized(tmp_path: Path):
+    make_llama(tmp_path, head_dim=16)
+    with pytest.raises(UserError, match=r"heads of 16 values.*drop --kv-bits"):
+        generation.make_cache(load(tmp_path)[0], kv_bits=8)
+
+
+@pytest.mark.parametrize("options", [{"kv_bits": 8}, {"max_kv_size": 64}])
+def test_a_cache_of_another_kind_is_refused(options: dict[str, int]):
+    class Other(nn.Module):
+        def make_cache(self) -> list[Any]:
+            return [CacheList(KVCache(), RotatingKVCache(8))]
+
+    with pytest.raises(UserError, match="CacheList"):
+        generation.make_cache(Other(), **options)
+
+
+def test_cache_options_with_a_given_cache_are_refused(llama: Loaded):
+    cache = generation.make_cache(llama[0])
+    with pytest.raises(UserError, match="make_cache"):
+        generation.stream(*llama, PROMPT, prompt_cache=cache, max_kv_size=64)
+
+
+def test_a_loaded_model_needs_its_tokenizer(llama: Loaded):
+    with pytest.raises(UserError, match="tokenizer"):
+        generation.generate(llama[0], None, PROMPT)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("large")
+    make_llama(folder, hidden_size=256, intermediate_size=512, num_hidden_layers=12)
+    return folder
+
+
+def test_a_comparison_runs_both_and_says_which_is_faster(folder: Path, large: Path):
+    result = generation.compare([folder, str(large)], PROMPT, max_tokens=10)
+    assert result.generation_tps_ratio == pytest.approx(
+        result.first.generation_tps / result.second.generation_tps
+    )
+    assert result.prompt_tps_ratio == pytest.approx(
+        result.first.prompt_tps / result.second.prompt_tps
+    )
+    assert result.generation_tps_ratio > 1
+    assert json.loads(json.dumps(result.as_dict()))["second"]["generation_tokens"] == 10
+    for path, answer in ((folder, result.first), (large, result.second)):
+        assert answer.text == generation.generate(path, None, PROMPT, max_tokens=10).text
+
+
+def test_a_comparison_takes_turns_and_medians(llama: Loaded, monkeypatch: pytest.MonkeyPatch):
+    speeds = iter([0, 0, 3, 30, 900, 20, 5, 10])  # a warm-up each, then three turns each
+    asked = []
+
+    def fake(model: Any, tokenizer: Any, prompt: Any, **options: Any) -> generation.Answer:
+        asked.append((model, options["max_tokens"]))
+        speed = next(speeds)
+        return generation.Answer("", 1, speed, 2, speed, 100, "length")
+
+    monkeypatch.setattr(generation, "generate", fake)
+    a, b = nn.Module(), nn.Module()
+    result = generation.compare([(a, llama[1]), (b, llama[1])], PROMPT, max_tokens=50)
+    assert asked == [(a, 8), (b, 8)] + [(a, 50), (b, 50)] * 3
+    assert (result.first.generation_tps, result.second.generation_tps) == (5, 20)
+    assert result.prompt_tps_ratio == 0.25
+
+
+def test_a_comparison_counts_each_models_memory_alone(folder: Path, large: Path):
+    def size(path: Path) -> int:
+        return sum(weight.nbytes for _, weight in tree_flatten(load(path)[0].parameters()))
+
+    gc.collect()
+    base = mx.get_active_memory()
+    result = generation.compare([folder, large], PROMPT, max_tokens=3, repeats=1)
+    assert size(folder) < result.first.peak_memory_bytes - base < size(large)
+    assert size(large) < result.second.peak_memory_bytes - base
+
+
+def test_a_comparison_of_single_tokens_has_no_decoding_ratio(folder: Path):
+    result = generation.compare([folder, folder], PROMPT, max_tokens=1, repeats=1)
+    assert result.generation_tps_ratio is None
+    assert result.prompt_tps_ratio is not None
+
+
+def test_a_comparison_takes_two_models(llama: Loaded):
+    with pytest.raises(UserError, match="two models, not 1"):
+        generation.compare([llama], PROMPT)
+    with pytest.raises(UserError, match="not one twice"):
+        generation.compare([llama, llama], PROMPT)
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_prompt_cache_of_mlx_lm(template: bool, folder: Path, tmp_path: Path) -> None:
+    """A prompt in two parts, the first through `mlx_lm.cache_prompt`, is the prompt in one."""
+    model, tokenizer = load(folder)
+    if not template:
+        tokenizer._tokenizer.chat_template = None
+        tokenizer.has_chat_template = False
+    first, second = "The quick brown fox", " jumps over the lazy dog."
+    whole = generation.prompt_tokens(tokenizer, first + second)
+    end = generation.prompt_tokens(tokenizer, second, continued=True)
+    assert whole[-len(end) :] == end
+    cache = generation.make_cache(model)
+    model(mx.array([whole[: -len(end)]]), cache)
+    save_prompt_cache(str(tmp_path / "cache.safetensors"), cache)
+    loaded = generation.load_cache(tmp_path / "cache.safetensors", model)
+    continued = generation.generate(model, tokenizer, end, prompt_cache=loaded, max_tokens=6)
+    at_once = generation.generate(model, tokenizer, whole, max_tokens=6)
+    assert continued.text == at_once.text
+    assert continued.prompt_tokens == len(end)
+
+
+def test_a_prompt_cache_of_another_model_is_refused(
+    folder: Path, sliding: Loaded, tmp_path: Path
+) -> None:
+    model, _ = load(folder)
+    cache = generation.make_cache(model)
+    model(mx.array([[1, 2]]), cache)
+    save_prompt_cache(str(tmp_path / "cache.safetensors"), cache)
+    with pytest.raises(UserError, match="another model"):
+        generation.load_cache(tmp_path / "cache.safetensors", sliding[0])
+    make_llama(tmp_path / "narrow", head_dim=16)
+    with pytest.raises(UserError, match="another model"):
+        generation.load_cache(tmp_path / "cache.safetensors", load(tmp_path / "narrow")[0])
+    (tmp_path / "text.safetensors").write_text("no cache")
+    with pytest.raises(UserError, match="no prompt cache"):
+        generation.load_cache(tmp_path / "text.safetensors", model)
+
+
+# The command without a model, or without a prompt
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["bare", "template"])
+def bundled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model in the bundled one's place, with and without a chat template."""
+    folder = tmp_path_factory.mktemp("bundled") / "tales"
+    make_checkpoint(
+        folder, norm="qkv", hidden_size=32, intermediate_size=48, template=request.param
+    )
+    return folder
+
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(
+    bundled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> Command:
+    """Run `generate` in an empty folder; gives exit code, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(conversion, "BUNDLED", bundled)
+
+    def run(*arguments: str, stdin: str | bytes = os.devnull) -> tuple[int, str, str]:
+        """`stdin`: a file, or the bytes that a pipe holds."""
+        read = stdin
+        if isinstance(stdin, bytes):
+            read, write = os.pipe()
+            os.write(write, stdin)
+            os.close(write)
+        with open(read, encoding="utf-8") as file, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdin", file)
+            code = cli.main(["generate", *arguments])
+        return code, *capfd.readouterr()
+
+    return run
+
+
+def said(folder: Path, prompt: str, *, chat: bool | None = None, **options: Any) -> str:
+    model, tokenizer = load(folder)
+    ids = generation.prompt_tokens(tokenizer, prompt, chat=chat)
+    return generation.generate(model, tokenizer, ids, **options).text
+
+
+def test_without_arguments_the_bundled_model_is_converted_once(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    code, out, err = command("--max-tokens", "4")
+    assert code == 0 and out.startswith("Once upon a time")
+    assert "no mlx_model here: converting the bundled model first" in err
+    assert "fewer)" in err and "worst relative logit error" in err and "; answer " in err
+    config = json.loads((tmp_path / "mlx_model/config.json").read_text())
+    assert config["removed"] == {"q": [0, 1, 2], "p": [0, 1, 2]}
+    monkeypatch.setattr(conversion, "BUNDLED", tmp_path / "gone")
+    code, out, err = command("--max-tokens", "4")
+    assert code == 0 and "converting" not in err and out.startswith("Once upon a time")
+
+
+def test_another_model_is_not_replaced_by_the_bundled_one(command: Command, tmp_path: Path):
+    code, out, err = command("--model", "mlx_modell", "--max-tokens", "4")
+    assert (code, out) == (1, "") and err.startswith("error: ") and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bundled_model_that_cannot_be_converted_leaves_nothing(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(conversion, "BUNDLED", tmp_path / "gone")
+    code, out, err = command()
+    assert (code, out) == (1, "") and "error: " in err and "gone" in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "pieces", "shown"),
+    [
+        ("Ġman", ["man", " lived"], " man lived"),
+        ("▁man", ["", "man lived"], " man lived"),
+        ("Ġman", [" man", " lived"], " man lived"),
+        ("ly", ["ly", " lived"], "ly lived"),
+        ("Ċ", ["\n", "Far"], "\nFar"),
+        (None, ["?", " lived"], "? lived"),  # a token that the tokenizer does not know
+    ],
+)
+def test_a_tale_keeps_its_first_space(name: str | None, pieces: list[str], shown: str):
+    """What goes on on the prompt's line opens with the space that its first token has."""
+    known = {"token": 0, "logprobs": mx.zeros(1), "finish_reason": None}
+    responses = (SimpleNamespace(text=piece, **known) for piece in pieces)
+    tokenizer: Any = SimpleNamespace(convert_ids_to_tokens=[name].__getitem__)
+    assert "".join(generation.spaced(generation.Stream(responses), tokenizer)) == shown
+
+
+def test_the_unasked_tale_is_sampled(command: Command, tmp_path: Path):
+    """At 0.8 unless told, as plain text whatever the tokenizer has; its opening is shown first."""
+    made = {}
+    for flags in ((), ("--temp", "0.8"), ("--temp", "0"), ("--temp", "0.4")):
+        code, out, _ = command(*flags, "--seed", "3", "--max-tokens", "30", "--json", "j.json")
+        answer = json.loads((tmp_path / "j.json").read_text())
+        text = answer["text"]
+        assert code == 0 and out in (f"Once upon a time{text}\n", f"Once upon a time {text}\n")
+        assert answer["generation_tokens"] == 30
+        made[flags[1:]] = answer["text"]
+    folder, tale = tmp_path / "mlx_model", {"chat": False, "max_tokens": 30, "seed": 3}
+    assert made[()] == said(folder, generation.TALE, temp=0.8, **tale)
+    assert made[("0",)] == said(folder, generation.TALE, temp=0.0, **tale)
+    assert made[()] == made[("0.8",)] and len(set(made.values())) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin"),
+    [
+        (("--prompt", "Hi there"), os.devnull),
+        (("--prompt", "Hi there"), b"ignored"),
+        (("--prompt", "-"), b"Hi there"),
+        ((), b"Hi there"),
+    ],
+)
+def test_a_prompt_is_answered_greedily(
+    command: Command, tmp_path: Path, arguments: tuple[str, ...], stdin: str | bytes
+):
+    code, out, err = command(*arguments, "--seed", "3", "--max-tokens", "20", stdin=stdin)
+    assert code == 0 and "converting" in err
+    assert out == said(tmp_path / "mlx_model", "Hi there", max_tokens=20) + "\n"
+    _, warm, _ = command(*arguments, "--seed", "3", "--max-tokens", "20", "--temp", "2",
+                         stdin=stdin)  # fmt: skip
+    assert warm != out
+
+
+def test_a_piped_file_is_a_prompt(command: Command, tmp_path: Path):
+    (tmp_path / "prompt.txt").write_text("Hi there")
+    code, out, _ = command("--max-tokens", "20", stdin="prompt.txt")
+    assert code == 0
+    assert out == said(tmp_path / "mlx_model", "Hi there", max_tokens=20) + "\n"
+
+
+@pytest.mark.parametrize(("prompt", "stdin"), [("", b"text"), (" ", b"text"), ("-", b"")])
+def test_an_empty_prompt_that_was_asked_is_no_tale(command: Command, prompt: str, stdin: bytes):
+    code, out, err = command("--prompt", prompt, stdin=stdin)
+    assert (code, out) == (1, "") and "the prompt is empty" in err
+
+
+@pytest.mark.parametrize("flag", ["--compare", "--prompt-cache-file"])
+def test_flags_that_need_a_prompt_say_so_before_any_work(
+    command: Command, tmp_path: Path, flag: str
+):
+    code, out, err = command(flag, "other")
+    assert (code, out) == (1, "") and err.startswith("error: --compare") and "--prompt" in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("temp", [None, 0.3])
+def test_a_terminal_chats(
+    bundled: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    temp: float | None,
+):
+    """With a tale to open it and warm, or after a template's own manner and greedy."""
+    monkeypatch.setattr(conversion, "BUNDLED", bundled)
+    monkeypatch.chdir(tmp_path)
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(chat, "chat", lambda model, tokenizer, **options: asked.append(options))
+    flags = [] if temp is None else ["--temp", str(temp)]
+    ours, side = pty.openpty()
+    with open(side) as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        assert cli.main(["generate", *flags]) == 0
+        template = load(bundled)[1].has_chat_template
+        unasked = (None, 0.0) if template else ("Once upon a time", 0.8)
+        assert [(options["opening"], options["temp"]) for options in asked] == [
+            (unasked[0], unasked[1] if temp is None else temp)
+        ]
+        capsys.readouterr()
+        assert cli.main(["generate", "--json", "j.json", "--max-tokens", "4", *flags]) == 0
+        assert len(asked) == 1 and capsys.readouterr().out.startswith("Once upon a time")
+        assert json.loads(Path("j.json").read_text())["generation_tokens"] == 4
+    os.close(ours)
+
+
+def test_a_silent_pipe_is_not_waited_for(bundled: Path, tmp_path: Path):
+    """What a service manager or an editor gives as standard input: open, and nothing comes."""
+    read, write = os.pipe()
+    command = script(bundled, "generate.py", "--max-tokens", "4")
+    run = subprocess.run(
+        command, stdin=read, capture_output=True, text=True, cwd=tmp_path, timeout=120
+    )
+    os.close(read)
+    os.close(write)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("Once upon a time") and "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("bundled", [False], indirect=True)
+def test_a_closed_standard_input(bundled: Path, tmp_path: Path):
+    """The next file opened is descriptor 0 then."""
+    for name, flags in (("convert.py", ()), ("generate.py", ("--max-tokens", "4"))):
+        run = subprocess.run(
+            ["sh", "-c", 'exec "$@" <&-', "sh", *script(bundled, name, *flags)],
+            capture_output=True, text=True, cwd=tmp_path, timeout=120,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+        assert "Traceback" not in run.stderr
+    assert run.stdout.startswith("Once upon a time") and "converting" not in run.stderr

@@ -1,0 +1,1034 @@
+"""Training runs: what they write, resume and refuse, their figures, and the commands."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import matplotlib.text
+import mlx.core as mx
+import numpy as np
+import pytest
+import reference
+from factory import EOS, make_llama, stored
+from matplotlib.figure import Figure
+from transformers import PreTrainedTokenizerFast
+
+import mlx_skipless
+from mlx_skipless import UserError, cli
+from mlx_skipless.cli import events
+from mlx_skipless.training import pretraining as training
+from mlx_skipless.training.loop import Event, read_log
+from mlx_skipless.training.pretraining import Pace, Result
+from mlx_skipless.training.recipe import Recipe
+
+SMALL = Recipe(
+    hidden_size=16, intermediate_size=32, layers=2, heads=2, kv_heads=1, vocab_size=300,
+    context=16, batch_size=4, steps=12, warmup=2, decay=1.0,
+)  # fmt: skip
+PACE = Pace(log_every=2, eval_every=4, save_every=4, sample_every=0, eval_tokens=64)
+LINES = 300
+SHARE = 0.1
+WORDS = ("the", "cat", "sat", "on", "a", "mat", "who", "saw", "red", "dogs", "run", "far", "blue",
+         "birds", "sing", "loudly", "over", "quick", "foxes")  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """The commands handle SIGTERM; pytest gets its own handling back."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Lines of words, each of which is followed by one of two others; some are not ASCII."""
+    rng = np.random.default_rng(0)
+    file = tmp_path_factory.mktemp("text") / "words.txt"
+    lines = []
+    for _ in range(LINES):
+        word, line = rng.integers(len(WORDS)), []
+        for _ in range(9):
+            line.append(WORDS[word])
+            word = (3 * word + 1 + rng.integers(2)) % len(WORDS)
+        lines.append(" ".join(line) + " é—.")
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
+
+
+def run(data: Path | None, out: Path, recipe: Recipe | None = SMALL, **options: Any) -> Result:
+    options = {"pace": PACE, "dtype": "float32", "validation_share": SHARE} | options
+    return training.train(None if data is None else [data], out, recipe, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """A run of twelve steps; not to be changed."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    return out, run(text, out)
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def saved(out: Path) -> dict[str, bytes]:
+    """The two files that a checkpoint replaces."""
+    names = ("model.safetensors", "training/state.safetensors")
+    return {name: (out / name).read_bytes() for name in names}
+
+
+def losses(out: Path) -> list[tuple[Any, ...]]:
+    """What the log says but for times and memory."""
+    keys = ("step", "tokens", "loss", "learning_rate", "validation_loss", "bits_per_character")
+    return [tuple(event.get(key) for key in keys) for event in read_log(out)]
+
+
+def no_partial_files(out: Path) -> bool:
+    return not [path for path in out.rglob("*") if "partial" in path.name]
+
+
+def command(*arguments: Any) -> int:
+    return cli.main([str(a) for a in arguments])
+
+
+def one_error(capsys: pytest.CaptureFixture[str]) -> str:
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.endswith("\n") and error.count("\n") == 1
+    return error
+
+
+def flags(recipe: Recipe = SMALL, pace: Pace = PACE) -> list[str]:
+    """The command line of a recipe and a pace."""
+    given = []
+    for part in (recipe, pace):
+        for option in dataclasses.fields(part):
+            value = getattr(part, option.name)
+            if value != option.default:
+                given += [f"--{option.name.replace('_', '-')}", str(value)]
+    return [*given, "--dtype", "float32", "--validation-share", str(SHARE)]
+
+
+# What is learnt and written
+
+
+def test_a_run_learns(text: Path, tmp_path: Path):
+    """It ends below the entropy of single tokens, which takes knowing what follows what."""
+    recipe = dataclasses.replace(SMALL, steps=80, batch_size=8, adam_learning_rate=0.02)
+    result = run(text, tmp_path / "run", recipe, pace=Pace(20, 0, 0, 0))
+    logged = [event["loss"] for event in read_log(tmp_path / "run") if "loss" in event]
+    assert len(logged) == 4 and logged == sorted(logged, reverse=True)
+    assert 3 < logged[0] < 6
+    tokens = held_out_tokens(text, tmp_path / "run")
+    _, counts = np.unique(tokens, return_counts=True)
+    shares = counts / counts.sum()
+    assert result.validation_loss is not None
+    assert result.validation_loss < -np.sum(shares * np.log(shares)) - 0.5
+
+
+def held_out_tokens(text: Path, out: Path) -> np.ndarray:
+    """The last tenth of the lines through the saved tokenizer, with its end token."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
+    lines = text.read_text(encoding="utf-8").split("\n")[:-1]
+    kept = "\n".join(lines[LINES - LINES // 10 :])
+    return np.array([*tokenizer(kept)["input_ids"], tokenizer.eos_token_id])
+
+
+def numpy_score(text: Path, out: Path) -> tuple[float, float]:
+    """Nats per token and bits per character of a saved model, all in NumPy float64."""
+    config = json.loads((out / "config.json").read_text())
+    arrays: Any = mx.load(str(out / "model.safetensors"))
+    weights = {name: np.array(w, np.float64) for name, w in arrays.items()}
+    tokens, length = held_out_tokens(text, out), SMALL.context
+    rows = np.array(
+        [tokens[i : i + length + 1] for i in range(0, len(tokens) - length, length)]
+    )  # fmt: skip
+    logits = reference.logits(config, weights, rows[:, :-1])
+    norms = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+    chosen = np.take_along_axis(logits, rows[:, 1:, None], axis=-1)[..., 0]
+    nats = np.sum(norms - chosen)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
+    written = [tokenizer.decode(row[1:].tolist(), skip_special_tokens=True) for row in rows]
+    return nats / rows[:, 1:].size, nats / math.log(2) / sum(map(len, written))
+
+
+def test_the_figures_are_those_of_the_saved_model(finished: tuple[Path, Result], text: Path):
+    out, result = finished
+    loss, bits = numpy_score(text, out)
+    assert result.validation_loss == pytest.approx(loss, rel=1e-5)
+    assert result.bits_per_character == pytest.approx(bits, rel=1e-5)
+    last = read_log(out)[-1]
+    assert (last["validation_loss"], last["step"]) == (result.validation_loss, 12)
+    score = mlx_skipless.evaluate(out, [text], validation_share=SHARE, batch_size=3)
+    assert score.loss == pytest.approx(loss, rel=1e-5)
+    assert score.bits_per_character == pytest.approx(bits, rel=1e-5)
+
+
+def test_the_result_counts(finished: tuple[Path, Result]):
+    out, result = finished
+    arrays: Any = mx.load(str(out / "model.safetensors"))
+    assert result.output == str(out) and result.step == 12
+    assert result.tokens == 12 * 4 * 16
+    assert result.parameters == sum(w.size for w in arrays.values())
+    events = read_log(out)
+    assert [e["step"] for e in events if "loss" in e] == [2, 4, 6, 8, 10, 12]
+    assert [e["tokens"] for e in events if "loss" in e] == [64 * n for n in (2, 4, 6, 8, 10, 12)]
+    assert [e["validation_tokens"] for e in events if "validation_loss" in e][:2] == [64, 64]
+    assert [e["step"] for e in events if "validation_loss" in e] == [4, 8, 12]
+    assert [e["step"] for e in events if "sample" in e] == [12]
+    assert events[-1]["validation_tokens"] > 64
+    assert result.loss == [e["loss"] for e in events if "loss" in e][-1]
+    rates = [e["learning_rate"] for e in events if "loss" in e]
+    assert rates == pytest.approx([0.02 * (13 - n) / 12 for n in (2, 4, 6, 8, 10, 12)], rel=1e-5)
+    assert 0 < result.seconds < 600 and result.peak_memory_bytes > 1e6
+    assert result.tokens_per_second == pytest.approx(result.tokens / result.seconds)
+    assert result.as_dict() == json.loads(json.dumps(result.as_dict()))
+
+
+def test_the_first_loss_is_the_untrained_models(text: Path, tmp_path: Path):
+    recipe = dataclasses.replace(SMALL, steps=1, seed=5)
+    run(text, tmp_path / "run", recipe)
+    logged = read_log(tmp_path / "run")[0]["loss"]
+    assert logged == pytest.approx(math.log(300), rel=0.05)
+
+
+def test_the_folder_is_a_source(finished: tuple[Path, Result], tmp_path: Path):
+    out, _ = finished
+    assert sorted(name for name in contents(out) if "token" not in name) == [
+        "README.md", "config.json", "model.safetensors", "training", "training/log.jsonl",
+        "training/loss.png", "training/run.json", "training/state.safetensors",
+    ]  # fmt: skip
+    model, tokenizer = mlx_skipless.load(out)
+    tokens = np.arange(40).reshape(2, 20)
+    config = json.loads((out / "config.json").read_text())
+    arrays: Any = mx.load(str(out / "model.safetensors"))
+    assert {str(w.dtype) for w in arrays.values()} == {"mlx.core.float32"}
+    weights = {name: np.array(w, np.float64) for name, w in arrays.items()}
+    logits = np.array(model(mx.array(tokens)))
+    expected = reference.logits(config, weights, tokens)
+    assert reference.worst_relative_error(expected, logits) < 1e-4
+    assert tokenizer.decode(tokenizer.encode("a é\n—👩‍👩‍👧")) == "a é\n—👩‍👩‍👧"
+    assert config["eos_token_id"] == tokenizer.eos_token_id == 0
+    for kind, bound in (("p", 1e-4), ("qp", 1e-3)):
+        report = mlx_skipless.convert(out, tmp_path / kind, remove=kind)
+        assert report.removed == {letter: [0, 1] for letter in kind}
+        gone = {name for name in weights if "_proj" in name} - set(stored(tmp_path / kind))
+        names = [{"p": "o_proj", "q": "q_proj"}[letter] for letter in kind]
+        assert gone == {f"model.layers.{i}.self_attn.{n}.weight" for i in (0, 1) for n in names}
+        assert report.verification is not None
+        assert report.verification.max_rel_logit_error < bound
+        assert mlx_skipless.load(tmp_path / kind)
+
+
+@pytest.mark.parametrize(
+    ("options", "remove"),
+    [({"block": "parallel"}, "p"), ({"skip": "ffn"}, "auto"), ({"block": "sas"}, "auto")],
+)
+def test_other_rungs_convert(text: Path, tmp_path: Path, options: dict[str, Any], remove: str):
+    recipe = dataclasses.replace(SMALL, steps=2, **options)
+    run(text, tmp_path / "run", recipe, pace=Pace(0, 0, 0, 0))
+    report = mlx_skipless.convert(tmp_path / "run", tmp_path / "out", remove=remove)
+    assert report.verification is not None and report.verification.max_rel_logit_error < 1e-3
+    assert remove == "auto" or report.removed == {remove: [0, 1]}
+
+
+def test_the_card_names_text_recipe_and_figures(finished: tuple[Path, Result], text: Path):
+    out, result = finished
+    card = (out / "README.md").read_text()
+    assert f"- {text.name}\n" in card and str(text.parent) not in card
+    recipe = json.loads((out / "training/run.json").read_text())["recipe"]
+    assert recipe == dataclasses.asdict(SMALL)
+    for key, value in recipe.items():
+        assert f"- {key}: {value}\n" in card
+    for figure in (f"{result.loss:.4f} nats", f"{result.validation_loss:.4f} nats",
+                   f"{result.bits_per_character:.4f} bits", f"{result.parameters:,} weights",
+                   "768 tokens seen in 12 steps", "no skip", "serial", "# finished"):  # fmt: skip
+        assert figure in card
+
+
+def test_nothing_held_out(text: Path, tmp_path: Path):
+    result = run(text, tmp_path / "run", validation_share=0.0)
+    assert result.validation_loss is None and result.bits_per_character is None
+    assert not any("validation_loss" in event for event in read_log(tmp_path / "run"))
+    assert "held-out" not in (tmp_path / "run/README.md").read_text()
+
+
+def test_held_out_files(text: Path, tmp_path: Path):
+    result = run(text, tmp_path / "run", validation=[text])
+    tail = run(text, tmp_path / "tail", validation_share=0.9)
+    assert result.validation_loss is not None and tail.validation_loss is not None
+    lines = read_log(tmp_path / "run")[-1]["validation_tokens"]
+    assert lines > read_log(tmp_path / "tail")[-1]["validation_tokens"]
+
+
+def test_held_out_text_too_short_for_a_window(text: Path, tmp_path: Path):
+    """It is refused before the work; or else a run that saves would die after it."""
+    short = tmp_path / "short.txt"
+    short.write_text("the cat\n")
+    with pytest.raises(UserError, match="held-out"):
+        run(text, tmp_path / "run", validation=[short], pace=Pace(2, 0, 2, 0))
+    assert not (tmp_path / "run").exists()
+
+
+def test_conversations_make_a_chat_model(text: Path, tmp_path: Path):
+    file = tmp_path / "talks.jsonl"
+    talk = [{"role": "user", "content": "Hi é"}, {"role": "assistant", "content": "Hello"}]
+    lines = text.read_text().split("\n")
+    content = [{"messages": talk}] * 100 + [{"text": line} for line in lines]
+    file.write_text("".join(json.dumps(record) + "\n" for record in content))
+    run(file, tmp_path / "run", dataclasses.replace(SMALL, steps=2))
+    _, tokenizer = mlx_skipless.load(tmp_path / "run")
+    asked = "<|im_start|>user\nHi é<|im_end|>\n<|im_start|>assistant\n"
+    ids = tokenizer.apply_chat_template(talk[:1], add_generation_prompt=True)
+    assert tokenizer.decode(ids) == asked
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["eos_token_id"] == tokenizer.encode("<|im_end|>")[0]
+
+
+def test_bfloat16_arithmetic_on_float32_weights(
+    finished: tuple[Path, Result], text: Path, tmp_path: Path
+):
+    out = tmp_path / "run"
+    result = run(text, out, dtype="bfloat16")
+    for name in saved(out):
+        arrays: Any = mx.load(str(out / name))
+        kinds = {str(a.dtype) for key, a in arrays.items() if not key.endswith("step")}
+        assert kinds == {"mlx.core.float32"}
+        if name == "model.safetensors":
+            rounded = [w.astype(mx.bfloat16).astype(mx.float32) for w in arrays.values()]
+            assert not any(
+                mx.array_equal(w, r).item()
+                for w, r in zip(arrays.values(), rounded, strict=True)
+                if w.ndim == 2
+            )
+    ours, exact = losses(out), losses(finished[0])
+    assert [a[2] for a in ours if a[2]] != [a[2] for a in exact if a[2]]
+    assert [a[2] for a in ours if a[2]] == pytest.approx([a[2] for a in exact if a[2]], rel=0.02)
+    loss, _ = numpy_score(text, out)
+    assert result.validation_loss != pytest.approx(loss, rel=1e-6)
+    assert result.validation_loss == pytest.approx(loss, rel=0.01)
+
+
+def test_bfloat16_loses_no_small_steps(text: Path, tmp_path: Path):
+    """The weights are rounded for the arithmetic alone."""
+    rates: dict[str, Any] = {
+        "orthogonal_q": 0.0,
+        "steps": 4,
+        "learning_rate": 1e-7,
+        "adam_learning_rate": 1e-7,
+    }
+    exact = trained_weights(text, tmp_path / "exact", **rates)
+    ours = trained_weights(text, tmp_path / "ours", "bfloat16", **rates)
+    assert all(np.abs(ours[name] - w).max() < 2e-6 for name, w in exact.items())
+
+
+def test_a_given_tokenizer(text: Path, tmp_path: Path):
+    make_llama(tmp_path / "llama", num_hidden_layers=1)
+    given = PreTrainedTokenizerFast.from_pretrained(tmp_path / "llama")
+    out = tmp_path / "run"
+    run(text, out, tokenizer=tmp_path / "llama", pace=Pace(2, 0, 4, 0))
+    config = json.loads((out / "config.json").read_text())
+    assert config["vocab_size"] == len(given) == 258 and config["eos_token_id"] == EOS
+    arrays: Any = mx.load(str(out / "model.safetensors"))
+    assert arrays["model.embed_tokens.weight"].shape == (258, 16)
+    _, tokenizer = mlx_skipless.load(out)
+    sample = "a cat é\n"
+    assert tokenizer.encode(sample) == given.encode(sample)
+    assert tokenizer.chat_template == given.chat_template
+    before = contents(out)
+    shutil.rmtree(tmp_path / "llama")
+    run(None, out, None, resume=True)
+    assert contents(out).keys() == before.keys()
+
+
+def test_a_tokenizer_without_an_end_token(text: Path, tmp_path: Path):
+    make_llama(tmp_path / "llama", num_hidden_layers=1)
+    file = tmp_path / "llama/tokenizer_config.json"
+    config = json.loads(file.read_text())
+    del config["eos_token"]
+    file.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="end token"):
+        run(text, tmp_path / "run", tokenizer=tmp_path / "llama")
+    assert not (tmp_path / "run").exists()
+
+
+def trained_weights(
+    text: Path, out: Path, dtype: str = "float32", **options: Any
+) -> dict[str, np.ndarray]:
+    recipe = dataclasses.replace(SMALL, **options)
+    run(text, out, recipe, pace=Pace(0, 0, 0, 0), dtype=dtype)
+    arrays: Any = mx.load(str(out / "model.safetensors"))
+    return {name: np.array(w) for name, w in arrays.items()}
+
+
+def test_gradients_are_clipped(text: Path, tmp_path: Path):
+    """To next to nothing, where AdamW's epsilon holds the embedding still."""
+    first, still, moved = (
+        trained_weights(text, tmp_path / name, steps=steps, clip=clip)["model.embed_tokens.weight"]
+        for name, steps, clip in (("a", 1, 1e-12), ("b", 6, 1e-12), ("c", 6, 1.0))
+    )
+    assert np.abs(still - first).max() < 1e-4 < 1e-3 < np.abs(moved - first).max()
+
+
+def test_queries_stay_invertible(text: Path, tmp_path: Path):
+    options: dict[str, Any] = {"steps": 8, "learning_rate": 0.5, "decay": 0.0}
+    for name, pull in (("free", 0.0), ("held", 1.0)):
+        weights = trained_weights(text, tmp_path / name, orthogonal_q=pull, **options)
+        queries = [w for key, w in weights.items() if "q_proj" in key]
+        values = np.linalg.svd(np.array(queries), compute_uv=False)
+        assert ((values > 0.65) & (values < 1.25)).all() == (name == "held")
+
+
+# Stopped and resumed
+
+
+@pytest.fixture(scope="module")
+def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of forty steps that nothing stopped."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    recipe = dataclasses.replace(SMALL, steps=40)
+    run(text, out, recipe, pace=dataclasses.replace(PACE, save_every=0))
+    return out
+
+
+def same_end(a: Path, b: Path) -> None:
+    assert saved(a).keys() == saved(b).keys()
+    assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+    assert losses(a) == losses(b)
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_been(whole: Path, text: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    recipe = dataclasses.replace(SMALL, steps=40)
+    arguments = [sys.executable, "-m", "mlx_skipless.cli", "train", "--data", text,
+                 "--mlx-path", out, *flags(recipe)]  # fmt: skip
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    deadline = time.monotonic() + 120
+    while not (out / "model.safetensors").exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    time.sleep(random.uniform(0, 0.8))
+    process.kill()
+    process.stderr.close()
+    assert process.wait() == -signal.SIGKILL
+    for name in saved(out):
+        mx.eval(mx.load(str(out / name)))
+    state: Any = mx.load(str(out / "training/state.safetensors"), return_metadata=True)
+    step = int(state[1]["step"])
+    assert step % 4 == 0 and 0 < step < 40
+    assert command("train", "--resume", "--mlx-path", out, "--dtype", "float32") == 0
+    same_end(out, whole)
+    assert no_partial_files(out)
+
+
+def stop_at(step: int, *signals: int) -> Callable[[Event], None]:
+    """A report that sends this process signals at the loss of a step."""
+
+    def report(event: Event) -> None:
+        if event["step"] == step and "loss" in event:
+            for which in signals:
+                os.kill(os.getpid(), which)
+
+    return report
+
+
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_saves_and_tells(
+    finished: tuple[Path, Result],
+    text: Path,
+    tmp_path: Path,
+    which: signal.Signals,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    out = tmp_path / "run"
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(events, "line", stop_at(6, which))
+        assert command("train", "--data", text, "--mlx-path", out, *flags()) == 1
+    assert "interrupted at step 6: --resume goes on" in one_error(capsys)
+    assert signal.getsignal(signal.SIGINT) == handler
+    state: Any = mx.load(str(out / "training/state.safetensors"), return_metadata=True)
+    assert state[1]["step"] == "6"
+    assert [event["step"] for event in read_log(out)] == [2, 4, 4, 6]
+    assert no_partial_files(out)
+    result = run(None, out, None, resume=True)
+    same_end(out, finished[0])
+    assert result.loss == finished[1].loss
+
+
+def test_an_interruption_between_two_lines_of_the_log(
+    finished: tuple[Path, Result], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The line after it means all steps since the line before it, as if nothing had been."""
+    out = tmp_path / "run"
+    before = training.Run._save
+
+    def save(self: training.Run) -> None:
+        before(self)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Run, "_save", save)
+        with pytest.raises(KeyboardInterrupt):
+            run(text, out, pace=dataclasses.replace(PACE, save_every=5))
+    run(None, out, None, resume=True)
+    same_end(out, finished[0])
+
+
+def test_a_second_signal_ends_at_once(
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    out = tmp_path / "run"
+    monkeypatch.setattr(events, "line", stop_at(6, signal.SIGINT, signal.SIGINT))
+    assert command("train", "--data", text, "--mlx-path", out, *flags()) == 1
+    assert one_error(capsys) == "error: interrupted\n"
+    state: Any = mx.load(str(out / "training/state.safetensors"), return_metadata=True)
+    assert state[1]["step"] == "4"
+
+
+def test_other_steps_are_obeyed(text: Path, tmp_path: Path):
+    """Rates that never fall do not depend on the end, so that six and six are twelve."""
+    recipe = dataclasses.replace(SMALL, decay=0.0)
+    run(text, tmp_path / "twelve", recipe)
+    run(text, tmp_path / "six", dataclasses.replace(recipe, steps=6))
+    result = run(None, tmp_path / "six", None, resume=True, steps=12)
+    assert result.step == 12 and result.tokens == 12 * 64
+    model = "model.safetensors"
+    assert (tmp_path / "six" / model).read_bytes() == (tmp_path / "twelve" / model).read_bytes()
+
+
+def test_the_decay_moves_with_the_steps(finished: tuple[Path, Result], text: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    with pytest.raises(UserError, match="interrupted"):
+        run(text, out, report=stop_at(6, signal.SIGINT))
+    assert command("train", "--resume", "--mlx-path", out, "--steps", 8) == 0
+    rates = [event["learning_rate"] for event in read_log(out) if "loss" in event]
+    assert rates[:3] == pytest.approx([0.02 * n / 12 for n in (11, 9, 7)], rel=1e-5)
+    assert rates[3:] == pytest.approx([0.02 / 8], rel=1e-5)
+
+
+def test_a_finished_run_resumed_says_the_same(text: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    first = run(text, out)
+    before = contents(out)
+    again = run(None, out, None, resume=True)
+    for key in ("step", "tokens", "parameters", "loss", "validation_loss", "bits_per_character"):
+        assert getattr(again, key) == getattr(first, key), key
+    after = contents(out)
+    assert after.keys() == before.keys()
+    for name in ("model.safetensors", "training/log.jsonl", "README.md"):
+        assert after[name] == before[name], name
+
+
+def test_a_run_interrupted_at_its_last_step_ends_whole(
+    finished: tuple[Path, Result], text: Path, tmp_path: Path
+):
+    out = tmp_path / "run"
+    with contextlib.suppress(UserError):
+        run(text, out, report=stop_at(12, signal.SIGINT))
+    if not (out / "README.md").exists():
+        run(None, out, None, resume=True)
+    same_end(out, finished[0])
+    assert (out / "README.md").exists()
+
+
+def test_bfloat16_goes_on_in_bfloat16(text: Path, tmp_path: Path):
+    """The type of the arithmetic is the run's own; on a CPU "auto" would be float32."""
+    run(text, tmp_path / "whole", dtype="bfloat16")
+    with pytest.raises(UserError, match="interrupted"):
+        run(text, tmp_path / "run", dtype="bfloat16", report=stop_at(6, signal.SIGINT))
+    training.train(None, tmp_path / "run", resume=True)
+    same_end(tmp_path / "run", tmp_path / "whole")
+
+
+def resume_refused(out: Path, says: str, **options: Any) -> None:
+    before = contents(out.parent)
+    with pytest.raises(UserError, match=says) as refusal:
+        run(options.pop("data", None), out, None, resume=True, **options)
+    assert "\n" not in str(refusal.value)
+    assert contents(out.parent) == before
+
+
+def copied(finished: tuple[Path, Result], folder: Path) -> Path:
+    out = folder / "run"
+    for name, content in contents(finished[0]).items():
+        if content is None:
+            (out / name).mkdir(parents=True)
+        else:
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_bytes(content)
+    return out
+
+
+def test_resuming_on_other_text(finished: tuple[Path, Result], text: Path, tmp_path: Path):
+    out = copied(finished, tmp_path)
+    words, other = text.read_text(), tmp_path / "other.txt"
+    last = words.rindex("the")
+    for changed in (words.replace("cat", "dog"), words[:last] + "a" + words[last:]):
+        other.write_text(changed)
+        resume_refused(out, "was trained on other text", data=other)
+    resume_refused(out, "was trained on other text", data=text, validation=[text])
+    resume_refused(out, "cannot be read", data=tmp_path / "none.txt")
+    moved = tmp_path / "moved.txt"
+    moved.write_bytes(text.read_bytes())
+    assert run(moved, out, None, resume=True).step == 12
+
+
+@pytest.mark.parametrize("steps", [11, 1, 0])
+def test_resuming_with_fewer_steps(finished: tuple[Path, Result], tmp_path: Path, steps: int):
+    says = "at step 12 already" if steps else "--steps 0: must be at least 1"
+    resume_refused(copied(finished, tmp_path), says, steps=steps)
+
+
+def test_resuming_what_is_no_run(finished: tuple[Path, Result], text: Path, tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    resume_refused(tmp_path / "empty", "there is nothing to resume")
+    resume_refused(tmp_path / "none", "there is nothing to resume")
+    out = copied(finished, tmp_path)
+    state, settings = (out / "training" / name for name in ("state.safetensors", "run.json"))
+    whole, given = state.read_bytes(), json.loads(settings.read_text())
+    for broken in (b"", whole[:1000], whole[:-100], b"once upon a time"):
+        state.write_bytes(broken)
+        resume_refused(out, "cannot be resumed from")
+    (tmp_path / "other").mkdir()
+    run(text, tmp_path / "other/run", dataclasses.replace(SMALL, layers=1, steps=2))
+    state.write_bytes((tmp_path / "other/run/training/state.safetensors").read_bytes())
+    resume_refused(out, "another network")
+    state.write_bytes(whole)
+    for broken in ({}, given | {"recipe": {"depth": 1}}, given | {"pace": {"x": 1}}):
+        settings.write_text(json.dumps(broken))
+        resume_refused(out, r"is not of this version|no part of a recipe")
+    settings.write_text("{")
+    resume_refused(out, "JSON")
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [["--layers", "3"], ["--log-every", "3"], ["--no-tie"], ["--config", "x.yaml"]],
+)
+def test_resuming_takes_no_other_recipe(
+    finished: tuple[Path, Result], flag: list[str], capsys: pytest.CaptureFixture[str]
+):
+    before = contents(finished[0])
+    assert command("train", "--resume", "--mlx-path", finished[0], *flag) == 1
+    assert "only --steps may change" in one_error(capsys)
+    assert contents(finished[0]) == before
+
+
+# Failures
+
+
+def poison(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An endless learning rate at one step, counted from 0, leaves no number in the weights."""
+    sane = Recipe.schedule
+
+    def schedule(self: Recipe, peak: float) -> Callable[[mx.array], mx.array]:
+        rate = sane(self, peak)
+        return lambda step: mx.where(step == at, mx.array(math.inf), rate(step))
+
+    monkeypatch.setattr(Recipe, "schedule", schedule)
+
+
+@pytest.mark.parametrize(
+    ("at", "told", "kept"), [(4, 6, 4), (5, 7, 4), (7, 8, 4), (8, 10, 8), (10, 12, 8), (11, 12, 8)]
+)
+def test_a_loss_that_is_no_number_stops(
+    text: Path,
+    tmp_path: Path,
+    at: int,
+    told: int,
+    kept: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """By its loss in the next step, or by its weights where it would be saved."""
+    out = tmp_path / "run"
+    copies = {}
+    sane_save = training.Run._save
+
+    def save(self: training.Run) -> None:
+        sane_save(self)
+        copies[self._step] = saved(out)
+
+    with monkeypatch.context() as patch:
+        poison(at, patch)
+        patch.setattr(training.Run, "_save", save)
+        assert command("train", "--data", text, "--mlx-path", out, *flags()) == 1
+    error = one_error(capsys)
+    assert f"no number any more at step {told}: the checkpoint of step {kept} is kept" in error
+    assert "--learning-rate" in error
+    assert saved(out) == copies[kept] and no_partial_files(out)
+    assert all(math.isfinite(event.get("loss", 0)) for event in read_log(out))
+    assert mlx_skipless.load(out)
+
+
+def test_an_absurd_learning_rate(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    recipe = dataclasses.replace(SMALL, learning_rate=1e38)
+    assert command("train", "--data", text, "--mlx-path", tmp_path / "run", *flags(recipe)) == 1
+    assert "nothing was saved yet" in one_error(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError, OSError, ZeroDivisionError])
+@pytest.mark.parametrize("where", ["begin", "go", "_log", "_evaluation"])
+def test_a_failure_before_the_first_checkpoint_leaves_nothing(
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    failure: type[BaseException],
+):
+    def fail(*arguments: Any) -> None:
+        raise failure("in the middle")
+
+    monkeypatch.setattr(training.Run, where, fail)
+    with pytest.raises(failure):
+        run(text, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"recipe": dataclasses.replace(SMALL, context=10**6)}, "too few for a context"),
+        ({"recipe": dataclasses.replace(SMALL, kv_heads=3)}, "key-value heads"),
+        ({"recipe": dataclasses.replace(SMALL, vocab_size=10**5)}, "--vocab-size 100000"),
+        ({"tokenizer": "@/none"}, "none"),
+        ({"tokenizer": "@"}, "tokenizer"),
+        ({"dtype": "float16"}, "--dtype float16"),
+        ({"data": None}, "--data is missing"),
+        ({"data": "@/none.txt"}, r"none\.txt cannot be read"),
+        ({"out": "@/no/run"}, "is no folder: create it first"),
+        ({"validation_share": 1.0}, "--validation-share"),
+    ],
+)
+def test_what_cannot_be_leaves_nothing(
+    text: Path, tmp_path: Path, options: dict[str, Any], says: str
+):
+    options = {"data": text, "out": tmp_path / "run"} | {
+        key: value.replace("@", str(tmp_path)) if isinstance(value, str) else value
+        for key, value in options.items()
+    }
+    data, out = options.pop("data"), Path(options.pop("out"))
+    with pytest.raises(UserError, match=says) as refusal:
+        run(data and Path(data), out, **options)
+    assert "\n" not in str(refusal.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("key", [f.name for f in dataclasses.fields(Pace)])
+def test_a_pace_below_zero(key: str):
+    with pytest.raises(UserError, match=f"--{key.replace('_', '-')}: must be at least 0"):
+        Pace(**{key: -1})
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_what_lies_there_stays(
+    text: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "run"
+    if kind == "file":
+        out.write_text("mine")
+    elif kind == "link":
+        out.symlink_to(tmp_path / "nowhere")
+    else:
+        out.mkdir()
+        (out / "mine").write_text("mine")
+    assert command("train", "--data", text, "--mlx-path", out, *flags()) == 1
+    assert "exists already" in one_error(capsys)
+    assert list(tmp_path.iterdir()) == [out]
+    if kind != "link":
+        assert (out if kind == "file" else out / "mine").read_text() == "mine"
+
+
+def test_a_disk_without_room_is_refused(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    with pytest.raises(UserError, match="GB free"):
+        run(text, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("failing", ["state", "model"])
+def test_a_checkpoint_that_cannot_be_written(
+    finished: tuple[Path, Result],
+    text: Path,
+    tmp_path: Path,
+    failing: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """The one before it stays whole, and the run can go on from there."""
+    out = tmp_path / "run"
+    write, before = mx.save_safetensors, {}
+
+    def full(file: str, *arguments: Any) -> None:
+        if (out / "training/loss.png").exists():
+            before.setdefault("saved", saved(out))
+            if Path(file).name.removeprefix(".partial-").startswith(failing):
+                Path(file).write_bytes(b"half")
+                raise RuntimeError("[write] Unable to write\nto the file")
+        write(file, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mx, "save_safetensors", full)
+        assert command("train", "--data", text, "--mlx-path", out, *flags()) == 1
+    error = one_error(capsys)
+    assert f"saving step 8 to {out} failed" in error and "step 4 is kept" in error
+    after = saved(out)
+    assert after["model.safetensors"] == before["saved"]["model.safetensors"]
+    if failing == "state":
+        assert after == before["saved"]
+    assert no_partial_files(out)
+    run(None, out, None, resume=True)
+    same_end(out, finished[0])
+
+
+FULL_DISK = """
+import resource, signal, sys
+from mlx_skipless import cli
+from mlx_skipless.commands import events
+
+def report(event):
+    if event["step"] == 6:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+events.line = report
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_full_disk(finished: tuple[Path, Result], text: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    arguments = ["train", "--data", text, "--mlx-path", out, *flags()]
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, *map(str, arguments)], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: saving step 8") and done.stderr.count("\n") == 1
+    assert "the checkpoint of step 4 is kept" in done.stderr
+    assert no_partial_files(out)
+    state: Any = mx.load(str(out / "training/state.safetensors"), return_metadata=True)
+    assert state[1]["step"] == "4"
+    stored: Any = mx.load(str(out / "model.safetensors"))
+    for name, weight in stored.items():
+        assert mx.array_equal(weight, state[0][f"weights.{name}"]).item()
+    run(None, out, None, resume=True)
+    same_end(out, finished[0])
+
+
+# Commands
+
+
+def test_the_command_is_the_function(
+    finished: tuple[Path, Result], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "run"
+    report = tmp_path / "result.json"
+    arguments = ["--data", text, "--mlx-path", out, *flags(), "--json", report]
+    assert command("train", *arguments) == 0
+    same_end(out, finished[0])
+    result = json.loads(report.read_text())
+    expected = finished[1].as_dict()
+    assert result.keys() == expected.keys()
+    for key in ("step", "tokens", "parameters", "loss", "validation_loss", "bits_per_character"):
+        assert result[key] == expected[key]
+    assert result["output"] == str(out)
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert f"{expected['parameters']:,} weights" in printed.out
+    for event in read_log(out):
+        if "loss" in event:
+            assert f"step {event['step']:>6,}  loss {event['loss']:.4f}" in printed.out
+        elif "validation_loss" in event:
+            assert f"held-out loss {event['validation_loss']:.4f}" in printed.out
+        else:
+            assert f"sample: {event['sample']}" in printed.out
+    assert f"wrote {out}" in printed.out
+
+
+@pytest.mark.parametrize("where", ["no/result.json", "."])
+def test_json_that_cannot_be_written_is_refused_before(
+    text: Path, tmp_path: Path, where: str, capsys: pytest.CaptureFixture[str]
+):
+    arguments = ["--data", text, "--mlx-path", tmp_path / "run", *flags()]
+    assert command("train", *arguments, "--json", tmp_path / where) == 1
+    assert "--json" in one_error(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_in_the_place_of_the_run_is_refused_before(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "run"
+    assert command("train", "--data", text, "--mlx-path", out, *flags(), "--json", out) == 1
+    assert "--json" in one_error(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recipe_from_yaml_and_flags_that_come_first(text: Path, tmp_path: Path):
+    recipe = {"hidden_size": 16, "intermediate_size": 32, "layers": 1, "heads": 2, "kv_heads": 1,
+              "vocab_size": 300, "context": 16, "steps": 5, "batch_size": 4,
+              "gate_offset": None, "tie": False, "learning_rate": 0.01}  # fmt: skip
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(recipe))  # which is YAML
+    first = ["--steps", 2, "--tie", "--value-skip", "none", "--log-every", 1]
+    out = tmp_path / "run"
+    assert command("train", "--data", text, "--mlx-path", out, "--config", file, *first) == 0
+    used = json.loads((out / "training/run.json").read_text())["recipe"]
+    given = recipe | {"steps": 2, "tie": True, "value_skip": None}
+    assert used == dataclasses.asdict(Recipe()) | given
+    config = json.loads((out / "config.json").read_text())
+    assert config["tie_word_embeddings"] and not config["gate_offset"] and not config["value_skip"]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "No such file"),
+        (b"", "must map"),
+        (b"- 1", "must map"),
+        (b"layers: [", "recipe.yaml"),
+        (b"\xff\xfe\xfa", "recipe.yaml"),
+        (b"depth: 4", "'depth' is no part of a recipe"),
+        (b"layers: many", "must be of type int"),
+        (b"block: ring", "choose one of"),
+    ],
+)
+def test_yaml_that_is_no_recipe(
+    text: Path, tmp_path: Path, content: bytes | None, says: str, capsys: pytest.CaptureFixture[str]
+):
+    file = tmp_path / "recipe.yaml"
+    if content is not None:
+        file.write_bytes(content)
+    out = tmp_path / "run"
+    assert command("train", "--data", text, "--mlx-path", out, "--config", file) == 1
+    assert says in one_error(capsys)
+    assert not out.exists()
+
+
+def test_an_exponent_in_yaml_is_a_number(text: Path, tmp_path: Path):
+    """Where YAML 1.1 reads a word, as nobody means it."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text("learning_rate: 2e-2\n")
+    arguments = ["--data", text, "--mlx-path", tmp_path / "run", *flags()]
+    assert command("train", *arguments, "--config", file) == 0
+
+
+# Curves and logs
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that are written from here on."""
+    seen: list[Figure] = []
+    write = Figure.savefig
+
+    def savefig(self: Figure, *arguments: Any, **options: Any) -> None:
+        seen.append(self)
+        write(self, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return seen
+
+
+def drawn(figure: Figure) -> list[np.ndarray]:
+    """The points (n, 2) of each line."""
+    return [np.array(line.get_xydata()) for line in figure.axes[0].lines]
+
+
+def test_a_run_draws_its_curve(finished: tuple[Path, Result]):
+    file = finished[0] / "training/loss.png"
+    assert file.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert matplotlib.image.imread(file).shape[:2] == (600, 960)
+
+
+def test_curves_of_runs(
+    finished: tuple[Path, Result],
+    whole: Path,
+    tmp_path: Path,
+    figures: list[Figure],
+    capsys: pytest.CaptureFixture[str],
+):
+    assert command("curves", finished[0], whole, "--output", tmp_path / "both.png") == 0
+    assert "both.png" in capsys.readouterr().out
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    lines = drawn(figures[0])
+    for i, out in enumerate((finished[0], whole)):
+        events = read_log(out)
+        tokens = {e["step"]: e["step"] * 64 / 1e6 for e in events}
+        for line, key in ((lines[2 * i], "loss"), (lines[2 * i + 1], "validation_loss")):
+            points = [(tokens[e["step"]], e[key]) for e in events if key in e]
+            assert np.allclose(line, points)
+    labels = [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()]
+    assert [label.split(":")[0] for label in labels] == ["finished", "whole"]
+    assert labels[0].endswith(f"{finished[1].validation_loss:.3f}")
+
+
+def test_curves_of_runs_with_one_name(
+    finished: tuple[Path, Result], whole: Path, tmp_path: Path, figures: list[Figure]
+):
+    places = []
+    for name, source in (("a", finished[0]), ("b", whole)):
+        log = tmp_path / name / "run/training/log.jsonl"
+        log.parent.mkdir(parents=True)
+        log.write_bytes((source / "training/log.jsonl").read_bytes())
+        places.append(log.parent.parent)
+    assert command("curves", *places, "--output", tmp_path / "both.png") == 0
+    assert len(drawn(figures[0])) == 4
+    labels = [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()]
+    assert len(set(labels)) == 2
+
+
+def test_curves_of_a_run_with_an_odd_name(finished: tuple[Path, Result], tmp_path: Path):
+    out = tmp_path / r"$\run$"
+    (out / "training").mkdir(parents=True)
+    (out / "training/log.jsonl").write_bytes((finished[0] / "training/log.jsonl").read_bytes())
+    assert command("curves", out, "--output", tmp_path / "x.png") == 0
+
+
+def test_curves_of_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert command("curves", tmp_path, "--output", tmp_path / "x.png") == 1
+    assert "is no training run" in one_error(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_curves_that_cannot_be_written(
+    finished: tuple[Path, Result], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert command("curves", finished[0], "--output", tmp_path / "no/x.png") == 1
+    one_error(capsys)
+
+
+def test_a_log_that_ends_in_the_middle(tmp_path: Path):
+    (tmp_path / "training").mkdir()
+    assert read_log(tmp_path) == []
+    log = tmp_path / "training/log.jsonl"
+    log.write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "lo')
+    assert read_log(tmp_path) == [{"step": 1, "loss": 2.5}]
+    log.write_text('{"step": 1}\n{no}\n')
+    with pytest.raises(UserError, match=r"log\.jsonl cannot be read"):
+        read_log(tmp_path)

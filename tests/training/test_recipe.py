@@ -1,0 +1,497 @@
+"""Recipes: what network each rung of the ladder is, its starting weights, rates and optimizer."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+import reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten
+
+from mlx_skipless import UserError
+from mlx_skipless.network.model import Model
+from mlx_skipless.training.recipe import Recipe, from_options, orthogonal, orthogonal_factor
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "layers": 2,
+    "heads": 4,
+    "kv_heads": 2,
+    "vocab_size": 300,
+    "context": 16,
+}
+BLOCKS, SKIPS, NORMS = ("serial", "parallel"), ("none", "ffn", "both"), ("none", "qkv", "pre")
+WITHOUT = ("", "q", "p", "qp", "v", "vp", "k", "kp")
+MATRIX = {
+    "q": "self_attn.q_proj.weight",
+    "k": "self_attn.k_proj.weight",
+    "v": "self_attn.v_proj.weight",
+    "p": "self_attn.o_proj.weight",
+}
+ONE = np.ones(1)
+TOKENS = np.random.default_rng(0).integers(0, 300, (2, 8))
+
+
+def made(**options: Any) -> tuple[Recipe, Model]:
+    recipe = Recipe(**SMALL | options)
+    model = Model(recipe.model_args())
+    recipe.initialise(model)
+    return recipe, model
+
+
+def weights_of(model: Model) -> dict[str, np.ndarray]:
+    return {name: np.array(w, np.float64) for name, w in flat(model.parameters()).items()}
+
+
+def flat(tree: Mapping[str, Any]) -> dict[str, mx.array]:
+    return dict(tree_flatten(tree))  # type: ignore[arg-type]
+
+
+def own_logits(model: Model, tokens: np.ndarray) -> np.ndarray:
+    return np.array(model(mx.array(tokens)))
+
+
+def check_rung(**options: Any) -> dict[str, np.ndarray]:
+    """A rung computes what the reference does, and all its weights can learn; its weights."""
+    _, model = made(**options)
+    weights = weights_of(model)
+    logits = own_logits(model, TOKENS)
+    config = dataclasses.asdict(model.args)
+    if options.get("block") in BLOCKS:
+        config |= {key: options[key] for key in ("block", "skip", "norm")}
+    config |= {key: options[key] for key in ("hidden_act", "rope_theta") if key in options}
+    expected = reference.logits(config, weights, TOKENS)
+    assert np.isfinite(logits).all(), options
+    assert reference.worst_relative_error(expected, logits) < 2e-3, options
+
+    def loss(tokens: mx.array) -> mx.array:
+        return nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]).mean()
+
+    value, gradients = nn.value_and_grad(model, loss)(mx.array(TOKENS))
+    assert np.isfinite(value.item()), options
+    for name, gradient in flat(gradients).items():
+        g = np.array(gradient)
+        asleep = "k_proj" in name and not weights.get(name.replace("k_proj", "q_proj"), ONE).any()
+        assert np.isfinite(g).all() and g.any() != asleep, (name, options)
+    return weights
+
+
+@pytest.mark.parametrize("without", WITHOUT)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("skip", SKIPS)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_every_rung_runs_and_can_learn(block: str, skip: str, norm: str, without: str):
+    kv_heads = 4 if set(without) & {"k", "v"} else 2
+    for shaped, gate, value in itertools.product((False, True), (None, 1.0), (None, 0.5)):
+        weights = check_rung(
+            block=block, skip=skip, norm=norm, without=without, kv_heads=kv_heads,
+            shaped_attention=shaped, gate_offset=gate, value_skip=value,
+        )  # fmt: skip
+        for layer in range(2):
+            prefix = f"model.layers.{layer}."
+            has = {name.removeprefix(prefix) for name in weights if name.startswith(prefix)}
+            assert {part for part, name in MATRIX.items() if name not in has} == set(without)
+            assert ("mlp.gate_offset" in has) == (gate is not None)
+            assert ("self_attn.value_skip" in has) == (value is not None or shaped)
+            assert ("self_attn.attention_gain" in has) == shaped
+            assert ("self_attn.uniform_gain" in has) == shaped
+            assert ("self_attn.q_norm.weight" in has) == (norm == "qkv")
+            assert ("input_layernorm.weight" in has) == (norm == "pre")
+        assert ("model.norm.weight" in weights) == (norm != "qkv" or skip != "none")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"block": "sas"}, {"block": "sas-p"}, {"tie": False}, {"heads": 2, "kv_heads": 1},
+     {"layers": 1}, {"own_token": False}, {"rope_theta": 500.0}, {"hidden_act": "gelu"},
+     {"hidden_act": "gelu_pytorch_tanh"}, {"hidden_act": "relu"}],
+)  # fmt: skip
+def test_other_rungs_run_and_can_learn(options: dict[str, Any]):
+    check_rung(**options)
+
+
+@pytest.mark.parametrize("final_norm", [True, False])
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_final_norm_as_asked(norm: str, final_norm: bool):
+    weights = check_rung(norm=norm, final_norm=final_norm)
+    assert ("model.norm.weight" in weights) == final_norm
+
+
+# He & Hofmann's simplified blocks (2311.01906, figure 1 and equation 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "skip"), [("sas", "serial", "ffn"), ("sas-p", "parallel", "none")]
+)
+def test_simplified_blocks(name: str, block: str, skip: str):
+    options = SMALL | {"block": name, "skip": "both", "norm": "none", "without": "k", "layers": 3}
+    args = Recipe(**options).model_args()
+    assert (args.block, args.skip, args.norm, args.final_norm) == (block, skip, "pre", True)
+    assert args.removed == {"v": [0, 1, 2], "p": [0, 1, 2]}
+    assert args.num_key_value_heads == args.num_attention_heads == 4
+    assert args.attention_gain and args.uniform_gain and args.value_skip
+    assert set(args.gains) == {"attention", "ffn", "final"}
+
+
+@pytest.mark.parametrize("options", [{"block": "sas"}, {"block": "sas-p"},
+                                     {"shaped_attention": True, "norm": "none"}])  # fmt: skip
+@pytest.mark.parametrize("value_skip", [None, 1.0])
+def test_shaped_attention_starts_as_the_identity(options: dict[str, Any], value_skip: float | None):
+    """alpha I + beta A - gamma C, all three one and A uniform as C: no token sees another."""
+    model = made(value_skip=value_skip, **options)[1]
+    for layer in model.layers:
+        for gain in ("value_skip", "attention_gain", "uniform_gain"):
+            assert (np.array(layer.self_attn[gain]) == 1).all()
+    mixed = own_logits(model, TOKENS)
+    alone = own_logits(model, TOKENS.reshape(-1, 1)).reshape(mixed.shape)
+    assert reference.worst_relative_error(alone, mixed) < 1e-4
+    for layer in model.layers:
+        layer.self_attn.q_proj.weight += 1
+    assert reference.worst_relative_error(alone[:, 1:], own_logits(model, TOKENS)[:, 1:]) > 1e-3
+
+
+# Starting weights
+
+SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 40))
+
+
+@settings(max_examples=60, deadline=None)
+@given(SHAPES, st.integers(0, 2**63 - 1))
+def test_orthogonal_matrices(shape: tuple[int, int], seed: int):
+    n_out, n_in = shape
+    w = np.array(orthogonal(n_out, n_in, key=mx.random.key(seed)), np.float64)
+    assert w.shape == shape
+    gram = w.T @ w if n_out >= n_in else w @ w.T
+    assert np.allclose(gram, gram[0, 0] * np.eye(min(shape)), atol=1e-4 * gram[0, 0])
+    # The mean square of W x over directions of x is |W|² / n_out times that of x.
+    assert np.sum(w**2) / n_out == pytest.approx(1, rel=1e-4)
+
+
+def test_orthogonal_matrices_point_everywhere():
+    """The mean over keys vanishes, the mean square is the same at each place (Haar)."""
+    many = np.array([np.array(orthogonal(6, 4, key=mx.random.key(i))) for i in range(600)])
+    assert np.abs(many.mean(axis=0)).max() < 0.12
+    assert np.allclose((many**2).mean(axis=0), 1 / 4, atol=0.06)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_the_same_seed_gives_the_same_weights(tie: bool):
+    first, second, third = (weights_of(made(seed=s, tie=tie)[1]) for s in (7, 7, 8))
+    assert first.keys() == second.keys()
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+    matrices = [name for name, w in first.items() if w.ndim == 2]
+    assert not any(np.array_equal(first[name], third[name]) for name in matrices)
+    for a, b in itertools.combinations(matrices, 2):
+        assert first[a].shape != first[b].shape or not np.allclose(first[a], first[b])
+
+
+def test_the_global_random_state_is_not_asked():
+    mx.random.seed(1)
+    first = weights_of(made()[1])
+    mx.random.seed(2)
+    assert all(np.array_equal(w, first[name]) for name, w in weights_of(made()[1]).items())
+
+
+@pytest.mark.parametrize("skip", SKIPS)
+@pytest.mark.parametrize("layers", [1, 4])
+@pytest.mark.parametrize(("without", "last"), [("", "o_proj"), ("p", "v_proj"), ("k", "o_proj")])
+def test_what_is_added_to_the_stream_is_scaled_down(
+    skip: str, layers: int, without: str, last: str
+):
+    additions = {"none": 1, "ffn": layers, "both": 2 * layers}[skip]
+    weights = weights_of(made(skip=skip, norm="pre", layers=layers, without=without, kv_heads=4)[1])
+    for name, w in weights.items():
+        if "_proj" not in name or "k_proj" in name:
+            continue
+        added = "down_proj" in name or (last in name and skip == "both")
+        expected = 1 / additions if added else 1
+        assert np.sum(w**2) / len(w) == pytest.approx(expected, rel=1e-4), name
+
+
+def test_a_skipless_stream_neither_grows_nor_shrinks():
+    """Through ten layers, where a factor of two in each would be a thousand."""
+    weights = weights_of(made(layers=10, hidden_size=32, intermediate_size=64)[1])
+    config = dataclasses.asdict(made(layers=10, hidden_size=32, intermediate_size=64)[1].args)
+    x = weights["model.embed_tokens.weight"][TOKENS]
+    for layer in range(10):
+        x = reference.block(config, weights, layer, x)
+        assert 0.5 < np.sqrt(np.mean(x**2)) < 2
+
+
+def test_embeddings_are_small():
+    weights = weights_of(made(tie=False, vocab_size=2000)[1])
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert np.std(weights[name]) == pytest.approx(0.02, rel=0.03)
+        assert abs(np.mean(weights[name])) < 0.001
+
+
+def test_linear_paths_and_temperature_start_where_told():
+    weights = weights_of(made(gate_offset=0.25, value_skip=0.75, temperature=3.0)[1])
+    for layer in range(2):
+        prefix = f"model.layers.{layer}."
+        assert (weights[f"{prefix}mlp.gate_offset"] == 0.25).all()
+        assert (weights[f"{prefix}self_attn.value_skip"] == 0.75).all()
+        assert (weights[f"{prefix}self_attn.q_norm.weight"] == 3).all()
+        for gain in ("self_attn.k_norm", "self_attn.v_norm", "mlp.hidden_norm"):
+            assert (weights[f"{prefix}{gain}.weight"] == 1).all()
+
+
+def attention_weights(model: Model, layer: int, x: np.ndarray) -> np.ndarray:
+    """Softmax weights (heads, length, length) of a stream (length, hidden) with norm qkv."""
+    weights, args = weights_of(model), model.args
+
+    def project(part: str, count: int) -> np.ndarray:
+        matrix = weights.get(f"model.layers.{layer}.{MATRIX[part]}", np.eye(args.hidden_size))
+        y = (x @ matrix.T).reshape(len(x), count, args.head_dim)
+        y = y / np.sqrt(np.mean(y**2, axis=-1, keepdims=True))
+        gain = weights[f"model.layers.{layer}.self_attn.{part}_norm.weight"]
+        y = y * gain.reshape(count, -1)
+        return reference.rotate(
+            y.transpose(1, 0, 2)[None], reference.rope_frequencies(dataclasses.asdict(args))
+        )[0]
+
+    heads, kv_heads = args.num_attention_heads, args.num_key_value_heads
+    q, k = project("q", heads), np.repeat(project("k", kv_heads), heads // kv_heads, axis=0)
+    scores = q @ k.swapaxes(-1, -2) / np.sqrt(args.head_dim)
+    scores = np.where(np.tri(len(x), dtype=bool), scores, -np.inf)
+    e = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("without", ["", "q", "p", "qp"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (4, 1)])
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("skip", ["none", "ffn"])
+def test_attention_starts_on_the_own_token(
+    block: str, skip: str, heads: int, kv_heads: int, without: str
+):
+    options = {"block": block, "skip": skip, "without": without, "temperature": 20.0,
+               "hidden_size": 64, "heads": heads, "kv_heads": kv_heads}  # fmt: skip
+    x = np.random.default_rng(1).standard_normal((12, 64))
+
+    def own(**more: Any) -> float:
+        model = made(**options, **more)[1]
+        means = [
+            np.diagonal(attention_weights(model, i, x), axis1=1, axis2=2)[:, 1:].mean()
+            for i in range(2)
+        ]
+        return min(means)
+
+    assert own() > {1: 0.95, 2: 0.8, 4: 0.6}[heads // kv_heads]
+    assert own(own_token=False) < 0.4
+
+
+def test_with_both_skips_attention_starts_anywhere():
+    weights, other = (
+        weights_of(made(skip="both", own_token=own)[1]) for own in (True, False)
+    )  # fmt: skip
+    assert all(np.array_equal(w, other[name]) for name, w in weights.items())
+
+
+def test_keys_are_as_long_as_queries():
+    weights = weights_of(made(hidden_size=64, heads=8, kv_heads=2)[1])
+    q, k = (weights[f"model.layers.0.{MATRIX[part]}"] for part in "qk")
+    assert k.shape == (16, 64)
+    assert np.linalg.norm(k, axis=1) == pytest.approx(np.linalg.norm(q, axis=1)[:16], rel=1e-4)
+
+
+# Rates
+
+
+def formula(step: int, peak: float, steps: int, warmup: int, decay: float) -> float:
+    falling_from = steps - decay * steps
+    points = [(0, peak / warmup), (warmup - 1, peak)] if warmup else [(0, peak)]
+    rising = np.interp(step, *zip(*points, strict=True))
+    if decay * steps < 1 or step <= falling_from:
+        return float(rising)
+    return float(min(rising, np.interp(step, [falling_from, steps], [peak, 0])))
+
+
+@pytest.mark.parametrize("steps", [1, 7, 50])
+@pytest.mark.parametrize("warmup", [0, 1, 5, 80])
+@pytest.mark.parametrize("decay", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("peak", [0.02, 3.0])
+def test_rates_rise_stay_and_fall(steps: int, warmup: int, decay: float, peak: float):
+    recipe = Recipe(steps=steps, warmup=warmup, decay=decay, learning_rate=peak)
+    schedule = recipe.schedule(peak)
+    for step in range(steps):
+        expected = formula(step, peak, steps, warmup, decay)
+        assert schedule(mx.array(step)).item() == pytest.approx(expected, rel=1e-5)
+        assert recipe.rate(step) == pytest.approx(expected, rel=1e-5)
+    assert min(recipe.rate(step) for step in range(steps)) > 0
+    if decay == 1:
+        assert recipe.rate(steps) == 0
+
+
+# The optimizer
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"tie": False}, {"without": "qp"}, {"norm": "pre", "skip": "both"}, {"block": "sas"}],
+)
+def test_muon_gets_the_projections_and_adam_the_rest(options: dict[str, Any]):
+    _, model = made(**options)
+    optimizer = Recipe(**SMALL | options).optimizer()
+    parameters = model.trainable_parameters()
+    optimizer.init(parameters)
+    muon, adam = (
+        {name.removesuffix(".v") for name in flat(state) if name.endswith(".v")}
+        for state in optimizer.state["states"]
+    )
+    names = set(flat(parameters))
+    assert muon == {name for name in names if name.endswith("_proj.weight")}
+    assert adam == names - muon
+    assert {"model.embed_tokens.weight", *(("lm_head.weight",) if "tie" in options else ())} <= adam
+    moments = {name for name in flat(optimizer.state["states"][1]) if name.endswith(".m")}
+    assert moments == {f"{name}.m" for name in adam}
+
+
+def test_a_step_of_the_optimizer():
+    """Muon moves a matrix by its rate along an orthogonal one; AdamW moves all else by its own."""
+    recipe, model = made(learning_rate=0.5, adam_learning_rate=0.25, warmup=4, steps=100, decay=0.0)
+    optimizer = recipe.optimizer()
+    optimizer.init(model.trainable_parameters())
+    before = weights_of(model)
+
+    def loss(tokens: mx.array) -> mx.array:
+        return nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]).mean()
+
+    _, gradients = nn.value_and_grad(model, loss)(mx.array(TOKENS))
+    optimizer.update(model, gradients)
+    after = weights_of(model)
+    for name, gradient in flat(gradients).items():
+        move, g = after[name] - before[name], np.array(gradient)
+        if name.endswith("_proj.weight"):
+            size = max(1, move.shape[0] / move.shape[1]) ** 0.5
+            values = np.linalg.svd(move, compute_uv=False) / (0.5 / 4 * size)
+            rank = np.linalg.matrix_rank(g, tol=1e-3 * np.linalg.norm(g, 2))
+            assert (values[:rank] > 0.3).all() and (values < 1.3).all(), name
+            assert np.sum(move * g) < 0
+        else:
+            big = np.abs(g) > 1e-5
+            first = (1 - 0.9) / np.sqrt(1 - 0.95)  # of betas without bias correction
+            assert move[big] == pytest.approx(-0.25 / 4 * first * np.sign(g[big]), rel=0.02), name
+
+
+# What keeps Q removable
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 24), st.floats(1, 30), st.floats(1e-3, 1e3), st.integers(0, 2**32))
+def test_orthogonal_factors(n: int, condition: float, scale: float, seed: int):
+    """The singular vectors of the matrix with all singular values near one."""
+    rng = np.random.default_rng(seed)
+    u, v = (np.linalg.qr(rng.standard_normal((n, n)))[0] for _ in range(2))
+    values = np.geomspace(1, condition, n)
+    x = mx.array((scale * (u * values) @ v.T).astype(np.float32))
+    factor = u.T @ np.array(orthogonal_factor(x), np.float64) @ v
+    assert np.allclose(factor, np.diag(np.diag(factor)), atol=1e-3)
+    assert np.diag(factor).min() > 0.65 and np.diag(factor).max() < 1.25
+
+
+@pytest.mark.parametrize("step", [0, 2, 5, 9])
+@pytest.mark.parametrize("pull", [0.3, 1.0])
+def test_queries_are_pulled_towards_their_factor(step: int, pull: float):
+    recipe, model = made(orthogonal_q=pull, steps=10, warmup=4, decay=0.5)
+    rng = np.random.default_rng(3)
+    for layer in model.layers:
+        layer.self_attn.q_proj.weight = mx.array(rng.standard_normal((16, 16)).astype(np.float32))
+    before = weights_of(model)
+    recipe.condition(model, mx.array(step))
+    rate = formula(step, pull, 10, 4, 0.5)
+    for name, after in weights_of(model).items():
+        if "q_proj" not in name:
+            assert np.array_equal(after, before[name]), name
+            continue
+        u, values, v = np.linalg.svd(before[name])
+        rest = u.T @ (after - (1 - rate) * before[name]) @ v.T
+        assert np.allclose(rest, np.diag(np.diag(rest)), atol=1e-3)
+        large = values > values[0] / 30
+        assert (np.abs(np.diag(rest) / rate - 0.95)[large] < 0.3).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"orthogonal_q": 0.0}, {"skip": "both"}, {"norm": "pre"}, {"block": "sas"}, {"without": "q"}],
+)  # fmt: skip
+def test_other_queries_are_left(options: dict[str, Any]):
+    recipe, model = made(**options)
+    before = weights_of(model)
+    recipe.condition(model, mx.array(10))
+    assert all(np.array_equal(w, before[name]) for name, w in weights_of(model).items())
+
+
+# Recipes as data
+
+
+def test_a_recipe_goes_through_json():
+    recipe = Recipe(**SMALL, gate_offset=None, value_skip=0.5, final_norm=False, block="sas")
+    assert from_options(json.loads(json.dumps(dataclasses.asdict(recipe)))) == recipe
+    assert from_options({}) == Recipe()
+    assert from_options({"learning_rate": 1, "final_norm": None}).learning_rate == 1
+    assert from_options({"learning_rate": "2e-2"}).learning_rate == 0.02  # as YAML reads 2e-2
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"depth": 3}, "'depth' is no part of a recipe"),
+        ({1: 2}, "1 is no part of a recipe"),
+        ({"layers": "4"}, "layers in the recipe is '4'; it must be of type int"),
+        ({"layers": 4.0}, "layers in the recipe is 4.0; it must be of type int"),
+        ({"layers": True}, "layers in the recipe is True; it must be of type int"),
+        ({"layers": None}, "layers in the recipe is None; it must be of type int"),
+        ({"learning_rate": "fast"}, "learning_rate in the recipe is 'fast'; .* of type float"),
+        ({"learning_rate": False}, "learning_rate in the recipe is False; .* of type float"),
+        ({"gate_offset": "none"}, "gate_offset in the recipe is 'none'; .* of type float"),
+        ({"gate_offset": True}, "gate_offset in the recipe is True; .* of type float"),
+        ({"tie": 1}, "tie in the recipe is 1; it must be of type bool"),
+        ({"final_norm": 0.5}, "final_norm in the recipe is 0.5; it must be of type bool"),
+        ({"block": 3}, "block in the recipe is 3; it must be of type str"),
+        ({"block": "ring"}, "--block 'ring': choose one of serial, parallel, sas, sas-p"),
+        ({"skip": "some"}, "--skip 'some': choose one of none, ffn, both"),
+        ({"norm": "post"}, "--norm 'post': choose one of none, qkv, pre"),
+        ({"without": "qk"}, "--without 'qk': choose one of q, p"),
+        ({"learning_rate": 0.0}, "--learning-rate 0.0: must be above 0"),
+        ({"learning_rate": float("nan")}, "--learning-rate nan: must be above 0"),
+        ({"learning_rate": float("inf")}, "--learning-rate inf: must be above 0"),
+        ({"adam_learning_rate": -1.0}, "--adam-learning-rate -1.0: must be above 0"),
+        ({"clip": 0.0}, "--clip 0.0: must be above 0"),
+        ({"temperature": 0.0}, "--temperature 0.0: must be above 0"),
+        ({"steps": 0}, "--steps 0: must be at least 1"),
+        ({"batch_size": 0}, "--batch-size 0: must be at least 1"),
+        ({"context": 0}, "--context 0: must be at least 1"),
+        ({"warmup": -1}, "--warmup"),
+        ({"decay": 1.5}, "--decay"),
+        ({"decay": float("nan")}, "--decay"),
+        ({"orthogonal_q": -0.1}, "--orthogonal-q"),
+        ({"orthogonal_q": 1.1}, "--orthogonal-q"),
+        ({"hidden_act": "sin"}, "--hidden-act 'sin': choose one of silu"),
+        ({"seed": -1}, "--seed -1"),
+    ],
+)
+def test_options_that_cannot_be(options: dict[Any, Any], says: str):
+    with pytest.raises(UserError, match=says) as refusal:
+        from_options(options)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"kv_heads": 3}, {"heads": 0}, {"layers": 0}, {"hidden_size": 18}, {"hidden_size": -16},
+     {"intermediate_size": 0}, {"vocab_size": 0}, {"without": "v"}, {"rope_theta": 0.0},
+     {"heads": 16, "kv_heads": 16}],
+)  # fmt: skip
+def test_sizes_that_fit_no_network(options: dict[str, Any]):
+    with pytest.raises(UserError, match="these sizes make no network") as refusal:
+        Recipe(**SMALL | options).model_args()
+    assert "\n" not in str(refusal.value)

@@ -1,0 +1,172 @@
+"""Quantizes a skipless model in several ways: the table and the figure of quantization.md.
+
+    python tools/quantization_table.py SRC CALIBRATION_TEXT TEST_TEXT docs/quantization.png
+
+SRC is a skipless checkpoint; the two texts should come from different books.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import mlx.core as mx
+
+import mlx_skipless
+from mlx_skipless.architectures.families import FAMILIES
+from mlx_skipless.checkpoints.checkpoint import open_checkpoint
+from mlx_skipless.conversion.check import StreamedNetwork, WrittenParts, compare
+from mlx_skipless.evaluation.plots import COLOURS
+from mlx_skipless.quantization.calibration import CalibratedParts, NearestParts
+from mlx_skipless.quantization.layout import Layout, Quantization
+from mlx_skipless.removal.merger import Merger
+from mlx_skipless.removal.plan import Plan, make_plan, measurable
+from mlx_skipless.text import samples as passages
+
+BITS = (3, 4, 5, 6, 8)
+FORMATS = {
+    "4 bits": Quantization(4),
+    "8 bits": Quantization(8),
+    "mxfp4": Quantization(mode="mxfp4"),
+}
+TEST = (64, 128)  # sequences, tokens
+
+Point = tuple[int, float]  # bytes, KL in nats per token
+
+
+class InOrder:
+    """Parts that can be asked for once, kept to be asked for again."""
+
+    def __init__(self, parts: Any, layers: int):
+        self._embedding = parts.embedding()
+        self._layers = [parts.layer(layer) for layer in range(layers)]
+        self._head = parts.head()
+
+    def embedding(self):
+        return self._embedding
+
+    def layer(self, layer: int):
+        return self._layers[layer]
+
+    def head(self):
+        return self._head
+
+
+class Bench:
+    """One source and its test text."""
+
+    def __init__(self, source: str, calibration: str, test: str):
+        self.name, self._text = source, calibration
+        self.checkpoint = open_checkpoint(source)
+        self.args = self.checkpoint.args
+        tokenizer = mlx_skipless.load(source)[1]
+        sequences, length = TEST
+        ids = tokenizer.encode(Path(test).read_text(encoding="utf-8"))[: sequences * length]
+        self._tokens = mx.array(ids).reshape(sequences, length)
+        found = passages.from_text(
+            calibration, passages.read_text(Path(calibration)), tokenizer.encode, calibrating=True
+        )
+        self._calibration = found.calibration
+        self._dense = self.merger(self.plan("none"))
+        self._source = StreamedNetwork(self.args, self._dense, resident=True)
+        self.weights = Layout(self.args, mx.float32).count()
+
+    def merger(self, plan: Plan) -> Merger:
+        return Merger(self.checkpoint, plan, mx.float32)
+
+    def plan(self, remove: str) -> Plan:
+        plain = self.merger(make_plan(self.args, remove="none"))
+        conditioning = {w: plain.conditioning(w) for w in measurable(self.args, remove)}
+        return make_plan(self.args, remove=remove, quantized=True, conditioning=conditioning)
+
+    def kl(self, network: StreamedNetwork) -> float:
+        return compare(self._source, [network], self._tokens, "")[0].kl
+
+    def rounded(self, remove: str, how: Quantization, *, against_text: bool = False) -> Point:
+        """All removed that can be, and every matrix in the same format."""
+        plan = self.plan(remove)
+        layout, merger = Layout(plan.after, mx.float32, how), self.merger(plan)
+        parts: Any = NearestParts(merger, layout)
+        if against_text:
+            parts = CalibratedParts(self.args, self._dense, merger, layout, self._calibration)
+            parts = InOrder(parts, self.args.num_hidden_layers)
+        return layout.nbytes(), self.kl(StreamedNetwork(plan.after, parts, layout.settings))
+
+    def converted(self, **options: Any) -> Point:
+        """What ``convert`` makes of it."""
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "out"
+            report = mlx_skipless.convert(
+                self.name, out, calibration=self._text, verify=False, **options
+            )
+            args = open_checkpoint(out).args
+            network = StreamedNetwork(
+                args, WrittenParts(out, args, FAMILIES["skipless"]), report.quantization
+            )
+            return report.bytes_after, self.kl(network)
+
+
+def table(bench: Bench) -> None:
+    """KL as multiples of that of quantization alone, which comes first in nats."""
+    alone = {name: bench.rounded("none", how) for name, how in FORMATS.items()}
+    print("alone, to nearest", *(f"{name} {kl:.5f}" for name, (_, kl) in alone.items()), sep=" | ")
+    for label, remove, against_text in (
+        ("removed, to nearest (naive)", "auto", False),
+        ("removed, against text", "auto", True),
+        ("P removed, to nearest", "p", False),
+        ("P removed, against text", "p", True),
+        ("nothing removed, against text", "none", True),
+    ):
+        for name, how in FORMATS.items():
+            nbytes, kl = bench.rounded(remove, how, against_text=against_text)
+            size, nearest = alone[name]
+            print(f"{label} | {name} | {nbytes / size:.3f} | {kl / nearest:.3g} x", flush=True)
+    for name, how in FORMATS.items():
+        nbytes, kl = bench.converted(quantize=True, q_bits=how.bits, q_mode=how.mode)
+        print(f"-q | {name} | {nbytes / alone[name][0]:.3f} | {kl / alone[name][1]:.3g} x")
+
+
+def curves(bench: Bench) -> dict[str, list[Point]]:
+    widths = [Quantization(bits) for bits in BITS]
+    alone = [bench.rounded("none", how) for how in widths]
+    return {
+        "quantized alone, to nearest (mlx-lm)": alone,
+        "removed, then to nearest (naive)": [bench.rounded("auto", how) for how in widths],
+        "convert -q": [bench.converted(quantize=True, q_bits=bits) for bits in BITS],
+        "convert --target-bytes": [bench.converted(target_bytes=size) for size, _ in alone[:-1]],
+    }
+
+
+def draw(found: dict[str, list[Point]], weights: int, file: str) -> None:
+    figure, axes = plt.subplots(figsize=(8, 5), facecolor="white")
+    for (label, points), colour in zip(found.items(), COLOURS, strict=False):
+        per_weight = [nbytes / weights for nbytes, _ in points]
+        values = [kl for _, kl in points]
+        for x, y in zip(per_weight, values, strict=True):
+            print(f"{label} | {x:.3f} bytes per weight | {y:.6f} nats")
+        axes.plot(per_weight, values, color=colour, marker="o", markersize=4, label=label)
+    axes.set_yscale("log")
+    axes.set_xlabel("bytes per weight of the source")
+    axes.set_ylabel("KL(source || result), nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    for name in ("source", "calibration", "test", "output"):
+        parser.add_argument(name)
+    options = parser.parse_args()
+    bench = Bench(options.source, options.calibration, options.test)
+    table(bench)
+    draw(curves(bench), bench.weights, options.output)
+
+
+if __name__ == "__main__":
+    main()
