@@ -17,7 +17,7 @@ def option(default: Any, help_text: str, choices: Sequence[str] = ()) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def flag(name: str) -> str:
+def flag_name(name: str) -> str:
     """ "--batch-size" for ``batch_size``."""
     return f"--{name.replace('_', '-')}"
 
@@ -28,7 +28,7 @@ def check_choices(options: Any) -> None:
         choices, value = one.metadata["choices"], getattr(options, one.name)
         if choices and value not in choices:
             raise UserError(
-                f"{flag(one.name)} {value!r}: choose one of {', '.join(filter(None, choices))}"
+                f"{flag_name(one.name)} {value!r}: choose one of {', '.join(filter(None, choices))}"
             )
 
 

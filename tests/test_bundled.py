@@ -15,7 +15,7 @@ import pytest
 import mlx_skipless
 from mlx_skipless.inference import generation
 from mlx_skipless.inference.loading import BUNDLED
-from mlx_skipless.text import samples as passages
+from mlx_skipless.text import samples
 
 ROOT = Path(__file__).resolve().parent.parent
 TALES = os.environ.get("MLX_SKIPLESS_TALES")  # the folder of books that it was trained on
@@ -75,8 +75,8 @@ def test_greedy_text_stays_the_same(converted: tuple[Path, dict], prompt: str) -
 
 def test_it_survives_four_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Quantized without Q and P it is nearer to itself than quantized alone, to nearest."""
-    monkeypatch.setattr(passages, "CALIBRATION", (32, 128))
-    monkeypatch.setattr(passages, "LONG_CHECK", (4, 128))
+    monkeypatch.setattr(samples, "CALIBRATION", (32, 128))
+    monkeypatch.setattr(samples, "LONG_CHECK", (4, 128))
     report = mlx_skipless.convert(None, tmp_path / "q", quantize=True)
     assert report.removed == {"q": [0, 1, 2, 3], "p": [0, 1, 2, 3]}
     check = report.verification
@@ -115,7 +115,7 @@ def test_bits_per_character(converted: tuple[Path, dict]) -> None:
     folder, _ = converted
     files = sorted(Path(str(TALES)).glob("*.txt"))
     before, after = (
-        mlx_skipless.evaluate(model, files).bits_per_character
+        mlx_skipless.measure_perplexity(model, files).bits_per_character
         for model in (BUNDLED, folder / "mlx_model")
     )
     card = (BUNDLED / "README.md").read_text()

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_skipless.quantization.layout import dtype_name
-from mlx_skipless.removal.products import Inverse, product
+from mlx_skipless.removal.products import Inverse, multiply
 
 INPUTS, OUTPUTS = (512, 2048, 4096, 8192), 512
 CONDITIONS = (1e1, 1e3, 1e5, 1e7)
@@ -56,7 +56,7 @@ def products(rng: np.random.Generator) -> None:
             for weight, rounder in ((m, None), (m, tf32), (gained, tf32)):
                 a, b = (x.astype(np.float32) for x in (p, weight))
                 rounded: Callable[[np.ndarray], np.ndarray] = rounder or (lambda x: x)
-                row.append(error(product(rounded(a), rounded(b)), p @ weight))
+                row.append(error(multiply(rounded(a), rounded(b)), p @ weight))
             figures = " | ".join(f"{figure:.1e}" for figure in row)
             print(f"| {n} | {dtype_name(dtype)} | {figures} |")
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import mlx_skipless
-from mlx_skipless.evaluation import perplexity as evaluation
+from mlx_skipless.evaluation import perplexity
 from mlx_skipless.text import corpus
 
 COUNTS = (2, 4, 6, 8, 10)
@@ -42,8 +42,8 @@ class Judge:
         self.whole = self._loss()
 
     def _loss(self) -> float:
-        return evaluation.score(
-            lambda batch: evaluation.nll(self.model, batch),
+        return perplexity.score_tokens(
+            lambda batch: perplexity.sum_nll(self.model, batch),
             self._tokens, self._tokenizer._tokenizer, CONTEXT, 16, TOKENS,
         ).loss  # fmt: skip
 

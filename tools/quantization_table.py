@@ -19,13 +19,13 @@ import mlx.core as mx
 import mlx_skipless
 from mlx_skipless.architectures.families import FAMILIES
 from mlx_skipless.checkpoints.checkpoint import open_checkpoint
-from mlx_skipless.conversion.check import StreamedNetwork, WrittenParts, compare
+from mlx_skipless.conversion.check import StreamedNetwork, WrittenParts, compare_networks
 from mlx_skipless.evaluation.plots import COLOURS
 from mlx_skipless.quantization.calibration import CalibratedParts, NearestParts
 from mlx_skipless.quantization.layout import Layout, Quantization
 from mlx_skipless.removal.merger import Merger
-from mlx_skipless.removal.plan import Plan, make_plan, measurable
-from mlx_skipless.text import samples as passages
+from mlx_skipless.removal.plan import Plan, find_measurable, make_plan
+from mlx_skipless.text import samples
 
 BITS = (3, 4, 5, 6, 8)
 FORMATS = {
@@ -67,8 +67,8 @@ class Bench:
         sequences, length = TEST
         ids = tokenizer.encode(Path(test).read_text(encoding="utf-8"))[: sequences * length]
         self._tokens = mx.array(ids).reshape(sequences, length)
-        found = passages.from_text(
-            calibration, passages.read_text(Path(calibration)), tokenizer.encode, calibrating=True
+        found = samples.cut_passages(
+            calibration, samples.read_text(Path(calibration)), tokenizer.encode, calibrating=True
         )
         self._calibration = found.calibration
         self._dense = self.merger(self.plan("none"))
@@ -80,11 +80,11 @@ class Bench:
 
     def plan(self, remove: str) -> Plan:
         plain = self.merger(make_plan(self.args, remove="none"))
-        conditioning = {w: plain.conditioning(w) for w in measurable(self.args, remove)}
+        conditioning = {w: plain.conditioning(w) for w in find_measurable(self.args, remove)}
         return make_plan(self.args, remove=remove, quantized=True, conditioning=conditioning)
 
     def kl(self, network: StreamedNetwork) -> float:
-        return compare(self._source, [network], self._tokens, "")[0].kl
+        return compare_networks(self._source, [network], self._tokens, "")[0].kl
 
     def rounded(self, remove: str, how: Quantization, *, against_text: bool = False) -> Point:
         """All removed that can be, and every matrix in the same format."""

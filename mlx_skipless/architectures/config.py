@@ -8,8 +8,8 @@ from mlx_lm.models.rope_utils import initialize_rope
 
 from ..errors import UserError
 from ..network.model import FUSED, ModelArgs
-from ..network.names import FINAL_NORM, GAINS, HEAD, LINEAR_PATHS, PROJECTIONS, norms_of
-from .families import Config, family_of, flag
+from ..network.names import FINAL_NORM, GAINS, HEAD, LINEAR_PATHS, PROJECTIONS, find_norms
+from .families import Config, find_family, read_flag
 
 # Largest sizes that are believed; anything above is a broken or hostile config.
 LIMITS = {
@@ -133,7 +133,7 @@ def _check_removed(args: ModelArgs) -> None:
             )
 
 
-def model_args(config: Config, tensors: Collection[str] | None = None) -> ModelArgs:
+def read_model_args(config: Config, tensors: Collection[str] | None = None) -> ModelArgs:
     """The network that a config describes.
 
     Args:
@@ -144,11 +144,11 @@ def model_args(config: Config, tensors: Collection[str] | None = None) -> ModelA
     Raises:
         UserError: for an unknown architecture or a size that is missing, malformed or absurd.
     """
-    family = family_of(config)
+    family = find_family(config)
     try:
-        return _model_args(family.own(config), tensors)
+        return _model_args(family.to_own_keys(config), tensors)
     except UserError as error:
-        raise UserError(family.in_its_words(str(error))) from error
+        raise UserError(family.quote_its_keys(str(error))) from error
 
 
 def _model_args(own: Config, tensors: Collection[str] | None) -> ModelArgs:
@@ -182,7 +182,7 @@ def _model_args(own: Config, tensors: Collection[str] | None) -> ModelArgs:
             block=_given(own, "block", "serial"),
             skip=_given(own, "skip", "none"),
             norm=norm,
-            final_norm=flag(own, "final_norm"),
+            final_norm=read_flag(own, "final_norm"),
             rms_norm_eps=_real(own, "rms_norm_eps", 1e-6),
             hidden_act=_given(own, "hidden_act", "silu"),
             rope_theta=theta,
@@ -190,22 +190,22 @@ def _model_args(own: Config, tensors: Collection[str] | None) -> ModelArgs:
             max_position_embeddings=_whole(own, "max_position_embeddings", 2048),
             sliding_window=None if window is None else _whole(own, "sliding_window"),
             layer_types=_given(own, "layer_types", []),
-            tie_word_embeddings=flag(own, "tie_word_embeddings"),
+            tie_word_embeddings=read_flag(own, "tie_word_embeddings"),
             embedding_scale=_real(own, "embedding_scale", 1.0),
             logit_scale=_real(own, "logit_scale", 1.0),
             norm_type=_given(own, "norm_type", "rms"),
-            shared_norm=flag(own, "shared_norm"),
-            qk_norm=flag(own, "qk_norm"),
-            gated=flag(own, "gated", default=True),
+            shared_norm=read_flag(own, "shared_norm"),
+            qk_norm=read_flag(own, "qk_norm"),
+            gated=read_flag(own, "gated", default=True),
             num_local_experts=_count(own, "num_local_experts"),
             num_experts_per_tok=_count(own, "num_experts_per_tok"),
             rotary_dim=_whole(own, "rotary_dim", _whole(own, "head_dim", hidden // heads)),
-            rope_traditional=flag(own, "rope_traditional"),
-            head_bias=flag(own, "head_bias"),
+            rope_traditional=read_flag(own, "rope_traditional"),
+            head_bias=read_flag(own, "head_bias"),
             removed=_layer_lists(own, "removed", ("q", "k", "v", "p", "attention", "ffn"), layers),
             extra_bits=_extra_bits(own),
             fused=_layer_lists(own, "fused", FUSED, layers),
-            precomputed=flag(own, "precomputed"),
+            precomputed=read_flag(own, "precomputed"),
         )
     except ValueError as error:
         raise UserError(f"config.json: {error}") from error
@@ -275,18 +275,18 @@ def _complete_from_config(args: ModelArgs, config: Config) -> None:
         ("attention_bias", ("q_proj", "k_proj", "v_proj", "o_proj")),
         ("mlp_bias", ("gate_proj", "up_proj", "down_proj")),
     ):
-        if flag(config, key):
+        if read_flag(config, key):
             args.biases |= dict.fromkeys(names, everywhere)
     args.biases = _layer_lists(config, "biases", PROJECTIONS, len(everywhere)) or args.biases
     gains = _norms(config, "gains", _known_norms(args), args.norm)
     args.gains = [*_needed_gains(args), "final"] if gains is None else gains
     args.shifts = _norms(config, "shifts", _known_shifts(args), args.norm) or []
     for key in LINEAR_PATHS:
-        setattr(args, key, flag(config, key))
+        setattr(args, key, read_flag(config, key))
 
 
 def _known_norms(args: ModelArgs) -> list[str]:
-    return [*norms_of(args), "final"]
+    return [*find_norms(args), "final"]
 
 
 def _known_shifts(args: ModelArgs) -> list[str]:
@@ -297,7 +297,7 @@ def _known_shifts(args: ModelArgs) -> list[str]:
 
 def _needed_gains(args: ModelArgs) -> list[str]:
     """The layers' gains that a source must have; those of norm "qkv" may be absent."""
-    return [*norms_of(args)] if args.norm == "pre" else []
+    return [*find_norms(args)] if args.norm == "pre" else []
 
 
 def _complete_from_tensors(args: ModelArgs, config: Config, tensors: Collection[str]) -> None:
@@ -307,12 +307,12 @@ def _complete_from_tensors(args: ModelArgs, config: Config, tensors: Collection[
     args.biases = {p: layers for p, layers in biases.items() if layers}
     gains = _norms(config, "gains", _known_norms(args), args.norm)
     if gains is None:
-        found = [g for g, n in norms_of(args).items() if _layers_with(tensors, f"{n}.weight")]
+        found = [g for g, n in find_norms(args).items() if _layers_with(tensors, f"{n}.weight")]
         gains = [*(_needed_gains(args) or found), *(["final"] if args.final_norm else [])]
     args.gains = gains
     shifts = _norms(config, "shifts", _known_shifts(args), args.norm)
     if shifts is None:
-        modules = norms_of(args)
+        modules = find_norms(args)
         shifts = [
             norm
             for norm in _known_shifts(args)

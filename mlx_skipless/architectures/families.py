@@ -61,20 +61,20 @@ class Family:
     stock: Stock | None = None
     gain_offset: float = 0.0
 
-    def own(self, config: Config) -> Config:
+    def to_own_keys(self, config: Config) -> Config:
         """A config in the format's own keys."""
         config = {**config, **{ours: config.get(theirs) for ours, theirs in self.keys.items()}}
         shared = {key: config[key] for key in LLAMA_KEYS if key in config}
         return {**shared, **self.settings(config)}
 
-    def in_its_words(self, complaint: str) -> str:
+    def quote_its_keys(self, complaint: str) -> str:
         """A complaint about the format's keys, with those that the config has."""
         for ours, theirs in self.keys.items():
             complaint = complaint.replace(f'"{ours}"', f'"{theirs}"')
         return complaint
 
 
-def flag(config: Config, key: str, default: bool = False) -> bool:
+def read_flag(config: Config, key: str, default: bool = False) -> bool:
     """A key that is true or false, or absent.
 
     Raises:
@@ -130,7 +130,7 @@ def _gemma(config: Config) -> Config:
 
 def _qwen2(config: Config) -> Config:
     """As Llama, with biases on q, k and v; a window only where ``use_sliding_window`` says so."""
-    slides = flag(config, "use_sliding_window") and config.get("sliding_window") is not None
+    slides = read_flag(config, "use_sliding_window") and config.get("sliding_window") is not None
     kinds = config.get("layer_types") if slides else None
     if slides and kinds is None:
         full = _first(config, "max_window_layers", default=28)
@@ -175,8 +175,8 @@ def _gpt_neox(config: Config) -> Config:
 
     All matrices have biases but the head; the FFN has no gate.
     """
-    parallel = flag(config, "use_parallel_residual", default=True)
-    names = (*ATTENTION, *MLP) if flag(config, "attention_bias", default=True) else MLP
+    parallel = read_flag(config, "use_parallel_residual", default=True)
+    names = (*ATTENTION, *MLP) if read_flag(config, "attention_bias", default=True) else MLP
     return {
         **_layer_norms(config, "attention", "ffn", "final"),
         "block": "parallel" if parallel else "serial",
@@ -214,7 +214,7 @@ def _gptj(config: Config) -> Config:
 
 def _phi(config: Config) -> Config:
     """Phi-1 to 2: parallel blocks behind one LayerNorm; biases everywhere; RoPE on a part."""
-    if flag(config, "qk_layernorm"):
+    if read_flag(config, "qk_layernorm"):
         raise UserError('"qk_layernorm" in config.json is not supported for phi')
     return {
         **_layer_norms(config, "attention", "final"),
@@ -234,7 +234,7 @@ def _cohere(config: Config) -> Config:
 
     The head is the embedding, its logits scaled; RoPE on neighbours.
     """
-    if flag(config, "use_qk_norm"):
+    if read_flag(config, "use_qk_norm"):
         raise UserError('"use_qk_norm" in config.json is not supported for cohere')
     return {
         **_layer_norms(config),
@@ -374,7 +374,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family_of(config: Config) -> Family:
+def find_family(config: Config) -> Family:
     """The family of a config.
 
     Raises:

@@ -16,8 +16,8 @@ import mlx.core as mx
 
 from ..errors import UserError
 from ..network.model import ModelArgs
-from ..network.names import is_stream_gain
-from ..network.wiring import layer_of
+from ..network.names import is_stream_norm_weight
+from ..network.wiring import parse_layer
 from .families import Family
 
 Arrays = Mapping[str, mx.array]
@@ -39,10 +39,10 @@ class Place:
 
     def rows(self, args: ModelArgs) -> list[int]:
         """Of each that a fused matrix holds."""
-        return [args.rows(name.rpartition(".")[2]) for name in self.fused]
+        return [args.count_rows(name.rpartition(".")[2]) for name in self.fused]
 
 
-def places(family: Family, names: Iterable[str]) -> dict[str, Place]:
+def find_places(family: Family, names: Iterable[str]) -> dict[str, Place]:
     """Where each canonical tensor is among a source's tensors of these names.
 
     Raises:
@@ -79,7 +79,9 @@ def places(family: Family, names: Iterable[str]) -> dict[str, Place]:
     return found
 
 
-def shape(place: Place, shapes: Mapping[str, tuple[int, ...]], args: ModelArgs) -> tuple[int, ...]:
+def find_shape(
+    place: Place, shapes: Mapping[str, tuple[int, ...]], args: ModelArgs
+) -> tuple[int, ...]:
     """The shape of a canonical tensor; of a fused matrix, what the others leave for it.
 
     Raises:
@@ -98,7 +100,7 @@ def shape(place: Place, shapes: Mapping[str, tuple[int, ...]], args: ModelArgs) 
     return (len(place.names), *first) if place.stacked else first
 
 
-def arranged(place: Place, arrays: Arrays, args: ModelArgs) -> mx.array:
+def arrange(place: Place, arrays: Arrays, args: ModelArgs) -> mx.array:
     """A canonical tensor out of its source's."""
     if place.stacked:
         return mx.stack([arrays[name] for name in place.names])
@@ -113,7 +115,7 @@ def arranged(place: Place, arrays: Arrays, args: ModelArgs) -> mx.array:
     return whole[start:end]
 
 
-def in_family(family: Family, tensors: Arrays, args: ModelArgs) -> dict[str, mx.array]:
+def to_source_names(family: Family, tensors: Arrays, args: ModelArgs) -> dict[str, mx.array]:
     """Canonical tensors, a whole layer's at a time, under a family's names and in its layout."""
     out: dict[str, mx.array] = {}
     left = dict(tensors)
@@ -134,7 +136,7 @@ def in_family(family: Family, tensors: Arrays, args: ModelArgs) -> dict[str, mx.
     return out
 
 
-def in_source(family: Family, tensors: Arrays, args: ModelArgs) -> dict[str, mx.array]:
+def to_published_names(family: Family, tensors: Arrays, args: ModelArgs) -> dict[str, mx.array]:
     """As ``in_family``, but experts one by one, where the family's authors have them so."""
     out: dict[str, mx.array] = {}
     left = dict(tensors)
@@ -144,10 +146,10 @@ def in_source(family: Family, tensors: Arrays, args: ModelArgs) -> dict[str, mx.
             prefix, part = name.split(ours)
             for i in range(args.num_local_experts):
                 out[f"{prefix}{theirs.format(i)}{part}"] = stacked[i]
-    return out | in_family(family, left, args)
+    return out | to_source_names(family, left, args)
 
 
-def module_in_family(family: Family, module: str, args: ModelArgs) -> str:
+def to_source_module(family: Family, module: str, args: ModelArgs) -> str:
     """A canonical module path as a family calls it."""
     for theirs, ours in family.fused.items():
         for one in ours:
@@ -158,14 +160,14 @@ def module_in_family(family: Family, module: str, args: ModelArgs) -> str:
 
 def _fuses(family: Family, theirs: str, canonical: str, args: ModelArgs) -> bool:
     """Whether a layer has a fused matrix: all of them where a family's are by head, else chosen."""
-    return family.fused_by_head or layer_of(canonical) in args.fused.get(
+    return family.fused_by_head or parse_layer(canonical) in args.fused.get(
         theirs.rpartition(".")[2], ()
     )
 
 
-def canonical_modules(family: Family, module: str) -> list[str]:
+def to_canonical_modules(family: Family, module: str) -> list[str]:
     """The canonical paths of a family's module."""
-    return [name.removesuffix(".weight") for name in places(family, [f"{module}.weight"])]
+    return [name.removesuffix(".weight") for name in find_places(family, [f"{module}.weight"])]
 
 
 def _expert(family: Family, module: str) -> tuple[str, int] | None:
@@ -184,11 +186,11 @@ def _renamed(module: str, names: Mapping[str, str]) -> str:
     return module
 
 
-def acting(tensors: Arrays, gain_offset: float) -> dict[str, mx.array]:
+def restore_gains(tensors: Arrays, gain_offset: float) -> dict[str, mx.array]:
     """Tensors as they act: gains of stream norms that are stored less an offset, in float32."""
     return {
         name: array.astype(mx.float32) + gain_offset
-        if gain_offset and is_stream_gain(name)
+        if gain_offset and is_stream_norm_weight(name)
         else array
         for name, array in tensors.items()
     }

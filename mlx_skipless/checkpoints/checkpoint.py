@@ -16,16 +16,23 @@ from typing import Any, Protocol, TypeGuard
 import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
-from ..architectures.config import model_args
-from ..architectures.families import Config, Family, family_of
-from ..architectures.tensors import Place, acting, arranged, canonical_modules, places, shape
+from ..architectures.config import read_model_args
+from ..architectures.families import Config, Family, find_family
+from ..architectures.tensors import (
+    Place,
+    arrange,
+    find_places,
+    find_shape,
+    restore_gains,
+    to_canonical_modules,
+)
 from ..errors import UserError
 from ..network.model import Model, ModelArgs
 from ..network.names import LINEAR_PATHS
 from ..quantization.layout import tensors_of
 from . import files, hub
 from .gguf_file import GGUFStore
-from .packed import MLXScheme, Scheme, scheme_of
+from .packed import MLXScheme, Scheme, find_scheme
 
 FLOATS = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}
 TYPES = FLOATS | {
@@ -281,7 +288,7 @@ class Checkpoint:
     def _places(self) -> dict[str, Place]:
         """Where the store has each canonical tensor."""
         assert self.store is not None
-        return places(self.family, self.store.shapes)
+        return find_places(self.family, self.store.shapes)
 
     @property
     def _shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -298,8 +305,8 @@ class Checkpoint:
         assert self.store is not None, "a config alone has no weights"
         wanted = self._wanted(names)
         arrays = self.store.read({own for place in wanted.values() for own in place.names})
-        found = {name: arranged(place, arrays, self.args) for name, place in wanted.items()}
-        return acting(found, self.family.gain_offset)
+        found = {name: arrange(place, arrays, self.args) for name, place in wanted.items()}
+        return restore_gains(found, self.family.gain_offset)
 
     def read_ahead(self, names: Iterable[str]) -> None:
         """Have the system read these tensors, while others are worked on."""
@@ -319,7 +326,7 @@ class Checkpoint:
         assert isinstance(self.store, UnpackedStore)
         wanted = {n: place for n, place in self._packed_places.items() if n.startswith(prefix)}
         arrays = self.store.packed.read({own for place in wanted.values() for own in place.names})
-        return {name: arranged(place, arrays, self.args) for name, place in wanted.items()}
+        return {name: arrange(place, arrays, self.args) for name, place in wanted.items()}
 
     def packed_placeholders(self) -> dict[str, mx.array]:
         """All of them, lazy: their shapes and types hold, their values mean nothing."""
@@ -329,12 +336,12 @@ class Checkpoint:
             name: mx.zeros(shape, store.dtypes[name] or mx.uint8)
             for name, shape in store.shapes.items()
         }
-        return {n: arranged(place, arrays, self.args) for n, place in self._packed_places.items()}
+        return {n: arrange(place, arrays, self.args) for n, place in self._packed_places.items()}
 
     @property
     def _packed_places(self) -> dict[str, Place]:
         assert isinstance(self.store, UnpackedStore)
-        return places(self.family, self.store.packed.shapes)
+        return find_places(self.family, self.store.packed.shapes)
 
     @property
     def packed_settings(self) -> Config:
@@ -342,7 +349,7 @@ class Checkpoint:
         settings: Config = {}
         for key, value in self.config["quantization"].items():
             own = "." in key or isinstance(value, dict | bool)
-            modules = canonical_modules(self.family, key) if own else [key]
+            modules = to_canonical_modules(self.family, key) if own else [key]
             settings |= dict.fromkeys(modules, value)
         return settings
 
@@ -363,7 +370,7 @@ class Checkpoint:
                     "config.json describes another model"
                 )
             place = self._places[name]
-            found = shape(place, self._shapes, self.args)
+            found = find_shape(place, self._shapes, self.args)
             if found != wanted:
                 raise UserError(
                     f"{_called(place, name)} in {self.name} has shape {found}, config.json asks "
@@ -464,8 +471,8 @@ def open_checkpoint(
         raise UserError(f"{path} is no model: give a folder, a .gguf file or a Hub id")
     config = read_json(path / "config.json")
     files.check_small(path)
-    family_of(config)  # an unknown architecture is the more helpful complaint
-    scheme = scheme_of(config)
+    find_family(config)  # an unknown architecture is the more helpful complaint
+    scheme = find_scheme(config)
     if config_only and not any(path.glob("*.safetensors")):
         return _checked(name, path, config, None, None)
     store = SafetensorsStore(path)
@@ -477,15 +484,15 @@ def open_checkpoint(
 def _checked(
     name: str, path: Path, config: Config, store: Store | None, packing: str | None
 ) -> Checkpoint:
-    family = family_of(config)
+    family = find_family(config)
     if config.get("model_file") is not None and config["model_type"] != "skipless":
         raise UserError(
             f"{name} brings its own code ({config['model_file']}), which is never run here: what "
             'its network is only that knows; if it is none of its own, take "model_file" out of '
             "config.json"
         )
-    tensors = None if store is None else places(family, store.shapes).keys()
-    args = replace(model_args(config, tensors), fused={})  # they are cut out when read
+    tensors = None if store is None else find_places(family, store.shapes).keys()
+    args = replace(read_model_args(config, tensors), fused={})  # they are cut out when read
     checkpoint = Checkpoint(name, path, config, family, args, packing, store)
     if store is not None:
         checkpoint.validate()

@@ -100,7 +100,7 @@ def is_data_set(source: str) -> bool:
     return bool(named) and not os.path.exists(source)
 
 
-def data_set_rows(source: str) -> Iterator[Mapping[str, Any]]:
+def read_data_set(source: str) -> Iterator[Mapping[str, Any]]:
     """The rows of a data set, from the first on, fetched as they are asked for.
 
     Args:

@@ -233,7 +233,7 @@ def _bit_stream(words: mx.array, bits: int) -> mx.array:
     return values.reshape(-1, words.shape[-1]).astype(mx.int32)
 
 
-def scheme_of(config: Mapping[str, Any]) -> Scheme | None:
+def find_scheme(config: Mapping[str, Any]) -> Scheme | None:
     """The packing that a config.json declares; None for dense weights.
 
     Raises:

@@ -17,7 +17,7 @@ import mlx.core as mx
 import transformers
 
 from ..errors import UserError, first_line
-from ..inference.loading import tokenizer_options
+from ..inference.loading import make_tokenizer_options
 from . import files
 from .checkpoint import Checkpoint, read_json
 from .gguf_file import GGUFStore
@@ -270,7 +270,7 @@ def carry_tokenizer(
     if not set(present) & set(VOCABULARY_FILES):
         return False
     if not stock:
-        options = tokenizer_options(checkpoint.config, trust_remote_code=trust_remote_code)
+        options = make_tokenizer_options(checkpoint.config, trust_remote_code=trust_remote_code)
         read = transformers.AutoTokenizer.from_pretrained
         return _save(lambda: read(str(source), **options), source, folder)
     code = [file.name for file in source.glob("*.py")] if trust_remote_code else []

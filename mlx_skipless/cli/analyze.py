@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..evaluation import analysis, analysis_view
-from .shared import output, output_arguments, output_file
+from .shared import open_output, output_arguments, output_file
 
 HELP = "measure what a model could do without"
 EXAMPLES = (
@@ -47,7 +47,7 @@ def run(options: dict[str, Any]) -> None:
         raise UserError(f"--plot {figure}: a PNG is drawn, give a name that ends in .png")
     if figure is not None and numbers is not None and Path(figure) == Path(numbers):
         raise UserError(f"--plot and --json both name {figure}: give two files")
-    with output(options) as shown, output_file("--plot", figure) as draw:
+    with open_output(options) as shown, output_file("--plot", figure) as draw:
         with shown.progress() as progress:
             found = analysis.analyze(**options, progress=progress)
         if figure is not None and found.layers[0].condition is None:

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from ..evaluation import catalogue
-from .shared import output, output_arguments
+from .shared import open_output, output_arguments
 
 HELP = "show what can go from the architectures that are known, by published shapes"
 EXAMPLES = (
@@ -18,7 +18,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: dict[str, Any]) -> None:
-    with output(options) as shown:
-        found = catalogue.entries()
+    with open_output(options) as shown:
+        found = catalogue.list_entries()
         shown.say(catalogue.markdown(found))
         shown.write_json({"models": [entry.as_dict() for entry in found]})

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..evaluation import bench_view
-from ..evaluation import benchmark as bench
+from ..evaluation import bench_view, benchmark
 from ..removal.plan import REMOVALS
-from .shared import output, output_arguments, output_file, quantization_arguments
+from .shared import open_output, output_arguments, output_file, quantization_arguments
 
 HELP = "measure models side by side, against plain mlx-lm"
 EXAMPLES = (
@@ -82,12 +81,12 @@ def run(options: dict[str, Any]) -> None:
     if figure is not None and not options["prompt_lengths"] and not options["contexts"]:
         raise UserError("--plot draws speeds: give --prompt-lengths or --contexts")
     with (
-        output(options) as shown,
+        open_output(options) as shown,
         output_file("--markdown", text) as write,
         output_file("--plot", figure) as draw,
     ):
         with shown.progress() as progress:
-            found = bench.benchmark(**options, progress=progress)
+            found = benchmark.benchmark(**options, progress=progress)
         for grid in bench_view.grids(found):
             shown.console.print(grid.rich())
             shown.console.print()

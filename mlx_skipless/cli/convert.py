@@ -6,13 +6,12 @@ from typing import Any
 from rich.measure import Measurement
 from rich.table import Table
 
-from ..conversion import card
-from ..conversion import convert as conversion
+from ..conversion import card, convert
 from ..conversion.report import Report
-from ..inference.generation import size
-from ..quantization import bits as budget
+from ..inference.generation import format_bytes
+from ..quantization import bits
 from ..removal.plan import REMOVALS
-from .shared import DEFAULT_MODEL, Output, output, output_arguments, quantization_arguments
+from .shared import DEFAULT_MODEL, Output, open_output, output_arguments, quantization_arguments
 
 HELP = "remove weights from a model"
 EXAMPLES = (
@@ -67,7 +66,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "its end for the check (default: sampled from the model)",
     )  # fmt: skip
     parser.add_argument(
-        "--target-bytes", type=budget.size, metavar="SIZE",
+        "--target-bytes", type=bits.parse_bytes, metavar="SIZE",
         help="quantize to the best mixture of bits of this size, for instance 1.6MB or 4GB",
     )  # fmt: skip
     parser.add_argument(
@@ -126,9 +125,9 @@ def _share(text: str) -> float:
 def run(options: dict[str, Any]) -> None:
     options["verify"] = not options.pop("no_verify")
     out = None if options["dry_run"] else options["mlx_path"]
-    with output(options, out) as shown:
+    with open_output(options, out) as shown:
         with shown.progress() as progress:
-            report = conversion.convert(**options, progress=progress)
+            report = convert.convert(**options, progress=progress)
         _show(report, shown)
         shown.write_json(report.as_dict())
 
@@ -159,13 +158,13 @@ def _show(report: Report, shown: Output) -> None:
     if report.stock:
         done = "norm gains folded, exactly" if report.folded else "matrices as they were"
         lines.append(f"note: {done}; the result runs in plain mlx-lm")
-    lines += card.effect(report)
+    lines += card.describe_effect(report)
     for line in lines:
         shown.say(line)
     for warning in report.warnings:
         shown.warn(warning)
     where = f"wrote {report.output}" if report.output else "dry run: nothing written"
-    memory = size(report.peak_memory_bytes)
+    memory = format_bytes(report.peak_memory_bytes)
     time = f"{report.seconds:.1f} s{_stages(report)}"
     shown.say(f"{where}; {time}, peak memory {memory}")
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..evaluation import plots as curve
+from ..evaluation import plots
 from ..training.loop import read_log
 
 HELP = "draw the losses of training runs in one figure"
@@ -21,7 +21,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: dict[str, Any]) -> None:
     folders = [Path(run) for run in options["runs"]]
     names = [folder.name for folder in folders]
-    curve.plot(
+    plots.plot(
         {
             name if names.count(name) == 1 else str(folder): read_log(folder)
             for name, folder in zip(names, folders, strict=True)

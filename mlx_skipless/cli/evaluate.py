@@ -4,8 +4,8 @@ import argparse
 from typing import Any
 
 from ..errors import UserError
-from ..evaluation import perplexity as evaluation
-from .shared import DEFAULT_MODEL, held_out_arguments, output, output_arguments
+from ..evaluation import perplexity
+from .shared import DEFAULT_MODEL, held_out_arguments, open_output, output_arguments
 
 HELP = "score a model on held-out text"
 EXAMPLES = (
@@ -36,8 +36,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: dict[str, Any]) -> None:
     if not (options["data"] or options["validation"]):
         raise UserError("no text: give --data, whose end is held out, or --validation")
-    with output(options) as shown:
-        score = evaluation.evaluate(**options | {"data": options["data"] or ()})
+    with open_output(options) as shown:
+        score = perplexity.measure_perplexity(**options | {"data": options["data"] or ()})
         shown.say(
             f"{score.loss:.4f} nats per token, {score.bits_per_character:.4f} bits per character "
             f"({score.tokens:,} tokens, {score.characters:,} characters)"

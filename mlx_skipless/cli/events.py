@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from ..inference.generation import size
+from ..inference.generation import format_bytes
 
 
-def line(event: dict[str, Any]) -> str:
+def describe_event(event: dict[str, Any]) -> str:
     """An event of ``loop.ResumableRun`` in words."""
     step = f"step {event['step']:>6,}"
     if "parameters" in event:
@@ -34,5 +34,5 @@ def line(event: dict[str, Any]) -> str:
     return (
         f"{step}  loss {event['loss']:.4f}  learning rate {event['learning_rate']:.1e}  "
         f"{event['tokens_per_second']:,.0f} tokens/s  "
-        f"memory {size(event['memory_bytes'])}"
+        f"memory {format_bytes(event['memory_bytes'])}"
     )

@@ -8,12 +8,11 @@ from typing import Any
 
 from rich.table import Table
 
-from ..conversion import card
-from ..conversion import convert as conversion
+from ..conversion import card, convert
 from ..errors import UserError
 from ..inference import chat, generation
 from ..inference.loading import load
-from .shared import DEFAULT_MODEL, Output, output, output_arguments
+from .shared import DEFAULT_MODEL, Output, open_output, output_arguments
 
 HELP = "chat with a model, measure tokens per second"
 EXAMPLES = (
@@ -77,7 +76,7 @@ def run(options: dict[str, Any]) -> None:
         raise UserError("--compare runs two models and --prompt-cache-file is one's: drop one")
     if draft is not None and (other or cache_file):
         raise UserError("--draft-model goes with neither --compare nor --prompt-cache-file")
-    with output(options) as shown:
+    with open_output(options) as shown:
         if name == DEFAULT_MODEL and not Path(name).exists():
             _convert_bundled(name, shown)
         model, tokenizer = load(name, trust_remote_code=trust)
@@ -93,7 +92,7 @@ def run(options: dict[str, Any]) -> None:
             chat.chat(model, tokenizer, opening=generation.TALE if tale else None, **options)
             return
         if tale:
-            prompt = generation.prompt_tokens(tokenizer, generation.TALE, chat=False)
+            prompt = generation.encode_prompt(tokenizer, generation.TALE, chat=False)
             _speak(generation.TALE, shown)
         if other is not None:
             second = load(other, trust_remote_code=trust)
@@ -108,12 +107,12 @@ def run(options: dict[str, Any]) -> None:
             options["num_draft_tokens"] = drafts
         if cache_file is not None:
             options["prompt_cache"] = generation.load_cache(cache_file, model)
-            prompt = generation.prompt_tokens(tokenizer, prompt, continued=True)
+            prompt = generation.encode_prompt(tokenizer, prompt, continued=True)
         stream = generation.stream(model, tokenizer, prompt, **options)
-        for piece in generation.spaced(stream, tokenizer) if tale else stream:
+        for piece in generation.restore_first_space(stream, tokenizer) if tale else stream:
             _speak(piece, shown)
         _speak("\n", shown)
-        _aside(generation.summary(stream.answer), shown)
+        _aside(generation.summarize(stream.answer), shown)
         shown.write_json(stream.answer.as_dict())
 
 
@@ -131,8 +130,8 @@ def _aside(line: str, shown: Output) -> None:
 def _convert_bundled(out: str, shown: Output) -> None:
     _aside(f"no {out} here: converting the bundled model first", shown)
     with shown.progress() as progress:
-        report = conversion.convert(None, out, progress=progress)
-    for line in card.effect(report):
+        report = convert.convert(None, out, progress=progress)
+    for line in card.describe_effect(report):
         _aside(line, shown)
 
 

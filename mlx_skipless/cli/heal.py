@@ -5,11 +5,11 @@ from typing import Any
 
 from ..conversion import card
 from ..errors import UserError
-from ..inference.generation import size
+from ..inference.generation import format_bytes
 from ..options import read_options
 from ..training import healing
 from . import events
-from .shared import field_groups, held_out_arguments, output, run_arguments, taken
+from .shared import field_groups, held_out_arguments, open_output, run_arguments, take_fields
 
 HELP = "distil a reduced model towards its original"
 EXAMPLES = (
@@ -33,7 +33,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: dict[str, Any]) -> None:
-    pace, treatment = taken(options, healing.Pace), taken(options, healing.Treatment)
+    pace, treatment = take_fields(options, healing.Pace), take_fields(options, healing.Treatment)
     resume = options["resume"]
     steps = treatment.get("steps") if resume else None
     other = [options[name] for name in ("model", "teacher", "data", "validation")]
@@ -41,18 +41,18 @@ def run(options: dict[str, Any]) -> None:
         raise UserError("--resume goes on with the run's own treatment: only --steps may change")
     if options["validation"] and not options["data"]:
         raise UserError("--validation is for --data: the original's own text is held out in part")
-    with output(options, None if resume else options["mlx_path"]) as shown:
+    with open_output(options, None if resume else options["mlx_path"]) as shown:
         result = healing.heal(
             treatment=read_options(healing.Treatment, "treatment", treatment),
             pace=healing.Pace(**pace),
             steps=steps,
-            report=lambda event: shown.say(events.line(event)),
+            report=lambda event: shown.say(events.describe_event(event)),
             **options,
         )
-        for line in card.healing(result):
+        for line in card.describe_healing(result):
             shown.say(line)
         shown.say(
             f"wrote {result.output}: {result.trained_parameters:,} weights trained, "
-            f"{result.seconds:,.0f} s, peak memory {size(result.peak_memory_bytes)}"
+            f"{result.seconds:,.0f} s, peak memory {format_bytes(result.peak_memory_bytes)}"
         )
         shown.write_json(result.as_dict())

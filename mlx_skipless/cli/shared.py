@@ -13,7 +13,7 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..conversion import convert as conversion
+from ..conversion import convert
 from ..errors import UserError
 
 DEFAULT_MODEL = "mlx_model"
@@ -85,7 +85,7 @@ class Output:
         stderr().print(f"WARNING: {line}", style="bold red", soft_wrap=True)
 
     @contextlib.contextmanager
-    def progress(self) -> Iterator[conversion.Progress]:
+    def progress(self) -> Iterator[convert.Progress]:
         """A bar a stage, if stderr is a terminal."""
         console = stderr()
         columns = (
@@ -109,7 +109,7 @@ def stderr() -> Console:
 
 
 @contextlib.contextmanager
-def output(options: dict[str, Any], out: str | None = None) -> Iterator[Output]:
+def open_output(options: dict[str, Any], out: str | None = None) -> Iterator[Output]:
     """Takes what ``output_arguments`` added; ``out`` is a folder that the command makes."""
     name, quiet = options.pop("json"), options.pop("quiet")
     to_stdout = name == "-"
@@ -204,6 +204,6 @@ def _field_argument(group: Any, option: Field[Any]) -> None:
     )  # fmt: skip
 
 
-def taken(options: dict[str, Any], kind: type) -> dict[str, Any]:
+def take_fields(options: dict[str, Any], kind: type) -> dict[str, Any]:
     """Those options that are fields of a dataclass, which go from the others."""
     return {one.name: options.pop(one.name) for one in fields(kind) if one.name in options}

@@ -7,11 +7,11 @@ from typing import Any
 import yaml
 
 from ..errors import UserError, first_line
-from ..inference.generation import size
-from ..training import pretraining as training
-from ..training.recipe import Recipe, from_options
+from ..inference.generation import format_bytes
+from ..training import pretraining
+from ..training.recipe import Recipe, read_recipe
 from . import events
-from .shared import field_groups, held_out_arguments, output, run_arguments, taken
+from .shared import field_groups, held_out_arguments, open_output, run_arguments, take_fields
 
 HELP = "train a model, skipless unless told otherwise"
 EXAMPLES = (
@@ -35,26 +35,26 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
         help="of the arithmetic (default: bfloat16 on a GPU, float32 on a CPU)",
     )  # fmt: skip
-    field_groups(parser, ("pace (0: never)", training.Pace), ("recipe", Recipe))
+    field_groups(parser, ("pace (0: never)", pretraining.Pace), ("recipe", Recipe))
 
 
 def run(options: dict[str, Any]) -> None:
     config = options.pop("config")
-    pace, recipe = taken(options, training.Pace), taken(options, Recipe)
+    pace, recipe = take_fields(options, pretraining.Pace), take_fields(options, Recipe)
     steps = recipe.get("steps") if options["resume"] else None
     if options["resume"] and (config or pace or set(recipe) - {"steps"}):
         raise UserError("--resume goes on with the run's own recipe: only --steps may change")
-    with output(options, None if options["resume"] else options["mlx_path"]) as shown:
-        result = training.train(
-            recipe=from_options({**_read_yaml(config), **recipe}),
-            pace=training.Pace(**pace),
+    with open_output(options, None if options["resume"] else options["mlx_path"]) as shown:
+        result = pretraining.train(
+            recipe=read_recipe({**_read_yaml(config), **recipe}),
+            pace=pretraining.Pace(**pace),
             steps=steps,
-            report=lambda event: shown.say(events.line(event)),
+            report=lambda event: shown.say(events.describe_event(event)),
             **options,
         )
         shown.say(
             f"wrote {result.output}: {result.parameters:,} weights, {result.tokens:,} tokens, "
-            f"{result.seconds:,.0f} s, peak memory {size(result.peak_memory_bytes)}"
+            f"{result.seconds:,.0f} s, peak memory {format_bytes(result.peak_memory_bytes)}"
         )
         shown.write_json(result.as_dict())
 

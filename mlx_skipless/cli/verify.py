@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from ..evaluation import tasks
-from .shared import output, output_arguments
+from .shared import open_output, output_arguments
 
 HELP = "score two models on lm-eval's tasks"
 EXAMPLES = (
@@ -49,8 +49,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: dict[str, Any]) -> None:
-    with output(options) as shown:
-        scores = tasks.compare_tasks(**options)
+    with open_output(options) as shown:
+        scores = tasks.evaluate(**options)
         table = Table(box=None, pad_edge=False)
         for title in ("task", "metric"):
             table.add_column(title, overflow="fold")

@@ -21,7 +21,7 @@ HEALING_FAILED = (
 NAMES = {"q": "Q", "k": "K", "v": "V", "p": "P", "attention": "Attention", "ffn": "The FFN"}
 
 
-def effect(report: "Report") -> list[str]:
+def describe_effect(report: "Report") -> list[str]:
     """The measured effect, a sentence each."""
     saved = 1 - report.params_after / report.params_before
     share = f"{abs(saved):.1%} {'fewer' if saved >= 0 else 'more'}"
@@ -65,7 +65,7 @@ def effect(report: "Report") -> list[str]:
     return lines
 
 
-def text(report: "Report", name: str) -> str:
+def write_card(report: "Report", name: str) -> str:
     """The card, Markdown with the Hub's header."""
     header = ["---", "library_name: mlx", "pipeline_tag: text-generation", "tags:", "- mlx"]
     header += [] if report.stock else ["- mlx-skipless"]
@@ -89,7 +89,7 @@ def text(report: "Report", name: str) -> str:
         body.append(f"- Quantized: {q['mode']}, {bits} bits, groups of {q['group_size']}.")
     body += [f"- {note[0].upper()}{note[1:]}." for note in report.notes]
     body += ["", "## Effect, measured on this model", ""]
-    body += [f"- {line}" for line in effect(report)]
+    body += [f"- {line}" for line in describe_effect(report)]
     trust = "" if report.stock else ", trust_remote_code=True"
     flag = "" if report.stock else " --trust-remote-code"
     body += [
@@ -109,7 +109,7 @@ def text(report: "Report", name: str) -> str:
     return "\n".join([*header, *body])
 
 
-def trained(
+def write_training_card(
     result: "Result", args: "ModelArgs", recipe: Mapping[str, Any], sources: Sequence[str]
 ) -> str:
     """The card of a model that was trained here: its text, its recipe and its figures."""
@@ -137,7 +137,7 @@ def trained(
     return "\n".join(body)
 
 
-def healing(result: "HealingResult") -> list[str]:
+def describe_healing(result: "HealingResult") -> list[str]:
     """What a distillation gave, a sentence each."""
 
     def figures(found: "Distance") -> str:
@@ -159,7 +159,7 @@ def healing(result: "HealingResult") -> list[str]:
     ]
 
 
-def healed(result: "HealingResult", treatment: Mapping[str, Any], teacher: str) -> str:
+def write_healing_card(result: "HealingResult", treatment: Mapping[str, Any], teacher: str) -> str:
     """The card of a model that learnt from the one that it was made from."""
     origin = teacher if hub.is_id(teacher) else Path(teacher).name
     header = ["---", "library_name: mlx", "pipeline_tag: text-generation", "tags:", "- mlx"]
@@ -167,7 +167,12 @@ def healed(result: "HealingResult", treatment: Mapping[str, Any], teacher: str) 
     body = [
         *("---", "", f"# {Path(result.output).name}", ""),
         f"A reduced model, distilled towards its original `{origin}` by `mlx-skipless heal`.",
-        *("", "## Effect, measured on this model", "", *(f"- {s}" for s in healing(result))),
+        *(
+            "",
+            "## Effect, measured on this model",
+            "",
+            *(f"- {s}" for s in describe_healing(result)),
+        ),
         *("", "## Treatment", "", *(f"- {key}: {value}" for key, value in treatment.items())),
         *(f"- text: {result.text}", ""),
     ]

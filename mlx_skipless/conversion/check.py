@@ -17,7 +17,7 @@ from mlx_lm.models.cache import KVCache
 from mlx_lm.utils import load_model
 
 from ..architectures.families import Family
-from ..architectures.tensors import arranged, module_in_family, places
+from ..architectures.tensors import arrange, find_places, to_source_module
 from ..checkpoints.checkpoint import SafetensorsStore
 from ..errors import UserError
 from ..network.magnitudes import Magnitude, NotFinite, Watch
@@ -51,7 +51,7 @@ class Network(Protocol):
     def logits(self, hidden: mx.array) -> mx.array: ...
 
 
-def runnable(arrays: Arrays) -> Arrays:
+def widen_experts(arrays: Arrays) -> Arrays:
     """A layer's tensors such that it runs: on a CPU, MLX multiplies dense experts in float32 only.
 
     The same numbers, in a wider type; nothing else has three axes.
@@ -77,7 +77,7 @@ class StockNetwork:
         self._model: Any = load_model(folder, lazy=True)[0]
         self._args = args
         self._names = {
-            ours: module_in_family(family, ours, args).rpartition(".")[2]
+            ours: to_source_module(family, ours, args).rpartition(".")[2]
             for ours in (EMBEDDING, FINAL_NORM, HEAD)
         }
 
@@ -87,13 +87,13 @@ class StockNetwork:
 
     def hidden(self, tokens: mx.array, *, watch: Watch) -> mx.array:
         """The stream before the final norm; each layer is let go once it has run."""
-        h = self._args.entered(self._module(EMBEDDING)(tokens))
+        h = self._args.scale_embedding(self._module(EMBEDDING)(tokens))
         layers = self._model.layers
         for i, layer in enumerate(layers):
             slides = getattr(layer, "use_sliding", False)  # most networks know no windows
             window = self._model.model.sliding_window if slides else None
             if self._args.num_local_experts:
-                layer.load_weights([*runnable(dict(tree_flatten(layer.parameters()))).items()])
+                layer.load_weights([*widen_experts(dict(tree_flatten(layer.parameters()))).items()])
             mask = create_attention_mask(h, None, window_size=window)
             h = watch.run(f"model.layers.{i}", layer, h, mask, None)
             layers[i] = layer = None
@@ -104,7 +104,7 @@ class StockNetwork:
         h = self._module(FINAL_NORM)(hidden)
         tied = self._args.tie_word_embeddings
         head = self._module(EMBEDDING).as_linear if tied else self._module(HEAD)
-        return self._args.left(head(h)).astype(mx.float32)
+        return self._args.scale_logits(head(h)).astype(mx.float32)
 
 
 class WrittenParts:
@@ -112,13 +112,13 @@ class WrittenParts:
 
     def __init__(self, folder: Path, args: ModelArgs, family: Family):
         self._store, self._args = SafetensorsStore(folder), args
-        self._places = places(family, self._store.shapes)
+        self._places = find_places(family, self._store.shapes)
 
     def _under(self, *prefixes: str) -> Arrays:
         starts = tuple(f"{prefix}." for prefix in prefixes)
         wanted = {n: place for n, place in self._places.items() if n.startswith(starts)}
         arrays = self._store.read({own for place in wanted.values() for own in place.names})
-        return {n: arranged(place, arrays, self._args) for n, place in wanted.items()}
+        return {n: arrange(place, arrays, self._args) for n, place in wanted.items()}
 
     def embedding(self) -> Arrays:
         return self._under(EMBEDDING)
@@ -151,12 +151,12 @@ class StreamedNetwork:
         self.args, self._parts, self._settings = args, parts, settings
         self.resident = resident
         self._kept: dict[int, Block] = {}
-        self._embedding = nn.Embedding(args.vocab_size, sum(args.row().values()))
+        self._embedding = nn.Embedding(args.vocab_size, sum(args.row_widths().values()))
         self._embedding = self._filled(self._embedding, EMBEDDING, parts.embedding())
         head = parts.head()
         self._norm = None
         if args.final_norm:
-            self._norm = self._filled(args.stream_norm("final"), FINAL_NORM, head)
+            self._norm = self._filled(args.make_stream_norm("final"), FINAL_NORM, head)
         self._head: Callable[[mx.array], mx.array] = self._embedding.as_linear
         if not args.tie_word_embeddings:
             linear = nn.Linear(args.hidden_size, args.vocab_size, bias=args.head_bias)
@@ -185,7 +185,9 @@ class StreamedNetwork:
         if layer in self._kept:
             return self._kept[layer]
         prefix = f"model.layers.{layer}"
-        block = self._filled(Block(self.args, layer), prefix, runnable(self._parts.layer(layer)))
+        block = self._filled(
+            Block(self.args, layer), prefix, widen_experts(self._parts.layer(layer))
+        )
         if self.resident:
             self._kept[layer] = block
         return block
@@ -197,7 +199,7 @@ class StreamedNetwork:
         watch: Watch | None = None,
     ) -> mx.array:
         """The stream before the final norm, (batch, length, hidden), of tokens (batch, length)."""
-        h = self.args.entered(self._embedding(tokens))
+        h = self.args.scale_embedding(self._embedding(tokens))
         for layer in range(self.args.num_hidden_layers):
             block = self._block(layer)
             cache = caches[layer] if caches is not None else None
@@ -215,7 +217,7 @@ class StreamedNetwork:
     def logits(self, hidden: mx.array) -> mx.array:
         """float32 logits (batch, length, vocabulary) of the stream before the final norm."""
         h = hidden if self._norm is None else self._norm(hidden)
-        return self.args.left(self._head(h)).astype(mx.float32)
+        return self.args.scale_logits(self._head(h)).astype(mx.float32)
 
 
 @dataclass(frozen=True)
@@ -253,7 +255,7 @@ class Verification:
         return replace(self, quantized_only=quantized_only, kl_ratio=ratio)
 
 
-def compare(
+def compare_networks(
     source: Network, results: Sequence[Network], tokens: mx.array, text: str
 ) -> list[Verification]:
     """Run networks on tokens (batch, length), each ``result`` against the source.

@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..architectures.tensors import acting
+from ..architectures.tensors import restore_gains
 from ..checkpoints import hub
 from ..checkpoints.checkpoint import FLOAT_NAMES, Checkpoint, open_checkpoint
 from ..checkpoints.writer import SHARD_BYTES, Writer, carry_tokenizer, check_free
@@ -23,17 +23,16 @@ from ..network.model import Model, ModelArgs
 from ..network.names import HEAD
 from ..progress import Stopwatch
 from ..quantization import bits as budget
-from ..quantization.calibration import CalibratedParts, NearestParts, memory_bytes
-from ..quantization.distillation import LOGITS_BYTES, distilled
-from ..quantization.layout import Layout, PackedLayout, asked_quantization
-from ..removal import sublayers as drop
+from ..quantization.calibration import CalibratedParts, NearestParts, estimate_memory
+from ..quantization.distillation import LOGITS_BYTES, distill
+from ..quantization.layout import Layout, PackedLayout, make_quantization
+from ..removal import sublayers
 from ..removal import table as first_layer
 from ..removal.merger import Merger
-from ..removal.plan import REMOVALS, Conditioning, Plan, RemovalCost, make_plan, measurable
-from ..text import samples as passages
-from . import card
+from ..removal.plan import REMOVALS, Conditioning, Plan, RemovalCost, find_measurable, make_plan
+from ..text import samples
+from . import card, decisions
 from . import check as verification
-from . import decisions as settle
 from .check import Parts, StreamedNetwork, Verification
 from .decisions import Goal, Progress
 from .job import MODEL_FILE, Job, PackedParts
@@ -135,7 +134,7 @@ def convert(
     goal = None
     if target_bytes is not None or target_kl is not None:
         goal = _goal(target_bytes, target_kl, q_bits, q_mode, verify)
-    quantization = asked_quantization(quantize or goal is not None, q_bits, q_group_size, q_mode)
+    quantization = make_quantization(quantize or goal is not None, q_bits, q_group_size, q_mode)
     if distill < 0:
         raise UserError(f"--distill {distill}: must be a number of steps, 0 or more")
     if distill and (quantization is None or quantization.mode != "affine"):
@@ -152,10 +151,10 @@ def convert(
     out = Path(mlx_path)
     if not dry_run:
         check_free(out)
-    passages.check_seed(seed)
+    samples.check_seed(seed)
     if upload_repo is not None and not hub.HUB_ID.fullmatch(upload_repo):
         raise UserError(f"--upload-repo {upload_repo}: a repository is called owner/name")
-    text = None if calibration is None else passages.read_text(calibration)
+    text = None if calibration is None else samples.read_text(calibration)
     checkpoint = open_checkpoint(
         model, revision=revision, config_only=dry_run, trust_remote_code=trust_remote_code
     )
@@ -169,12 +168,12 @@ def convert(
         if skipless:
             raise UserError("--skipless drops every skip connection: drop it to drop sub-layers")
         tables = precompute_first_layer is not None
-        drop.check(args, drops.wishes, first_layer.needed(args) if tables else {})
+        sublayers.check_wishes(args, drops.wishes, first_layer.find_needed(args) if tables else {})
     # What nothing touches stays packed as it is.
     packed = drops is not None or precompute_first_layer is not None
     packed = packed and checkpoint.packed_by_mlx and quantization is None and not dtype
     packed = packed and not fold_norms and not skipless
-    packed = packed and not make_plan(args, remove=remove).identity
+    packed = packed and not make_plan(args, remove=remove).eliminated
     # Folding is what is exact for it; but gains of many sizes in one matrix round worse.
     pretrained = args.norm == "pre" and not skipless and not packed
     options: dict[str, Any] = {
@@ -195,11 +194,11 @@ def convert(
 
     declined = None
     if precompute_first_layer is not None:
-        if (reason := first_layer.obstacle(args)) is not None:
+        if (reason := first_layer.find_obstacle(args)) is not None:
             raise UserError(f"--precompute-first-layer: {reason}")
         if precompute_first_layer == "auto":
             both = (make_plan(args, **options, precompute=done) for done in (False, True))
-            declined = first_layer.price(*map(layout_of, both))
+            declined = first_layer.explain_price(*map(layout_of, both))
         options["precompute"] = declined is None
     known = None if skipless else checkpoint.family.stock
     expressed = known is not None and (known.expresses if drops is None else known.drops)(args)
@@ -214,7 +213,7 @@ def convert(
     more: tuple[str, ...] = ()
     if known is not None and not expressed:
         more += (NO_STOCK_DROPS if known.expresses(args) else STOCK_CANNOT,)
-    more += (NO_STOCK_TABLE,) if expressed and plan.tabled else ()
+    more += (NO_STOCK_TABLE,) if expressed and plan.table else ()
     if stock and (letters := "".join(make_plan(args, skipless=True).gone)):
         more += (SKIPLESS_NETWORK.format(f"--model {model} --skipless --remove {letters}"),)
     if declined is not None:
@@ -231,10 +230,15 @@ def convert(
     if dry_run:
         report = job.report()
         if drops is not None:
-            report = replace(report, notes=(*report.notes, drop.promise(args, drops.wishes)))
+            report = replace(
+                report, notes=(*report.notes, sublayers.describe_wishes(args, drops.wishes))
+            )
     else:
         calibrating = quantization is not None and (
-            text is not None or goal is not None or distill > 0 or bool(settle.inverses(plan))
+            text is not None
+            or goal is not None
+            or distill > 0
+            or bool(decisions.find_inverses(plan))
         )
         prose = Prose(str(calibration), text, seed, verify, calibrating, distill)
         with _small_buffer_cache():
@@ -278,12 +282,12 @@ def _goal(nbytes: int | None, kl: float | None, bits: int | None, mode: str, ver
 
 def _drops(
     kinds: Mapping[str, int | str], greedy: bool, max_loss: float | None
-) -> settle.Drops | None:
+) -> decisions.Drops | None:
     wishes = []
     for kind, n in kinds.items():
         if n != "auto" and not isinstance(n, int):
             raise UserError(f"--drop-{kind} {n}: give a number of layers, or auto")
-        wishes.append(drop.Wish(kind, None if n == "auto" else int(n)))
+        wishes.append(sublayers.Wish(kind, None if n == "auto" else int(n)))
     open_ended = any(wish.count is None for wish in wishes)
     if max_loss is not None and not open_ended:
         raise UserError("--max-loss is for --drop-attention auto, --drop-ffn auto or -block auto")
@@ -293,13 +297,13 @@ def _drops(
         raise UserError("--greedy is for --drop-attention, --drop-ffn and --drop-block")
     if not wishes:
         return None
-    return settle.Drops(tuple(wishes), greedy, 0.01 if max_loss is None else max_loss)
+    return decisions.Drops(tuple(wishes), greedy, 0.01 if max_loss is None else max_loss)
 
 
 def _measure(
     checkpoint: Checkpoint, plan: Plan, remove: str, dtype: mx.Dtype, progress: Progress
 ) -> dict[str, Conditioning]:
-    wanted = measurable(plan.before, remove)
+    wanted = find_measurable(plan.before, remove)
     merger = Merger(checkpoint, plan, dtype)
     measured = {}
     for done, where in enumerate(wanted):
@@ -320,7 +324,7 @@ def _check_memory(job: Job, prose: Prose) -> None:
     float64 = 8 * (6 * hidden * max(hidden, width) + 3 * max(hidden, width) * ffn)
     largest = max(array.nbytes for array in job.layout.tensors.values())
     needed = float64 + 2 * SHARD_BYTES + 4 * job.layout.count("model.layers.0.") + 3 * largest
-    needed += memory_bytes(args) if prose.calibrate else 0
+    needed += estimate_memory(args) if prose.calibrate else 0
     if prose.distill:  # the source, the result's codes, its dense matrices and their gradients
         needed += 5 * Layout(args, mx.float32).nbytes() + 8 * LOGITS_BYTES
     available = machine_memory_bytes()
@@ -336,7 +340,7 @@ def _write(
     out: Path,
     prose: Prose,
     goal: Goal | None,
-    drops: settle.Drops | None,
+    drops: decisions.Drops | None,
     progress: Progress,
 ) -> Report:
     """Do what is planned; the report with the check's outcome."""
@@ -357,9 +361,9 @@ def _write(
         found = _passages(job, tokenizer, wanted, progress)
         if found is not None and found.calibration is not None:
             if drops is not None:
-                job = settle.dropped(job, drops, found.calibration, progress)
+                job = decisions.choose_sublayers(job, drops, found.calibration, progress)
             if prose.calibrate:
-                job = settle.settled(job, found.calibration, progress)
+                job = decisions.choose_removals(job, found.calibration, progress)
 
         def attempt(job: Job) -> Verification | None:
             return _attempt(job, writer, found, prose, progress)
@@ -368,14 +372,14 @@ def _write(
             check = attempt(job)
         else:
             assert found is not None and found.calibration is not None
-            job, check = settle.towards(goal, job, found.calibration, attempt, progress)
+            job, check = decisions.choose_bits(goal, job, found.calibration, attempt, progress)
 
         report = replace(job.report(), output=str(out))
         if found is not None and found.calibration is not None and prose.calibrate:
             report = report.calibrated(found.calibration.size, found.origin)
         if check is not None:
             report = report.verified(check)
-        writer.write_text("README.md", card.text(report, job.upload_repo or out.name))
+        writer.write_text("README.md", card.write_card(report, job.upload_repo or out.name))
         writer.commit()
     return report
 
@@ -390,7 +394,7 @@ def _most_bytes(job: Job, goal: Goal | None) -> int:
 
 
 def _attempt(
-    job: Job, writer: Writer, found: passages.Passages | None, prose: Prose, progress: Progress
+    job: Job, writer: Writer, found: samples.Passages | None, prose: Prose, progress: Progress
 ) -> Verification | None:
     """Write config and weights, in the place of earlier ones; then check them if asked."""
     layers = job.plan.before.num_hidden_layers
@@ -426,10 +430,10 @@ def _distill(job: Job, writer: Writer, tokens: mx.array, prose: Prose, progress:
     teacher, student = Model(job.plan.before), Model(job.layout.args)
     teacher.load_weights([*_tensors(job.source_parts(), job.plan.before).items()])
     dense = {name: array for name, array in result.items() if name.rpartition(".")[0] not in forms}
-    student.load_weights([*acting(dense, job.family.gain_offset).items()], strict=False)
+    student.load_weights([*restore_gains(dense, job.family.gain_offset).items()], strict=False)
     teacher.set_dtype(mx.float32)
     student.set_dtype(mx.float32)
-    changed = distilled(
+    changed = distill(
         teacher,
         student,
         result,
@@ -453,7 +457,7 @@ def _tensors(parts: Parts, args: ModelArgs) -> dict[str, mx.array]:
 def _result_parts(job: Job, calibration: mx.array | None) -> Parts:
     dense = job.result_parts()
     if isinstance(job.layout, PackedLayout):
-        table = dense if job.plan.tabled else None
+        table = dense if job.plan.table else None
         return PackedParts(job.checkpoint, job.layout, table, job.family.gain_offset)
     if calibration is None:
         return NearestParts(dense, job.layout)
@@ -469,20 +473,20 @@ def _source_network(job: Job) -> StreamedNetwork:
 
 def _passages(
     job: Job, tokenizer: Any, prose: Prose, progress: Progress
-) -> passages.Passages | None:
+) -> samples.Passages | None:
     """The tokens that checking and calibrating need; None if neither is wanted."""
     if not (prose.check or prose.calibrate):
         return None
     # MLX's quantized products are slow on a CPU.
     affordable = (
-        job.layout.count() <= passages.LONG_CHECK_WEIGHTS or mx.default_device().type != mx.cpu
+        job.layout.count() <= samples.LONG_CHECK_WEIGHTS or mx.default_device().type != mx.cpu
     )
     long_check = prose.calibrate and affordable
     if prose.text is None:
         progress("sampling text", 0, 1)
         begin = None if tokenizer is None else tokenizer.bos_token_id
         network = _source_network(job)
-        found = passages.sampled(
+        found = samples.sample_passages(
             network,
             seed=prose.seed,
             start=begin,
@@ -493,7 +497,7 @@ def _passages(
         return found
     if tokenizer is None:
         raise UserError("--calibration needs a tokenizer and the source has none: drop it")
-    return passages.from_text(
+    return samples.cut_passages(
         prose.name,
         prose.text,
         lambda text: tokenizer.encode(text, verbose=False),  # of its length; pieces get cut
@@ -513,7 +517,7 @@ def _small_buffer_cache() -> Iterator[None]:
         mx.set_cache_limit(before)
 
 
-def _verify(job: Job, folder: Path, found: passages.Passages, progress: Progress) -> Verification:
+def _verify(job: Job, folder: Path, found: samples.Passages, progress: Progress) -> Verification:
     # The source runs in float32 from the weights it has; the result as it will run.
     progress("checking", 0, 1)
     result: verification.Network
@@ -524,12 +528,12 @@ def _verify(job: Job, folder: Path, found: passages.Passages, progress: Progress
         result = StreamedNetwork(job.layout.args, parts, job.layout.settings)
     source = _source_network(job)
     if job.layout.quantization is None:
-        (outcome,) = verification.compare(source, [result], found.check, found.origin)
+        (outcome,) = verification.compare_networks(source, [result], found.check, found.origin)
     else:
         unremoved = job.unremoved()
         rounded = NearestParts(job.source_parts(unremoved.dtype), unremoved)
         plain = StreamedNetwork(unremoved.args, rounded, unremoved.settings)
-        of_result, of_plain = verification.compare(
+        of_result, of_plain = verification.compare_networks(
             source, [result, plain], found.check, found.origin
         )
         outcome = of_result.beside(of_plain)

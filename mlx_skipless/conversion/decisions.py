@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from ..network.names import EMBEDDING, HEAD
-from ..network.wiring import points
+from ..network.wiring import find_points
 from ..quantization import bits as budget
 from ..quantization import sensitivity
-from ..removal import sublayers as drop
-from ..removal import table as first_layer
+from ..removal import sublayers, table
 from ..removal.merger import Merger
-from ..removal.plan import Plan, alone, around_of
+from ..removal.plan import Plan, find_mixed, isolate_removal
 from .check import Verification
 from .job import Job
 
@@ -32,21 +31,21 @@ class Goal:
 class Drops:
     """Sub-layers to drop; see ``drop.choose``."""
 
-    wishes: tuple[drop.Wish, ...]
+    wishes: tuple[sublayers.Wish, ...]
     greedy: bool
     max_loss: float
 
 
-def dropped(job: Job, drops: Drops, tokens: mx.array, progress: Progress) -> Job:
+def choose_sublayers(job: Job, drops: Drops, tokens: mx.array, progress: Progress) -> Job:
     """The job without the sub-layers that matter least on the text."""
-    layers, path = drop.choose(
+    layers, path = sublayers.choose_drops(
         job.plan.before,
         job.source_parts(),
         tokens,
         drops.wishes,
         greedy=drops.greedy,
         max_loss=drops.max_loss,
-        spared=first_layer.needed(job.plan.before) if job.plan.tabled else None,
+        spared=table.find_needed(job.plan.before) if job.plan.table else None,
         progress=lambda done, total: progress("dropping", done, total),
     )
     job = replace(job, dropped=layers).replanned()
@@ -57,27 +56,28 @@ def dropped(job: Job, drops: Drops, tokens: mx.array, progress: Progress) -> Job
     return job
 
 
-def inverses(plan: Plan) -> dict[int, list[str]]:
+def find_inverses(plan: Plan) -> dict[int, list[str]]:
     """By point, the matrices whose values a removal mixes through an inverse."""
-    found = points(plan.before)
+    found = find_points(plan.before)
     around = {
-        index: around_of(plan.before, found, index, where) for index, where in plan.identity.items()
+        index: find_mixed(plan.before, found, index, where)
+        for index, where in plan.eliminated.items()
     }
     return {index: matrices for index, matrices in around.items() if matrices}
 
 
-def settled(job: Job, tokens: mx.array, progress: Progress) -> Job:
+def choose_removals(job: Job, tokens: mx.array, progress: Progress) -> Job:
     """The job with its plan made again from what each removal costs, measured on the text."""
     if job.options["remove"] != "auto":
         return job
     trials, plan = [], job.plan
-    for index, around in inverses(plan).items():
+    for index, around in find_inverses(plan).items():
         if HEAD in around or (EMBEDDING in around and plan.before.tie_word_embeddings):
             continue  # what the head reads is no stream that later layers could bring back
-        single = alone(plan, index)
+        single = isolate_removal(plan, index)
         trials.append(
             sensitivity.Trial(
-                plan.identity[index],
+                plan.eliminated[index],
                 tuple(around),
                 Merger(job.checkpoint, single, job.layout.dtype),
                 replace(job.layout, args=single.after),
@@ -85,7 +85,7 @@ def settled(job: Job, tokens: mx.array, progress: Progress) -> Job:
         )
     if not trials:
         return job
-    costs = sensitivity.removal_costs(
+    costs = sensitivity.measure_removals(
         plan.before,
         job.source_parts(),
         trials,
@@ -96,7 +96,7 @@ def settled(job: Job, tokens: mx.array, progress: Progress) -> Job:
     return replace(job, costs=costs).replanned()
 
 
-def towards(
+def choose_bits(
     goal: Goal,
     job: Job,
     tokens: mx.array,
@@ -107,7 +107,7 @@ def towards(
     assert job.layout.quantization is not None
     unremoved = job.unremoved()
     free = [where for where in job.layout.free if unremoved.format_of(where) is not None]
-    costs = sensitivity.rounding_costs(
+    costs = sensitivity.measure_rounding(
         job.plan.before,
         job.source_parts(),
         free,
@@ -147,7 +147,7 @@ def towards(
         return outcome.kl
 
     assert goal.kl is not None
-    chosen, written = budget.smallest_below(raises.mixtures(), goal.kl, measure)
+    chosen, written = budget.find_smallest(raises.mixtures(), goal.kl, measure)
     if not written:
         measure(chosen)
     return with_bits(chosen), checks[chosen.nbytes]

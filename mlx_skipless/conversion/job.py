@@ -7,10 +7,10 @@ from typing import Any
 import mlx.core as mx
 
 from ..architectures.families import FAMILIES, Family
-from ..architectures.tensors import in_family, module_in_family
+from ..architectures.tensors import to_source_module, to_source_names
 from ..checkpoints.checkpoint import Checkpoint
 from ..network.model import ModelArgs
-from ..network.names import EMBEDDING, FINAL_NORM, HEAD, is_stream_gain
+from ..network.names import EMBEDDING, FINAL_NORM, HEAD, is_stream_norm_weight
 from ..quantization.calibration import Merged
 from ..quantization.layout import Layout, PackedLayout, dtype_name
 from ..removal.merger import Merger
@@ -60,7 +60,7 @@ class Job:
         """The network that the removals start from; in float32, however its weights are stored."""
         plan = self.plan
         stripped = tuple(gain for gain in plan.folded if gain not in plan.before.gains)
-        start = replace(plan, tabled=False, identity={}, folded=stripped, merged=plan.before)
+        start = replace(plan, table=False, eliminated={}, folded=stripped, merged=plan.before)
         return Merger(self.checkpoint, start, dtype)
 
     @property
@@ -70,7 +70,7 @@ class Job:
 
     def named(self, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """Tensors, of a whole layer or more, as the result's files have them."""
-        return in_family(self.family, tensors, self._args)
+        return to_source_names(self.family, tensors, self._args)
 
     @property
     def _args(self) -> ModelArgs:
@@ -82,7 +82,7 @@ class Job:
         """The result's dense tensors."""
         plan, dtype = self.plan, self.layout.dtype
         merger = Merger(self.checkpoint, plan, dtype, self.family.gain_offset)
-        if not plan.tabled:
+        if not plan.table:
             return merger
         exact = Merger(self.checkpoint, plan, mx.float32)
         return TabledParts(merger, exact, plan.merged, dtype)
@@ -103,7 +103,7 @@ class Job:
         config.pop("dtype", None)
         if layout.settings is not None:
             named = {
-                module_in_family(self.family, module, self._args): v
+                to_source_module(self.family, module, self._args): v
                 for module, v in layout.settings.items()
             }
             config["quantization"] = config["quantization_config"] = named
@@ -148,6 +148,6 @@ class PackedParts:
 
     def _kept(self, name: str, array: mx.array) -> mx.array:
         change = self._checkpoint.family.gain_offset - self._gain_offset
-        if not (change and is_stream_gain(name)):
+        if not (change and is_stream_norm_weight(name)):
             return array
         return (array.astype(mx.float32) + change).astype(array.dtype)

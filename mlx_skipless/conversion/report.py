@@ -10,7 +10,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..network.wiring import LETTERS
 from ..quantization.layout import Layout, PackedLayout, dtype_name
 from ..removal.plan import UNIT_ROUNDOFF, Conditioning, Plan, RemovalCost
-from ..removal.table import FirstLayer, first_layer
+from ..removal.table import FirstLayer, measure_table
 from .check import Verification
 
 NOTABLE_ERROR = 1e-3  # relative logit error; a well-conditioned merge in float32 stays below
@@ -191,7 +191,7 @@ def make_report(
         stock=stock,
         skipless=skipless,
         speedup_from_bytes=same_format.bytes_per_token / layout.bytes_per_token,
-        first_layer=first_layer(plan.merged) if plan.tabled else None,
+        first_layer=measure_table(plan.merged) if plan.table else None,
         cache_bytes_before=same_format.cache_bytes_per_token,
         cache_bytes_after=layout.cache_bytes_per_token,
         rows=tuple(_rows(plan, source, layout, conditioning, costs)),
@@ -216,7 +216,7 @@ def _rows(
     names += [] if plan.before.tie_word_embeddings else ["lm_head"]
     for name in names:
         prefix = f"{name}."
-        goes = [w for w in plan.identity.values() if w.startswith(prefix)]
+        goes = [w for w in plan.eliminated.values() if w.startswith(prefix)]
         measured = [conditioning[w].condition for w in goes if w in conditioning]
         letters = [x.upper() for x in LETTERS if any(w.endswith(LETTERS[x]) for w in goes)]
         whole = [
@@ -224,7 +224,7 @@ def _rows(
             for part, layers in plan.dropped.items()
             if name in (f"model.layers.{i}" for i in layers)
         ]
-        into = ["into the table"] if plan.tabled and name == "model.layers.0" else []
+        into = ["into the table"] if plan.table and name == "model.layers.0" else []
         yield LayerRow(
             name=name.removeprefix("model."),
             goes=" ".join([*letters, *whole, *into]),

@@ -20,16 +20,16 @@ from ..conversion.check import RESIDENT_BYTES, StreamedNetwork
 from ..errors import UserError
 from ..inference.loading import load_tokenizer
 from ..network.model import ModelArgs
-from ..network.names import EMBEDDING, HEAD, MLP, PROJECTIONS, path
+from ..network.names import EMBEDDING, HEAD, MLP, PROJECTIONS, module_path
 from ..network.wiring import LETTERS
 from ..quantization.layout import Layout
-from ..quantization.sensitivity import affordable
-from ..removal import sublayers as drop
+from ..quantization.sensitivity import limit_tokens
+from ..removal import sublayers
 from ..removal import table as first_layer
 from ..removal.merger import Merger
 from ..removal.plan import REMOVALS, make_plan
 from ..removal.table import FirstLayer
-from ..text import samples as passages
+from ..text import samples
 
 TEXT = (8, 256)  # sequences, tokens each
 STREAMED_TEXT = (128, 16)  # where layers are read from disk for each sampled token
@@ -169,8 +169,8 @@ def analyze(
     Raises:
         UserError: for anything the user can mend.
     """
-    passages.check_seed(seed)
-    text = None if calibration is None else passages.read_text(calibration)
+    samples.check_seed(seed)
+    text = None if calibration is None else samples.read_text(calibration)
     config_only = config_only or str(model).endswith(".json") or _lacks_weights(model)
     checkpoint = open_checkpoint(
         model,
@@ -183,7 +183,7 @@ def analyze(
     args, dtype = checkpoint.args, checkpoint.dtype
     measured = None
     conditions: list[dict[str, float]] | None = None
-    reason = drop.droppable(args)
+    reason = sublayers.explain_undroppable(args)
     notes = []
     origin = None
     if checkpoint.store is None:
@@ -207,7 +207,7 @@ def analyze(
             "with skips and norms no Q or P goes exactly: --skipless drops the skips first"
         )
     layout = Layout(args, dtype)
-    by_part = parts_of(layout)
+    by_part = count_parts(layout)
     if args.block == "parallel" and by_part["q"] and by_part["p"]:
         left = layout.count() - by_part["q"] - by_part["p"]
         notes.append(
@@ -216,12 +216,12 @@ def analyze(
             f"{layout.count() / left:.2f} times less)"
         )
     layers = range(args.num_hidden_layers)
-    table = None if first_layer.obstacle(args) else first_layer.first_layer(args)
+    table = None if first_layer.find_obstacle(args) else first_layer.measure_table(args)
     return Analysis(
         source=str(model),
         weights=layout.count(),
         parts=by_part,
-        removals=tuple(removal(args, dtype, letters) for letters in REMOVALS[1:-1]),
+        removals=tuple(measure_removal(args, dtype, letters) for letters in REMOVALS[1:-1]),
         first_layer=table,
         first_layer_reads=None
         if table is None
@@ -254,7 +254,7 @@ def _lacks_weights(model: str | Path) -> bool:
     return has_config and not any(file for kind in weights for file in folder.glob(kind))
 
 
-def parts_of(layout: Layout) -> dict[str, int]:
+def count_parts(layout: Layout) -> dict[str, int]:
     """A network's weights by part."""
     names = {
         "embedding": (f"{EMBEDDING}.",),
@@ -269,7 +269,7 @@ def parts_of(layout: Layout) -> dict[str, int]:
     return {**found, "norms and vectors": layout.count() - sum(found.values())}
 
 
-def removal(args: ModelArgs, dtype: mx.Dtype, letters: str) -> Removal:
+def measure_removal(args: ModelArgs, dtype: mx.Dtype, letters: str) -> Removal:
     """What ``--remove letters`` would save, of a model with skips with ``--skipless``."""
     skipless = args.norm == "pre" and args.skip == "both"
     try:
@@ -295,7 +295,7 @@ def _conditions(args: ModelArgs, parts: Merger, progress: Progress) -> list[dict
     for layer in range(args.num_hidden_layers):
         progress("conditions", layer, args.num_hidden_layers)
         there = [x for x in LETTERS if not args.lacks(x, layer)]
-        found.append({x: parts.condition(path(layer, LETTERS[x])) for x in there})
+        found.append({x: parts.condition(module_path(layer, LETTERS[x])) for x in there})
     progress("conditions", args.num_hidden_layers, args.num_hidden_layers)
     return found
 
@@ -323,14 +323,14 @@ def _tokens(
             raise UserError("--calibration needs a tokenizer and the source has none: drop it")
         sequences, length = TEXT
         step = len(text) // sequences  # from places all over it
-        size = min(step, passages.PIECE)
+        size = min(step, samples.PIECE)
         pieces = [text[i * step : i * step + size] for i in range(sequences)]
         rows = [tokenizer.encode(piece, verbose=False) for piece in pieces]
         length = min(length, args.max_position_embeddings or length, *map(len, rows))
-        if length < passages.SHORTEST:
+        if length < samples.SHORTEST:
             raise UserError(
                 f"--calibration {calibration} has {length} tokens in an eighth of it; at least "
-                f"{passages.SHORTEST} are needed: give more text"
+                f"{samples.SHORTEST} are needed: give more text"
             )
         return mx.array([row[:length] for row in rows]), str(calibration)
     progress("sampling text", 0, 1)
@@ -339,7 +339,7 @@ def _tokens(
     sequences, length = TEXT if resident else STREAMED_TEXT
     length = min(length, args.max_position_embeddings or length)
     begin = None if tokenizer is None else tokenizer.bos_token_id
-    tokens = passages.sample(network, sequences, length, seed=seed, start=begin)
+    tokens = samples.sample_text(network, sequences, length, seed=seed, start=begin)
     mx.eval(tokens)
     progress("sampling text", 1, 1)
     return tokens, "sampled from the model"
@@ -365,17 +365,17 @@ def _measured(
         return lambda done, total: progress(stage, done, total)
 
     layers = range(args.num_hidden_layers)
-    importance = drop.importance(args, parts, tokens, progress=at("importance"))
+    importance = sublayers.measure_importance(args, parts, tokens, progress=at("importance"))
     alone = [
-        (layer, part) for layer in layers for part in drop.PARTS if not args.lacks(part, layer)
+        (layer, part) for layer in layers for part in sublayers.PARTS if not args.lacks(part, layer)
     ]
     there = [layer for layer in layers if not args.lacks("attention", layer)]
     order = sorted(there, key=lambda layer: importance["attention"][layer])
     prefixes = [order[:count] for count in range(len(order))]  # one keeps its attention
-    variants: list[drop.Drops] = [{part: [layer]} for layer, part in alone]
+    variants: list[sublayers.Drops] = [{part: [layer]} for layer, part in alone]
     variants += [{"attention": prefix} for prefix in prefixes]
-    rows = affordable(tokens[::JUDGES], len(variants), args.hidden_size)
-    losses = drop.losses(args, parts, rows, variants, at("losses"))
+    rows = limit_tokens(tokens[::JUDGES], len(variants), args.hidden_size)
+    losses = sublayers.measure_losses(args, parts, rows, variants, at("losses"))
     curve = losses[len(alone) :]
     costs: list[dict[str, float]] = [{} for _ in layers]
     for (layer, part), loss in zip(alone, losses, strict=False):
@@ -390,7 +390,7 @@ def _of_layer(
     args: ModelArgs, importance: Mapping[str, Sequence[float]], layer: int
 ) -> dict[str, float | None]:
     """One layer's importance by kind, None for what it lacks."""
-    gone = {part: args.lacks(part, layer) for part in drop.PARTS}
+    gone = {part: args.lacks(part, layer) for part in sublayers.PARTS}
     gone["block"] = all(gone.values())
     return {kind: None if gone[kind] else values[layer] for kind, values in importance.items()}
 

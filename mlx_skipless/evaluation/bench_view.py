@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from rich.table import Table
 
-from ..inference.generation import size
+from ..inference.generation import format_bytes
 from .benchmark import Benchmark, Case, Result, Spread
 from .plots import COLOURS
 
@@ -77,7 +77,7 @@ def _bytes(benchmark: Benchmark) -> Grid:
     rows = [
         (
             one.label, "" if one.network == one.label else one.network,
-            size(one.weight_bytes), size(one.bytes_per_token), f"{one.cache_bytes_per_token:,}",
+            format_bytes(one.weight_bytes), format_bytes(one.bytes_per_token), f"{one.cache_bytes_per_token:,}",
         )
         for one in benchmark.subjects
     ]  # fmt: skip
@@ -108,7 +108,7 @@ def _decoding(benchmark: Benchmark) -> Grid:
     rows = [
         (
             f"{_behind(one.case)} x {one.case.batch_size}", one.label, _spread(one.decode_tps),
-            _ratio(one.decode_ratio), f"{one.limit_share:.0%}", size(one.peak_memory_bytes),
+            _ratio(one.decode_ratio), f"{one.limit_share:.0%}", format_bytes(one.peak_memory_bytes),
         )
         for one in benchmark.results
     ]  # fmt: skip

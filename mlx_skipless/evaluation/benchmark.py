@@ -27,20 +27,20 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from ..checkpoints.checkpoint import FLOAT_NAMES
 from ..conversion.decisions import Progress
 from ..errors import UserError
-from ..inference.generation import size
+from ..inference.generation import format_bytes
 from ..inference.loading import load_network
 from ..memory import device_memory_bytes, weight_bytes
 from ..network.model import Model
 from ..network.wiring import LETTERS
-from ..quantization.layout import Quantization, asked_quantization, dtype_name, tensors_of
+from ..quantization.layout import Quantization, dtype_name, make_quantization, tensors_of
 from ..removal.plan import REMOVALS
 from .synthetic import (
     evaluate_in_turn,
-    like,
-    shape_of,
-    skipless_model,
-    skipless_plan,
-    stock_model,
+    find_shape,
+    make_skipless_model,
+    make_skipless_plan,
+    make_stock_model,
+    make_vanilla_shape,
     write_checkpoint,
 )
 
@@ -218,7 +218,7 @@ def benchmark(
     for flag, number in (("--decode-tokens", decode_tokens), ("--repeats", repeats)):
         _check_positive(flag, number)
     cases = _cases(prompt_lengths, contexts, batch_sizes)
-    quantization = asked_quantization(quantize, q_bits, q_group_size, q_mode)
+    quantization = make_quantization(quantize, q_bits, q_group_size, q_mode)
     if remove not in REMOVALS:
         raise UserError(f"--remove {remove}: choose one of {', '.join(REMOVALS)}")
     if dtype is not None and dtype not in FLOAT_NAMES:
@@ -233,14 +233,14 @@ def benchmark(
             )
     found, notes = _loaded(models), []
     if synthetic is not None:
-        shape = shape_of(synthetic)
+        shape = find_shape(synthetic)
         kind = getattr(mx, dtype) if dtype else shape.dtype
-        plan = skipless_plan(shape.args, remove, kind, quantize)
+        plan = make_skipless_plan(shape.args, remove, kind, quantize)
         for model in (
-            stock_model(shape.stock, kind, quantization),
-            skipless_model(plan.after, kind, quantization),
+            make_stock_model(shape.stock, kind, quantization),
+            make_skipless_model(plan.after, kind, quantization),
         ):
-            found[network_of(model)] = model
+            found[describe_network(model)] = model
         stored = dtype_name(kind)
         if quantization is not None:
             stored += f", {quantization.mode} {quantization.usual_bits}-bit"
@@ -250,7 +250,7 @@ def benchmark(
     if baseline is None:
         first, model = next(iter(found.items()))
         vanilla = _vanilla(model)
-        baseline = network_of(vanilla)
+        baseline = describe_network(vanilla)
         found[baseline] = vanilla
         notes.append(f"{baseline}: random weights, of the sizes of {first}")
     found = {baseline: found[baseline], **found}
@@ -261,11 +261,13 @@ def benchmark(
     bandwidth, results = None, []
     if cases:
         _evaluate(found, progress)
-        bandwidth = measured_bandwidth()
+        bandwidth = measure_bandwidth()
         for done, case in enumerate(cases):
             progress("measuring", done, len(cases))
-            runs = in_turn(found, partial(_run, case=case, decode_tokens=decode_tokens), repeats)
-            results += compared(found, case, decode_tokens, runs, bandwidth)
+            runs = measure_in_turn(
+                found, partial(_run, case=case, decode_tokens=decode_tokens), repeats
+            )
+            results += compare_runs(found, case, decode_tokens, runs, bandwidth)
         progress("measuring", len(cases), len(cases))
     return Benchmark(
         _device(),
@@ -312,7 +314,7 @@ def is_stock(model: nn.Module) -> bool:
     return type(model).__module__.startswith("mlx_lm.models.")
 
 
-def network_of(model: nn.Module) -> str:
+def describe_network(model: nn.Module) -> str:
     """What runs, in words: "mlx-lm llama", "skipless without QP"."""
     if not isinstance(model, Model):
         return f"mlx-lm {type(model).__module__.rpartition('.')[2]}"
@@ -333,16 +335,20 @@ def _vanilla(model: nn.Module) -> nn.Module:
     )
     quantization = Quantization(*forms.most_common(1)[0][0]) if forms else None
     dtype = model(mx.zeros((1, 1), mx.int32)).dtype
-    return stock_model(like(model.args), dtype, quantization)
+    return make_stock_model(make_vanilla_shape(model.args), dtype, quantization)
 
 
 def _subject(label: str, model: nn.Module) -> Subject:
     return Subject(
-        label, network_of(model), weight_bytes(model), bytes_read(model), cache_bytes(model, 1)
+        label,
+        describe_network(model),
+        weight_bytes(model),
+        count_bytes_read(model),
+        count_cache_bytes(model, 1),
     )
 
 
-def bytes_read(model: nn.Module, batch_size: int = 1) -> int:
+def count_bytes_read(model: nn.Module, batch_size: int = 1) -> int:
     """Bytes of weights that a step of decoding reads, for a token of each sequence.
 
     Of an embedding that is not the head too a row a sequence; of experts those that are picked, by
@@ -369,7 +375,7 @@ def _begun_cache(model: nn.Module, batch_size: int) -> list[Any]:
     return cache
 
 
-def cache_bytes(model: nn.Module, tokens: float) -> int:
+def count_cache_bytes(model: nn.Module, tokens: float) -> int:
     """Bytes of keys and values of a sequence of so many tokens, a window's as far as it sees."""
     total = 0.0
     for one in _begun_cache(model, 1):
@@ -379,7 +385,7 @@ def cache_bytes(model: nn.Module, tokens: float) -> int:
     return round(total)
 
 
-def filled_cache(model: nn.Module, batch_size: int, tokens: int) -> list[Any]:
+def fill_cache(model: nn.Module, batch_size: int, tokens: int) -> list[Any]:
     """A cache of random keys and values, as if so many tokens of each sequence had been read.
 
     Raises:
@@ -411,12 +417,12 @@ def _check_memory(models: Iterable[nn.Module], cases: Sequence[Case], decode_tok
     weights, available = sum(weight_bytes(model) for model in models), device_memory_bytes()
     for case in cases:
         tokens = case.length + decode_tokens
-        cache = case.batch_size * max(cache_bytes(model, tokens) for model in models)
+        cache = case.batch_size * max(count_cache_bytes(model, tokens) for model in models)
         if weights + 2 * cache > available:
             raise UserError(
                 f"{case.length:,} tokens at batch {case.batch_size} take about "
-                f"{size(weights + 2 * cache)} of memory with all models loaded and there are "
-                f"{size(available)}: give fewer or smaller ones"
+                f"{format_bytes(weights + 2 * cache)} of memory with all models loaded and there are "
+                f"{format_bytes(available)}: give fewer or smaller ones"
             )
 
 
@@ -436,7 +442,7 @@ def _device() -> str:
     return f"{name} ({kind}), {system}, mlx {version('mlx')}, mlx-lm {version('mlx-lm')}"
 
 
-def measured_bandwidth() -> float:
+def measure_bandwidth() -> float:
     """Bytes a second of memory that MLX reaches: the best of reading and copying a large array.
 
     It is read by a sum, and by a product with a vector, which is what decoding does; of a copy
@@ -454,7 +460,7 @@ def measured_bandwidth() -> float:
     return best
 
 
-def in_turn(
+def measure_in_turn(
     models: Mapping[str, nn.Module], measure: Callable[[nn.Module], Outcome], repeats: int
 ) -> dict[str, list[Outcome]]:
     """Measure models one after another, over and over, after a warm-up each."""
@@ -485,7 +491,7 @@ def _run(model: nn.Module, case: Case, decode_tokens: int) -> Run:
     streams: Any = [generation_stream]
     with wired_limit(model, streams), mx.stream(generation_stream):
         if case.decode_only:
-            cache = filled_cache(model, batch_size, length)
+            cache = fill_cache(model, batch_size, length)
             prompt = mx.zeros((batch_size, 1), mx.int32)
         else:
             cache = make_prompt_cache(model)
@@ -517,7 +523,7 @@ def _chunks(prompt: mx.array) -> list[mx.array]:
     return [chunk for chunk in mx.split(prompt, ends, axis=1) if chunk.size]
 
 
-def compared(
+def compare_runs(
     models: Mapping[str, nn.Module],
     case: Case,
     decode_tokens: int,
@@ -532,8 +538,8 @@ def compared(
         own = runs[label]
         pairs = [] if label == baseline else [*zip(runs[baseline], own, strict=True)]
         decode = Spread.of([batch_size * decode_tokens / run.decode for run in own])
-        read = bytes_read(model, batch_size)
-        read += batch_size * cache_bytes(model, case.length + (decode_tokens + 1) / 2)
+        read = count_bytes_read(model, batch_size)
+        read += batch_size * count_cache_bytes(model, case.length + (decode_tokens + 1) / 2)
         prompted = not case.decode_only
         results.append(
             Result(

@@ -7,13 +7,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..architectures.config import model_args
+from ..architectures.config import read_model_args
 from ..architectures.families import FAMILIES, Config
 from ..network.model import ModelArgs
 from ..quantization.layout import Layout
 from ..removal import table as first_layer
 from ..removal.plan import REMOVALS, make_plan
-from .analysis import Removal, removal
+from .analysis import Removal, measure_removal
 
 # Shapes from the models' config.json on the Hugging Face Hub.
 MODELS: dict[str, Config] = {
@@ -141,26 +141,26 @@ class Entry:
         return asdict(self)
 
 
-def args_of(name: str) -> ModelArgs:
+def read_catalogue_args(name: str) -> ModelArgs:
     """The network of a model in the catalogue."""
-    return model_args({**SHARED, **MODELS[name]})
+    return read_model_args({**SHARED, **MODELS[name]})
 
 
-def entries() -> list[Entry]:
+def list_entries() -> list[Entry]:
     """One for each model in the catalogue."""
     return [_entry(name) for name in MODELS]
 
 
 def _entry(name: str) -> Entry:
-    args = args_of(name)
+    args = read_catalogue_args(name)
     family = MODELS[name]["model_type"]
     stock = FAMILIES[family].stock
     expressed = stock is not None and stock.expresses(args)
     folded = make_plan(args, remove="none", fold_norms=True, stock=expressed).folded
     norms = ("attention", *(() if args.shared_norm else ("ffn",)), "final")
-    removals = [removal(args, mx.bfloat16, letters) for letters in REMOVALS[1:-1]]
+    removals = [measure_removal(args, mx.bfloat16, letters) for letters in REMOVALS[1:-1]]
     saving = [one for one in removals if one.weights is not None and one.weights > 0]
-    table = first_layer.first_layer(args)
+    table = first_layer.measure_table(args)
     before = Layout(args, mx.bfloat16)
     after = Layout(make_plan(args, remove="none", precompute=True).after, mx.bfloat16)
     return Entry(
@@ -173,7 +173,7 @@ def _entry(name: str) -> Entry:
         {one.letters: one.obstacle for one in removals if one.obstacle is not None},
         table.reads_before() / table.reads_after(),
         table.growth / before.count(),
-        first_layer.price(before, after) is None,
+        first_layer.explain_price(before, after) is None,
         stock is not None and stock.drops(args),
     )
 

@@ -37,7 +37,7 @@ class Score:
         return asdict(self)
 
 
-def evaluate(
+def measure_perplexity(
     model: str | Path,
     data: Sequence[str | Path] = (),
     *,
@@ -75,8 +75,8 @@ def evaluate(
     length = context or min(CONTEXT, longest or CONTEXT)
     tokens = corpus.encode(texts.validation, tokenizer._tokenizer)
     check_length(tokens, length)
-    return score(
-        lambda batch: nll(network, batch), tokens, tokenizer._tokenizer, length, batch_size
+    return score_tokens(
+        lambda batch: sum_nll(network, batch), tokens, tokenizer._tokenizer, length, batch_size
     )
 
 
@@ -89,13 +89,13 @@ def check_length(tokens: np.ndarray, length: int) -> None:
         )
 
 
-def nll(network: nn.Module, batch: mx.array) -> mx.array:
+def sum_nll(network: nn.Module, batch: mx.array) -> mx.array:
     """The negative log likelihood of the tokens after the first, summed; batch (n, length + 1)."""
     logits = network(batch[:, :-1]).astype(mx.float32)
     return nn.losses.cross_entropy(logits, batch[:, 1:], reduction="sum")
 
 
-def score(
+def score_tokens(
     summed_nll: Callable[[mx.array], mx.array],
     tokens: np.ndarray,
     tokenizer: Any,
@@ -105,8 +105,8 @@ def score(
 ) -> Score:
     """Score a row of tokens in windows of ``length``; ``limit`` as in ``corpus.windows``."""
     nats, count, characters = 0.0, 0, 0
-    for batch in corpus.windows(tokens, length, batch_size, limit):
+    for batch in corpus.cut_windows(tokens, length, batch_size, limit):
         nats += summed_nll(mx.array(batch)).item()  # type: ignore[assignment]
         count += batch[:, 1:].size
-        characters += sum(corpus.characters(tokenizer, row) for row in batch[:, 1:])
+        characters += sum(corpus.count_characters(tokenizer, row) for row in batch[:, 1:])
     return Score(nats / count, nats / math.log(2) / max(1, characters), count, characters)

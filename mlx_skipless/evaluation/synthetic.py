@@ -10,16 +10,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
 
-from ..architectures.config import model_args
-from ..architectures.families import FAMILIES, Config, Family, family_of
-from ..architectures.tensors import in_family, in_source
+from ..architectures.config import read_model_args
+from ..architectures.families import FAMILIES, Config, Family, find_family
+from ..architectures.tensors import to_published_names, to_source_names
 from ..checkpoints.checkpoint import FLOAT_NAMES, read_json
 from ..checkpoints.writer import Writer
 from ..conversion.decisions import Progress
 from ..errors import UserError, first_line
 from ..network.model import Model, ModelArgs
-from ..network.names import EMBEDDING, FINAL_NORM, HEAD, is_stream_gain
-from ..quantization.layout import Layout, Quantization, dtype_name, quantized
+from ..network.names import EMBEDDING, FINAL_NORM, HEAD, is_stream_norm_weight
+from ..quantization.layout import Layout, Quantization, dtype_name, quantize_nearest
 from ..removal.plan import Plan, make_plan
 from .catalogue import MODELS, SHARED
 
@@ -35,11 +35,11 @@ class Shape:
 
     @property
     def family(self) -> Family:
-        return family_of(self.config)
+        return find_family(self.config)
 
     @cached_property
     def args(self) -> ModelArgs:
-        return model_args(self.config)
+        return read_model_args(self.config)
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -56,7 +56,7 @@ class Shape:
     @property
     def stock(self) -> "Shape":
         """This shape if mlx-lm has a network of its own for it, else its nearest."""
-        return like(self.args) if self.family.stock is None else self
+        return make_vanilla_shape(self.args) if self.family.stock is None else self
 
     @property
     def stock_differs(self) -> bool:
@@ -66,7 +66,7 @@ class Shape:
         return stock is self and not stock.family.stock.expresses(self.args)
 
 
-def shape_of(name: str) -> Shape:
+def find_shape(name: str) -> Shape:
     """The shape that a user means.
 
     Args:
@@ -122,7 +122,7 @@ def _with_layers(config: Config, layers: int) -> Config:
     return config
 
 
-def like(args: ModelArgs) -> Shape:
+def make_vanilla_shape(args: ModelArgs) -> Shape:
     """The vanilla transformer of a network's sizes that mlx-lm has: its Llama, or its Mixtral.
 
     With Q and P, norms on the stream and skips, whatever ``args`` lack.
@@ -142,7 +142,7 @@ def like(args: ModelArgs) -> Shape:
     return Shape(kind, config | {"model_type": kind})
 
 
-def random_weights(
+def make_random_weights(
     layout: Layout, prefix: str = "", gain_offset: float = 0.0
 ) -> dict[str, mx.array]:
     """A network's tensors under canonical names, lazy, the same ones at each call.
@@ -160,12 +160,12 @@ def random_weights(
         elif name.endswith(".bias"):
             random = mx.zeros(array.shape)
         else:
-            random = mx.ones(array.shape) - (gain_offset if is_stream_gain(name) else 0)
+            random = mx.ones(array.shape) - (gain_offset if is_stream_norm_weight(name) else 0)
         found[name] = random.astype(layout.dtype)
     return found
 
 
-def stock_model(
+def make_stock_model(
     shape: Shape, dtype: mx.Dtype, quantization: Quantization | None = None
 ) -> nn.Module:
     """mlx-lm's own network of a shape, its weights random and lazy.
@@ -173,12 +173,12 @@ def stock_model(
     Raises:
         UserError: if mlx-lm cannot build it.
     """
-    tensors = random_weights(Layout(shape.args, dtype), gain_offset=shape.family.gain_offset)
+    tensors = make_random_weights(Layout(shape.args, dtype), gain_offset=shape.family.gain_offset)
     config = shape.stock_config
     try:
         kind, args_kind = mlx_lm.utils._get_classes(config)
         model = kind(args_kind.from_dict(config))
-        weights = in_family(shape.family, tensors, shape.args)
+        weights = to_source_names(shape.family, tensors, shape.args)
         return _filled(model, weights, quantization)
     except (ValueError, TypeError) as error:
         raise UserError(
@@ -187,7 +187,7 @@ def stock_model(
         ) from error
 
 
-def skipless_plan(args: ModelArgs, remove: str, dtype: mx.Dtype, quantized: bool) -> Plan:
+def make_skipless_plan(args: ModelArgs, remove: str, dtype: mx.Dtype, quantized: bool) -> Plan:
     """A removal from a network, of one with skips when these are gone; by arithmetic alone.
 
     Raises:
@@ -197,12 +197,14 @@ def skipless_plan(args: ModelArgs, remove: str, dtype: mx.Dtype, quantized: bool
     return make_plan(args, remove=remove, skipless=skipless, dtype=dtype, quantized=quantized)
 
 
-def skipless_model(
+def make_skipless_model(
     args: ModelArgs, dtype: mx.Dtype, quantization: Quantization | None = None
 ) -> nn.Module:
     """This package's network as ``convert`` writes it, its weights random and lazy."""
     written = replace(args, fused=Layout(args, dtype, quantization).fused)
-    weights = in_family(FAMILIES["skipless"], random_weights(Layout(args, dtype)), written)
+    weights = to_source_names(
+        FAMILIES["skipless"], make_random_weights(Layout(args, dtype)), written
+    )
     return _filled(Model(written), weights, quantization)
 
 
@@ -213,7 +215,7 @@ def _filled(
         weights = model.sanitize(weights)
     model.load_weights([*weights.items()])
     model.eval()
-    return model if quantization is None else quantized(model, quantization)[0]
+    return model if quantization is None else quantize_nearest(model, quantization)[0]
 
 
 def write_checkpoint(
@@ -236,9 +238,9 @@ def write_checkpoint(
         writer.write_json("config.json", shape.stock_config | {"torch_dtype": dtype_name(dtype)})
         for done, part in enumerate(parts):
             progress("saving", done, len(parts))
-            tensors = random_weights(layout, f"{part}.", shape.family.gain_offset)
+            tensors = make_random_weights(layout, f"{part}.", shape.family.gain_offset)
             evaluate_in_turn(tensors.values())
-            writer.add(in_source(shape.family, tensors, shape.args))
+            writer.add(to_published_names(shape.family, tensors, shape.args))
         writer.finish_weights(layout.count())
         writer.commit()
     progress("saving", len(parts), len(parts))

@@ -50,7 +50,7 @@ class TaskScore:
         return asdict(self)
 
 
-def compare_tasks(
+def evaluate(
     source: str | Path,
     result: str | Path,
     tasks: Sequence[str],
@@ -118,10 +118,10 @@ def compare_tasks(
         )
         for _ in (source, result)
     )
-    return list(scores(first, second))
+    return list(pair_scores(first, second))
 
 
-def scores(source: Results, result: Results) -> Iterator[TaskScore]:
+def pair_scores(source: Results, result: Results) -> Iterator[TaskScore]:
     """What two runs of the same tasks scored, a metric at a time."""
     before, after = ({**run["results"], **run.get("groups", {})} for run in (source, result))
     for task, metrics in before.items():

@@ -75,7 +75,9 @@ class Conversation:
             stream = generation.stream(
                 self._model, self._tokenizer, new, prompt_cache=self.cache, **self._sampling
             )
-            yield from generation.spaced(stream, self._tokenizer) if same_line else stream
+            yield from (
+                generation.restore_first_space(stream, self._tokenizer) if same_line else stream
+            )
         except BaseException as e:
             if isinstance(e, GeneratorExit) and stream is not None:  # between two tokens
                 self.cached = ids + stream.tokens
@@ -91,9 +93,9 @@ class Conversation:
         """The whole conversation, and `text` as its next turn."""
         if self._tokenizer.has_chat_template:
             messages = [*self.messages, {"role": "user", "content": text}]
-            return list(generation.templated(self._tokenizer, messages))
+            return list(generation.apply_template(self._tokenizer, messages))
         if not self._transcript:
-            return generation.prompt_tokens(self._tokenizer, text, chat=False)
+            return generation.encode_prompt(self._tokenizer, text, chat=False)
         more = self._tokenizer.encode("\n" + text, add_special_tokens=False)
         return [*self._transcript, *more]
 
@@ -217,7 +219,7 @@ def _answer(talk: Conversation, text: str, out: TextIO, *, same_line: bool = Fal
 
 def _costs(talk: Conversation) -> str:
     assert talk.last is not None, "no answer yet"
-    return generation.summary(talk.last, reused=talk.reused)
+    return generation.summarize(talk.last, reused=talk.reused)
 
 
 def _stats(talk: Conversation) -> str:
@@ -225,7 +227,7 @@ def _stats(talk: Conversation) -> str:
     return (
         f"{talk.turns:,} turns: {talk.prompt_tokens:,} prompt tokens processed, "
         f"{talk.generation_tokens:,} generated; "
-        f"{len(talk.cached):,} tokens in the cache ({generation.size(held)})"
+        f"{len(talk.cached):,} tokens in the cache ({generation.format_bytes(held)})"
     )
 
 

@@ -188,7 +188,7 @@ def stream(
     Raises UserError for options and prompts that cannot be.
     """
     check_options(max_tokens=max_tokens, temp=temp, top_p=top_p, min_p=min_p, seed=seed)
-    ids = prompt_tokens(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
+    ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
     if not ids:
         raise UserError("the prompt is empty: give at least one token")
     if draft_model is not None:
@@ -224,7 +224,7 @@ def stream(
     return Stream(responses(), drafts=drafts, max_tokens=max_tokens)
 
 
-def spaced(pieces: Stream, tokenizer: TokenizerWrapper) -> Iterator[str]:
+def restore_first_space(pieces: Stream, tokenizer: TokenizerWrapper) -> Iterator[str]:
     """The pieces of an answer that goes on from a prompt on the same line.
 
     With the space that its first token opens with, which mlx-lm's detokenizers drop.
@@ -315,7 +315,7 @@ def _ratio(a: float, b: float) -> float | None:
     return a / b if a and b else None
 
 
-def prompt_tokens(
+def encode_prompt(
     tokenizer: TokenizerWrapper, text: str, *, chat: bool | None = None, continued: bool = False
 ) -> list[int]:
     """Token ids that ask `text`: through the chat template, or plain with the start token.
@@ -339,7 +339,7 @@ def prompt_tokens(
         message = {"role": "user", "content": text}
         if continued:
             return _end_of_message(tokenizer, message)
-        return list(templated(tokenizer, [message]))
+        return list(apply_template(tokenizer, [message]))
     if continued:
         return list(tokenizer.encode(text, add_special_tokens=False))
     start = tokenizer.bos_token
@@ -348,7 +348,7 @@ def prompt_tokens(
     )
 
 
-def templated(
+def apply_template(
     tokenizer: TokenizerWrapper, messages: Sequence[dict[str, str]], **options: Any
 ) -> Any:
     """Messages through the model's chat template, up to the answer.
@@ -373,7 +373,7 @@ def _end_of_message(tokenizer: TokenizerWrapper, message: dict[str, str]) -> lis
     """A templated message from its content on, and the opening of the answer."""
     marker = "<content>"
     texts = [
-        templated(tokenizer, [{**message, "content": content}], tokenize=False)
+        apply_template(tokenizer, [{**message, "content": content}], tokenize=False)
         for content in (message["content"], marker)
     ]
     if marker not in texts[1]:
@@ -534,7 +534,7 @@ class _QuantizedKVCache(QuantizedKVCache):
         return super().update_and_fetch(keys, values)
 
 
-def summary(answer: Answer, *, reused: int = 0) -> str:
+def summarize(answer: Answer, *, reused: int = 0) -> str:
     """One line of what an answer took; ``reused`` prompt tokens were in the cache already."""
     cached = f" ({reused:,} more were in the cache)" if reused else ""
     cut = ", cut off by --max-tokens" if answer.finish_reason == "length" else ""
@@ -543,10 +543,10 @@ def summary(answer: Answer, *, reused: int = 0) -> str:
     return (
         f"prompt {answer.prompt_tokens:,} tokens at {answer.prompt_tps:,.1f}/s{cached}; "
         f"answer {answer.generation_tokens:,} tokens at {answer.generation_tps:,.1f}/s"
-        f"{drafts}{cut}; peak memory {size(answer.peak_memory_bytes)}"
+        f"{drafts}{cut}; peak memory {format_bytes(answer.peak_memory_bytes)}"
     )
 
 
-def size(nbytes: int) -> str:
+def format_bytes(nbytes: int) -> str:
     """Bytes for reading: "1.50 GB"."""
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

@@ -10,9 +10,9 @@ import mlx_lm.utils
 import transformers
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..architectures.config import model_args
-from ..architectures.families import family_of
-from ..architectures.tensors import places
+from ..architectures.config import read_model_args
+from ..architectures.families import find_family
+from ..architectures.tensors import find_places
 from ..checkpoints import files, hub
 from ..checkpoints.checkpoint import SafetensorsStore, read_json
 from ..errors import UserError, first_line
@@ -83,8 +83,8 @@ def load_network(
     store = SafetensorsStore(folder)
     overrides = {}
     if skipless:
-        names = places(family_of(config), store.shapes).keys()
-        overrides = {**asdict(model_args(config, names)), "model_file": None}
+        names = find_places(find_family(config), store.shapes).keys()
+        overrides = {**asdict(read_model_args(config, names)), "model_file": None}
     try:
         model, config = mlx_lm.utils.load_model(
             folder,
@@ -114,7 +114,7 @@ def load_tokenizer(
     Raises:
         UserError: if it is missing or cannot be read.
     """
-    options = tokenizer_options(config, trust_remote_code=trust_remote_code)
+    options = make_tokenizer_options(config, trust_remote_code=trust_remote_code)
     try:
         return mlx_lm.utils.load_tokenizer(
             folder, options, eos_token_ids=config.get("eos_token_id")
@@ -127,7 +127,7 @@ def load_tokenizer(
         ) from error
 
 
-def tokenizer_options(config: Mapping[str, Any], *, trust_remote_code: bool) -> dict[str, Any]:
+def make_tokenizer_options(config: Mapping[str, Any], *, trust_remote_code: bool) -> dict[str, Any]:
     """For transformers' ``AutoTokenizer``, which does not know this package's model type."""
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if config.get("model_type") == "skipless":

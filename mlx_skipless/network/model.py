@@ -136,7 +136,7 @@ class ModelArgs(BaseModelArgs):
         """Whether ``layer`` has no ``part``: "q", "k", "v", "p", "attention" or "ffn"."""
         whole = part if part == "ffn" else "attention"
         gone = layer in self.removed.get(part, ()) or layer in self.removed.get(whole, ())
-        return gone or (layer == 0 and self.tabled(part))
+        return gone or (layer == 0 and self.reads_table(part))
 
     @property
     def ffn_readers(self) -> List[str]:
@@ -144,21 +144,21 @@ class ModelArgs(BaseModelArgs):
         router = ["router"] if self.num_local_experts else []
         return [*router, *(["gate_proj"] if self.gated else []), "up_proj"]
 
-    def entered(self, rows: mx.array) -> mx.array:
+    def scale_embedding(self, rows: mx.array) -> mx.array:
         """Rows of the embedding as they enter the stream."""
         return rows if self.embedding_scale == 1 else rows * self.embedding_scale
 
-    def left(self, logits: mx.array) -> mx.array:
+    def scale_logits(self, logits: mx.array) -> mx.array:
         """The head's outputs as they leave the network."""
         return logits if self.logit_scale == 1 else logits * self.logit_scale
 
-    def tabled(self, part: str) -> bool:
+    def reads_table(self, part: str) -> bool:
         """Whether layer 0 finds the outputs of ``part`` in the embedding's rows."""
         return self.precomputed and (
             part in ("q", "k", "v") or (part == "ffn" and self.block == "parallel")
         )
 
-    def row(self) -> Dict[str, int]:
+    def row_widths(self) -> Dict[str, int]:
         """Widths of what lies side by side in an embedding's row.
 
         "x" is the stream; of a precomputed first layer it is what passes the attention (in a
@@ -173,24 +173,24 @@ class ModelArgs(BaseModelArgs):
         heads = {"q": width, "k": kv_width, "v": kv_width}
         return {"x": self.hidden_size, **heads} if passes else heads
 
-    def rows(self, name: str) -> int:
+    def count_rows(self, name: str) -> int:
         """Outputs of a matrix that FUSED names."""
         heads = {"q_proj": self.num_attention_heads}
         heads |= dict.fromkeys(("k_proj", "v_proj"), self.num_key_value_heads)
         return heads[name] * self.head_dim if name in heads else self.intermediate_size
 
-    def fused_in(self, layer: int, kind: str) -> Optional[str]:
+    def find_fused(self, layer: int, kind: str) -> Optional[str]:
         """The name of a layer's matrix that holds several of those in FUSED[kind]."""
         names = (name for name in self.fused if {*FUSED[name]} <= {*FUSED[kind]})
         return next((name for name in names if layer in self.fused[name]), None)
 
-    def linear(self, name: str, layer: int, n_in: int, n_out: int) -> nn.Module:
+    def make_linear(self, name: str, layer: int, n_in: int, n_out: int) -> nn.Module:
         bias = layer in self.biases.get(FUSED.get(name, (name,))[0], ())
         if self.num_local_experts and name in ("gate_proj", "up_proj", "down_proj"):
             return SwitchLinear(n_in, n_out, self.num_local_experts, bias=bias)
         return nn.Linear(n_in, n_out, bias=bias)
 
-    def stream_norm(self, part: str) -> nn.Module:
+    def make_stream_norm(self, part: str) -> nn.Module:
         """The norm before the "attention" or the "ffn", or the "final" one."""
         gain, shift = part in self.gains, part in self.shifts
         if self.norm_type == "layer":
@@ -262,11 +262,11 @@ class Attention(nn.Module):
         self.group: Optional[mx.distributed.Group] = None
         width, kv_width = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
 
-        self._fused = args.fused_in(layer, "qkv_proj")
+        self._fused = args.find_fused(layer, "qkv_proj")
         self._parts = FUSED[self._fused] if self._fused else ()
-        self._ends = [*accumulate(args.rows(name) for name in self._parts)]
+        self._ends = [*accumulate(args.count_rows(name) for name in self._parts)]
         if self._fused is not None:
-            whole = args.linear(self._fused, layer, args.hidden_size, self._ends[-1])
+            whole = args.make_linear(self._fused, layer, args.hidden_size, self._ends[-1])
             setattr(self, self._fused, whole)
         for name, part, n_in, n_out in (
             ("q_proj", "q", args.hidden_size, width),
@@ -275,7 +275,7 @@ class Attention(nn.Module):
             ("o_proj", "p", width, args.hidden_size),
         ):
             present = not args.lacks(part, layer) and name not in self._parts
-            setattr(self, name, args.linear(name, layer, n_in, n_out) if present else None)
+            setattr(self, name, args.make_linear(name, layer, n_in, n_out) if present else None)
 
         # A gain for all heads alike is as wide as one of them.
         self.shared_gains = args.qk_norm
@@ -302,7 +302,7 @@ class Attention(nn.Module):
             args.max_position_embeddings,
         )
 
-    def projected(self, x: Union[mx.array, Sequence[mx.array]]) -> Dict[str, mx.array]:
+    def project(self, x: Union[mx.array, Sequence[mx.array]]) -> Dict[str, mx.array]:
         """q, k and v before norms and RoPE, (batch, length, heads * head_dim).
 
         ``x`` is the stream, (batch, length, hidden), or what a table has for all three. A matrix
@@ -322,7 +322,7 @@ class Attention(nn.Module):
             found |= zip(self._parts, parts, strict=True)
         return found
 
-    def heads(self, x: mx.array, norm, n: int) -> mx.array:
+    def split_heads(self, x: mx.array, norm, n: int) -> mx.array:
         """(batch, length, n * head_dim) to (batch, n, length, head_dim)."""
         x = x.reshape(*x.shape[:2], n, self.head_dim)
         if norm is not None:
@@ -336,11 +336,11 @@ class Attention(nn.Module):
         cache: Optional[Any] = None,
     ) -> mx.array:
         """``x`` is the stream, or what a table has for q, k and v."""
-        q, k, v = self.projected(x).values()
+        q, k, v = self.project(x).values()
         B, L, _ = q.shape
-        queries = self.heads(q, self.q_norm, self.n_heads)
-        keys = self.heads(k, self.k_norm, self.n_kv_heads)
-        values = own = self.heads(v, self.v_norm, self.n_kv_heads)
+        queries = self.split_heads(q, self.q_norm, self.n_heads)
+        keys = self.split_heads(k, self.k_norm, self.n_kv_heads)
+        values = own = self.split_heads(v, self.v_norm, self.n_kv_heads)
 
         offset = cache.offset if cache is not None else 0
         queries = self.rope(queries, offset=offset)
@@ -402,16 +402,18 @@ class MLP(nn.Module):
         inner = args.intermediate_size
         self.router: Any = None
         if args.num_local_experts:
-            self.router = args.linear("router", layer, n_in, args.num_local_experts)
+            self.router = args.make_linear("router", layer, n_in, args.num_local_experts)
         self.gate_up_proj: Any = None
         self.gate_proj: Any = None
         self.up_proj: Any = None
-        if args.fused_in(layer, "gate_up_proj"):
-            self.gate_up_proj = args.linear("gate_up_proj", layer, n_in, 2 * inner)
+        if args.find_fused(layer, "gate_up_proj"):
+            self.gate_up_proj = args.make_linear("gate_up_proj", layer, n_in, 2 * inner)
         else:
-            self.gate_proj = args.linear("gate_proj", layer, n_in, inner) if args.gated else None
-            self.up_proj = args.linear("up_proj", layer, n_in, inner)
-        self.down_proj: Any = args.linear("down_proj", layer, inner, args.hidden_size)
+            self.gate_proj = (
+                args.make_linear("gate_proj", layer, n_in, inner) if args.gated else None
+            )
+            self.up_proj = args.make_linear("up_proj", layer, n_in, inner)
+        self.down_proj: Any = args.make_linear("down_proj", layer, inner, args.hidden_size)
         if args.gate_offset:
             self.gate_offset = mx.zeros((inner,))
         self.hidden_norm: Optional[nn.Module] = None
@@ -420,7 +422,7 @@ class MLP(nn.Module):
             self.hidden_norm = RMSNorm(dims, args.rms_norm_eps)
         self.hidden_act = args.hidden_act
 
-    def activation(self, up: mx.array, gate: Optional[mx.array]) -> mx.array:
+    def activate(self, up: mx.array, gate: Optional[mx.array]) -> mx.array:
         """What the last matrix reads."""
         if gate is None:
             hidden = ACTIVATIONS[self.hidden_act](up)
@@ -435,9 +437,9 @@ class MLP(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         if self.gate_up_proj is not None:
             gate_and_up = mx.split(self.gate_up_proj(x), 2, axis=-1)
-            return self.down_proj(self.activation(*gate_and_up[::-1]))
+            return self.down_proj(self.activate(*gate_and_up[::-1]))
         gate = None if self.gate_proj is None else self.gate_proj(x)
-        return self.down_proj(self.activation(self.up_proj(x), gate))
+        return self.down_proj(self.activate(self.up_proj(x), gate))
 
     def shard(self, group: mx.distributed.Group):
         for name, parts in (("gate_up_proj", 2), ("gate_proj", 1), ("up_proj", 1)):
@@ -487,7 +489,7 @@ class Block(nn.Module):
         super().__init__()
         attention = not args.lacks("attention", layer)
         self.self_attn: Any = Attention(args, layer) if attention else None
-        self._row = args.row() if args.precomputed and layer == 0 else {}
+        self._row = args.row_widths() if args.precomputed and layer == 0 else {}
         ffn = not args.lacks("ffn", layer)
         kind = Experts if args.num_local_experts else MLP
         self.mlp: Any = kind(args, layer) if ffn else None
@@ -496,23 +498,23 @@ class Block(nn.Module):
         self.shared_norm = args.shared_norm
         if args.norm == "pre":
             if (attention or (ffn and args.shared_norm)) and not self._row:
-                self.input_layernorm = args.stream_norm("attention")
+                self.input_layernorm = args.make_stream_norm("attention")
             if ffn and not args.shared_norm:
-                self.post_attention_layernorm = args.stream_norm("ffn")
+                self.post_attention_layernorm = args.make_stream_norm("ffn")
         self.parallel = args.block == "parallel"
         self.skip_attention = args.skip == "both"
         self.skip_ffn = args.skip != "none"
         self.use_sliding = args.layer_types[layer] == "sliding_attention"
 
-    def before_attention(self, x: mx.array) -> mx.array:
+    def norm_attention_input(self, x: mx.array) -> mx.array:
         return x if self.input_layernorm is None else self.input_layernorm(x)
 
-    def before_ffn(self, x: mx.array) -> mx.array:
+    def norm_ffn_input(self, x: mx.array) -> mx.array:
         if self.shared_norm:
-            return self.before_attention(x)
+            return self.norm_attention_input(x)
         return x if self.post_attention_layernorm is None else self.post_attention_layernorm(x)
 
-    def behind_table(self, row: mx.array, mask, cache) -> mx.array:
+    def read_table(self, row: mx.array, mask, cache) -> mx.array:
         """The stream behind the attention of rows of a table, (batch, length, row)."""
         ends = [*accumulate(self._row.values())]
         parts = dict(zip(self._row, mx.split(row, ends[:-1], axis=-1), strict=True))
@@ -521,20 +523,20 @@ class Block(nn.Module):
 
     def __call__(self, x: mx.array, mask=None, cache: Optional[Any] = None) -> mx.array:
         if self._row:
-            x = self.behind_table(x, mask, cache)
+            x = self.read_table(x, mask, cache)
         elif self.parallel:
-            read = self.before_attention(x)
+            read = self.norm_attention_input(x)
             out = mx.zeros_like(x)
             if self.mlp is not None:
-                out = self.mlp(read if self.shared_norm else self.before_ffn(x))
+                out = self.mlp(read if self.shared_norm else self.norm_ffn_input(x))
             if self.self_attn is not None:
                 out = out + self.self_attn(read, mask, cache)
             return x + out if self.skip_ffn else out
         elif self.self_attn is not None:
-            h = self.self_attn(self.before_attention(x), mask, cache)
+            h = self.self_attn(self.norm_attention_input(x), mask, cache)
             x = x + h if self.skip_attention else h
         if self.mlp is not None:
-            h = self.mlp(self.before_ffn(x))
+            h = self.mlp(self.norm_ffn_input(x))
             x = x + h if self.skip_ffn else h
         return x
 
@@ -544,9 +546,9 @@ class SkiplessModel(PipelineMixin, nn.Module):
         super().__init__()
         self.args = args
         self.sliding_window = args.sliding_window
-        self.embed_tokens: Any = nn.Embedding(args.vocab_size, sum(args.row().values()))
+        self.embed_tokens: Any = nn.Embedding(args.vocab_size, sum(args.row_widths().values()))
         self.layers = [Block(args, layer) for layer in range(args.num_hidden_layers)]
-        self.norm = args.stream_norm("final") if args.final_norm else None
+        self.norm = args.make_stream_norm("final") if args.final_norm else None
 
     def pipeline(self, group: mx.distributed.Group, split: Optional[List[int]] = None):
         """Keep this machine's layers; the embedding enters the first and may be a tied head."""
@@ -558,7 +560,7 @@ class SkiplessModel(PipelineMixin, nn.Module):
         if self.start_idx and not self.args.tie_word_embeddings:
             self.embed_tokens = None
 
-    def masks(self, h: mx.array, caches: List[Any]) -> Dict[bool, Any]:
+    def make_masks(self, h: mx.array, caches: List[Any]) -> Dict[bool, Any]:
         """One mask for the layers with a sliding window (True), one for those without (False)."""
         made: Dict[bool, Any] = {}
         for layer, cache in zip(self.pipeline_layers, caches, strict=True):
@@ -567,7 +569,7 @@ class SkiplessModel(PipelineMixin, nn.Module):
                 made[layer.use_sliding] = create_attention_mask(h, cache, window_size=window)
         return made
 
-    def spread(self, cache: Optional[List[Any]]) -> List[Any]:
+    def align_caches(self, cache: Optional[List[Any]]) -> List[Any]:
         """The caches of the layers with attention, at those layers; None at the others."""
         layers = self.pipeline_layers
         needed = sum(layer.self_attn is not None for layer in layers)
@@ -578,7 +580,7 @@ class SkiplessModel(PipelineMixin, nn.Module):
         left = iter(cache or ())
         return [None if layer.self_attn is None else next(left, None) for layer in layers]
 
-    def entrance(self, inputs: mx.array, input_embeddings: Optional[mx.array]) -> mx.array:
+    def enter_stream(self, inputs: mx.array, input_embeddings: Optional[mx.array]) -> mx.array:
         """What the first layer of this machine reads."""
         if input_embeddings is not None and self.args.precomputed:
             raise ValueError("the first layer is a table by token: there is no use for embeddings")
@@ -587,9 +589,9 @@ class SkiplessModel(PipelineMixin, nn.Module):
             like = mx.zeros((*shape, self.args.hidden_size), self.stream_dtype)
             return mx.distributed.recv_like(like, self.pipeline_rank + 1)
         h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
-        return self.args.entered(h)
+        return self.args.scale_embedding(h)
 
-    def passed_on(self, h: mx.array, caches: List[Any]) -> mx.array:
+    def pass_on(self, h: mx.array, caches: List[Any]) -> mx.array:
         """Send ``h`` to the machine with the next layers; return what the last machine has."""
         if self.pipeline_rank:
             h = mx.distributed.send(h, self.pipeline_rank - 1)
@@ -607,13 +609,13 @@ class SkiplessModel(PipelineMixin, nn.Module):
         cache: Optional[List[Any]] = None,
         input_embeddings: Optional[mx.array] = None,
     ) -> mx.array:
-        h = self.entrance(inputs, input_embeddings)
-        caches = self.spread(cache)
-        masks = self.masks(h, caches)
+        h = self.enter_stream(inputs, input_embeddings)
+        caches = self.align_caches(cache)
+        masks = self.make_masks(h, caches)
         for layer, c in zip(self.pipeline_layers, caches, strict=True):
             h = layer(h, masks.get(layer.use_sliding), c)
         if self.pipeline_size > 1:
-            h = self.passed_on(h, caches)
+            h = self.pass_on(h, caches)
         return h if self.norm is None else self.norm(h)
 
 
@@ -638,12 +640,14 @@ class Model(nn.Module):
     def head(self, h: mx.array) -> mx.array:
         """Logits of what the final norm gives."""
         tied = self.args.tie_word_embeddings
-        return self.args.left(self.model.embed_tokens.as_linear(h) if tied else self.lm_head(h))
+        return self.args.scale_logits(
+            self.model.embed_tokens.as_linear(h) if tied else self.lm_head(h)
+        )
 
     def sanitize(self, weights: Dict[str, mx.array]) -> Dict[str, mx.array]:
         if self.args.tie_word_embeddings:
             weights.pop("lm_head.weight", None)
-        weights = self.stacked(weights)
+        weights = self.stack_experts(weights)
         # A layer may lack a gain (one) or a linear path (none) that others have.
         norms = ("q_norm.weight", "k_norm.weight", "v_norm.weight", "hidden_norm.weight")
         paths = ("gate_offset", "value_skip", "attention_gain", "uniform_gain")
@@ -654,7 +658,7 @@ class Model(nn.Module):
                 weights[name] = own.astype(dtype)  # type: ignore[union-attr]
         return {k: v for k, v in weights.items() if "rotary_emb.inv_freq" not in k}
 
-    def stacked(self, weights: Dict[str, mx.array]) -> Dict[str, mx.array]:
+    def stack_experts(self, weights: Dict[str, mx.array]) -> Dict[str, mx.array]:
         """Weights with all experts of a layer in one, where they are Mixtral's, one by one."""
         matrices = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
         experts: Dict[str, Dict[int, mx.array]] = {}

@@ -37,19 +37,19 @@ LINEAR_PATHS = {
 }
 
 
-def is_stream_gain(name: str) -> bool:
+def is_stream_norm_weight(name: str) -> bool:
     """Whether a tensor is the gain of a norm on the stream, the final one included."""
     return name.endswith(
         (*(f"{norm}.weight" for norm in GAINS["pre"].values()), f"{FINAL_NORM}.weight")
     )
 
 
-def path(layer: int, projection: str) -> str:
+def module_path(layer: int, projection: str) -> str:
     """The module path of a layer's projection: ``path(3, "q_proj")``."""
     return f"model.layers.{layer}.{PROJECTIONS[projection]}"
 
 
-def norms_of(args: ModelArgs) -> dict[str, str]:
+def find_norms(args: ModelArgs) -> dict[str, str]:
     """The norms of a network's layers, by the name their gains have in ``args.gains``."""
     norms = dict(GAINS[args.norm])
     if args.shared_norm:
@@ -59,7 +59,7 @@ def norms_of(args: ModelArgs) -> dict[str, str]:
     return norms
 
 
-def behind(args: ModelArgs, norm: str) -> tuple[str, ...]:
+def find_readers(args: ModelArgs, norm: str) -> tuple[str, ...]:
     """The projections that read what a norm gives."""
     readers = {
         "attention": ATTENTION[:3],

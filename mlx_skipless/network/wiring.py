@@ -9,17 +9,17 @@ go: one point, one basis, one matrix gone.
 from dataclasses import dataclass, field
 
 from .model import ModelArgs
-from .names import EMBEDDING, HEAD, path
+from .names import EMBEDDING, HEAD, module_path
 
 LETTERS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "p": "o_proj"}  # the paper's
 
 
-def layer_of(where: str) -> int:
+def parse_layer(where: str) -> int:
     """The layer of a module path."""
     return int(where.split(".")[2])
 
 
-def letter_of(where: str) -> str:
+def parse_letter(where: str) -> str:
     """The paper's letter of a module path: "q" for a ``q_proj``."""
     return next(letter for letter, name in LETTERS.items() if where.endswith(name))
 
@@ -44,7 +44,7 @@ class Point:
         self.pinned = self.pinned or why
 
 
-def points(args: ModelArgs) -> list[Point]:
+def find_points(args: ModelArgs) -> list[Point]:
     """Every point of the stream, from the embedding (first) to the head (last)."""
     point = Point(producers=[EMBEDDING])
     found = [point]
@@ -52,17 +52,17 @@ def points(args: ModelArgs) -> list[Point]:
         point.pin("its skip connections make the whole stream share one basis")
 
     def read(layer: int, part: str) -> None:
-        if layer == 0 and args.tabled(part):
+        if layer == 0 and args.reads_table(part):
             point.pin("a table holds what layer 0 makes of it")
         elif part in LETTERS and args.lacks(part, layer):
             point.pin(f"{part.upper()} of layer {layer} is gone already")
         else:
-            point.consumers.append(path(layer, LETTERS.get(part, part)))
+            point.consumers.append(module_path(layer, LETTERS.get(part, part)))
 
     for layer in range(args.num_hidden_layers):
         attention, ffn = not args.lacks("attention", layer), not args.lacks("ffn", layer)
-        p = [] if args.lacks("p", layer) or not attention else [path(layer, "o_proj")]
-        down = [path(layer, "down_proj")] if ffn else []
+        p = [] if args.lacks("p", layer) or not attention else [module_path(layer, "o_proj")]
+        down = [module_path(layer, "down_proj")] if ffn else []
         if args.norm == "pre":
             point.pin("a norm acts on the stream")
         if attention:
@@ -87,7 +87,7 @@ def points(args: ModelArgs) -> list[Point]:
             found.append(point)
             if args.block == "parallel" and attention and not p:
                 point.pin(f"P of layer {layer} is gone already")
-            if layer == 0 and args.tabled("ffn"):
+            if layer == 0 and args.reads_table("ffn"):
                 point.pin("a table writes it")
         else:
             point.producers += writers

@@ -24,7 +24,7 @@ TRIES = 8
 FIRST_GUESS = 0.3
 
 
-def size(text: str) -> int:
+def parse_bytes(text: str) -> int:
     """Bytes of a size such as "900000", "1.6MB" or "4 GB" (decimal units).
 
     Raises:
@@ -112,7 +112,7 @@ class Raises:
         return found
 
 
-def smallest_below(
+def find_smallest(
     found: Sequence[Mixture], limit: float, measure: Callable[[Mixture], float]
 ) -> tuple[Mixture, bool]:
     """The smallest mixture whose measured KL is at most ``limit``, within ``SAME_SIZE``.

@@ -20,11 +20,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.base import create_attention_mask
 
-from ..architectures.tensors import acting
+from ..architectures.tensors import restore_gains
 from ..conversion.check import Parts
 from ..errors import UserError
 from ..network.model import Block, ModelArgs
-from ..network.names import EMBEDDING, EXPERTS, FINAL_NORM, HEAD, path
+from ..network.names import EMBEDDING, EXPERTS, FINAL_NORM, HEAD, module_path
 from .formats import Format, Packed, plus_diagonal
 from .layout import Layout
 
@@ -48,7 +48,7 @@ Arrays = dict[str, mx.array]
 class Merged(Parts, Protocol):
     """A result's dense tensors; ``rewritten`` as in ``Merger``."""
 
-    def rewritten(self, where: str, outputs: mx.array) -> mx.array: ...
+    def rewrite(self, where: str, outputs: mx.array) -> mx.array: ...
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Moments:
         return float(1 + spread / max(energy, np.finfo(np.float64).tiny))
 
 
-def memory_bytes(args: ModelArgs) -> int:
+def estimate_memory(args: ModelArgs) -> int:
     """About the most memory that calibrating takes, beside a layer's weights."""
     hidden, width = args.hidden_size, args.num_attention_heads * args.head_dim
     widest = max(hidden, args.intermediate_size, width)
@@ -89,7 +89,9 @@ def memory_bytes(args: ModelArgs) -> int:
     return moments * (8 if widest <= WIDE else 4) + 8 * 4 * BATCH_TOKENS * widest
 
 
-def fit(seen: Moments, judge: Moments, name: str, prior: np.ndarray, form: Format) -> np.ndarray:
+def fit_weight(
+    seen: Moments, judge: Moments, name: str, prior: np.ndarray, form: Format
+) -> np.ndarray:
     """The weight (in, out) that gives the wanted outputs best once it is rounded.
 
     Of ridge regressions on ``seen``, with several ridges, towards zero and towards ``prior``
@@ -181,7 +183,7 @@ class CalibratedParts:
     ):
         self._before, self._source, self._gain_offset = before, source, gain_offset
         self._merger, self._layout = merger, layout
-        self._tokens = split(tokens)
+        self._tokens = split_batches(tokens)
         self._wanted: list[mx.array] = []  # the source's stream, a batch each
         self._actual: list[mx.array] = []  # the result's
 
@@ -206,8 +208,10 @@ class CalibratedParts:
                 packed = form.with_feedback(np.array(actual.astype(mx.float32)), gram)
             actual, out = form.dense(packed), _named(EMBEDDING, packed)
         after = self._layout.args
-        self._wanted = [self._before.entered(wanted[tokens]) for tokens in self._tokens]
-        self._actual = [after.entered(actual[tokens].astype(mx.float32)) for tokens in self._tokens]
+        self._wanted = [self._before.scale_embedding(wanted[tokens]) for tokens in self._tokens]
+        self._actual = [
+            after.scale_embedding(actual[tokens].astype(mx.float32)) for tokens in self._tokens
+        ]
         return out
 
     def _embedding_gram(self, embedding: mx.array) -> np.ndarray | None:
@@ -228,7 +232,7 @@ class CalibratedParts:
             readers += READERS[2]
         gram = np.zeros_like(seen)
         for name in readers:
-            stored = merged.get(f"{path(0, name)}.weight")  # none: it is the identity
+            stored = merged.get(f"{module_path(0, name)}.weight")  # none: it is the identity
             weight = np.eye(len(seen)) if stored is None else _float64(stored).T
             gram += weight @ weight.T / np.sum(weight * (seen @ weight))
         gram /= np.trace(gram)
@@ -243,26 +247,28 @@ class CalibratedParts:
     def _last_streams(self) -> np.ndarray:
         """What the source's head reads on the text, in the result's basis, (tokens, hidden)."""
         rows = self._source.embedding()[f"{EMBEDDING}.weight"]
-        streams = [self._before.entered(rows[t]) for t in self._tokens]
+        streams = [self._before.scale_embedding(rows[t]) for t in self._tokens]
         for layer in range(self._before.num_hidden_layers):
             prefix = f"model.layers.{layer}."
-            block = filled(Block(self._before, layer), self._source.layer(layer), prefix)
-            streams = [run(self._before, block, h) for h in streams]
+            block = fill_block(Block(self._before, layer), self._source.layer(layer), prefix)
+            streams = [run_block(self._before, block, h) for h in streams]
             mx.eval(streams)
-        writer = path(self._before.num_hidden_layers - 1, "down_proj")
+        writer = module_path(self._before.num_hidden_layers - 1, "down_proj")
         head = self._source.head()
-        streams = [self._merger.rewritten(writer, normed(self._before, h, head)) for h in streams]
+        streams = [
+            self._merger.rewrite(writer, apply_final_norm(self._before, h, head)) for h in streams
+        ]
         return np.concatenate([_float64(h.reshape(-1, h.shape[-1])) for h in streams])
 
     def layer(self, layer: int) -> Arrays:
         """Every tensor of a layer; call it once for each, first to last."""
         prefix = f"model.layers.{layer}."
         out = dict(self._merger.layer(layer))
-        source = filled(Block(self._before, layer), self._source.layer(layer), prefix)
-        runs = acting(out, self._gain_offset)
-        result = filled(Block(self._layout.args, layer), runs, prefix)
+        source = fill_block(Block(self._before, layer), self._source.layer(layer), prefix)
+        runs = restore_gains(out, self._gain_offset)
+        result = fill_block(Block(self._layout.args, layer), runs, prefix)
         for readers in READERS:
-            places = [path(layer, name) for name in readers]
+            places = [module_path(layer, name) for name in readers]
             places = [where for where in places if self._layout.format_of(where) is not None]
             places = [where for where in places if out[f"{where}.weight"].ndim == 2]
             if not places:
@@ -273,7 +279,7 @@ class CalibratedParts:
                 out |= packed
                 _owner(result, where.removeprefix(prefix)).weight = dense
         experts = EXPERTS if self._before.num_local_experts else ()
-        for where in (path(layer, name) for name in experts):
+        for where in (module_path(layer, name) for name in experts):
             form = self._layout.format_of(where)
             if f"{where}.weight" in out and form is not None:
                 nearest = form.nearest(out.pop(f"{where}.weight"))
@@ -281,7 +287,7 @@ class CalibratedParts:
                 _owner(result, where.removeprefix(prefix)).weight = form.dense(nearest)
         for block, stream in ((source, self._wanted), (result, self._actual)):
             for i, h in enumerate(stream):
-                stream[i] = run(self._before, block, h)
+                stream[i] = run_block(self._before, block, h)
                 mx.eval(stream[i])
         return out
 
@@ -294,10 +300,10 @@ class CalibratedParts:
             source[f"{HEAD}.weight"] = self._source.embedding()[f"{EMBEDDING}.weight"]
         moments = Moments(), Moments()
         for i, (wanted, actual) in enumerate(zip(self._wanted, self._actual, strict=True)):
-            y = normed(self._before, wanted, source) @ source[f"{HEAD}.weight"].T
+            y = apply_final_norm(self._before, wanted, source) @ source[f"{HEAD}.weight"].T
             y = y + source.get(f"{HEAD}.bias", 0) - out.get(f"{HEAD}.bias", 0)
-            x = normed(self._layout.args, actual, acting(out, self._gain_offset))
-            moments[judges(i)].add(x, {HEAD: y})
+            x = apply_final_norm(self._layout.args, actual, restore_gains(out, self._gain_offset))
+            moments[is_held_out(i)].add(x, {HEAD: y})
         packed, _ = self._fitted(HEAD, *moments, out.pop(f"{HEAD}.weight"))
         return out | packed
 
@@ -310,13 +316,13 @@ class CalibratedParts:
         reader = _record(result, names[0])
         moments = Moments(), Moments()
         for i, (exact, actual) in enumerate(zip(self._wanted, self._actual, strict=True)):
-            run(self._before, source, exact)
-            run(self._before, result, actual)
+            run_block(self._before, source, exact)
+            run_block(self._before, result, actual)
             targets = {
                 where: self._in_new_basis(where, recorder.y, merged)
                 for where, recorder in zip(places, wanted, strict=True)
             }
-            moments[judges(i)].add(reader.x, targets)
+            moments[is_held_out(i)].add(reader.x, targets)
         for found in moments:
             if not all(np.isfinite(m).all() for m in (found.gram, *found.cross.values())):
                 raise UserError(
@@ -336,22 +342,22 @@ class CalibratedParts:
         """A matrix fitted and rounded: its packed parts by name, and what they stand for."""
         form = self._layout.format_of(where)
         assert form is not None
-        weight = fit(seen, judge, where, _float64(merged).T, form)
+        weight = fit_weight(seen, judge, where, _float64(merged).T, form)
         packed = form.with_feedback(weight.T, seen.gram + judge.gram)
         return _named(where, packed), form.dense(packed)
 
     def _in_new_basis(self, where: str, y: mx.array, merged: Arrays) -> mx.array:
         """What a matrix writes in the source, as x @ weight should be in the result."""
-        y = self._merger.rewritten(where, y)
+        y = self._merger.rewrite(where, y)
         bias = merged.get(f"{where}.bias")
         return y if bias is None else y - bias
 
 
-def normed(args: ModelArgs, h: mx.array, tensors: Mapping[str, mx.array]) -> mx.array:
+def apply_final_norm(args: ModelArgs, h: mx.array, tensors: Mapping[str, mx.array]) -> mx.array:
     """The stream behind the final norm, if there is one, whose tensors are among those given."""
     if not args.final_norm:
         return h
-    norm, prefix = args.stream_norm("final"), f"{FINAL_NORM}."
+    norm, prefix = args.make_stream_norm("final"), f"{FINAL_NORM}."
     own = [
         (n.removeprefix(prefix), a.astype(mx.float32))
         for n, a in tensors.items()
@@ -360,13 +366,13 @@ def normed(args: ModelArgs, h: mx.array, tensors: Mapping[str, mx.array]) -> mx.
     return norm.load_weights(own)(h)
 
 
-def split(tokens: mx.array) -> list[mx.array]:
+def split_batches(tokens: mx.array) -> list[mx.array]:
     """Text, tokens (sequences, length), in the batches that calibration takes it in."""
     rows = max(1, min(BATCH_TOKENS // tokens.shape[1], tokens.shape[0] // HELD_OUT))
     return [tokens[i : i + rows] for i in range(0, tokens.shape[0], rows)]
 
 
-def judges(batch: int) -> bool:
+def is_held_out(batch: int) -> bool:
     """Whether a batch judges fits instead of being fitted."""
     return batch % HELD_OUT == HELD_OUT - 1
 
@@ -375,13 +381,13 @@ def _named(where: str, packed: Packed) -> Arrays:
     return {f"{where}.{part}": array for part, array in packed.items()}
 
 
-def run(args: ModelArgs, block: Block, h: mx.array) -> mx.array:
+def run_block(args: ModelArgs, block: Block, h: mx.array) -> mx.array:
     """One block on whole sequences (rows, length, hidden)."""
     window = args.sliding_window if block.use_sliding else None
     return block(h, create_attention_mask(h, None, window_size=window))
 
 
-def filled(block: Block, tensors: Mapping[str, mx.array], prefix: str) -> Block:
+def fill_block(block: Block, tensors: Mapping[str, mx.array], prefix: str) -> Block:
     """The block with its tensors, in float32."""
     own = [(name.removeprefix(prefix), a.astype(mx.float32)) for name, a in tensors.items()]
     block.load_weights(own)

@@ -25,7 +25,7 @@ Arrays = Mapping[str, mx.array]
 Progress = Callable[[int, int], None]
 
 
-def distilled(
+def distill(
     teacher: nn.Module,
     student: nn.Module,
     packed: Arrays,

@@ -15,7 +15,7 @@ from mlx_lm.utils import quantize_model
 from ..checkpoints.packed import MLXScheme
 from ..errors import UserError
 from ..network.model import FUSED, Model, ModelArgs, quant_predicate
-from ..network.names import EMBEDDING, EXPERTS, HEAD, path
+from ..network.names import EMBEDDING, EXPERTS, HEAD, module_path
 from .formats import Format
 
 
@@ -52,7 +52,7 @@ class Quantization:
         return self.group_size or {"affine": 64, "nvfp4": 16}.get(self.mode, 32)
 
 
-def asked_quantization(
+def make_quantization(
     quantize: bool, bits: int | None, group_size: int | None, mode: str
 ) -> Quantization | None:
     """The settings that ``-q``, ``--q-bits``, ``--q-group-size`` and ``--q-mode`` ask for.
@@ -76,7 +76,7 @@ def asked_quantization(
     return Quantization(bits, group_size, mode)
 
 
-def quantized(
+def quantize_nearest(
     model: nn.Module, q: Quantization, predicate: Callable[..., bool | dict[str, Any]] | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
     """A model quantized to nearest, lazily, and the ``quantization`` entry for its config.json.
@@ -109,7 +109,7 @@ class Layout:
             return model, None
         q = self.quantization
         # Lazy arrays: shapes are made, weights never are.
-        return quantized(model, q, self._predicate(q))
+        return quantize_nearest(model, q, self._predicate(q))
 
     def _predicate(self, q: Quantization) -> Callable[..., bool | dict[str, Any]]:
         usual = quant_predicate(self.args.extra_bits, q.usual_bits)
@@ -162,9 +162,9 @@ class Layout:
                 modules.setdefault(module, set()).add((part, array.shape[1:], array.dtype))
         for layer in range(self.args.num_hidden_layers):
             for kind in ("qkv_proj", "gate_up_proj"):
-                there = [name for name in FUSED[kind] if path(layer, name) in modules]
+                there = [name for name in FUSED[kind] if module_path(layer, name) in modules]
                 whole = next((name for name in FUSED if [*FUSED[name]] == there), None)
-                packed = [modules[path(layer, name)] for name in there]
+                packed = [modules[module_path(layer, name)] for name in there]
                 if whole and packed.count(packed[0]) == len(packed):
                     found.setdefault(whole, []).append(layer)
         return found
@@ -250,7 +250,7 @@ class PackedLayout(Layout):
             return {f"{EMBEDDING}.weight": rows}
         group_size, bits, mode = MLXScheme(self.entry).settings(EMBEDDING)
         form = Format(bits, group_size, mode, self.dtype)
-        widths = self.args.row()
+        widths = self.args.row_widths()
         same = widths.get("x", 0) if self.args.block == "serial" else 0
         if (rows.shape[1] - same) % group_size:
             return {f"{EMBEDDING}.weight": rows}

@@ -14,10 +14,17 @@ import mlx.core as mx
 from ..conversion.check import Parts
 from ..network.model import Block, ModelArgs
 from ..network.names import EMBEDDING, HEAD
-from ..network.wiring import layer_of
+from ..network.wiring import parse_layer
 from ..removal.merger import Merger
 from ..removal.plan import RemovalCost
-from .calibration import CalibratedParts, filled, judges, normed, run, split
+from .calibration import (
+    CalibratedParts,
+    apply_final_norm,
+    fill_block,
+    is_held_out,
+    run_block,
+    split_batches,
+)
 from .formats import Format
 from .layout import Layout
 
@@ -42,7 +49,7 @@ class Trial:
 
     def layers(self) -> tuple[int, int]:
         """The first and last layer that it changes; the embedding counts as -1."""
-        found = [-1 if m == EMBEDDING else layer_of(m) for m in self.around]
+        found = [-1 if m == EMBEDDING else parse_layer(m) for m in self.around]
         return min(found), max(found)
 
 
@@ -56,7 +63,7 @@ class _Around(Layout):
         return super().format_of(where) if where in self.only else None
 
 
-def removal_costs(
+def measure_removals(
     before: ModelArgs,
     source: Parts,
     trials: Sequence[Trial],
@@ -73,9 +80,9 @@ def removal_costs(
         format_of: how a matrix of ``before`` is packed.
         tokens: (sequences, length) of text; most calibrate, the rest measures.
     """
-    batches = split(tokens)
-    rows = mx.concatenate([t for i, t in enumerate(batches) if judges(i)])
-    rows = affordable(rows, 2 * len(trials), before.hidden_size)
+    batches = split_batches(tokens)
+    rows = mx.concatenate([t for i, t in enumerate(batches) if is_held_out(i)])
+    rows = limit_tokens(rows, 2 * len(trials), before.hidden_size)
     starts: dict[int, list[Trial]] = {}
     for trial in trials:
         starts.setdefault(trial.layers()[0], []).append(trial)
@@ -88,18 +95,18 @@ def removal_costs(
             joined.setdefault(trial.layers()[1], {})[trial.where] = held[: rows.shape[0]]
         if layer < 0:
             embedding = source.embedding()[f"{EMBEDDING}.weight"].astype(mx.float32)
-            streams = [before.entered(embedding[t]) for t in batches]
+            streams = [before.scale_embedding(embedding[t]) for t in batches]
         else:
-            block = filled(Block(before, layer), source.layer(layer), f"model.layers.{layer}.")
+            block = fill_block(Block(before, layer), source.layer(layer), f"model.layers.{layer}.")
             for i, h in enumerate(streams):
-                streams[i] = run(before, block, h)
+                streams[i] = run_block(before, block, h)
                 mx.eval(streams[i])
     rounded = {f"rounded {t.where}": (*t.around, t.where) for t in trials}
     kl = _divergences(before, source, rows, rounded, format_of, joined)
     return {t.where: RemovalCost(kl[t.where], kl[f"rounded {t.where}"]) for t in trials}
 
 
-def rounding_costs(
+def measure_rounding(
     before: ModelArgs,
     source: Parts,
     matrices: Iterable[str],
@@ -114,11 +121,11 @@ def rounding_costs(
         tokens: (sequences, length) of text, of which as much is used as memory is meant for.
     """
     alone = {where: (where,) for where in matrices}
-    rows = affordable(tokens, len(alone), before.hidden_size)
+    rows = limit_tokens(tokens, len(alone), before.hidden_size)
     return _divergences(before, source, rows, alone, format_of, {}, progress)
 
 
-def affordable(tokens: mx.array, copies: int, hidden: int) -> mx.array:
+def limit_tokens(tokens: mx.array, copies: int, hidden: int) -> mx.array:
     """The first sequences of a text, as many as so many copies of their stream have room for."""
     one = 4 * hidden * tokens.shape[1] * (copies + 2)
     return tokens[: max(1, min(STREAMS_BYTES // one, MEASURED_TOKENS // tokens.shape[1]))]
@@ -141,7 +148,7 @@ def _tried(
         parts.enter(streams)
     for layer in range(max(first, 0), last + 1):
         parts.layer(layer)
-    return [h for i, h in enumerate(parts.streams) if judges(i)]
+    return [h for i, h in enumerate(parts.streams) if is_held_out(i)]
 
 
 def _divergences(
@@ -170,27 +177,27 @@ def _divergences(
         return found
 
     embedding = dict(source.embedding())
-    exact = before.entered(embedding[f"{EMBEDDING}.weight"][tokens].astype(mx.float32))
+    exact = before.scale_embedding(embedding[f"{EMBEDDING}.weight"][tokens].astype(mx.float32))
     copies: dict[str, mx.array] = {}
     for name, names in rounded.items():
         if new := changed(embedding, names):
-            copies[name] = before.entered(new[f"{EMBEDDING}.weight"][tokens])
+            copies[name] = before.scale_embedding(new[f"{EMBEDDING}.weight"][tokens])
     for layer in range(before.num_hidden_layers):
         progress(layer, before.num_hidden_layers)
         prefix, tensors = f"model.layers.{layer}.", dict(source.layer(layer))
-        block = filled(Block(before, layer), tensors, prefix)
+        block = fill_block(Block(before, layer), tensors, prefix)
         for name, names in rounded.items():
             if new := changed(tensors, names):
-                other = filled(Block(before, layer), tensors | new, prefix)
-                copies[name] = run(before, other, copies.get(name, exact))
+                other = fill_block(Block(before, layer), tensors | new, prefix)
+                copies[name] = run_block(before, other, copies.get(name, exact))
             elif name in copies:
-                copies[name] = run(before, block, copies[name])
+                copies[name] = run_block(before, block, copies[name])
             if name in copies:
                 mx.eval(copies[name])
         for name in copies.keys() - rounded.keys():
-            copies[name] = run(before, block, copies[name])
+            copies[name] = run_block(before, block, copies[name])
             mx.eval(copies[name])
-        exact = run(before, block, exact)
+        exact = run_block(before, block, exact)
         mx.eval(exact)
         copies |= joined.get(layer, {})
     progress(before.num_hidden_layers, before.num_hidden_layers)
@@ -203,7 +210,7 @@ def _divergences(
     bias = tail.get(f"{HEAD}.bias", mx.zeros(1))
 
     def logits(h: mx.array, head: mx.array) -> mx.array:
-        return before.left(normed(before, h, tail) @ head.T + bias)
+        return before.scale_logits(apply_final_norm(before, h, tail) @ head.T + bias)
 
     names = [*rounded, *(copies.keys() - rounded.keys())]
     heads = {

@@ -32,15 +32,15 @@ from ..network.names import (
     HEAD,
     LINEAR_PATHS,
     PROJECTIONS,
-    behind,
-    is_stream_gain,
-    norms_of,
-    path,
+    find_norms,
+    find_readers,
+    is_stream_norm_weight,
+    module_path,
 )
-from ..network.wiring import layer_of, letter_of, points
+from ..network.wiring import find_points, parse_layer, parse_letter
 from ..quantization.layout import dtype_name
 from .plan import Conditioning, Plan
-from .products import Inverse, product, working
+from .products import Inverse, choose_working_type, multiply
 
 ROWS = 8192  # of an embedding or a head at a time
 unwarned = np.errstate(over="ignore", invalid="ignore")  # what overflows is refused by its name
@@ -75,7 +75,7 @@ def basis_without_writer(p: Linear, *, alone: bool) -> Basis:
     return Basis(matrix, p.weight, None if p.bias is None else -p.bias)
 
 
-def dual(basis: Basis) -> Basis:
+def transpose_basis(basis: Basis) -> Basis:
     """The basis at the other end of a tied embedding: (E T)^T = T^T E^T."""
     assert basis.matrix is not None
     return Basis(basis.inverse.T, basis.matrix.T)
@@ -100,12 +100,12 @@ def change_basis(
     if reads is not None:
         if reads.shift is not None:
             bias = (0 if bias is None else bias) - reads.shift @ weight
-        weight = product(reads.inverse, weight)
+        weight = multiply(reads.inverse, weight)
     if writes is not None:
         assert writes.matrix is not None
         if owns_shift and writes.shift is not None:
             bias = (0 if bias is None else bias) + writes.shift
-        weight = product(weight, writes.matrix)
+        weight = multiply(weight, writes.matrix)
         bias = None if bias is None else bias @ writes.matrix
     return Linear(weight, bias)
 
@@ -136,7 +136,7 @@ def _mean(values: np.ndarray) -> np.ndarray:
     return values.mean(-1, keepdims=True, dtype=np.float64).astype(values.dtype)
 
 
-def measure(matrix: np.ndarray) -> Conditioning:
+def measure_conditioning(matrix: np.ndarray) -> Conditioning:
     """The conditioning of a square matrix; infinite if it is singular."""
     try:
         inverse = np.linalg.inv(matrix)
@@ -173,24 +173,24 @@ class Merger:
     ):
         self._checkpoint, self._plan, self._dtype = checkpoint, plan, dtype
         self._gain_offset = gain_offset
-        self._points = points(plan.before)
+        self._points = find_points(plan.before)
         self._reads = {m: i for i, point in enumerate(self._points) for m in point.consumers}
         self._writes = {m: i for i, point in enumerate(self._points) for m in point.producers}
         self._basis = lru_cache(maxsize=3)(self._make_basis)
-        self._kind = working(dtype)
+        self._kind = choose_working_type(dtype)
         self._latest = -1
 
     @unwarned
     def conditioning(self, where: str) -> Conditioning:
         """Of the matrix at a module path, its norm's gain folded in."""
-        return measure(self._linear(where, np.float64).weight)
+        return measure_conditioning(self._linear(where, np.float64).weight)
 
     @unwarned
     def condition(self, where: str) -> float:
         """Largest over smallest singular value of a matrix of any shape; infinite if singular."""
         weight = self._linear(where, np.float64).weight
         if weight.shape[0] == weight.shape[1]:
-            return measure(weight).condition
+            return measure_conditioning(weight).condition
         gram = weight @ weight.T if weight.shape[0] < weight.shape[1] else weight.T @ weight
         values = np.linalg.eigvalsh(gram)
         # Below that the squares say nothing.
@@ -207,16 +207,16 @@ class Merger:
         matrix = basis.matrix
         assert matrix is not None
         added = 0 if basis.shift is None else (basis.shift @ matrix).astype(self._kind)
-        return {name: self._rows(name, lambda rows: product(rows, matrix) + added)}
+        return {name: self._rows(name, lambda rows: multiply(rows, matrix) + added)}
 
     @unwarned
     def layer(self, layer: int) -> dict[str, mx.array]:
         """Every tensor of one layer of the result, in its type."""
         out: dict[str, mx.array] = {}
         self._read_ahead(layer)
-        gone = set(self._plan.identity.values())
+        gone = set(self._plan.eliminated.values())
         for projection in PROJECTIONS:
-            where = path(layer, projection)
+            where = module_path(layer, projection)
             if where in gone or where not in self._reads.keys() | self._writes.keys():
                 continue
             if self._plan.merged.lacks("attention" if projection in ATTENTION else "ffn", layer):
@@ -234,7 +234,7 @@ class Merger:
         basis = self._basis(self._reads[HEAD])
         gain, shift = self._gain_and_shift(FINAL_NORM, "final")
         if basis is not None:
-            out[name] = self._rows(name, lambda rows: product(rows, basis.inverse.T))
+            out[name] = self._rows(name, lambda rows: multiply(rows, basis.inverse.T))
         elif gain is not None:
             out[name] = self._rows(name, lambda rows: rows * gain.astype(rows.dtype))
         else:
@@ -255,7 +255,7 @@ class Merger:
         assert bias is not None
         return self._stored(name, bias)
 
-    def rewritten(self, where: str, outputs: mx.array) -> mx.array:
+    def rewrite(self, where: str, outputs: mx.array) -> mx.array:
         """What the matrix at a module path wrote before, (..., out), in the basis of the result."""
         basis = self._basis(self._writes[where]) if where in self._writes else None
         if self._plan.centred and where in self._writes:
@@ -312,7 +312,7 @@ class Merger:
         kv_width = args.num_key_value_heads * args.head_dim
         sizes = {"q": width, "k": kv_width, "v": kv_width, "hidden": args.intermediate_size}
         sizes |= dict.fromkeys("qk", args.head_dim) if args.qk_norm else {}
-        for norm, module in norms_of(args).items():
+        for norm, module in find_norms(args).items():
             if layer == 0 and norm == "attention" and args.precomputed:
                 continue  # the table is behind it
             there = ffn if norm in ("hidden", "ffn") else attention
@@ -343,24 +343,24 @@ class Merger:
                 name = f"{module}.{part}"
                 found = {} if norm in self._plan.folded else self._checkpoint.read([name])
                 values = found.get(name, nothing)
-                if self._gain_offset and is_stream_gain(name):
+                if self._gain_offset and is_stream_norm_weight(name):
                     values = values - self._gain_offset
                 out[name] = self._finite(name, values)
         return out
 
     def _make_basis(self, index: int) -> Basis | None:
-        where = self._plan.identity.get(index)
+        where = self._plan.eliminated.get(index)
         if where is None:
             ends = {0: len(self._points) - 1, len(self._points) - 1: 0}
             other = ends.get(index)
-            if self._plan.before.tie_word_embeddings and other in self._plan.identity:
+            if self._plan.before.tie_word_embeddings and other in self._plan.eliminated:
                 basis = self._make_basis(other)
                 assert basis is not None
-                return dual(basis)
+                return transpose_basis(basis)
             return None
         linear = self._linear(where, self._kind)
         alone = self._points[index].producers == [where]
-        if letter_of(where) == "p":
+        if parse_letter(where) == "p":
             return basis_without_writer(linear, alone=alone)
         return basis_without_reader(linear)
 
@@ -385,15 +385,17 @@ class Merger:
         """Have the matrices of the next layer read, if layers are asked for one by one."""
         one_by_one, self._latest = self._latest == layer - 1, layer
         if one_by_one:
-            names = [f"{path(layer + 1, projection)}.weight" for projection in PROJECTIONS]
+            names = [f"{module_path(layer + 1, projection)}.weight" for projection in PROJECTIONS]
             self._checkpoint.read_ahead(names)
 
     def _norm_before(self, where: str) -> tuple[np.ndarray | None, np.ndarray | None]:
         """The gain and bias (in,) that the plan folds into the matrix at a module path."""
         source = self._checkpoint.args
-        for norm, module in norms_of(source).items():
-            if where.rpartition(".")[2] in behind(source, norm):
-                gain, shift = self._gain_and_shift(f"model.layers.{layer_of(where)}.{module}", norm)
+        for norm, module in find_norms(source).items():
+            if where.rpartition(".")[2] in find_readers(source, norm):
+                gain, shift = self._gain_and_shift(
+                    f"model.layers.{parse_layer(where)}.{module}", norm
+                )
                 if norm == "v" and gain is not None:
                     gain = self._per_query_head(gain)
                 return gain, shift
@@ -434,10 +436,10 @@ class Merger:
         return self._finite(name, mx.array(np.ascontiguousarray(values, dtype=np.float32)))
 
     def _finite(self, name: str, array: mx.array) -> mx.array:
-        return finite(name, array, self._dtype)
+        return cast_finite(name, array, self._dtype)
 
 
-def finite(name: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
+def cast_finite(name: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
     """``array`` in another type.
 
     Raises:

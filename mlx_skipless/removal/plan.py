@@ -12,8 +12,8 @@ import mlx.core as mx
 
 from ..errors import UserError
 from ..network.model import ModelArgs
-from ..network.names import ATTENTION, EMBEDDING, GAINS, HEAD, MLP, behind
-from ..network.wiring import LETTERS, Point, layer_of, letter_of, points
+from ..network.names import ATTENTION, EMBEDDING, GAINS, HEAD, MLP, find_readers
+from ..network.wiring import LETTERS, Point, find_points, parse_layer, parse_letter
 from ..quantization.layout import dtype_name
 
 PARTS = (*LETTERS, "attention", "ffn")  # that a layer can lack
@@ -71,33 +71,33 @@ class Plan:
     Attributes:
         before: the network that the removals start from.
         merged: the network behind them, all but the table.
-        identity: for each point that gets a new basis, the matrix that becomes the identity.
+        eliminated: for each point that gets a new basis, the matrix that becomes the identity.
         folded: norms whose gains go into the matrices behind them.
         gone: the removed matrices' layers by the paper's letter.
         dropped: the layers whose whole "attention" or "ffn" goes.
         notes: what the user should know, one line each.
-        tabled: whether layer 0's projections become a table by token.
+        table: whether layer 0's projections become a table by token.
         centred: whether all that writes the stream has its mean taken out, so that LayerNorms
             become RMS norms.
     """
 
     before: ModelArgs
     merged: ModelArgs
-    identity: dict[int, str]
+    eliminated: dict[int, str]
     folded: tuple[str, ...]
     gone: dict[str, list[int]]
     notes: tuple[str, ...]
     dropped: Mapping[str, list[int]] = field(default_factory=dict)
-    tabled: bool = False
+    table: bool = False
     centred: bool = False
 
     @property
     def after(self) -> ModelArgs:
         """The network that comes out."""
-        return tabled(self.merged) if self.tabled else self.merged
+        return with_table(self.merged) if self.table else self.merged
 
 
-def strip(args: ModelArgs) -> ModelArgs:
+def strip_skips(args: ModelArgs) -> ModelArgs:
     """The skipless version of a pre-norm network: no skips, weightless norms on the projections.
 
     Raises:
@@ -117,7 +117,7 @@ def _without_norms(args: ModelArgs, folded: Collection[str]) -> ModelArgs:
     """The network with these norms' gains and biases in the matrices behind them."""
     biases = {name: {*layers} for name, layers in args.biases.items()}
     for norm in folded:
-        for name in behind(args, norm) if norm in args.shifts else ():
+        for name in find_readers(args, norm) if norm in args.shifts else ():
             part = "attention" if name in ATTENTION else "ffn"
             if name in ATTENTION[:3] or name in args.ffn_readers:
                 there = [i for i in range(args.num_hidden_layers) if not args.lacks(part, i)]
@@ -131,7 +131,7 @@ def _without_norms(args: ModelArgs, folded: Collection[str]) -> ModelArgs:
     )
 
 
-def tabled(args: ModelArgs) -> ModelArgs:
+def with_table(args: ModelArgs) -> ModelArgs:
     """The network with a table in the place of its first layer's projections."""
     gone = {*ATTENTION[:3], *(MLP if args.block == "parallel" else ())}
     biases = {
@@ -228,19 +228,19 @@ def make_plan(
     Raises:
         UserError: if an explicit removal is impossible.
     """
-    before = strip(args) if skipless else args
-    found = points(before)
+    before = strip_skips(args) if skipless else args
+    found = find_points(before)
     notes: list[str] = []
-    identity: dict[int, str] = {}
+    eliminated: dict[int, str] = {}
     if remove == "auto":
-        identity = _choose(
+        eliminated = _choose(
             before, found, notes, conditioning, dtype, quantized, costs or {}, precompute
         )
     elif remove != "none":
-        identity = _obey(before, found, notes, remove, conditioning or {})
+        eliminated = _obey(before, found, notes, remove, conditioning or {})
     gone: dict[str, list[int]] = {}
-    for where in identity.values():
-        gone.setdefault(letter_of(where), []).append(layer_of(where))
+    for where in eliminated.values():
+        gone.setdefault(parse_letter(where), []).append(parse_layer(where))
     gone = {letter: sorted(gone[letter]) for letter in LETTERS if letter in gone}
     folded = _folded(args, before, fold_norms, stock)
     centred = not stock and _centred(args, before, folded)
@@ -253,11 +253,13 @@ def make_plan(
                 "mlx-lm's own network has no bias there to take the norm's"
             )
     else:
-        merged = _merged(before, found, identity, gone, folded, conditioning or {}, quantized)
+        merged = _merged(before, found, eliminated, gone, folded, conditioning or {}, quantized)
         merged = _simplified(merged, centred)
     dropped = {part: layers for part, layers in (dropped or {}).items() if layers}
     merged = replace(merged, removed=_united(merged.removed, dropped))
-    return Plan(before, merged, identity, folded, gone, tuple(notes), dropped, precompute, centred)
+    return Plan(
+        before, merged, eliminated, folded, gone, tuple(notes), dropped, precompute, centred
+    )
 
 
 def _united(*maps: Mapping[str, list[int]]) -> dict[str, list[int]]:
@@ -278,7 +280,7 @@ def _obstacle(args: ModelArgs, found: list[Point], index: int, where: str) -> st
     point = found[index]
     if point.pinned:
         return point.pinned
-    if layer_of(where) in args.biases.get(where.rpartition(".")[2], ()):
+    if parse_layer(where) in args.biases.get(where.rpartition(".")[2], ()):
         if point.head:
             return "its bias would need a bias on the head"
         if args.tie_word_embeddings and index == 0:
@@ -297,7 +299,7 @@ def _obey(
     for letter in letters:
         if (why := _shape_refusal(args, letter)) is not None:
             raise UserError(f"--remove {letters}: {why}")
-    identity: dict[int, str] = {}
+    eliminated: dict[int, str] = {}
     kept: dict[str, str] = {}
     for index, point in enumerate(found):
         wanted = {x: where for x, where in _candidates(point).items() if x in letters}
@@ -311,29 +313,31 @@ def _obey(
                 f"--remove {' or --remove '.join(free)}"
             )
         if free:
-            identity[index] = next(iter(free.values()))
+            eliminated[index] = next(iter(free.values()))
     for letter in letters:
-        if not any(letter_of(where) == letter for where in identity.values()):
-            why = next((w for x, w in kept.items() if letter_of(x) == letter), "it is gone already")
+        if not any(parse_letter(where) == letter for where in eliminated.values()):
+            why = next(
+                (w for x, w in kept.items() if parse_letter(x) == letter), "it is gone already"
+            )
             raise UserError(
                 f"--remove {letters}: {letter.upper()} cannot go, {why}: {_way_out(args)}"
             )
-    for where in identity.values():
+    for where in eliminated.values():
         measured = conditioning.get(where)
         if measured is not None and not measured.condition < HOPELESS:
             raise UserError(
-                f"--remove {letters}: {letter_of(where).upper()} of layer {layer_of(where)} is "
+                f"--remove {letters}: {parse_letter(where).upper()} of layer {parse_layer(where)} is "
                 f"singular (condition number {measured.condition:.1e}) and has no inverse: "
                 "--remove auto takes what can go"
             )
-    if args.tie_word_embeddings and {0, len(found) - 1} <= identity.keys():
-        where = identity.pop(len(found) - 1)
+    if args.tie_word_embeddings and {0, len(found) - 1} <= eliminated.keys():
+        where = eliminated.pop(len(found) - 1)
         kept[where] = "the tied embedding gives the first and the last point one basis"
     for where, why in kept.items():
-        notes.append(f"{letter_of(where).upper()} of layer {layer_of(where)} stays: {why}")
+        notes.append(f"{parse_letter(where).upper()} of layer {parse_layer(where)} stays: {why}")
     if "p" in letters and _p_saves(args) < 0:
         notes.append(f"removing P costs {-_p_saves(args):,} weights a layer at these shapes")
-    return identity
+    return eliminated
 
 
 def _way_out(args: ModelArgs) -> str:
@@ -356,10 +360,10 @@ def _choose(
     precompute: bool,
 ) -> dict[int, str]:
     """`auto`: at each point the matrix whose removal saves weights at the least noise."""
-    identity: dict[int, str] = {}
+    eliminated: dict[int, str] = {}
     too_noisy: dict[str, list[str]] = {}
     for index, point in enumerate(found):
-        linked = args.tie_word_embeddings and index == len(found) - 1 and 0 in identity
+        linked = args.tie_word_embeddings and index == len(found) - 1 and 0 in eliminated
         if linked or point.pinned or (precompute and index == 0):  # a table saves what reads it
             continue
         free = {
@@ -369,7 +373,7 @@ def _choose(
         }
         if point.producers == list(free.values()):  # P alone writes here: no inverse, no noise
             if _p_saves(args) > 0:
-                identity[index] = free["p"]
+                eliminated[index] = free["p"]
             continue
         noise = {}
         for letter, where in free.items():
@@ -387,14 +391,14 @@ def _choose(
         cost = costs.get(free[best])
         if cost is not None and not cost.pays:
             notes.append(
-                f"{best.upper()} of layer {layer_of(free[best])} stays: quantized without it the "
+                f"{best.upper()} of layer {parse_layer(free[best])} stays: quantized without it the "
                 f"model would be {cost.removed:.2g} nats per token from its source by this alone, "
                 f"with it {cost.rounded:.2g} (--remove {'qp' if best == 'q' else best} insists)"
             )
         elif noise[best] <= NOISE_LIMIT:
-            identity[index] = free[best]
+            eliminated[index] = free[best]
         else:
-            too_noisy.setdefault(best, []).append(str(layer_of(free[best])))
+            too_noisy.setdefault(best, []).append(str(parse_layer(free[best])))
     for letter, layers in too_noisy.items():
         why = (
             "the tied embedding would need more bits than it saves"
@@ -406,14 +410,14 @@ def _choose(
             f"{why} (--remove "
             f"{'qp' if letter == 'q' else letter} insists)"
         )
-    if conditioning is None and identity:
+    if conditioning is None and eliminated:
         notes.append("chosen by arithmetic alone: no weights at hand to measure conditioning on")
-    if not identity and args.norm == "pre":
+    if not eliminated and args.norm == "pre":
         notes.append("no exact removal of Q or P exists for a model with skips and norms")
-    elif not identity and not notes and (shape := _misshapen(args, "q")):
+    elif not eliminated and not notes and (shape := _misshapen(args, "q")):
         wider = "; without P the FFN would read wider heads" if _p_saves(args) <= 0 else ""
         notes.append(f"nothing that saves weights can go: {shape}{wider}")
-    return identity
+    return eliminated
 
 
 def _folded(source: ModelArgs, before: ModelArgs, fold_norms: bool, stock: bool) -> tuple[str, ...]:
@@ -473,7 +477,7 @@ def _simplified(args: ModelArgs, centred: bool) -> ModelArgs:
 def _merged(
     before: ModelArgs,
     found: list[Point],
-    identity: dict[int, str],
+    eliminated: dict[int, str],
     gone: dict[str, list[int]],
     folded: tuple[str, ...],
     conditioning: Mapping[str, Conditioning],
@@ -482,16 +486,16 @@ def _merged(
     bare = _without_norms(before, folded)
     biases = {name: set(layers) for name, layers in bare.biases.items()}
     extra_bits = dict(before.extra_bits)
-    for index, where in identity.items():
-        around = around_of(before, found, index, where)
-        name, layer = where.rpartition(".")[2], layer_of(where)
+    for index, where in eliminated.items():
+        around = find_mixed(before, found, index, where)
+        name, layer = where.rpartition(".")[2], parse_layer(where)
         if layer in biases.get(name, ()):
             # The bias moves with the stream: into what writes it first, out of what reads it.
             biases[name].discard(layer)
             owner = found[index].producers[0]
             for moved in [owner, *found[index].consumers]:
                 if moved not in (where, EMBEDDING):
-                    biases.setdefault(moved.rpartition(".")[2], set()).add(layer_of(moved))
+                    biases.setdefault(moved.rpartition(".")[2], set()).add(parse_layer(moved))
         # Calibration needs no more bits, but for an embedding that is read at both its ends.
         fitted = quantized and not _at_tied_embedding(before, found, index)
         if where in conditioning and conditioning[where].extra_bits and not fitted:
@@ -506,19 +510,21 @@ def _merged(
     )
 
 
-def alone(plan: Plan, index: int) -> Plan:
+def isolate_removal(plan: Plan, index: int) -> Plan:
     """The plan of one removal of ``plan``, that at a point."""
-    found, where = points(plan.before), plan.identity[index]
-    identity, gone = {index: where}, {letter_of(where): [layer_of(where)]}
-    merged = _merged(plan.before, found, identity, gone, plan.folded, {}, quantized=True)
-    return replace(plan, identity=identity, gone=gone, merged=merged, tabled=False, centred=False)
+    found, where = find_points(plan.before), plan.eliminated[index]
+    eliminated, gone = {index: where}, {parse_letter(where): [parse_layer(where)]}
+    merged = _merged(plan.before, found, eliminated, gone, plan.folded, {}, quantized=True)
+    return replace(
+        plan, eliminated=eliminated, gone=gone, merged=merged, table=False, centred=False
+    )
 
 
 def _at_tied_embedding(args: ModelArgs, found: list[Point], index: int) -> bool:
     return args.tie_word_embeddings and index in (0, len(found) - 1)
 
 
-def around_of(args: ModelArgs, found: list[Point], index: int, where: str) -> list[str]:
+def find_mixed(args: ModelArgs, found: list[Point], index: int, where: str) -> list[str]:
     """Matrices whose values a change of basis mixes through an inverse (none: P leaving alone)."""
     touched = [found[index]]
     if _at_tied_embedding(args, found, index):
@@ -529,11 +535,11 @@ def around_of(args: ModelArgs, found: list[Point], index: int, where: str) -> li
     return [m for m in matrices if m != HEAD or not args.tie_word_embeddings]
 
 
-def measurable(args: ModelArgs, remove: str) -> list[str]:
+def find_measurable(args: ModelArgs, remove: str) -> list[str]:
     """Matrices whose inverse a removal may need, in the order of the stream."""
     letters = "" if remove == "none" else "qkvp" if remove == "auto" else remove
     wanted = []
-    for point in points(args):
+    for point in find_points(args):
         for letter, where in _candidates(point).items():
             alone = point.producers == [where]
             possible = point.pinned is None and _shape_refusal(args, letter) is None

@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 
-def working(stored: mx.Dtype) -> type[np.floating]:
+def choose_working_type(stored: mx.Dtype) -> type[np.floating]:
     """The type of matrices on the way to a result that is stored in another."""
     return np.float64 if stored == mx.float32 else np.float32
 
@@ -44,7 +44,7 @@ class Inverse:
         return (self.T @ other.T).T
 
 
-def product(a: np.ndarray | Inverse, b: np.ndarray | Inverse) -> np.ndarray:
+def multiply(a: np.ndarray | Inverse, b: np.ndarray | Inverse) -> np.ndarray:
     """``a @ b``, laid out column by column, as files hold what this package calls (in, out)."""
     assert isinstance(a, np.ndarray) or isinstance(b, np.ndarray)
     if isinstance(a, Inverse) or isinstance(b, Inverse):

@@ -16,7 +16,7 @@ from ..conversion.check import Parts, StreamedNetwork
 from ..errors import UserError
 from ..network.model import Block, ModelArgs
 from ..network.names import EMBEDDING
-from ..quantization.calibration import filled, run, split
+from ..quantization.calibration import fill_block, run_block, split_batches
 
 PARTS = ("attention", "ffn")
 KINDS = ("attention", "ffn", "block")  # what can be asked for; a block is both
@@ -53,7 +53,7 @@ class Step:
         )
 
 
-def droppable(args: ModelArgs) -> str | None:
+def explain_undroppable(args: ModelArgs) -> str | None:
     """Why no sub-layer of a network can go; None if they can."""
     if args.precomputed:
         return "the first layer is a table; drop from the model that it is of"
@@ -65,9 +65,9 @@ def droppable(args: ModelArgs) -> str | None:
     return None
 
 
-def check(args: ModelArgs, wishes: Sequence[Wish], spared: Drops) -> None:
+def check_wishes(args: ModelArgs, wishes: Sequence[Wish], spared: Drops) -> None:
     """Raises UserError if what is asked for cannot be; ``spared`` sub-layers must stay."""
-    reason = droppable(args)
+    reason = explain_undroppable(args)
     layers = args.num_hidden_layers
     for wish in wishes:
         flag = f"--drop-{wish.kind} {'auto' if wish.count is None else wish.count}"
@@ -78,7 +78,7 @@ def check(args: ModelArgs, wishes: Sequence[Wish], spared: Drops) -> None:
             raise UserError(f"{flag}: of this model's {layers} layers 1 to {most} can lose theirs")
 
 
-def importance(
+def measure_importance(
     args: ModelArgs,
     source: Parts,
     tokens: mx.array,
@@ -97,7 +97,7 @@ def importance(
         A number a layer for "attention", "ffn" and "block".
     """
     found: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    batches = split(tokens)
+    batches = split_batches(tokens)
     streams = _embedded(args, source, batches)
     for layer in range(args.num_hidden_layers):
         progress(layer, args.num_hidden_layers)
@@ -106,12 +106,12 @@ def importance(
         attention, ffn = _without(block, {"ffn"} | gone), _without(block, {"attention"} | gone)
         sums = dict.fromkeys(KINDS, 0.0)
         for i, x in enumerate(streams):
-            middle = run(args, attention, x)
+            middle = run_block(args, attention, x)
             if args.block == "parallel":  # both read the block's input
-                before, behind = x, run(args, ffn, x)
+                before, behind = x, run_block(args, ffn, x)
                 out = middle + behind - x
             else:
-                before, behind = middle, run(args, ffn, middle)
+                before, behind = middle, run_block(args, ffn, middle)
                 out = behind
             for kind, a, b in (
                 ("attention", x, middle), ("ffn", before, behind), ("block", x, out),
@@ -125,7 +125,7 @@ def importance(
     return found
 
 
-def losses(
+def measure_losses(
     args: ModelArgs,
     source: Parts,
     tokens: mx.array,
@@ -136,7 +136,7 @@ def losses(
 
     As long as two sets agree, one stream serves both.
     """
-    batches = split(tokens)
+    batches = split_batches(tokens)
     shared: dict[tuple, list[mx.array]] = {(): _embedded(args, source, batches)}
     paths: list[tuple] = [()] * len(variants)
     for layer in range(args.num_hidden_layers):
@@ -148,7 +148,7 @@ def losses(
             path = (*paths[i], tuple(sorted(gone)))
             if path not in after:
                 mine = _without(block, gone)
-                after[path] = [run(args, mine, h) for h in shared[paths[i]]]
+                after[path] = [run_block(args, mine, h) for h in shared[paths[i]]]
                 mx.eval(after[path])
             paths[i] = path
         shared = after
@@ -158,7 +158,7 @@ def losses(
     return [known[path] for path in paths]
 
 
-def choose(
+def choose_drops(
     args: ModelArgs,
     source: Parts,
     tokens: mx.array,
@@ -188,23 +188,23 @@ def choose(
     rows = max(1, SEARCH_TOKENS // tokens.shape[1])
     judged = tokens[:: max(1, tokens.shape[0] // rows)][:rows]
     if not greedy and all(wish.count is not None for wish in wishes):
-        measured = importance(args, source, tokens, progress=progress)
+        measured = measure_importance(args, source, tokens, progress=progress)
         for wish in sorted(wishes, key=lambda wish: KINDS.index(wish.kind), reverse=True):
             assert wish.count is not None
             there = _least(measured[wish.kind], wish.kind, dropped, spared)
             there = there[: SHORTLIST * wish.count]
-            found = losses(
+            found = measure_losses(
                 args, source, judged, [_with({}, wish.kind, layer) for layer in there], progress
             )
             by_loss = sorted(zip(found, there, strict=True))
             for _, layer in by_loss[: wish.count]:
                 dropped = _with(dropped, wish.kind, layer)
         return _sorted(dropped), []
-    path = [Step(losses(args, source, judged, [{}])[0])]
+    path = [Step(measure_losses(args, source, judged, [{}])[0])]
     left = {wish.kind: wish.count for wish in wishes}
     taken = 0
     while any(count is None or count > 0 for count in left.values()):
-        measured = importance(args, source, judged, dropped)
+        measured = measure_importance(args, source, judged, dropped)
         candidates = [
             (kind, layer)
             for kind, count in left.items()
@@ -214,7 +214,7 @@ def choose(
         if not candidates:
             break
         variants = [_with(dropped, kind, layer) for kind, layer in candidates]
-        found = losses(args, source, judged, variants)
+        found = measure_losses(args, source, judged, variants)
         # By what each weight that goes costs.
         price = [
             (loss - path[-1].loss) / _weights(args, kind)
@@ -275,12 +275,12 @@ def _without(block: Block, parts: Collection[str]) -> Block:
 
 
 def _block(args: ModelArgs, source: Parts, layer: int) -> Block:
-    return filled(Block(args, layer), source.layer(layer), f"model.layers.{layer}.")
+    return fill_block(Block(args, layer), source.layer(layer), f"model.layers.{layer}.")
 
 
 def _embedded(args: ModelArgs, source: Parts, batches: Sequence[mx.array]) -> list[mx.array]:
     embedding = source.embedding()[f"{EMBEDDING}.weight"].astype(mx.float32)
-    return [args.entered(embedding[tokens]) for tokens in batches]
+    return [args.scale_embedding(embedding[tokens]) for tokens in batches]
 
 
 def _cosine(a: mx.array, b: mx.array) -> mx.array:
@@ -306,7 +306,7 @@ def _rows(
         yield from zip(h, tokens, strict=True)
 
 
-def promise(args: ModelArgs, wishes: Sequence[Wish]) -> str:
+def describe_wishes(args: ModelArgs, wishes: Sequence[Wish]) -> str:
     """What will go, as far as it is known before anything is measured."""
     known = [(wish.kind, wish.count) for wish in wishes if wish.count is not None]
     weights = sum(count * _weights(args, kind) for kind, count in known)

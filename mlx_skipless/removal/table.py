@@ -12,10 +12,10 @@ from mlx.utils import tree_flatten
 
 from ..network.model import Block, ModelArgs
 from ..network.names import EMBEDDING, HEAD
-from ..quantization.calibration import Merged, filled
+from ..quantization.calibration import Merged, fill_block
 from ..quantization.layout import Layout, tensors_of
-from .merger import finite
-from .plan import tabled
+from .merger import cast_finite
+from .plan import with_table
 
 FIRST = "model.layers.0."
 ROWS = 4096  # of the table at a time
@@ -59,11 +59,11 @@ class FirstLayer:
         return self.vocab_size * (self.row - self.hidden_size) + head - gone
 
 
-def first_layer(args: ModelArgs) -> FirstLayer:
+def measure_table(args: ModelArgs) -> FirstLayer:
     """The figures of a network's table; ``args`` is the network without it."""
-    after = tabled(args)
+    after = with_table(args)
     (matrices, vectors), (left, vectors_left) = map(_weights, (args, after))
-    row = sum(after.row().values())
+    row = sum(after.row_widths().values())
     tied = args.tie_word_embeddings
     gone = matrices - left, vectors - vectors_left
     return FirstLayer(*gone, args.hidden_size, row, args.vocab_size, tied)
@@ -76,7 +76,7 @@ def _weights(args: ModelArgs) -> tuple[int, int]:
     return matrices, sum(array.size for array in arrays) - matrices
 
 
-def obstacle(args: ModelArgs) -> str | None:
+def find_obstacle(args: ModelArgs) -> str | None:
     """Why a network cannot have a table; None if it can."""
     if args.precomputed:
         return "the first layer is a table already"
@@ -85,13 +85,13 @@ def obstacle(args: ModelArgs) -> str | None:
     return None
 
 
-def needed(args: ModelArgs) -> dict[str, list[int]]:
+def find_needed(args: ModelArgs) -> dict[str, list[int]]:
     """The sub-layers, layers by part, whose outputs or inputs are in the table."""
     parts = ("attention", "ffn") if args.block == "parallel" else ("attention",)
     return {part: [0] for part in parts}
 
 
-def price(before: Layout, after: Layout) -> str | None:
+def explain_price(before: Layout, after: Layout) -> str | None:
     """Why a table does not pay, by the layouts without and with it; None if it does."""
     growth = after.nbytes() / before.nbytes() - 1
     saved = 1 - after.bytes_per_token / before.bytes_per_token
@@ -118,19 +118,19 @@ class TabledParts:
 
     def embedding(self) -> dict[str, mx.array]:
         name = f"{EMBEDDING}.weight"
-        block = filled(Block(self._args, 0), self._exact.layer(0), FIRST)
+        block = fill_block(Block(self._args, 0), self._exact.layer(0), FIRST)
         rows = self._exact.embedding()[name]
         made = []
         for start in range(0, rows.shape[0], ROWS):
-            x = self._args.entered(rows[start : start + ROWS].astype(mx.float32))
+            x = self._args.scale_embedding(rows[start : start + ROWS].astype(mx.float32))
             row = _row(self._args, block, x)
-            made.append(finite(name, row, self._dtype))
+            made.append(cast_finite(name, row, self._dtype))
         return {name: mx.concatenate(made)}
 
     def layer(self, layer: int) -> dict[str, mx.array]:
         tensors = dict(self._merger.layer(layer))
         if layer == 0:
-            left = dict(tree_flatten(Block(tabled(self._args), 0).parameters()))
+            left = dict(tree_flatten(Block(with_table(self._args), 0).parameters()))
             tensors = {n: a for n, a in tensors.items() if n.removeprefix(FIRST) in left}
         return tensors
 
@@ -140,14 +140,14 @@ class TabledParts:
             tensors[f"{HEAD}.weight"] = self._merger.embedding()[f"{EMBEDDING}.weight"]
         return tensors
 
-    def rewritten(self, where: str, outputs: mx.array) -> mx.array:
-        return self._merger.rewritten(where, outputs)
+    def rewrite(self, where: str, outputs: mx.array) -> mx.array:
+        return self._merger.rewrite(where, outputs)
 
 
 def _row(args: ModelArgs, block: Block, x: mx.array) -> mx.array:
     """The table's rows (tokens, row) of what enters the stream (tokens, hidden)."""
     attention = block.self_attn
-    read = block.before_attention(x)
+    read = block.norm_attention_input(x)
     parts = {
         "q": read if attention.q_proj is None else attention.q_proj(read),
         "k": read if attention.k_proj is None else attention.k_proj(read),
@@ -155,8 +155,8 @@ def _row(args: ModelArgs, block: Block, x: mx.array) -> mx.array:
         "x": x,
     }
     if args.block == "parallel":
-        ffn = block.mlp(block.before_ffn(x)) if block.mlp is not None else mx.zeros_like(x)
+        ffn = block.mlp(block.norm_ffn_input(x)) if block.mlp is not None else mx.zeros_like(x)
         parts["x"] = x + ffn if block.skip_ffn else ffn
-    row = mx.concatenate([parts[name] for name in tabled(args).row()], axis=-1)
+    row = mx.concatenate([parts[name] for name in with_table(args).row_widths()], axis=-1)
     mx.eval(row)
     return row

@@ -89,7 +89,7 @@ def _documents(file: Path, lines: Sequence[str]) -> tuple[list[str], bool]:
     for line in filter(str.strip, lines):
         try:
             record = json.loads(line)
-            documents.append(document(record))
+            documents.append(read_record(record))
             chat |= "messages" in record
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
@@ -99,7 +99,7 @@ def _documents(file: Path, lines: Sequence[str]) -> tuple[list[str], bool]:
     return documents, chat
 
 
-def document(record: Mapping[str, Any]) -> str:
+def read_record(record: Mapping[str, Any]) -> str:
     """The text of a record: {"messages"}, {"text"} or {"prompt", "completion"}.
 
     Raises:
@@ -178,7 +178,7 @@ def encode(documents: Sequence[str], tokenizer: Any) -> np.ndarray:
     return np.concatenate([np.array([*row, end], np.int32) for row in rows])
 
 
-def characters(tokenizer: Any, tokens: np.ndarray) -> int:
+def count_characters(tokenizer: Any, tokens: np.ndarray) -> int:
     """How many characters the tokens stand for; special tokens stand for none."""
     text = tokenizer.decode(
         tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -227,7 +227,7 @@ class Batches:
         return np.stack([self._tokens[s : s + self._length + 1] for s in starts])
 
 
-def windows(
+def cut_windows(
     tokens: np.ndarray, length: int, batch_size: int, limit: int | None = None
 ) -> Iterator[np.ndarray]:
     """Windows of a row in order, for validation: batches (≤ batch_size, length + 1), int32.

@@ -65,9 +65,9 @@ def read_text(source: str | Path) -> str:
 
 def _first_documents(source: str) -> Iterator[str]:
     size = 0
-    for row in hub.data_set_rows(source):
+    for row in hub.read_data_set(source):
         try:
-            text = corpus.document(row)
+            text = corpus.read_record(row)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f'the data set {source} has no column "text", "messages", or "prompt" and '
@@ -80,7 +80,7 @@ def _first_documents(source: str) -> Iterator[str]:
             return
 
 
-def from_text(
+def cut_passages(
     name: str,
     text: str,
     encode: Callable[[str], list[int]],
@@ -131,7 +131,7 @@ def from_text(
     return Passages(check, mx.array(row[: count * length]).reshape(count, length), name)
 
 
-def sampled(
+def sample_passages(
     network: StreamedNetwork,
     *,
     seed: int,
@@ -146,12 +146,12 @@ def sampled(
     if calibrating:
         sequences, length = CALIBRATION if network.resident else STREAMED_CALIBRATION
         length = min(length, longest)
-        calibration = sample(network, sequences, length, seed=(seed + 1) % 2**64, start=start)
-    tokens = sample(network, check[0], min(check[1], longest), seed=seed, start=start)
+        calibration = sample_text(network, sequences, length, seed=(seed + 1) % 2**64, start=start)
+    tokens = sample_text(network, check[0], min(check[1], longest), seed=seed, start=start)
     return Passages(tokens, calibration, "sampled from the model")
 
 
-def sample(
+def sample_text(
     network: StreamedNetwork, sequences: int, length: int, *, seed: int, start: int | None
 ) -> mx.array:
     """Text of the network's own; see ``spoken``."""
@@ -162,10 +162,12 @@ def sample(
     def next_logits(fresh: mx.array) -> mx.array:
         return network.logits(network.hidden(fresh, caches)[:, -1:])[:, -1]
 
-    return spoken(next_logits, network.args.vocab_size, sequences, length, seed=seed, start=start)
+    return sample_tokens(
+        next_logits, network.args.vocab_size, sequences, length, seed=seed, start=start
+    )
 
 
-def spoken(
+def sample_tokens(
     next_logits: Callable[[mx.array], mx.array],
     vocab_size: int,
     sequences: int,

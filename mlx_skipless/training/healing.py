@@ -29,13 +29,12 @@ from ..checkpoints.checkpoint import read_json
 from ..checkpoints.writer import check_free
 from ..conversion import card
 from ..errors import UserError, first_line
-from ..evaluation import perplexity as evaluation
+from ..evaluation import perplexity
 from ..inference.loading import load
 from ..memory import peak_memory_bytes
-from ..options import check_choices, flag, option, read_options
+from ..options import check_choices, flag_name, option, read_options
 from ..quantization.layout import tensors_of
-from ..text import corpus
-from ..text import samples as passages
+from ..text import corpus, samples
 from ..text.corpus import Batches
 from . import loop
 from .loop import Event
@@ -71,10 +70,10 @@ class Treatment:
         check_choices(self)
         for name in ("rank", "steps", "batch_size", "context", "sampled_tokens"):
             if getattr(self, name) < 1:
-                raise UserError(f"{flag(name)} {getattr(self, name)}: must be at least 1")
+                raise UserError(f"{flag_name(name)} {getattr(self, name)}: must be at least 1")
         for name, value in (("learning_rate", self.peak), ("clip", self.clip)):
             if not 0 < value < math.inf:
-                raise UserError(f"{flag(name)} {value}: must be above 0")
+                raise UserError(f"{flag_name(name)} {value}: must be above 0")
         if self.warmup < 0 or self.seed < 0:
             raise UserError("--warmup and --seed must be at least 0")
 
@@ -216,13 +215,13 @@ def heal(
     files.check_links(hub.resolve(sources.model), code=True)  # mlx-lm copies what runs, too
     (student, tokenizer), (original, own) = load_model(sources.model), load_model(sources.teacher)
     _check_pair(student, tokenizer, original, own)
-    with loop.made(out, resume):
+    with loop.hold_folder(out, resume):
         if resume:
             train, held_out = _read_tokens(out)
         else:
-            train, held_out = text(sources, treatment, original, tokenizer)
+            train, held_out = make_tokens(sources, treatment, original, tokenizer)
         if len(held_out):
-            evaluation.check_length(held_out, treatment.context)
+            perplexity.check_length(held_out, treatment.context)
         else:
             raise UserError("no text is held out: give --validation or a --validation-share")
         run = Run(
@@ -232,7 +231,7 @@ def heal(
             run.load()
         else:
             run.begin()
-        with loop.signals() as stopped:
+        with loop.catch_signals() as stopped:
             return run.go(report, stopped)
 
 
@@ -333,7 +332,7 @@ class Run(loop.ResumableRun):
             mlx_lm.utils.save(
                 partial_folder, source, self.model, self._tokenizer, config, donate_model=False
             )
-            text = card.healed(result, asdict(self._treatment), self._sources.teacher)
+            text = card.write_healing_card(result, asdict(self._treatment), self._sources.teacher)
             (partial_folder / "README.md").write_text(text, encoding="utf-8")
             names = sorted(file.name for file in partial_folder.iterdir())
             for name in sorted(names, key=lambda name: name == "config.json"):
@@ -365,7 +364,7 @@ class Run(loop.ResumableRun):
         @partial(mx.compile, inputs=state, outputs=state)
         def step(inputs: mx.array, wanted: mx.array) -> mx.array:
             def mean_kl(network: nn.Module) -> mx.array:
-                return divergence(wanted, network(inputs)).mean()
+                return measure_kl(wanted, network(inputs)).mean()
 
             loss, gradients = nn.value_and_grad(model, mean_kl)(model)
             gradients, _ = optim.clip_grad_norm(gradients, self._treatment.clip)
@@ -391,23 +390,23 @@ class Run(loop.ResumableRun):
         kl = loss = teacher_loss = 0.0
         count = characters = 0
         size, context = self._treatment.batch_size, self._treatment.context
-        for batch in corpus.windows(self._held_out, context, size, limit):
+        for batch in corpus.cut_windows(self._held_out, context, size, limit):
             inputs, targets = mx.array(batch[:, :-1]), mx.array(batch[:, 1:])
             wanted, got = self._teacher(inputs), network(inputs)
-            kl += _total(divergence(wanted, got))
+            kl += _total(measure_kl(wanted, got))
             for logits, add in ((wanted, True), (got, False)):
                 nll = nn.losses.cross_entropy(logits.astype(mx.float32), targets, reduction="sum")
                 teacher_loss += _total(nll) if add else 0.0
                 loss += 0.0 if add else _total(nll)
             count += targets.size
-            characters += sum(corpus.characters(self._tokenizer, row) for row in batch[:, 1:])
+            characters += sum(corpus.count_characters(self._tokenizer, row) for row in batch[:, 1:])
         bits = 1 / (math.log(2) * max(1, characters))
         return Distance(
             kl / count, loss / count, teacher_loss / count, loss * bits, teacher_loss * bits, count
         )
 
 
-def divergence(wanted: mx.array, got: mx.array) -> mx.array:
+def measure_kl(wanted: mx.array, got: mx.array) -> mx.array:
     """KL(p || q) of logits (..., vocabulary), nats, (...), in float32."""
     p = nn.log_softmax(wanted.astype(mx.float32), axis=-1)
     q = nn.log_softmax(got.astype(mx.float32), axis=-1)
@@ -451,7 +450,7 @@ def _check_pair(student: nn.Module, tokenizer: Any, teacher: nn.Module, own: Any
         )
 
 
-def text(
+def make_tokens(
     sources: Sources, treatment: Treatment, teacher: nn.Module, tokenizer: Any
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens to train on and tokens to measure with, a row of int32 each.
@@ -469,7 +468,7 @@ def text(
     def next_logits(fresh: mx.array) -> mx.array:
         return teacher(fresh, cache=cache)[:, -1].astype(mx.float32)  # type: ignore[operator]
 
-    tokens = passages.spoken(
+    tokens = samples.sample_tokens(
         next_logits,
         teacher(mx.array([[0]])).shape[-1],
         sequences,
@@ -495,6 +494,6 @@ def _read_tokens(out: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def _read_run(out: Path) -> tuple[Treatment, Pace, Sources]:
     run = loop.read_run(out)
-    with loop.of_this_version(out):
+    with loop.check_version(out):
         treatment = read_options(Treatment, "treatment", run["treatment"])
         return treatment, Pace(**run["pace"]), Sources(**run["sources"])

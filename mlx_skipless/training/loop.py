@@ -27,7 +27,7 @@ from ..checkpoints.checkpoint import read_json
 from ..errors import UserError, first_line
 from ..evaluation.plots import plot
 from ..memory import peak_memory_bytes
-from ..options import flag, option
+from ..options import flag_name, option
 
 TRAINING = "training"
 RUN, STATE, LOG, CURVE = "run.json", "state.safetensors", "log.jsonl", "loss.png"
@@ -46,7 +46,7 @@ class Pace:
     def __post_init__(self) -> None:
         for one in dataclasses.fields(self):
             if getattr(self, one.name) < 0:
-                raise UserError(f"{flag(one.name)}: must be at least 0")
+                raise UserError(f"{flag_name(one.name)}: must be at least 0")
 
 
 class ResumableRun:
@@ -191,7 +191,7 @@ class ResumableRun:
             last = self._step == self._steps
             if not bool(mx.isfinite(loss)):
                 raise UserError(self._diverged())
-            if last or due(self._step, pace.log_every):
+            if last or is_due(self._step, pace.log_every):
                 self._loss = mx.stack(self._losses).mean().item()  # type: ignore[assignment]
                 now = time.perf_counter()
                 event = {
@@ -206,13 +206,13 @@ class ResumableRun:
                 }
                 self._log(event, report)
                 self._losses, logged_step = [], self._step
-            if not last and due(self._step, pace.eval_every):
+            if not last and is_due(self._step, pace.eval_every):
                 self._note(self._evaluation(pace.eval_tokens), report)
             self._note(self._extra(), report)
             if stopped() and not last:
                 self._save()
                 raise UserError(f"interrupted at step {self._step}: --resume goes on from there")
-            if not last and due(self._step, pace.save_every):
+            if not last and is_due(self._step, pace.save_every):
                 self._save()
             if logged_step == self._step:
                 logged_at = time.perf_counter()
@@ -268,7 +268,7 @@ def read_run(out: Path) -> Event:
 
 
 @contextlib.contextmanager
-def of_this_version(out: Path) -> Iterator[None]:
+def check_version(out: Path) -> Iterator[None]:
     """What cannot be understood of ``read_run`` becomes a UserError."""
     try:
         yield
@@ -289,7 +289,7 @@ def check_room(out: Path, needed: int) -> None:
         )
 
 
-def due(step: int, every: int) -> bool:
+def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
@@ -311,7 +311,7 @@ def replace_file(file: Path, write: Callable[[Path], Any]) -> None:
 
 
 @contextlib.contextmanager
-def made(out: Path, resume: bool) -> Iterator[None]:
+def hold_folder(out: Path, resume: bool) -> Iterator[None]:
     """A new run's folder, which goes again if the run fails before its first checkpoint."""
     if not resume:
         out.mkdir()
@@ -324,7 +324,7 @@ def made(out: Path, resume: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def signals() -> Iterator[Callable[[], bool]]:
+def catch_signals() -> Iterator[Callable[[], bool]]:
     """Whether SIGINT or SIGTERM came: the step is finished and saved; a second one ends at once."""
     came: list[int] = []
     if threading.current_thread() is not threading.main_thread():

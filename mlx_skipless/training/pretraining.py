@@ -24,9 +24,9 @@ from ..checkpoints.checkpoint import read_json
 from ..checkpoints.writer import check_free
 from ..conversion import card
 from ..errors import UserError, first_line
-from ..evaluation import perplexity as evaluation
+from ..evaluation import perplexity
 from ..inference import generation
-from ..inference.loading import tokenizer_options
+from ..inference.loading import make_tokenizer_options
 from ..memory import peak_memory_bytes
 from ..network.model import Model
 from ..options import option
@@ -35,7 +35,7 @@ from ..text import corpus
 from ..text.corpus import Batches
 from . import loop
 from .loop import Event
-from .recipe import Recipe, from_options
+from .recipe import Recipe, read_recipe
 
 SAMPLE_TOKENS = 64
 
@@ -157,18 +157,18 @@ def train(
     text = _read_text(sources, recipe or Recipe(), out if resume else None)
     recipe = dataclasses.replace(recipe or Recipe(), vocab_size=len(text.tokenizer))
     if len(text.held_out):
-        evaluation.check_length(text.held_out, recipe.context)
+        perplexity.check_length(text.held_out, recipe.context)
     if digest not in (None, text.fingerprint()):
         raise UserError(
             f"{out} was trained on other text than these files hold now: give the same --data"
         )
-    with loop.made(out, resume):
+    with loop.hold_folder(out, resume):
         run = Run(out, recipe, pace or Pace(), sources, text, dtype)
         if resume:
             run.load()
         else:
             run.begin()
-        with loop.signals() as stopped:
+        with loop.catch_signals() as stopped:
             return run.go(report, stopped)
 
 
@@ -235,7 +235,7 @@ class Run(loop.ResumableRun):
             tokens_per_second=tokens / self._seconds if self._seconds else 0.0,
             peak_memory_bytes=peak_memory_bytes(),
         )
-        text = card.trained(
+        text = card.write_training_card(
             result, self.model.args, asdict(recipe), [Path(f).name for f in self._sources.data]
         )
         loop.replace_file(
@@ -254,7 +254,7 @@ class Run(loop.ResumableRun):
         return self._recipe.rate(step)
 
     def _extra(self) -> Event:
-        if self._step == self._steps or loop.due(self._step, self._sample_every):
+        if self._step == self._steps or loop.is_due(self._step, self._sample_every):
             self._check_weights()
             return {"sample": self._sample()}
         return {}
@@ -286,14 +286,14 @@ class Run(loop.ResumableRun):
             dtype = getattr(mx, self._dtype)
             weights = tree_map(lambda w: w.astype(dtype), weights)
         self.model.update(weights)
-        return evaluation.nll(self.model, batch)
+        return perplexity.sum_nll(self.model, batch)
 
     def _evaluation(self, limit: int | None) -> Event:
         """Loss of the held-out text, or of windows spread over it of ``limit`` tokens in all."""
         if not len(self._text.held_out):
             return {}
         weights = self.model.parameters()
-        score = evaluation.score(
+        score = perplexity.score_tokens(
             partial(self._nll, weights),
             self._text.held_out,
             self._text.tokenizer,
@@ -328,8 +328,8 @@ class Run(loop.ResumableRun):
 def _read_run(out: Path) -> tuple[Recipe, Pace, Sources, str, str]:
     """What ``Run.begin`` wrote: recipe, pace, text, type of the arithmetic, digest of the text."""
     run = loop.read_run(out)
-    with loop.of_this_version(out):
-        recipe, pace = from_options(run["recipe"]), Pace(**run["pace"])
+    with loop.check_version(out):
+        recipe, pace = read_recipe(run["recipe"]), Pace(**run["pace"])
         sources, dtype = Sources(**run["text"]), _compute_type(run["dtype"])
         return recipe, pace, sources, dtype, str(run["fingerprint"])
 
@@ -354,7 +354,7 @@ def _read_tokenizer(source: str) -> Any:
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     try:
         return transformers.AutoTokenizer.from_pretrained(
-            str(folder), **tokenizer_options(config, trust_remote_code=False)
+            str(folder), **make_tokenizer_options(config, trust_remote_code=False)
         )
     except Exception as error:  # transformers and tokenizers raise whatever their parsers do
         raise UserError(

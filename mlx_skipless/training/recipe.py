@@ -13,11 +13,11 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_unflatten
 
-from ..architectures.config import model_args
+from ..architectures.config import read_model_args
 from ..errors import UserError
 from ..network.model import ACTIVATIONS, Model, ModelArgs
 from ..network.names import GAINS, PROJECTIONS
-from ..options import check_choices, flag, option, read_options
+from ..options import check_choices, flag_name, option, read_options
 from ..quantization.layout import tensors_of
 
 EMBEDDING_SCALE = 0.02
@@ -83,10 +83,10 @@ class Recipe:
         check_choices(self)
         for name in ("learning_rate", "adam_learning_rate", "clip", "temperature"):
             if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"{flag(name)} {getattr(self, name)}: must be above 0")
+                raise UserError(f"{flag_name(name)} {getattr(self, name)}: must be above 0")
         for name in ("steps", "batch_size", "context"):
             if getattr(self, name) < 1:
-                raise UserError(f"{flag(name)} {getattr(self, name)}: must be at least 1")
+                raise UserError(f"{flag_name(name)} {getattr(self, name)}: must be at least 1")
         if self.seed < 0:
             raise UserError(f"--seed {self.seed}: must be at least 0")
         if self.warmup < 0 or not 0 <= self.decay <= 1 or not 0 <= self.orthogonal_q <= 1:
@@ -143,7 +143,7 @@ class Recipe:
             "removed": dict.fromkeys(own.without, everywhere),
         }
         try:
-            return model_args(config)
+            return read_model_args(config)
         except UserError as error:
             raise UserError(f"these sizes make no network: {error}") from error
 
@@ -163,7 +163,7 @@ class Recipe:
             if name.endswith(("embed_tokens.weight", "lm_head.weight")):
                 new[name] = EMBEDDING_SCALE * mx.random.normal(old.shape, key=next(keys))
             elif old.ndim == 2:
-                new[name] = orthogonal(*old.shape, key=next(keys))
+                new[name] = make_orthogonal(*old.shape, key=next(keys))
         for layer in range(own.layers):
             attention, mlp = (f"model.layers.{layer}.{part}" for part in ("self_attn", "mlp"))
             if own.skip == "both":
@@ -176,7 +176,7 @@ class Recipe:
                 # beta A = gamma C at the start (He & Hofmann, section 4.1).
                 new[f"{attention}.q_proj.weight"] *= 0
             elif own.own_token and own.skip != "both":
-                k = own_token_keys(new.get(f"{attention}.q_proj.weight"), args)
+                k = make_own_token_keys(new.get(f"{attention}.q_proj.weight"), args)
                 if k is not None and f"{attention}.k_proj.weight" in new:
                     new[f"{attention}.k_proj.weight"] = k
             if own.norm == "qkv":
@@ -238,7 +238,7 @@ def _is_matrix(name: str, weight: mx.array) -> bool:
     return any(f"{p}.weight" in name for p in PROJECTIONS.values())
 
 
-def orthogonal(n_out: int, n_in: int, *, key: mx.array) -> mx.array:
+def make_orthogonal(n_out: int, n_in: int, *, key: mx.array) -> mx.array:
     """A random (n_out, n_in) matrix with orthogonal rows or columns that keeps the mean square."""
     tall = mx.random.normal((max(n_out, n_in), min(n_out, n_in)), key=key)
     q, r = mx.linalg.qr(tall, stream=mx.cpu)
@@ -260,7 +260,7 @@ def orthogonal_factor(x: mx.array) -> mx.array:
     return x
 
 
-def own_token_keys(queries: mx.array | None, args: ModelArgs) -> mx.array | None:
+def make_own_token_keys(queries: mx.array | None, args: ModelArgs) -> mx.array | None:
     """K as the mean of its group's Q, so that each token attends to itself first.
 
     Args:
@@ -276,7 +276,7 @@ def own_token_keys(queries: mx.array | None, args: ModelArgs) -> mx.array | None
     return mean * math.sqrt(groups.shape[1])
 
 
-def from_options(options: Mapping[str, Any]) -> Recipe:
+def read_recipe(options: Mapping[str, Any]) -> Recipe:
     """A recipe from a mapping, of flags or from YAML.
 
     Raises:

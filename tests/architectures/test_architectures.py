@@ -23,7 +23,7 @@ from mlx_skipless.checkpoints.checkpoint import open_checkpoint
 from mlx_skipless.conversion.convert import convert
 from mlx_skipless.evaluation.analysis import analyze
 from mlx_skipless.network.model import Model
-from mlx_skipless.text import samples as passages
+from mlx_skipless.text import samples
 from mlx_skipless.training import healing
 from mlx_skipless.training.healing import Treatment
 
@@ -37,8 +37,8 @@ PARALLEL = ["gpt_neox", "gptj", "phi", "cohere"]
 
 @pytest.fixture(autouse=True)
 def less_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passages, "CALIBRATION", (16, 16))
-    monkeypatch.setattr(passages, "LONG_CHECK", (4, 32))
+    monkeypatch.setattr(samples, "CALIBRATION", (16, 16))
+    monkeypatch.setattr(samples, "LONG_CHECK", (4, 32))
 
 
 def check_same_function(expected: np.ndarray, folder: Path, tokens: np.ndarray, limit: float):

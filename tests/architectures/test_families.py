@@ -9,7 +9,7 @@ import pytest
 from architectures import ARCHITECTURES
 
 from mlx_skipless import UserError
-from mlx_skipless.architectures.config import model_args
+from mlx_skipless.architectures.config import read_model_args
 from mlx_skipless.cli.main import main
 from mlx_skipless.quantization.layout import Layout
 
@@ -130,10 +130,10 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_config(name: str) -> None:
     config, weights, facts = PUBLISHED[name]
-    args = model_args(config)
+    args = read_model_args(config)
     assert Layout(args, mx.bfloat16).count() == weights
     assert {key: getattr(args, key) for key in facts} == facts
-    assert model_args(todays(config)) == args
+    assert read_model_args(todays(config)) == args
 
 
 def todays(config: dict[str, Any]) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def of(name: str, **changes: Any) -> dict[str, Any]:
 )
 def test_what_is_silent(name: str, changes: dict[str, Any], facts: dict[str, Any]) -> None:
     """As in transformers, which reads no other architecture's keys."""
-    args = model_args(of(name, **changes))
+    args = read_model_args(of(name, **changes))
     assert {key: getattr(args, key) for key in facts} == facts
 
 
@@ -233,7 +233,7 @@ def test_a_spoilt_config(
 ) -> None:
     """Refused in a line, by the config's own key; neither guessed nor a traceback."""
     with pytest.raises(UserError):
-        model_args(of(name, **changes))
+        read_model_args(of(name, **changes))
     (tmp_path / "config.json").write_text(json.dumps(of(name, **changes)))
     assert main(["analyze", str(tmp_path / "config.json")]) == 1
     error = capsys.readouterr().err

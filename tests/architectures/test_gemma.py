@@ -18,7 +18,7 @@ from reference import Weights
 import mlx_skipless
 from mlx_skipless.conversion.convert import convert
 from mlx_skipless.evaluation import analysis
-from mlx_skipless.text import samples as passages
+from mlx_skipless.text import samples
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
 SHAPES: list[dict[str, Any]] = [
@@ -29,8 +29,8 @@ SHAPES: list[dict[str, Any]] = [
 
 @pytest.fixture(autouse=True)
 def less_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passages, "CALIBRATION", (16, 16))
-    monkeypatch.setattr(passages, "LONG_CHECK", (4, 32))
+    monkeypatch.setattr(samples, "CALIBRATION", (16, 16))
+    monkeypatch.setattr(samples, "LONG_CHECK", (4, 32))
 
 
 def gains_of(weights: Any) -> list[str]:

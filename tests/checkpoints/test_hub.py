@@ -16,7 +16,7 @@ from factory import make_checkpoint
 from hub_server import Drop, HubServer, Refusal
 
 from mlx_skipless import UserError
-from mlx_skipless.text import samples as passages
+from mlx_skipless.text import samples
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ("PATH", "LD_PRELOAD", "LD_LIBRARY_PATH", "TMPDIR", "LANG", "VIRTUAL_ENV")
@@ -376,4 +376,4 @@ def test_no_data_set_is_one_line(
 def test_a_data_set_without_its_package_is_one_line(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"no such file: a/b; .*pip install 'mlx-lm\[train\]'"):
-        passages.read_text("a/b")
+        samples.read_text("a/b")

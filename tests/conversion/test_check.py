@@ -11,7 +11,7 @@ from factory import make_checkpoint
 import mlx_skipless
 from mlx_skipless.architectures.families import FAMILIES
 from mlx_skipless.checkpoints.checkpoint import open_checkpoint
-from mlx_skipless.conversion import check as verify
+from mlx_skipless.conversion import check
 from mlx_skipless.errors import UserError
 
 
@@ -21,7 +21,7 @@ def test_figures(scale: float) -> None:
     a = rng.standard_normal((3, 7, 50)).astype(np.float32) * 4
     b = (a + scale * rng.standard_normal(a.shape)).astype(np.float32)
     tokens = rng.integers(0, 50, (3, 7))
-    got = verify.compare_logits(zip(a, b, strict=True), tokens, "random")
+    got = check.compare_logits(zip(a, b, strict=True), tokens, "random")
     assert got.kl == pytest.approx(reference.softmax_kl(a, b), rel=1e-6, abs=1e-15)
     assert got.max_rel_logit_error == pytest.approx(reference.worst_relative_error(a, b))
     assert got.greedy_match == pytest.approx(np.mean(a.argmax(-1) == b.argmax(-1)))
@@ -38,13 +38,13 @@ def test_overflow_is_named(which: int, words: str) -> None:
     logits = [np.ones((1, 2, 5)), np.ones((1, 2, 5))]
     logits[which][0, 1, 3] = np.inf
     with pytest.raises(UserError, match=words):
-        verify.compare_logits(zip(*logits, strict=True), np.zeros((1, 2), dtype=int), "")
+        check.compare_logits(zip(*logits, strict=True), np.zeros((1, 2), dtype=int), "")
 
 
 @pytest.mark.filterwarnings("error")
 def test_a_perplexity_may_be_infinite() -> None:
     a = np.array([[[0.0, 1e4], [0.0, 1e4]]], dtype=np.float32)
-    got = verify.compare_logits(zip(a, a, strict=True), np.zeros((1, 2), dtype=int), "")
+    got = check.compare_logits(zip(a, a, strict=True), np.zeros((1, 2), dtype=int), "")
     assert got.perplexity == np.inf and got.max_rel_logit_error == 0
 
 
@@ -65,8 +65,8 @@ def test_written_quantized_parts(tmp_path: Path) -> None:
     )
     model, _ = mlx_skipless.load(tmp_path / "out")
     args = open_checkpoint(tmp_path / "out").args
-    parts = verify.WrittenParts(tmp_path / "out", args, FAMILIES["skipless"])
-    streamed = verify.StreamedNetwork(args, parts, report.quantization)
+    parts = check.WrittenParts(tmp_path / "out", args, FAMILIES["skipless"])
+    streamed = check.StreamedNetwork(args, parts, report.quantization)
     tokens = mx.array(np.random.default_rng(0).integers(0, 256, (1, 9)))
     got = streamed.logits(streamed.hidden(tokens))
     assert mx.abs(got - model(tokens)).max().item() < 1e-4

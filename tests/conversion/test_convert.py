@@ -333,15 +333,15 @@ def test_calibration_text(ending: str, tmp_path: Path) -> None:
 
 def test_the_check_sees_a_wrong_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A merge that forgets one matrix is caught by the figures that convert prints."""
-    from mlx_skipless.removal import merger as merge
+    from mlx_skipless.removal import merger
 
     make_checkpoint(tmp_path / "s", **SIZES)
-    right = merge.change_basis
+    right = merger.change_basis
 
-    def wrong(linear: merge.Linear, **bases: Any) -> merge.Linear:
+    def wrong(linear: merger.Linear, **bases: Any) -> merger.Linear:
         return right(linear, **bases) if bases.get("writes") else linear
 
-    monkeypatch.setattr(merge, "change_basis", wrong)
+    monkeypatch.setattr(merger, "change_basis", wrong)
     report = mlx_skipless.convert(tmp_path / "s", tmp_path / "out", remove="q")
     assert report.verification is not None
     assert report.verification.max_rel_logit_error > 0.1 and report.verification.kl > 1e-3

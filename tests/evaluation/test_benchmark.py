@@ -20,10 +20,14 @@ import mlx_skipless
 from mlx_skipless.checkpoints import writer
 from mlx_skipless.checkpoints.checkpoint import open_checkpoint
 from mlx_skipless.cli.main import main
-from mlx_skipless.evaluation import bench_view, synthetic
-from mlx_skipless.evaluation import benchmark as bench
+from mlx_skipless.evaluation import bench_view, benchmark, synthetic
 from mlx_skipless.evaluation.benchmark import Case, Run, Spread
-from mlx_skipless.evaluation.synthetic import Shape, shape_of, skipless_model, stock_model
+from mlx_skipless.evaluation.synthetic import (
+    Shape,
+    find_shape,
+    make_skipless_model,
+    make_stock_model,
+)
 from mlx_skipless.quantization.layout import Layout, Quantization, tensors_of
 
 HIDDEN, INNER, LAYERS, HEADS, KV_WIDTH, VOCAB = 64, 96, 3, 4, 32, 264
@@ -45,8 +49,8 @@ SIZES_ONLY: dict[str, Any] = {"prompt_lengths": ()}
 
 @pytest.fixture(autouse=True)
 def little_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "BANDWIDTH_BYTES", 1 << 20)
-    monkeypatch.setattr(bench, "BANDWIDTH_REPEATS", 1)
+    monkeypatch.setattr(benchmark, "BANDWIDTH_BYTES", 1 << 20)
+    monkeypatch.setattr(benchmark, "BANDWIDTH_REPEATS", 1)
 
 
 def config_file(folder: Path, **config: Any) -> str:
@@ -80,48 +84,48 @@ def test_bytes_by_hand(dtype: str, tmp_path: Path) -> None:
 def test_bytes_of_a_tied_and_a_quantized_model() -> None:
     tied = Shape("", LLAMA | {"tie_word_embeddings": True})
     weights = VANILLA - VOCAB * HIDDEN
-    assert bench.bytes_read(stock_model(tied, mx.float32)) == 4 * weights
-    model = stock_model(Shape("", LLAMA), mx.bfloat16, Quantization(4, 32))
+    assert benchmark.count_bytes_read(make_stock_model(tied, mx.float32)) == 4 * weights
+    model = make_stock_model(Shape("", LLAMA), mx.bfloat16, Quantization(4, 32))
     norms = (2 * LAYERS + 1) * HIDDEN
     packed = (VANILLA - norms - UNREAD) * (4 + 2 * 16 / 32) / 8  # a scale and a bias in 32
-    assert bench.bytes_read(model) == packed + 2 * norms
+    assert benchmark.count_bytes_read(model) == packed + 2 * norms
 
 
 def test_bytes_of_experts_and_batches() -> None:
     shape = architecture("mixtral")
-    model = stock_model(shape, mx.float32)
+    model = make_stock_model(shape, mx.float32)
     experts = 4 * LAYERS * 4 * FFN
-    whole = bench.weight_bytes(model) - 4 * VOCAB * HIDDEN
+    whole = benchmark.weight_bytes(model) - 4 * VOCAB * HIDDEN
     for batch, missed in ((1, 1 / 2), (3, 1 / 8)):  # two of four are picked
         expected = whole + 4 * batch * HIDDEN - experts * missed
-        assert bench.bytes_read(model, batch) == round(expected)
+        assert benchmark.count_bytes_read(model, batch) == round(expected)
 
 
 @pytest.mark.parametrize("name", [name for name, kind in ARCHITECTURES.items() if kind.stock])
 def test_bytes_of_loaded_models_are_those_of_their_layouts(name: str) -> None:
     """In mlx-lm's own network and in ours, of every family."""
     shape = architecture(name)
-    plan = synthetic.skipless_plan(shape.args, "auto", mx.float16, False)
+    plan = synthetic.make_skipless_plan(shape.args, "auto", mx.float16, False)
     for model, args in (
-        (stock_model(shape, mx.float16), shape.args),
-        (skipless_model(plan.after, mx.float16), plan.after),
+        (make_stock_model(shape, mx.float16), shape.args),
+        (make_skipless_model(plan.after, mx.float16), plan.after),
     ):
         layout = Layout(args, mx.float16)
-        assert bench.weight_bytes(model) == layout.nbytes()
-        assert bench.bytes_read(model) == layout.bytes_per_token
-        assert bench.cache_bytes(model, 1) == layout.cache_bytes_per_token
+        assert benchmark.weight_bytes(model) == layout.nbytes()
+        assert benchmark.count_bytes_read(model) == layout.bytes_per_token
+        assert benchmark.count_cache_bytes(model, 1) == layout.cache_bytes_per_token
 
 
 def test_a_window_bounds_the_cache_that_is_read() -> None:
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
     config = LLAMA | {"sliding_window": 6, "layer_types": kinds}
     for model in (
-        stock_model(Shape("", config), mx.float32),
-        skipless_model(Shape("", config).args, mx.float32),
+        make_stock_model(Shape("", config), mx.float32),
+        make_skipless_model(Shape("", config).args, mx.float32),
     ):
-        assert bench.cache_bytes(model, 4) == 4 * 2 * KV_WIDTH * 3 * 4
-        assert bench.cache_bytes(model, 20) == 4 * 2 * KV_WIDTH * (6 + 20 + 6)
-        held = [one.keys.shape for one in bench.filled_cache(model, 2, 20)]
+        assert benchmark.count_cache_bytes(model, 4) == 4 * 2 * KV_WIDTH * 3 * 4
+        assert benchmark.count_cache_bytes(model, 20) == 4 * 2 * KV_WIDTH * (6 + 20 + 6)
+        held = [one.keys.shape for one in benchmark.fill_cache(model, 2, 20)]
         assert [shape[2] for shape in held] == [6, 256, 6] and {shape[0] for shape in held} == {2}
 
 
@@ -129,9 +133,9 @@ def test_a_window_bounds_the_cache_that_is_read() -> None:
 def test_random_caches_and_weights_are_sane(dtype: mx.Dtype) -> None:
     """Behind them the next token is as finite as behind a prompt, in each network."""
     shape = Shape("", LLAMA)
-    plan = synthetic.skipless_plan(shape.args, "qp", dtype, False)
-    for model in (stock_model(shape, dtype), skipless_model(plan.after, dtype)):
-        cache = bench.filled_cache(model, 2, 300)
+    plan = synthetic.make_skipless_plan(shape.args, "qp", dtype, False)
+    for model in (make_stock_model(shape, dtype), make_skipless_model(plan.after, dtype)):
+        cache = benchmark.fill_cache(model, 2, 300)
         assert [one.offset for one in cache] == [300] * LAYERS
         keys = cache[0].keys[..., :300, :].astype(mx.float32)
         assert 0.3 < mx.sqrt(keys.square().mean()).item() < 1
@@ -142,16 +146,18 @@ def test_random_caches_and_weights_are_sane(dtype: mx.Dtype) -> None:
 
 
 def test_a_state_stays_and_a_strange_cache_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = stock_model(Shape("", LLAMA), mx.float32)
+    model = make_stock_model(Shape("", LLAMA), mx.float32)
     state = caches.ArraysCache(2)
     state[0] = mx.ones((1, 3))
-    monkeypatch.setattr(bench, "_begun_cache", lambda model, batch_size: [state])
-    monkeypatch.setattr(bench, "make_prompt_cache", lambda model: [caches.ArraysCache(2)])
-    assert bench.filled_cache(model, 1, 9) == [state] and bench.cache_bytes(model, 9) == 0
+    monkeypatch.setattr(benchmark, "_begun_cache", lambda model, batch_size: [state])
+    monkeypatch.setattr(benchmark, "make_prompt_cache", lambda model: [caches.ArraysCache(2)])
+    assert (
+        benchmark.fill_cache(model, 1, 9) == [state] and benchmark.count_cache_bytes(model, 9) == 0
+    )
     chunked = caches.ChunkedKVCache(8)
-    monkeypatch.setattr(bench, "_begun_cache", lambda model, batch_size: [chunked])
+    monkeypatch.setattr(benchmark, "_begun_cache", lambda model, batch_size: [chunked])
     with pytest.raises(mlx_skipless.UserError, match="ChunkedKVCache"):
-        bench.filled_cache(model, 1, 9)
+        benchmark.fill_cache(model, 1, 9)
 
 
 def recorded(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[mx.array]:
@@ -171,10 +177,10 @@ def recorded(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[mx.array
 @pytest.mark.parametrize("length", [1, 4, 5, 9, 10])
 def test_a_run_decodes_as_mlx_lm_does(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same calls with the same tokens, chunk by chunk."""
-    monkeypatch.setattr(bench, "PROMPT_CHUNK", 4)
-    model = stock_model(Shape("", LLAMA), mx.float32)
+    monkeypatch.setattr(benchmark, "PROMPT_CHUNK", 4)
+    model = make_stock_model(Shape("", LLAMA), mx.float32)
     calls = recorded(model, monkeypatch)
-    run = bench._run(model, Case(length, 1), 3)
+    run = benchmark._run(model, Case(length, 1), 3)
     own = [call.tolist() for call in calls]
     prompt = mx.array([token for (row,) in own[:-3] for token in row])
     assert prompt.size == length and run.first_token > 0 and run.decode > 0
@@ -185,12 +191,12 @@ def test_a_run_decodes_as_mlx_lm_does(length: int, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_run_behind_a_cache_reads_no_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = stock_model(Shape("", LLAMA), mx.float32)
+    model = make_stock_model(Shape("", LLAMA), mx.float32)
     calls = recorded(model, monkeypatch)
-    run = bench._run(model, Case(500, 3, decode_only=True), 4)
+    run = benchmark._run(model, Case(500, 3, decode_only=True), 4)
     shapes = [call.shape for call in calls]
     assert shapes == [(3, 1)] * 6  # to see a cache's shapes, to make it grow, and four
-    assert run.peak_memory_bytes > bench.weight_bytes(model)
+    assert run.peak_memory_bytes > benchmark.weight_bytes(model)
 
 
 def test_the_models_take_turns() -> None:
@@ -200,15 +206,18 @@ def test_the_models_take_turns() -> None:
         order.append("a" if model is a else "b")
         return len(order)
 
-    assert bench.in_turn({"a": a, "b": b}, measure, 3) == {"a": [3, 5, 7], "b": [4, 6, 8]}
+    assert benchmark.measure_in_turn({"a": a, "b": b}, measure, 3) == {
+        "a": [3, 5, 7],
+        "b": [4, 6, 8],
+    }
     assert "".join(order) == "ab" + "ababab"
 
 
 def test_ratios_are_of_the_same_round() -> None:
     models = {
-        "theirs": stock_model(Shape("", LLAMA), mx.float32),
-        "ours": skipless_model(
-            synthetic.skipless_plan(Shape("", LLAMA).args, "qp", mx.float32, False).after,
+        "theirs": make_stock_model(Shape("", LLAMA), mx.float32),
+        "ours": make_skipless_model(
+            synthetic.make_skipless_plan(Shape("", LLAMA).args, "qp", mx.float32, False).after,
             mx.float32,
         ),
     }
@@ -216,7 +225,7 @@ def test_ratios_are_of_the_same_round() -> None:
         "theirs": [Run(1.0, 2.0, 10**7), Run(2.0, 4.0, 10**7), Run(4.0, 2.0, 10**7)],
         "ours": [Run(0.5, 1.0, 10**7), Run(1.0, 1.0, 2 * 10**7), Run(1.0, 2.0, 10**7)],
     }
-    theirs, ours = bench.compared(models, Case(100, 2), 8, runs, bandwidth=1e6)
+    theirs, ours = benchmark.compare_runs(models, Case(100, 2), 8, runs, bandwidth=1e6)
     assert theirs.prompt_ratio is None and theirs.decode_ratio is None
     assert ours.prompt_ratio == Spread(2, 2, 4) and ours.decode_ratio == Spread(2, 1, 4)
     assert theirs.prompt_tps == Spread(100, 50, 200) and theirs.decode_tps == Spread(8, 4, 8)
@@ -227,7 +236,7 @@ def test_ratios_are_of_the_same_round() -> None:
     cache = 2 * 4 * 2 * LAYERS * KV_WIDTH * (100 + 4.5)
     read = 4 * (WITHOUT_QP - UNREAD + HIDDEN) + cache
     assert ours.limit_share == pytest.approx(read * 8 / 1e6)
-    only = bench.compared(models, Case(100, 2, decode_only=True), 8, runs, bandwidth=1e6)
+    only = benchmark.compare_runs(models, Case(100, 2, decode_only=True), 8, runs, bandwidth=1e6)
     assert only[1].prompt_tps is None and only[1].first_token_seconds is None
     assert only[1].prompt_ratio is None and only[1].decode_ratio == Spread(2, 1, 4)
 
@@ -255,10 +264,10 @@ def test_a_skipless_model_is_measured_against_a_llama_of_its_sizes(tmp_path: Pat
 
 def test_a_skipless_mixture_of_experts_is_measured_against_mixtral() -> None:
     shape = architecture("mixtral")
-    plan = synthetic.skipless_plan(shape.args, "qp", mx.float32, False)
-    model = bench._vanilla(skipless_model(plan.after, mx.float32))
-    theirs = stock_model(shape, mx.float32)
-    assert bench.network_of(model) == "mlx-lm mixtral"
+    plan = synthetic.make_skipless_plan(shape.args, "qp", mx.float32, False)
+    model = benchmark._vanilla(make_skipless_model(plan.after, mx.float32))
+    theirs = make_stock_model(shape, mx.float32)
+    assert benchmark.describe_network(model) == "mlx-lm mixtral"
     assert {n: a.shape for n, a in params(model).items()} == {
         n: a.shape for n, a in params(theirs).items()
     }
@@ -276,7 +285,7 @@ def test_a_model_in_mlx_lms_own_code_is_the_baseline(tmp_path: Path) -> None:
 
 def test_a_network_with_skips_and_drops_says_so(tmp_path: Path) -> None:
     args = replace(Shape("", LLAMA).args, removed={"attention": [1]})
-    assert bench.network_of(skipless_model(args, mx.float32)) == (
+    assert benchmark.describe_network(make_skipless_model(args, mx.float32)) == (
         "mlx-skipless with skips without attention"
     )
 
@@ -301,7 +310,7 @@ def test_a_saved_shape_is_the_model_in_memory(
     synthetic.write_checkpoint(shape, mx.bfloat16, tmp_path / "s")
     assert len([*(tmp_path / "s").glob("*.safetensors")]) > 1
     loaded, config = mlx_lm.utils.load_model(tmp_path / "s")
-    expected = params(stock_model(shape, mx.bfloat16))
+    expected = params(make_stock_model(shape, mx.bfloat16))
     found = params(loaded)
     assert found.keys() == expected.keys() and config["torch_dtype"] == "bfloat16"
     for tensor, array in found.items():
@@ -314,13 +323,13 @@ def test_a_saved_shape_is_the_model_in_memory(
     }
     assert theirs.get(name, "model.embed_tokens.weight") in names
     ours = open_checkpoint(tmp_path / "s").read(Layout(shape.args, mx.bfloat16).tensors)
-    for tensor, array in synthetic.random_weights(Layout(shape.args, mx.bfloat16)).items():
+    for tensor, array in synthetic.make_random_weights(Layout(shape.args, mx.bfloat16)).items():
         assert mx.array_equal(ours[tensor], array), tensor  # gains as they act
 
 
 def test_random_weights_have_the_scale_that_is_said() -> None:
     layout = Layout(Shape("", LLAMA).args, mx.float32)
-    weights = synthetic.random_weights(layout)
+    weights = synthetic.make_random_weights(layout)
     assert weights.keys() == layout.tensors.keys()
     for name, array in weights.items():
         if array.ndim > 1:
@@ -354,12 +363,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["bench", *arguments, "--plot", files["png"]]) == 0
     printed = capsys.readouterr().out
     told = json.loads(Path(files["json"]).read_text(), parse_constant=pytest.fail)
-    assert [*told] == [*bench.Benchmark.__dataclass_fields__]
+    assert [*told] == [*benchmark.Benchmark.__dataclass_fields__]
     assert len(told["results"]) == 2 * (2 + 1) * 2 and told["bandwidth"] > 0
     assert mx.device_info()["device_name"] in told["device"] and told["device"] in printed
     document = Path(files["md"]).read_text()
     for one in told["results"]:
-        assert [*one] == [*bench.Result.__dataclass_fields__]
+        assert [*one] == [*benchmark.Result.__dataclass_fields__]
         case, speed = one["case"], one["decode_tps"]
         assert speed["low"] <= speed["median"] <= speed["high"]
         assert (one["prompt_tps"] is None) == case["decode_only"] == (case["length"] == 300)
@@ -395,14 +404,14 @@ def test_speeds_are_shown_to_three_digits() -> None:
     ],
 )
 def test_shapes_are_found_by_parts_of_their_names(name: str, found: str, layers: int) -> None:
-    shape = shape_of(name)
+    shape = find_shape(name)
     assert shape.name == found and shape.args.num_hidden_layers == layers
     assert len(shape.args.layer_types) == layers
 
 
 def test_a_window_that_mlx_lm_does_not_have_is_told() -> None:
     found = mlx_skipless.benchmark(synthetic="mistral-7b-v0.1:1", **SIZES_ONLY)
-    assert found.notes[1] == bench.NOT_THE_SAME
+    assert found.notes[1] == benchmark.NOT_THE_SAME
     assert len(mlx_skipless.benchmark(synthetic="ministral:4", **SIZES_ONLY).notes) == 1
 
 

@@ -11,7 +11,7 @@ import pytest
 from mlx_skipless.architectures.families import FAMILIES
 from mlx_skipless.cli.main import main
 from mlx_skipless.evaluation import catalogue
-from mlx_skipless.evaluation.analysis import BATCHES, analyze, removal
+from mlx_skipless.evaluation.analysis import BATCHES, analyze, measure_removal
 from mlx_skipless.removal import table as first_layer
 
 # Hugging Face's counts of each repository's parameters; Pythia's and GPT-J's are on their cards.
@@ -51,8 +51,8 @@ def test_the_table_of_kv_weights_are_all_you_need(
     name: str, total: float, gone: float, share: float, speedup: float, tmp_path: Path
 ) -> None:
     """arXiv 2404.12362, section 3: Pythia as it would be trained without Q and P."""
-    args = catalogue.args_of(name)
-    found = removal(args, mx.bfloat16, "qp")
+    args = catalogue.read_catalogue_args(name)
+    found = measure_removal(args, mx.bfloat16, "qp")
     if args.block == "serial":
         assert found.weights is not None and found.share is not None and found.speedup is not None
         assert round((PUBLISHED[name] - found.weights) / 1e9, 1) == gone
@@ -64,7 +64,7 @@ def test_the_table_of_kv_weights_are_all_you_need(
         left, fewer, times = re.findall(r"([\d,.]+)(?: weights|% fewer| times)", note)
         assert round(int(left.replace(",", "")) / 1e9, 1) == gone
         assert round(float(fewer)) == share and float(times) == speedup
-        one = removal(args, mx.bfloat16, "q")
+        one = measure_removal(args, mx.bfloat16, "q")
         assert one.weights == 32 * (4096 * 4096 + 4096)
     assert round(PUBLISHED[name] / 1e9, 1) == total
 
@@ -80,7 +80,9 @@ def test_the_table_of_precomputing_the_first_layer(
     name: str, vocabulary: int, matrices: int, row: int, times: tuple[int, ...], growth: int
 ) -> None:
     """arXiv 2402.13388, section 3, which counts matrices alone, and 32 tokens less for Pythia."""
-    table = first_layer.first_layer(replace(catalogue.args_of(name), vocab_size=vocabulary))
+    table = first_layer.measure_table(
+        replace(catalogue.read_catalogue_args(name), vocab_size=vocabulary)
+    )
     assert (table.matrices, table.row) == (matrices, row)
     assert tuple(round(table.reads_before(n) / table.reads_after(n)) for n in BATCHES) == times
     assert table.growth + table.vectors == growth

@@ -48,7 +48,7 @@ def test_scores(tmp_path: Path, kind: str, length: int, batch_size: int):
     model, text = tmp_path / "model", tmp_path / "text.txt"
     config, weights = make(kind, model, seed=length)
     text.write_text(TEXT, encoding="utf-8")
-    score = mlx_skipless.evaluate(
+    score = mlx_skipless.measure_perplexity(
         model, validation=[text], context=length, batch_size=batch_size
     ).as_dict()
     expected = numpy_score(model, config, weights, length)
@@ -61,8 +61,8 @@ def test_windows_are_as_long_as_the_model_was_made_for(tmp_path: Path, positions
     model, text = tmp_path / "model", tmp_path / "text.txt"
     make("skipless", model, max_position_embeddings=positions)
     text.write_text("a" * 600)
-    default = mlx_skipless.evaluate(model, validation=[text])
-    assert default == mlx_skipless.evaluate(model, validation=[text], context=length)
+    default = mlx_skipless.measure_perplexity(model, validation=[text])
+    assert default == mlx_skipless.measure_perplexity(model, validation=[text], context=length)
     assert default.tokens == 600 // length * length
 
 
@@ -77,17 +77,17 @@ def test_the_end_of_each_file_is_held_out(tmp_path: Path, share: float):
         ends.append(tmp_path / f"{i}-end.txt")
         files[-1].write_text("\n".join(lines))
         ends[-1].write_text("\n".join(lines[count - round(share * count) :]))
-    held_out = mlx_skipless.evaluate(model, files, validation_share=share, context=8)
-    assert held_out == mlx_skipless.evaluate(model, validation=ends, context=8)
+    held_out = mlx_skipless.measure_perplexity(model, files, validation_share=share, context=8)
+    assert held_out == mlx_skipless.measure_perplexity(model, validation=ends, context=8)
     # Files of their own are taken alone.
-    assert held_out == mlx_skipless.evaluate(model, files, validation=ends, context=8)
+    assert held_out == mlx_skipless.measure_perplexity(model, files, validation=ends, context=8)
 
 
 def test_the_command_is_the_function(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     model, text, report = tmp_path / "model", tmp_path / "text.txt", tmp_path / "score.json"
     make("skipless", model)
     text.write_text(TEXT)
-    score = mlx_skipless.evaluate(model, [text], context=32, validation_share=0.4)
+    score = mlx_skipless.measure_perplexity(model, [text], context=32, validation_share=0.4)
     arguments = ["evaluate", "--model", model, "--data", text, "--context", 32, "--json", report]
     assert cli.main([*map(str, arguments), "--validation-share", "0.4"]) == 0
     assert json.loads(report.read_text()) == score.as_dict()
@@ -119,7 +119,7 @@ def test_what_cannot_be_scored(tmp_path: Path, options: dict[str, Any], says: st
 
     given = {"model": "@/model", "validation": ["@/text.txt"]} | options
     with pytest.raises(UserError, match=says) as refusal:
-        mlx_skipless.evaluate(**{key: placed(value) for key, value in given.items()})
+        mlx_skipless.measure_perplexity(**{key: placed(value) for key, value in given.items()})
     assert "\n" not in str(refusal.value)
 
 

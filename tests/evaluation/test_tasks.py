@@ -11,8 +11,8 @@ import reference
 from factory import make_checkpoint
 
 import mlx_skipless
-from mlx_skipless import UserError, cli, compare_tasks
-from mlx_skipless.evaluation.tasks import Results, scores
+from mlx_skipless import UserError, cli, evaluate
+from mlx_skipless.evaluation.tasks import Results, pair_scores
 
 ANSWERS = ["yes", "no", "none of these", "both"]
 QUESTIONS = 10
@@ -47,7 +47,7 @@ def test_a_difference_of_means_is_of_the_same_items(count: int, kind: str) -> No
         )
         for items in (a, b)
     ]
-    (score,) = scores(*runs)
+    (score,) = pair_scores(*runs)
     assert score.metric == ("acc" if kind == "none" else "acc,strict")
     assert (score.task, score.higher_is_better) == ("own", True)
     got = (score.source, score.result, score.difference)
@@ -72,7 +72,7 @@ def test_other_metrics_are_as_of_different_items(
     runs = [
         results({"ppl,none": 10.0 + i, "ppl_stderr,none": errors[i]}, samples) for i in range(2)
     ]
-    (score,) = scores(*runs)
+    (score,) = pair_scores(*runs)
     assert (score.metric, score.higher_is_better, score.difference) == ("ppl", False, 1.0)
     assert score.difference_stderr == (None if expected is None else pytest.approx(expected))
     assert [score.source_stderr, score.result_stderr] == [
@@ -84,7 +84,7 @@ def test_a_group_is_a_row_of_its_own() -> None:
     samples = [{"doc_id": i, "filter": "none", "acc": i % 2} for i in range(4)]
     run = dict(results({"acc,none": 0.5, "acc_stderr,none": 0.3}, samples))
     run["groups"] = {"all": {"sample_len": 8, "acc,none": 0.25, "acc_stderr,none": 0.1}}
-    own, group = scores(run, run)
+    own, group = pair_scores(run, run)
     assert (own.task, own.difference_stderr, own.items) == ("own", 0, 4)
     assert (group.task, group.source, group.items) == ("all", 0.25, 8)
     assert group.difference_stderr == pytest.approx(np.hypot(0.1, 0.1))
@@ -101,7 +101,7 @@ def test_a_group_is_a_row_of_its_own() -> None:
 )
 def test_arguments_are_checked_first(options: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        compare_tasks("no model", "no model", ["no task"], **options)
+        evaluate("no model", "no model", ["no task"], **options)
 
 
 def test_without_lm_eval_one_line_says_how_to_get_it(
@@ -205,5 +205,5 @@ def test_a_task_that_cannot_be_run_is_one_line(
 ) -> None:
     make_checkpoint(tmp_path / "s", **SMALL)
     with pytest.raises(UserError, match=said) as caught:
-        compare_tasks(tmp_path / "s", tmp_path / "s", [task], include_path=folder)
+        evaluate(tmp_path / "s", tmp_path / "s", [task], include_path=folder)
     assert "\n" not in str(caught.value)

@@ -442,7 +442,7 @@ def test_ctrl_c_while_the_prompt_is_read_forgets_it(
     chat(*llama, max_tokens=3)
     assert signal.getsignal(signal.SIGINT) is before
     err = capsys.readouterr().err
-    length = len(generation.prompt_tokens(llama[1], "Hi"))
+    length = len(generation.encode_prompt(llama[1], "Hi"))
     assert "Stopped; the message is forgotten." in err
     assert f"prompt {length} tokens at" in err
     assert f"1 turns: {length} prompt tokens processed, 3 generated" in err

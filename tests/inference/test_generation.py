@@ -23,7 +23,7 @@ from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, save_prompt
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_skipless import cli
-from mlx_skipless.conversion import convert as conversion
+from mlx_skipless.conversion import convert
 from mlx_skipless.errors import UserError
 from mlx_skipless.inference import chat, generation
 from mlx_skipless.inference.loading import load
@@ -163,10 +163,10 @@ def test_a_folder_serves_as_model(folder: Path, llama: Loaded):
 
 def test_text_goes_through_the_chat_template_unless_told(llama: Loaded):
     _, tokenizer = llama
-    chat = generation.prompt_tokens(tokenizer, "Hi")
+    chat = generation.encode_prompt(tokenizer, "Hi")
     assert tokenizer.decode(chat) == "<s>user: Hi\n<s>assistant: "
-    assert generation.prompt_tokens(tokenizer, "Hi", chat=True) == chat
-    plain = generation.prompt_tokens(tokenizer, "Hi", chat=False)
+    assert generation.encode_prompt(tokenizer, "Hi", chat=True) == chat
+    plain = generation.encode_prompt(tokenizer, "Hi", chat=False)
     assert plain == tokenizer.encode("Hi") != chat
     assert run(llama, "Hi", max_tokens=5) == run(llama, chat, max_tokens=5)
 
@@ -177,9 +177,9 @@ def test_without_a_template_text_is_plain_and_chat_is_refused(folder: Path):
         if file.name != "chat_template.jinja":
             (bare / file.name).write_bytes(file.read_bytes())
     _, tokenizer = load(bare)
-    assert generation.prompt_tokens(tokenizer, "Hi") == tokenizer.encode("Hi")
+    assert generation.encode_prompt(tokenizer, "Hi") == tokenizer.encode("Hi")
     with pytest.raises(UserError, match="no chat template"):
-        generation.prompt_tokens(tokenizer, "Hi", chat=True)
+        generation.encode_prompt(tokenizer, "Hi", chat=True)
 
 
 @pytest.mark.parametrize("size", [5, 16])
@@ -371,8 +371,8 @@ def test_prompt_cache_of_mlx_lm(template: bool, folder: Path, tmp_path: Path) ->
         tokenizer._tokenizer.chat_template = None
         tokenizer.has_chat_template = False
     first, second = "The quick brown fox", " jumps over the lazy dog."
-    whole = generation.prompt_tokens(tokenizer, first + second)
-    end = generation.prompt_tokens(tokenizer, second, continued=True)
+    whole = generation.encode_prompt(tokenizer, first + second)
+    end = generation.encode_prompt(tokenizer, second, continued=True)
     assert whole[-len(end) :] == end
     cache = generation.make_cache(model)
     model(mx.array([whole[: -len(end)]]), cache)
@@ -423,7 +423,7 @@ def command(
 ) -> Command:
     """Run `generate` in an empty folder; gives exit code, standard output and standard error."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(conversion, "BUNDLED", bundled)
+    monkeypatch.setattr(convert, "BUNDLED", bundled)
 
     def run(*arguments: str, stdin: str | bytes = os.devnull) -> tuple[int, str, str]:
         """`stdin`: a file, or the bytes that a pipe holds."""
@@ -442,7 +442,7 @@ def command(
 
 def said(folder: Path, prompt: str, *, chat: bool | None = None, **options: Any) -> str:
     model, tokenizer = load(folder)
-    ids = generation.prompt_tokens(tokenizer, prompt, chat=chat)
+    ids = generation.encode_prompt(tokenizer, prompt, chat=chat)
     return generation.generate(model, tokenizer, ids, **options).text
 
 
@@ -455,7 +455,7 @@ def test_without_arguments_the_bundled_model_is_converted_once(
     assert "fewer)" in err and "worst relative logit error" in err and "; answer " in err
     config = json.loads((tmp_path / "mlx_model/config.json").read_text())
     assert config["removed"] == {"q": [0, 1, 2], "p": [0, 1, 2]}
-    monkeypatch.setattr(conversion, "BUNDLED", tmp_path / "gone")
+    monkeypatch.setattr(convert, "BUNDLED", tmp_path / "gone")
     code, out, err = command("--max-tokens", "4")
     assert code == 0 and "converting" not in err and out.startswith("Once upon a time")
 
@@ -469,7 +469,7 @@ def test_another_model_is_not_replaced_by_the_bundled_one(command: Command, tmp_
 def test_a_bundled_model_that_cannot_be_converted_leaves_nothing(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(conversion, "BUNDLED", tmp_path / "gone")
+    monkeypatch.setattr(convert, "BUNDLED", tmp_path / "gone")
     code, out, err = command()
     assert (code, out) == (1, "") and "error: " in err and "gone" in err
     assert not list(tmp_path.iterdir())
@@ -491,7 +491,7 @@ def test_a_tale_keeps_its_first_space(name: str | None, pieces: list[str], shown
     known = {"token": 0, "logprobs": mx.zeros(1), "finish_reason": None}
     responses = (SimpleNamespace(text=piece, **known) for piece in pieces)
     tokenizer: Any = SimpleNamespace(convert_ids_to_tokens=[name].__getitem__)
-    assert "".join(generation.spaced(generation.Stream(responses), tokenizer)) == shown
+    assert "".join(generation.restore_first_space(generation.Stream(responses), tokenizer)) == shown
 
 
 def test_the_unasked_tale_is_sampled(command: Command, tmp_path: Path):
@@ -561,7 +561,7 @@ def test_a_terminal_chats(
     temp: float | None,
 ):
     """With a tale to open it and warm, or after a template's own manner and greedy."""
-    monkeypatch.setattr(conversion, "BUNDLED", bundled)
+    monkeypatch.setattr(convert, "BUNDLED", bundled)
     monkeypatch.chdir(tmp_path)
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(chat, "chat", lambda model, tokenizer, **options: asked.append(options))

@@ -15,7 +15,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import quantize_model
 
 import mlx_skipless
-from mlx_skipless.architectures.config import model_args
+from mlx_skipless.architectures.config import read_model_args
 from mlx_skipless.checkpoints.checkpoint import open_checkpoint
 from mlx_skipless.network.model import FUSED, Model
 from mlx_skipless.quantization.layout import tensors_of
@@ -170,7 +170,7 @@ def test_what_config_says_is_checked(fused: Any, complaint: str, tmp_path: Path)
         mlx_skipless.load(tmp_path / "o")
     if complaint == '"fused"':
         with pytest.raises(mlx_skipless.UserError, match=complaint):
-            model_args(config)
+            read_model_args(config)
 
 
 def test_a_fused_matrix_of_another_height(tmp_path: Path) -> None:

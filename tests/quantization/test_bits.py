@@ -16,13 +16,13 @@ from mlx_skipless.quantization.bits import BITS, Mixture, Raises
     [("900000", 900000), ("1.6MB", 1_600_000), ("4 GB", 4 * 10**9), ("12kb", 12000), ("7b", 7)],
 )
 def test_sizes(text: str, value: int) -> None:
-    assert budget.size(text) == value
+    assert budget.parse_bytes(text) == value
 
 
 @pytest.mark.parametrize("text", ["", "0", "-3", "MB", "4TB", "1.6MBs", "nan", "1e6", "0.2"])
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(UserError, match=r"no size.*1\.6MB"):
-        budget.size(text)
+        budget.parse_bytes(text)
 
 
 def some(seed: int, count: int = 4) -> tuple[dict[str, int], dict[str, float], Raises]:
@@ -91,7 +91,7 @@ def test_the_search_finds_the_smallest(seed: int) -> None:
         asked.append(mixture.bits["m"])
         return kls[asked[-1]]
 
-    chosen, last = budget.smallest_below(found, limit, measure)
+    chosen, last = budget.find_smallest(found, limit, measure)
     index = chosen.bits["m"]
     smallest = next(i for i, kl in enumerate(kls) if kl <= limit)
     assert kls[index] <= limit and len(asked) <= budget.TRIES
@@ -101,9 +101,9 @@ def test_the_search_finds_the_smallest(seed: int) -> None:
 
 def test_the_search_says_what_cannot_be_had() -> None:
     with pytest.raises(UserError, match=r"--target-kl 0\.01 is out of reach.*0\.5 nats"):
-        budget.smallest_below(mixtures([1.0, 0.1, 0.001]), 0.01, lambda mixture: 0.5)
+        budget.find_smallest(mixtures([1.0, 0.1, 0.001]), 0.01, lambda mixture: 0.5)
 
 
 def test_the_search_stops_where_the_smallest_will_do() -> None:
-    chosen, last = budget.smallest_below(mixtures([1e-3, 1e-4]), 1.0, lambda mixture: 1e-3)
+    chosen, last = budget.find_smallest(mixtures([1e-3, 1e-4]), 1.0, lambda mixture: 1e-3)
     assert chosen.bits["m"] == 0 and last

@@ -14,12 +14,12 @@ import mlx_skipless
 from mlx_skipless.checkpoints.checkpoint import open_checkpoint
 from mlx_skipless.network.model import Model
 from mlx_skipless.quantization import bits as budget
-from mlx_skipless.quantization.calibration import CalibratedParts, Moments, fit
+from mlx_skipless.quantization.calibration import CalibratedParts, Moments, fit_weight
 from mlx_skipless.quantization.formats import Format
 from mlx_skipless.quantization.layout import Layout, Quantization
 from mlx_skipless.removal.merger import Merger
 from mlx_skipless.removal.plan import make_plan
-from mlx_skipless.text import samples as passages
+from mlx_skipless.text import samples
 
 SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4}
 WORDS = [
@@ -50,8 +50,8 @@ def prose(words: int, seed: int) -> str:
 
 @pytest.fixture(autouse=True)
 def less_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passages, "CALIBRATION", (32, 64))
-    monkeypatch.setattr(passages, "LONG_CHECK", (8, 32))
+    monkeypatch.setattr(samples, "CALIBRATION", (32, 64))
+    monkeypatch.setattr(samples, "LONG_CHECK", (8, 32))
 
 
 def moments(x: np.ndarray, y: np.ndarray) -> Moments:
@@ -78,7 +78,7 @@ def test_fit_finds_the_matrix(noise: float) -> None:
     half = len(x) // 2
     seen, judge = moments(inputs[:half], x[:half] @ w), moments(inputs[half:], x[half:] @ w)
     form = Format(8, 32, "affine")
-    got = fit(seen, judge, "m", 5 * rng.standard_normal(w.shape), form)
+    got = fit_weight(seen, judge, "m", 5 * rng.standard_normal(w.shape), form)
     if not noise:
         assert judge.error("m", got) < 1e-4
     assert judge.error("m", got) < judge.error("m", w) + 1e-5
@@ -92,7 +92,7 @@ def test_fit_keeps_the_prior_where_nothing_was_seen() -> None:
     nothing = np.zeros((10, 32))
     form = Format(4, 32, "affine")
     seen, judge = moments(nothing, np.zeros((10, 8))), moments(nothing, np.ones((10, 8)))
-    assert fit(seen, judge, "m", prior, form) is prior
+    assert fit_weight(seen, judge, "m", prior, form) is prior
 
 
 def test_fit_keeps_the_prior_where_the_judge_says_so() -> None:
@@ -101,7 +101,7 @@ def test_fit_keeps_the_prior_where_the_judge_says_so() -> None:
     prior = rng.standard_normal((32, 8))
     x = rng.standard_normal((40, 32))
     seen, judge = moments(x, 9 * rng.standard_normal((40, 8))), moments(x, x @ prior)
-    assert fit(seen, judge, "m", prior, Format(8, 32, "affine")) is prior
+    assert fit_weight(seen, judge, "m", prior, Format(8, 32, "affine")) is prior
 
 
 def ill_conditioned(folder: Path, spread: float = 2.5, **config: Any):
@@ -309,8 +309,8 @@ def test_a_target_size(config: dict[str, Any], tmp_path: Path) -> None:
 
 def test_a_target_kl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The result keeps the limit, and does not by being much larger than it must."""
-    monkeypatch.setattr(passages, "CALIBRATION", (16, 32))
-    monkeypatch.setattr(passages, "LONG_CHECK", (4, 64))
+    monkeypatch.setattr(samples, "CALIBRATION", (16, 32))
+    monkeypatch.setattr(samples, "LONG_CHECK", (4, 64))
     make_checkpoint(tmp_path / "s", norm="qkv", num_hidden_layers=2, **SIZES)
     sizes = []
     for limit in (0.02, 0.002):
@@ -335,7 +335,7 @@ def test_what_a_target_kl_chose_is_what_is_written(
         return found[3], False
 
     monkeypatch.setattr(budget, "smallest_below", smallest)
-    monkeypatch.setattr(passages, "CALIBRATION", (16, 32))
+    monkeypatch.setattr(samples, "CALIBRATION", (16, 32))
     make_checkpoint(tmp_path / "s", norm="qkv", num_hidden_layers=2, **SIZES)
     report = mlx_skipless.convert(tmp_path / "s", tmp_path / "o", target_kl=0.1)
     (file,) = (tmp_path / "o").glob("*.safetensors")

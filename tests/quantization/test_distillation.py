@@ -11,10 +11,10 @@ from factory import make_checkpoint
 
 import mlx_skipless
 from mlx_skipless.network.model import Model, ModelArgs
-from mlx_skipless.quantization import distillation as distill
-from mlx_skipless.quantization.distillation import distilled
+from mlx_skipless.quantization import distillation
+from mlx_skipless.quantization.distillation import distill
 from mlx_skipless.quantization.formats import Format
-from mlx_skipless.text import samples as passages
+from mlx_skipless.text import samples
 
 ARGS = ModelArgs(
     "skipless", hidden_size=64, num_hidden_layers=1, intermediate_size=64, num_attention_heads=2,
@@ -49,7 +49,7 @@ def test_scales_and_biases_move_towards_the_source(bits: int, steps: int) -> Non
     rng = np.random.default_rng(0)
     tokens, others = (mx.array(rng.integers(0, 50, (32, 16))) for _ in range(2))
     before = kl(teacher, student, others)
-    got = distilled(teacher, student, packed, forms, tokens, steps=steps, seed=0)
+    got = distill(teacher, student, packed, forms, tokens, steps=steps, seed=0)
     assert set(got) == {f"{where}.{part}" for where in forms for part in ("scales", "biases")}
     for where in forms:
         new = {"weight": packed[f"{where}.weight"]}
@@ -67,12 +67,12 @@ def test_scales_and_biases_move_towards_the_source(bits: int, steps: int) -> Non
 
 def test_a_training_that_does_not_help_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """What does best on the text that judges is kept, be it the start."""
-    monkeypatch.setattr(distill, "LEARNING_RATE", 50.0)
+    monkeypatch.setattr(distillation, "LEARNING_RATE", 50.0)
     teacher, student = network(0), network(0)
     form, where = Format(8, 32, "affine"), "lm_head"
     packed = {f"{where}.{p}": a for p, a in form.nearest(teacher.lm_head.weight).items()}
     tokens = mx.array(np.random.default_rng(0).integers(0, 50, (32, 16)))
-    got = distilled(teacher, student, packed, {where: form}, tokens, steps=60, seed=0)
+    got = distill(teacher, student, packed, {where: form}, tokens, steps=60, seed=0)
     for part in ("scales", "biases"):
         assert mx.allclose(got[f"{where}.{part}"], packed[f"{where}.{part}"], atol=1e-6).item()
 
@@ -80,8 +80,8 @@ def test_a_training_that_does_not_help_changes_nothing(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_convert_distills(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The packed weights stay bit for bit, scales and biases change, the check sees it."""
-    monkeypatch.setattr(passages, "CALIBRATION", (32, 32))
-    monkeypatch.setattr(passages, "LONG_CHECK", (8, 32))
+    monkeypatch.setattr(samples, "CALIBRATION", (32, 32))
+    monkeypatch.setattr(samples, "LONG_CHECK", (8, 32))
     make_checkpoint(
         tmp_path / "s", norm="qkv", hidden_size=64, intermediate_size=128, num_hidden_layers=2
     )

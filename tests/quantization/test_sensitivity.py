@@ -11,12 +11,12 @@ from factory import make_checkpoint
 from reference import Config, Weights
 
 from mlx_skipless.checkpoints.checkpoint import open_checkpoint
-from mlx_skipless.network.wiring import points
+from mlx_skipless.network.wiring import find_points
 from mlx_skipless.quantization import sensitivity
 from mlx_skipless.quantization.formats import Format
 from mlx_skipless.quantization.layout import Layout, Quantization
 from mlx_skipless.removal.merger import Merger
-from mlx_skipless.removal.plan import RemovalCost, alone, around_of, make_plan
+from mlx_skipless.removal.plan import RemovalCost, find_mixed, isolate_removal, make_plan
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "norm": "qkv",
@@ -57,7 +57,7 @@ def test_rounding_costs(config: Config, bits: int, tmp_path: Path) -> None:
     plan = make_plan(checkpoint.args, remove="none")
     layout = Layout(plan.after, mx.float32, Quantization(bits, 32))
     tokens = np.random.default_rng(0).integers(0, 256, (4, 12))
-    got = sensitivity.rounding_costs(
+    got = sensitivity.measure_rounding(
         plan.after, Merger(checkpoint, plan, mx.float32), layout.free, layout.format_of,
         mx.array(tokens),
     )  # fmt: skip
@@ -74,20 +74,20 @@ def costs_of(
 ) -> dict[str, RemovalCost]:
     checkpoint = open_checkpoint(folder)
     plan = make_plan(checkpoint.args, remove=letters, quantized=True)
-    found = points(plan.before)
+    found = find_points(plan.before)
     quantization = Quantization(bits, 32)
     trials = []
-    for index, where in plan.identity.items():
-        around = around_of(plan.before, found, index, where)
+    for index, where in plan.eliminated.items():
+        around = find_mixed(plan.before, found, index, where)
         if not around or any(m in ("lm_head", "model.embed_tokens") for m in around):
             continue
-        single = alone(plan, index)
+        single = isolate_removal(plan, index)
         merger = Merger(checkpoint, single, mx.float32)
         layout = Layout(single.after, mx.float32, quantization)
         trials.append(sensitivity.Trial(where, tuple(around), merger, layout))
     source = Merger(checkpoint, make_plan(checkpoint.args, remove="none"), mx.float32)
     format_of = Layout(plan.before, mx.float32, quantization).format_of
-    return sensitivity.removal_costs(plan.before, source, trials, format_of, mx.array(tokens))
+    return sensitivity.measure_removals(plan.before, source, trials, format_of, mx.array(tokens))
 
 
 REMOVALS = [
@@ -139,9 +139,9 @@ def test_removal_costs(config: Config, letters: str, tmp_path: Path) -> None:
         plan = make_plan(args, remove=letters, quantized=True)
         held = tokens[14:]  # of batches of two rows the eighth
         exact = reference.logits(source, weights, held)
-        for index, where in plan.identity.items():
+        for index, where in plan.eliminated.items():
             if where in found:
-                names = [where, *around_of(args, points(args), index, where)]
+                names = [where, *find_mixed(args, find_points(args), index, where)]
                 other = reference.logits(source, rounded(weights, names, 4), held)
                 expected = reference.softmax_kl(exact, other)
                 assert found[where].rounded == pytest.approx(expected, rel=0.05)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_skipless.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from mlx_skipless.network.wiring import layer_of
+from mlx_skipless.network.wiring import parse_layer
 from mlx_skipless.removal.merger import (
     Linear,
     Merger,
@@ -23,9 +23,9 @@ from mlx_skipless.removal.merger import (
     basis_without_writer,
     centre,
     change_basis,
-    dual,
     fold_norm,
-    measure,
+    measure_conditioning,
+    transpose_basis,
 )
 from mlx_skipless.removal.plan import make_plan
 
@@ -92,7 +92,7 @@ def test_dual_keeps_the_tie() -> None:
     rng = np.random.default_rng(0)
     embedding, y = rng.standard_normal((11, 6)), rng.standard_normal((4, 6))
     basis = basis_without_reader(random_linear(rng, 6, 6, False))
-    other = dual(basis)
+    other = transpose_basis(basis)
     assert_near((y @ other.matrix) @ (embedding @ basis.matrix).T, y @ embedding.T, 1e3)
     assert_near(other.matrix @ other.inverse, np.eye(6), 1e3)
 
@@ -127,7 +127,7 @@ def test_centre(bias: bool) -> None:
 @pytest.mark.parametrize("n", [1, 2, 17, 64, 200])
 def test_conditioning(n: int) -> None:
     matrix = np.random.default_rng(n).standard_normal((n, n))
-    measured = measure(matrix)
+    measured = measure_conditioning(matrix)
     assert measured.condition == pytest.approx(np.linalg.cond(matrix), rel=0.02)
     inverse = np.linalg.inv(matrix)
     frobenius = np.sqrt((matrix**2).sum() * (inverse**2).sum()) / n
@@ -136,10 +136,10 @@ def test_conditioning(n: int) -> None:
 
 def test_conditioning_of_special_matrices() -> None:
     rotation, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((32, 32)))
-    assert measure(rotation).condition == pytest.approx(1, rel=1e-3)
-    assert measure(rotation).extra_bits == 0
-    assert measure(np.diag([1.0, 1e-8])).condition == pytest.approx(1e8, rel=0.02)
-    assert measure(np.zeros((4, 4))).condition == np.inf
+    assert measure_conditioning(rotation).condition == pytest.approx(1, rel=1e-3)
+    assert measure_conditioning(rotation).extra_bits == 0
+    assert measure_conditioning(np.diag([1.0, 1e-8])).condition == pytest.approx(1e8, rel=0.02)
+    assert measure_conditioning(np.zeros((4, 4))).condition == np.inf
 
 
 @pytest.mark.parametrize("spread", [0.3, 2.0])
@@ -215,4 +215,4 @@ def test_layers_out_of_order_are_not_read_ahead(tmp_path: Path) -> None:
     for layer in (1, 0, 0):
         merger.layer(layer)
     assert ahead == []
-    assert {layer_of(name) for name in noted} == {0, 1}
+    assert {parse_layer(name) for name in noted} == {0, 1}

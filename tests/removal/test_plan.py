@@ -10,9 +10,15 @@ import pytest
 
 from mlx_skipless.errors import UserError
 from mlx_skipless.network.model import ModelArgs, quant_predicate
-from mlx_skipless.network.wiring import points
+from mlx_skipless.network.wiring import find_points
 from mlx_skipless.quantization.layout import Layout, Quantization
-from mlx_skipless.removal.plan import Conditioning, RemovalCost, alone, make_plan, measurable
+from mlx_skipless.removal.plan import (
+    Conditioning,
+    RemovalCost,
+    find_measurable,
+    isolate_removal,
+    make_plan,
+)
 
 BASE = ModelArgs(
     "skipless", hidden_size=64, num_hidden_layers=3, intermediate_size=96, num_attention_heads=4,
@@ -26,7 +32,7 @@ def wired(args: ModelArgs) -> list[tuple[list[str], list[str]]]:
         parts = path.split(".")
         return f"{parts[2]}.{parts[-1][0]}" if "layers" in path else parts[-1]
 
-    return [([*map(short, p.producers)], [*map(short, p.consumers)]) for p in points(args)]
+    return [([*map(short, p.producers)], [*map(short, p.consumers)]) for p in find_points(args)]
 
 
 def test_points_of_a_serial_block() -> None:
@@ -149,7 +155,7 @@ def test_auto_never_grows_a_model(block: str, skip: str) -> None:
 
 def test_auto_takes_the_better_conditioned_of_q_k_and_v() -> None:
     names = {x: f"model.layers.1.self_attn.{x}_proj" for x in "qkv"}
-    measured = dict.fromkeys(measurable(MHA, "auto"), Conditioning(10, 2.0))
+    measured = dict.fromkeys(find_measurable(MHA, "auto"), Conditioning(10, 2.0))
     measured |= {names["q"]: Conditioning(1e6, 1e5), names["k"]: Conditioning(1e6, 1e5)}
     assert make_plan(MHA, conditioning=measured).gone == {
         "q": [0, 2], "v": [1], "p": [0, 1, 2],
@@ -164,14 +170,14 @@ def test_auto_takes_the_better_conditioned_of_q_k_and_v() -> None:
 def test_auto_weighs_noise_against_the_number_type(
     dtype: mx.Dtype, amplification: float, goes: bool
 ) -> None:
-    measured = dict.fromkeys(measurable(BASE, "auto"), Conditioning(1e3, amplification))
+    measured = dict.fromkeys(find_measurable(BASE, "auto"), Conditioning(1e3, amplification))
     plan = make_plan(BASE, conditioning=measured, dtype=dtype)
     assert ("q" in plan.gone) == goes
     assert goes or any("Q of layers 0, 1, 2 stays" in note for note in plan.notes)
 
 
 def test_a_singular_matrix_is_refused_or_left() -> None:
-    measured = dict.fromkeys(measurable(BASE, "auto"), Conditioning(5, 1.5))
+    measured = dict.fromkeys(find_measurable(BASE, "auto"), Conditioning(5, 1.5))
     measured["model.layers.1.self_attn.q_proj"] = Conditioning(float("inf"), float("inf"))
     with pytest.raises(UserError, match="Q of layer 1 is singular"):
         make_plan(BASE, remove="qp", conditioning=measured)
@@ -189,7 +195,7 @@ def test_biases_move() -> None:
 
 
 def test_extra_bits_around_an_inverse() -> None:
-    measured = dict.fromkeys(measurable(BASE, "q"), Conditioning(100, 16.0))
+    measured = dict.fromkeys(find_measurable(BASE, "q"), Conditioning(100, 16.0))
     after = make_plan(BASE, remove="qp", conditioning=measured).after
     assert set(after.extra_bits.values()) == {4}
     assert set(after.extra_bits) == {
@@ -249,8 +255,8 @@ def test_auto_keeps_what_does_not_pay() -> None:
 )
 def test_a_removal_alone(args: ModelArgs, remove: str) -> None:
     plan = make_plan(args, remove=remove, quantized=True)
-    for index, where in plan.identity.items():
-        single = alone(plan, index)
-        assert single.identity == {index: where} and single.before == plan.before
+    for index, where in plan.eliminated.items():
+        single = isolate_removal(plan, index)
+        assert single.eliminated == {index: where} and single.before == plan.before
         before = set(Layout(plan.before, mx.float32).tensors)
         assert before - set(Layout(single.after, mx.float32).tensors) == {f"{where}.weight"}

@@ -18,19 +18,19 @@ import mlx_skipless
 from mlx_skipless.checkpoints.checkpoint import open_checkpoint
 from mlx_skipless.cli.main import main
 from mlx_skipless.conversion.check import StreamedNetwork
-from mlx_skipless.removal import sublayers as drop
+from mlx_skipless.removal import sublayers
 from mlx_skipless.removal.merger import Merger
 from mlx_skipless.removal.plan import make_plan
 from mlx_skipless.removal.sublayers import Wish
-from mlx_skipless.text import samples as passages
+from mlx_skipless.text import samples
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
 
 
 @pytest.fixture(autouse=True)
 def less_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passages, "CALIBRATION", (16, 16))
-    monkeypatch.setattr(passages, "LONG_CHECK", (4, 32))
+    monkeypatch.setattr(samples, "CALIBRATION", (16, 16))
+    monkeypatch.setattr(samples, "LONG_CHECK", (4, 32))
 
 
 def made(folder: Path, **config: Any) -> tuple[Config, Weights]:
@@ -86,7 +86,7 @@ def test_importance(config: Config, dropped: dict[str, list[int]], tmp_path: Pat
     """1 - cosine, written out with the reference's own sub-layers."""
     source, weights = made(tmp_path, **config)
     tokens = text()
-    got = drop.importance(*opened(tmp_path), mx.array(tokens), dropped)
+    got = sublayers.measure_importance(*opened(tmp_path), mx.array(tokens), dropped)
     x = weights["model.embed_tokens.weight"][tokens]
 
     def far(a: np.ndarray, b: np.ndarray) -> float:
@@ -115,7 +115,7 @@ def test_losses(config: Config, tmp_path: Path) -> None:
     variants: list[dict[str, Any]] = [
         {}, {"attention": [3]}, {"attention": [0, 3]}, {"ffn": {3}}, {"attention": [2], "ffn": [2]},
     ]  # fmt: skip
-    got = drop.losses(*opened(tmp_path), mx.array(tokens), variants)
+    got = sublayers.measure_losses(*opened(tmp_path), mx.array(tokens), variants)
     assert got == pytest.approx([loss(source, v, tokens) for v in variants], rel=1e-5)
 
 
@@ -127,10 +127,10 @@ def test_one_shot_takes_what_costs_least_alone(kind: str, count: int, tmp_path: 
     args, parts = opened(tmp_path)
     tokens = text()
     names = ["attention", "ffn"] if kind == "block" else [kind]
-    measured = drop.importance(args, parts, mx.array(tokens))[kind]
+    measured = sublayers.measure_importance(args, parts, mx.array(tokens))[kind]
     short = np.argsort(measured)[: 2 * count].tolist()
     costs = {layer: loss(source, {name: [layer] for name in names}, tokens) for layer in short}
-    got, path = drop.choose(
+    got, path = sublayers.choose_drops(
         args, parts, mx.array(tokens), [Wish(kind, count)], greedy=False, max_loss=0.0
     )
     least = sorted(sorted(short, key=costs.__getitem__)[:count])
@@ -143,7 +143,7 @@ def test_greedy_takes_what_costs_least_each_time(kind: str, tmp_path: Path) -> N
     """Against all choices, by the reference's losses."""
     source = made(tmp_path)
     tokens = text()
-    got, path = drop.choose(
+    got, path = sublayers.choose_drops(
         *opened(tmp_path), mx.array(tokens), [Wish(kind, 3)], greedy=True, max_loss=0.0
     )
     dropped: list[int] = []
@@ -165,7 +165,7 @@ def test_auto_stops_before_the_limit(max_loss: float, tmp_path: Path) -> None:
     source = made(tmp_path)
     tokens = text()
     wishes = [Wish("attention", None)]
-    got, path = drop.choose(
+    got, path = sublayers.choose_drops(
         *opened(tmp_path), mx.array(tokens), wishes, greedy=False, max_loss=max_loss
     )
     dropped = got.get("attention", [])
@@ -182,16 +182,18 @@ def test_the_limit_is_of_the_whole_loss(tmp_path: Path) -> None:
     made(tmp_path)
     args, parts = opened(tmp_path)
     spoken = StreamedNetwork(args, parts, resident=True)
-    tokens = passages.sample(spoken, 16, 64, seed=0, start=None)  # so that drops cost something
+    tokens = samples.sample_text(spoken, 16, 64, seed=0, start=None)  # so that drops cost something
     wishes = [Wish("attention", None)]
-    _, steps = drop.choose(args, parts, tokens, wishes, greedy=False, max_loss=10.0)
+    _, steps = sublayers.choose_drops(args, parts, tokens, wishes, greedy=False, max_loss=10.0)
     path = [step.loss for step in steps]
     known = False
     for i in range(2, len(path)):
         least = max([path[i - 1] / path[0], path[i] / path[i - 1]])
         if least < path[i] / path[0]:
             limit = (least + path[i] / path[0]) / 2 - 1
-            got, _ = drop.choose(args, parts, tokens, wishes, greedy=False, max_loss=limit)
+            got, _ = sublayers.choose_drops(
+                args, parts, tokens, wishes, greedy=False, max_loss=limit
+            )
             assert len(got["attention"]) == i - 1
             known = True
     assert known

@@ -15,11 +15,11 @@ from mlx_lm.utils import quantize_model
 from reference import Config, Weights
 
 import mlx_skipless
-from mlx_skipless.architectures.config import model_args
+from mlx_skipless.architectures.config import read_model_args
 from mlx_skipless.cli.main import main
 from mlx_skipless.conversion.report import Report
-from mlx_skipless.removal.table import first_layer
-from mlx_skipless.text import samples as passages
+from mlx_skipless.removal.table import measure_table
+from mlx_skipless.text import samples
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 ALL_BIASES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -27,8 +27,8 @@ ALL_BIASES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 
 @pytest.fixture(autouse=True)
 def less_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passages, "CALIBRATION", (16, 16))
-    monkeypatch.setattr(passages, "LONG_CHECK", (4, 32))
+    monkeypatch.setattr(samples, "CALIBRATION", (16, 16))
+    monkeypatch.setattr(samples, "LONG_CHECK", (4, 32))
 
 
 def made(folder: Path, **config: Any) -> tuple[Config, Weights]:
@@ -260,7 +260,7 @@ def test_the_papers_figures(tmp_path: Path) -> None:
     assert [round(n) for n in times] == [2458, 154, 10, 3]
     assert table.growth == 196_608_000 - 25_165_824
     assert round(table.growth / report.params_before, 2) == 0.02
-    assert "2,458 times fewer" in " ".join(mlx_skipless.conversion.card.effect(report))
+    assert "2,458 times fewer" in " ".join(mlx_skipless.conversion.card.describe_effect(report))
 
 
 @pytest.mark.parametrize("block", ["serial", "parallel"])
@@ -270,7 +270,7 @@ def test_growth_is_what_the_network_grows_by(block: str, tied: bool) -> None:
     config = {"model_type": "skipless", "block": block, "tie_word_embeddings": tied, **sizes}
     hidden, ffn, row = 64, 128, 64 + 2 * 32 + (64 if block == "parallel" else 0)
     matrices = hidden * (64 + 2 * 32) + (3 * hidden * ffn if block == "parallel" else 0)
-    figures = first_layer(model_args(config))
+    figures = measure_table(read_model_args(config))
     assert (figures.matrices, figures.row) == (matrices, row)
     head = 300 * hidden if tied else 0
     assert figures.growth == 300 * (row - hidden) + head - matrices

@@ -209,7 +209,7 @@ def test_any_text_comes_back(tokenizer: Any, text: str, special: str):
 @given(ANY_TEXT)
 def test_characters_are_counted_without_special_tokens(tokenizer: Any, text: str):
     ids = corpus.encode([text, text], tokenizer)
-    assert corpus.characters(tokenizer, ids) == 2 * len(text)
+    assert corpus.count_characters(tokenizer, ids) == 2 * len(text)
 
 
 @settings(max_examples=50)
@@ -320,7 +320,7 @@ def test_a_text_shorter_than_two_windows(length: int):
 def test_each_token_but_the_first_is_predicted_once(sizes: tuple[int, int, int]):
     length, n, batch_size = sizes
     tokens = np.arange(n, dtype=np.int32)
-    batches = list(corpus.windows(tokens, length, batch_size))
+    batches = list(corpus.cut_windows(tokens, length, batch_size))
     assert all(len(b) == batch_size for b in batches[:-1])
     assert all(1 <= len(b) <= batch_size and b.shape[1] == length + 1 for b in batches)
     predicted = [token for b in batches for token in b[:, 1:].reshape(-1)]
@@ -333,8 +333,8 @@ def test_each_token_but_the_first_is_predicted_once(sizes: tuple[int, int, int])
 def test_a_limit_spreads_evenly(sizes: tuple[int, int, int], limit: int):
     length, more, batch_size = sizes
     tokens = np.arange(length + 1 + more, dtype=np.int32)
-    whole = np.concatenate(list(corpus.windows(tokens, length, batch_size)))
-    rows = np.concatenate(list(corpus.windows(tokens, length, batch_size, limit)))
+    whole = np.concatenate(list(corpus.cut_windows(tokens, length, batch_size)))
+    rows = np.concatenate(list(corpus.cut_windows(tokens, length, batch_size, limit)))
     assert len(rows) == min(len(whole), max(1, limit // length))
     places = rows[:, 0] // length
     assert np.array_equal(rows, whole[places])

@@ -10,15 +10,15 @@ import reference
 from mlx_lm.models.cache import KVCache
 
 from mlx_skipless.errors import UserError
-from mlx_skipless.text import samples as passages
+from mlx_skipless.text import samples
 
 
 def test_sampled_text_is_the_networks_own(network) -> None:
     """By the seed the same, by another one other; and likelier than chance under the network."""
     source, streamed = network
-    tokens = np.array(passages.sample(streamed, 4, 32, seed=1, start=7))
-    again = np.array(passages.sample(streamed, 4, 32, seed=1, start=7))
-    other = np.array(passages.sample(streamed, 4, 32, seed=2, start=7))
+    tokens = np.array(samples.sample_text(streamed, 4, 32, seed=1, start=7))
+    again = np.array(samples.sample_text(streamed, 4, 32, seed=1, start=7))
+    other = np.array(samples.sample_text(streamed, 4, 32, seed=2, start=7))
     assert (tokens == again).all() and (tokens != other).any()
     assert (tokens[:, 0] == 7).all() and tokens.size == 128
     logits = reference.logits(*source, tokens)[:, 1:-1]
@@ -38,15 +38,15 @@ def test_sampling_keeps_no_more_than_it_says(network, monkeypatch: pytest.Monkey
             super().__init__()
             made.append(self)
 
-    monkeypatch.setattr(passages, "KVCache", Kept)
-    assert passages.sample(network[1], 3, 5, seed=0, start=None).shape == (3, 5)
+    monkeypatch.setattr(samples, "KVCache", Kept)
+    assert samples.sample_text(network[1], 3, 5, seed=0, start=None).shape == (3, 5)
     assert made and all(cache.keys.shape[2] <= 5 for cache in made)
 
 
 @pytest.mark.parametrize("calibrating", [True, False])
 def test_passages_that_the_network_speaks(network, calibrating: bool) -> None:
     _, streamed = network
-    found = passages.sampled(
+    found = samples.sample_passages(
         streamed, seed=3, start=7, calibrating=calibrating, long_check=calibrating
     )
     assert "sampled" in found.origin
@@ -68,7 +68,7 @@ def encode(text: str) -> list[int]:
 def test_passages_of_a_text(size: int) -> None:
     """The check gets the end, calibration places all over what comes before it."""
     text = "".join(chr(ord("a") + 26 * i // size) for i in range(size))
-    found = passages.from_text("a.txt", text, encode, calibrating=True, long_check=True)
+    found = samples.cut_passages("a.txt", text, encode, calibrating=True, long_check=True)
     assert found.calibration is not None
     check, calibration = np.array(found.check), np.array(found.calibration)
     count = min(16, size // 4 // 128)
@@ -77,10 +77,12 @@ def test_passages_of_a_text(size: int) -> None:
     assert calibration.shape[0] == 64 and 16 <= calibration.shape[1] <= 256
     seen = {chr(i) for i in np.unique(calibration)}
     assert {"a", "e", "i", "m", "q"} <= seen and "z" not in seen
-    short = passages.from_text("a.txt", text, encode, calibrating=True, long_check=True, longest=20)
+    short = samples.cut_passages(
+        "a.txt", text, encode, calibrating=True, long_check=True, longest=20
+    )
     assert short.calibration is not None and short.calibration.shape == (64, 20)
     assert short.check.shape == (16, 20)
-    plain = passages.from_text("a.txt", text, encode, calibrating=False)
+    plain = samples.cut_passages("a.txt", text, encode, calibrating=False)
     assert plain.calibration is None and plain.check.shape == (4, 32)
     assert mx.array_equal(plain.check, found.check[-1].reshape(4, 32)).item()
 
@@ -91,14 +93,14 @@ def test_passages_of_a_text(size: int) -> None:
 )
 def test_short_text_is_refused(text: str, calibrating: bool, said: str) -> None:
     with pytest.raises(UserError, match=f"--calibration short.txt.*{said}"):
-        passages.from_text("short.txt", text, encode, calibrating=calibrating)
+        samples.cut_passages("short.txt", text, encode, calibrating=calibrating)
 
 
 def test_reading_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\ntwo\n")
-    assert passages.read_text(tmp_path / "a.txt") == "one\ntwo"
+    assert samples.read_text(tmp_path / "a.txt") == "one\ntwo"
     records = [{"text": "one"}, {"prompt": "two", "completion": " three"}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
-    assert passages.read_text(tmp_path / "a.jsonl") == "one\n\ntwo three"
+    assert samples.read_text(tmp_path / "a.jsonl") == "one\n\ntwo three"
     with pytest.raises(UserError, match=r"--calibration .*none\.txt"):
-        passages.read_text(tmp_path / "none.txt")
+        samples.read_text(tmp_path / "none.txt")

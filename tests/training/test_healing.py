@@ -22,8 +22,7 @@ from reference import Config, Weights
 import mlx_skipless
 from mlx_skipless.cli import events
 from mlx_skipless.cli.main import main
-from mlx_skipless.text import corpus
-from mlx_skipless.text import samples as passages
+from mlx_skipless.text import corpus, samples
 from mlx_skipless.training import healing
 from mlx_skipless.training.healing import Pace, Result, Treatment
 from mlx_skipless.training.loop import Event, read_log
@@ -39,8 +38,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config, Weight
     folder = tmp_path_factory.mktemp("pair")
     config, weights = make_llama(folder / "s", **SIZES)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(passages, "CALIBRATION", (16, 16))
-        patch.setattr(passages, "LONG_CHECK", (4, 32))
+        patch.setattr(samples, "CALIBRATION", (16, 16))
+        patch.setattr(samples, "LONG_CHECK", (4, 32))
         for name, options in (
             ("r", {}),
             ("q", {"quantize": True, "q_bits": 8, "q_group_size": 32}),
@@ -68,7 +67,7 @@ def whole(
 def held_out(out: Path) -> np.ndarray:
     """The windows that measure, (count, length + 1)."""
     tokens: Any = mx.load(str(out / "training/tokens.safetensors"))
-    (batch,) = corpus.windows(np.array(tokens["held_out"]), 24, 100)
+    (batch,) = corpus.cut_windows(np.array(tokens["held_out"]), 24, 100)
     return batch
 
 
@@ -99,7 +98,7 @@ def same_end(out: Path, other: Path) -> None:
 def test_divergence(shape: tuple[int, ...], dtype: mx.Dtype) -> None:
     rng = np.random.default_rng(len(shape))
     a, b = (mx.array(rng.normal(0, 4, shape).astype(np.float32)).astype(dtype) for _ in range(2))
-    got = healing.divergence(a, b)
+    got = healing.measure_kl(a, b)
     assert got.shape == shape[:-1] and got.dtype == mx.float32
     a64, b64 = (np.array(x.astype(mx.float32)).astype(np.float64) for x in (a, b))
     assert float(got.mean().item()) == pytest.approx(reference.softmax_kl(a64, b64), rel=1e-5)
@@ -270,8 +269,8 @@ def test_our_own_networks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Healed in the types and packing that they have."""
-    monkeypatch.setattr(passages, "CALIBRATION", (16, 16))
-    monkeypatch.setattr(passages, "LONG_CHECK", (4, 32))
+    monkeypatch.setattr(samples, "CALIBRATION", (16, 16))
+    monkeypatch.setattr(samples, "LONG_CHECK", (4, 32))
     make_checkpoint(tmp_path / "s", dtype=dtype, **SIZES | config)
     mlx_skipless.convert(tmp_path / "s", tmp_path / "r", **options)
     kind = "full" if dtype == "bfloat16" else "lora"
@@ -337,7 +336,7 @@ def test_sampled_text_is_the_originals(pair: tuple[Path, Config, Weights]) -> No
     found = []
     for seed in (1, 1, 2):
         treatment = dataclasses.replace(SMALL, seed=seed)
-        train, judge = healing.text(sources, treatment, model, tokenizer)
+        train, judge = healing.make_tokens(sources, treatment, model, tokenizer)
         assert train.dtype == judge.dtype == np.int32 and len(train) + len(judge) == 1024
         found.append(train)
     assert np.array_equal(found[0], found[1]) and not np.array_equal(found[0], found[2])

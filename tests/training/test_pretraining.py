@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast
 import mlx_skipless
 from mlx_skipless import UserError, cli
 from mlx_skipless.cli import events
-from mlx_skipless.training import pretraining as training
+from mlx_skipless.training import pretraining
 from mlx_skipless.training.loop import Event, read_log
 from mlx_skipless.training.pretraining import Pace, Result
 from mlx_skipless.training.recipe import Recipe
@@ -70,7 +70,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(data: Path | None, out: Path, recipe: Recipe | None = SMALL, **options: Any) -> Result:
     options = {"pace": PACE, "dtype": "float32", "validation_share": SHARE} | options
-    return training.train(None if data is None else [data], out, recipe, **options)
+    return pretraining.train(None if data is None else [data], out, recipe, **options)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_the_figures_are_those_of_the_saved_model(finished: tuple[Path, Result],
     assert result.bits_per_character == pytest.approx(bits, rel=1e-5)
     last = read_log(out)[-1]
     assert (last["validation_loss"], last["step"]) == (result.validation_loss, 12)
-    score = mlx_skipless.evaluate(out, [text], validation_share=SHARE, batch_size=3)
+    score = mlx_skipless.measure_perplexity(out, [text], validation_share=SHARE, batch_size=3)
     assert score.loss == pytest.approx(loss, rel=1e-5)
     assert score.bits_per_character == pytest.approx(bits, rel=1e-5)
 
@@ -479,14 +479,14 @@ def test_an_interruption_between_two_lines_of_the_log(
 ):
     """The line after it means all steps since the line before it, as if nothing had been."""
     out = tmp_path / "run"
-    before = training.Run._save
+    before = pretraining.Run._save
 
-    def save(self: training.Run) -> None:
+    def save(self: pretraining.Run) -> None:
         before(self)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.Run, "_save", save)
+        patch.setattr(pretraining.Run, "_save", save)
         with pytest.raises(KeyboardInterrupt):
             run(text, out, pace=dataclasses.replace(PACE, save_every=5))
     run(None, out, None, resume=True)
@@ -558,7 +558,7 @@ def test_bfloat16_goes_on_in_bfloat16(text: Path, tmp_path: Path):
     run(text, tmp_path / "whole", dtype="bfloat16")
     with pytest.raises(UserError, match="interrupted"):
         run(text, tmp_path / "run", dtype="bfloat16", report=stop_at(6, signal.SIGINT))
-    training.train(None, tmp_path / "run", resume=True)
+    pretraining.train(None, tmp_path / "run", resume=True)
     same_end(tmp_path / "run", tmp_path / "whole")
 
 
@@ -665,15 +665,15 @@ def test_a_loss_that_is_no_number_stops(
     """By its loss in the next step, or by its weights where it would be saved."""
     out = tmp_path / "run"
     copies = {}
-    sane_save = training.Run._save
+    sane_save = pretraining.Run._save
 
-    def save(self: training.Run) -> None:
+    def save(self: pretraining.Run) -> None:
         sane_save(self)
         copies[self._step] = saved(out)
 
     with monkeypatch.context() as patch:
         poison(at, patch)
-        patch.setattr(training.Run, "_save", save)
+        patch.setattr(pretraining.Run, "_save", save)
         assert command("train", "--data", text, "--mlx-path", out, *flags()) == 1
     error = one_error(capsys)
     assert f"no number any more at step {told}: the checkpoint of step {kept} is kept" in error
@@ -702,7 +702,7 @@ def test_a_failure_before_the_first_checkpoint_leaves_nothing(
     def fail(*arguments: Any) -> None:
         raise failure("in the middle")
 
-    monkeypatch.setattr(training.Run, where, fail)
+    monkeypatch.setattr(pretraining.Run, where, fail)
     with pytest.raises(failure):
         run(text, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []

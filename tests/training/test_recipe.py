@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 
 from mlx_skipless import UserError
 from mlx_skipless.network.model import Model
-from mlx_skipless.training.recipe import Recipe, from_options, orthogonal, orthogonal_factor
+from mlx_skipless.training.recipe import Recipe, make_orthogonal, orthogonal_factor, read_recipe
 
 SMALL: dict[str, Any] = {
     "hidden_size": 16,
@@ -167,7 +167,7 @@ SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 40))
 @given(SHAPES, st.integers(0, 2**63 - 1))
 def test_orthogonal_matrices(shape: tuple[int, int], seed: int):
     n_out, n_in = shape
-    w = np.array(orthogonal(n_out, n_in, key=mx.random.key(seed)), np.float64)
+    w = np.array(make_orthogonal(n_out, n_in, key=mx.random.key(seed)), np.float64)
     assert w.shape == shape
     gram = w.T @ w if n_out >= n_in else w @ w.T
     assert np.allclose(gram, gram[0, 0] * np.eye(min(shape)), atol=1e-4 * gram[0, 0])
@@ -177,7 +177,7 @@ def test_orthogonal_matrices(shape: tuple[int, int], seed: int):
 
 def test_orthogonal_matrices_point_everywhere():
     """The mean over keys vanishes, the mean square is the same at each place (Haar)."""
-    many = np.array([np.array(orthogonal(6, 4, key=mx.random.key(i))) for i in range(600)])
+    many = np.array([np.array(make_orthogonal(6, 4, key=mx.random.key(i))) for i in range(600)])
     assert np.abs(many.mean(axis=0)).max() < 0.12
     assert np.allclose((many**2).mean(axis=0), 1 / 4, atol=0.06)
 
@@ -435,10 +435,10 @@ def test_other_queries_are_left(options: dict[str, Any]):
 
 def test_a_recipe_goes_through_json():
     recipe = Recipe(**SMALL, gate_offset=None, value_skip=0.5, final_norm=False, block="sas")
-    assert from_options(json.loads(json.dumps(dataclasses.asdict(recipe)))) == recipe
-    assert from_options({}) == Recipe()
-    assert from_options({"learning_rate": 1, "final_norm": None}).learning_rate == 1
-    assert from_options({"learning_rate": "2e-2"}).learning_rate == 0.02  # as YAML reads 2e-2
+    assert read_recipe(json.loads(json.dumps(dataclasses.asdict(recipe)))) == recipe
+    assert read_recipe({}) == Recipe()
+    assert read_recipe({"learning_rate": 1, "final_norm": None}).learning_rate == 1
+    assert read_recipe({"learning_rate": "2e-2"}).learning_rate == 0.02  # as YAML reads 2e-2
 
 
 @pytest.mark.parametrize(
@@ -481,7 +481,7 @@ def test_a_recipe_goes_through_json():
 )
 def test_options_that_cannot_be(options: dict[Any, Any], says: str):
     with pytest.raises(UserError, match=says) as refusal:
-        from_options(options)
+        read_recipe(options)
     assert "\n" not in str(refusal.value)
 
 
