@@ -1,8 +1,10 @@
-"""Where a conversion's time goes."""
+"""How long work tells that it goes on, and where its time goes."""
 
 import time
+from collections.abc import Callable
 
-from .conversion.decisions import Progress
+Progress = Callable[[str, int, int], None]  # stage, done, total
+Steps = Callable[[int, int], None]  # done, total, of one stage
 
 
 class Stopwatch:

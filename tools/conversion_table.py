@@ -10,7 +10,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
-from mlx_skipless.quantization.layout import dtype_name
+from mlx_skipless.network.parts import dtype_name
 from mlx_skipless.removal.products import Inverse, multiply
 
 INPUTS, OUTPUTS = (512, 2048, 4096, 8192), 512

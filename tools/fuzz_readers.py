@@ -200,7 +200,7 @@ def quantization(data: bytes) -> None:
 
 def tokenizer(data: bytes) -> None:
     """tokenizer.json."""
-    from mlx_skipless.inference.loading import load_tokenizer
+    from mlx_skipless.checkpoints.tokenizer import load_tokenizer
 
     folder = place() / "tokenizer"
     folder.mkdir(exist_ok=True)

@@ -19,8 +19,9 @@ import mlx.core as mx
 import mlx_skipless
 from mlx_skipless.architectures.families import FAMILIES
 from mlx_skipless.checkpoints.checkpoint import open_checkpoint
-from mlx_skipless.conversion.check import StreamedNetwork, WrittenParts, compare_networks
+from mlx_skipless.conversion.check import WrittenParts, compare_networks
 from mlx_skipless.evaluation.plots import COLOURS
+from mlx_skipless.network.driver import StreamedNetwork
 from mlx_skipless.quantization.calibration import CalibratedParts, NearestParts
 from mlx_skipless.quantization.layout import Layout, Quantization
 from mlx_skipless.removal.merger import Merger

@@ -115,8 +115,18 @@ def arrange(place: Place, arrays: Arrays, args: ModelArgs) -> mx.array:
     return whole[start:end]
 
 
-def to_source_names(family: Family, tensors: Arrays, args: ModelArgs) -> dict[str, mx.array]:
-    """Canonical tensors, a whole layer's at a time, under a family's names and in its layout."""
+def to_source_names(
+    family: Family, tensors: Arrays, args: ModelArgs, dtype: mx.Dtype
+) -> dict[str, mx.array]:
+    """Canonical tensors, a whole layer's at a time, as a family's files have them.
+
+    Gains of stream norms lose the family's offset and are stored in ``dtype``.
+    """
+    return rename_to_source(family, _store_gains(tensors, family.gain_offset, dtype), args)
+
+
+def rename_to_source(family: Family, tensors: Arrays, args: ModelArgs) -> dict[str, mx.array]:
+    """The same, with the values as they are."""
     out: dict[str, mx.array] = {}
     left = dict(tensors)
     for theirs, ours in family.fused.items():
@@ -136,7 +146,9 @@ def to_source_names(family: Family, tensors: Arrays, args: ModelArgs) -> dict[st
     return out
 
 
-def to_published_names(family: Family, tensors: Arrays, args: ModelArgs) -> dict[str, mx.array]:
+def to_published_names(
+    family: Family, tensors: Arrays, args: ModelArgs, dtype: mx.Dtype
+) -> dict[str, mx.array]:
     """As ``in_family``, but experts one by one, where the family's authors have them so."""
     out: dict[str, mx.array] = {}
     left = dict(tensors)
@@ -146,7 +158,7 @@ def to_published_names(family: Family, tensors: Arrays, args: ModelArgs) -> dict
             prefix, part = name.split(ours)
             for i in range(args.num_local_experts):
                 out[f"{prefix}{theirs.format(i)}{part}"] = stacked[i]
-    return out | to_source_names(family, left, args)
+    return out | to_source_names(family, left, args, dtype)
 
 
 def to_source_module(family: Family, module: str, args: ModelArgs) -> str:
@@ -192,5 +204,15 @@ def restore_gains(tensors: Arrays, gain_offset: float) -> dict[str, mx.array]:
         name: array.astype(mx.float32) + gain_offset
         if gain_offset and is_stream_norm_weight(name)
         else array
+        for name, array in tensors.items()
+    }
+
+
+def _store_gains(tensors: Arrays, gain_offset: float, dtype: mx.Dtype) -> Arrays:
+    """The inverse of ``restore_gains``, rounded to ``dtype``."""
+    if not gain_offset:
+        return tensors
+    return {
+        name: (array - gain_offset).astype(dtype) if is_stream_norm_weight(name) else array
         for name, array in tensors.items()
     }

@@ -29,8 +29,9 @@ from ..architectures.tensors import (
 from ..errors import UserError
 from ..network.model import Model, ModelArgs
 from ..network.names import LINEAR_PATHS
-from ..quantization.layout import tensors_of
+from ..network.parts import tensors_of
 from . import files, hub
+from .files import read_json
 from .gguf_file import GGUFStore
 from .packed import MLXScheme, Scheme, find_scheme
 
@@ -41,7 +42,6 @@ TYPES = FLOATS | {
 }  # fmt: skip
 FLOAT_NAMES = ("float16", "bfloat16", "float32")
 INDEX = "model.safetensors.index.json"
-DEEPEST = 64  # levels of a config
 LARGEST = 1 << 31  # MLX counts no further along an axis
 
 
@@ -405,38 +405,6 @@ def _optional(names: Iterable[str], args: ModelArgs) -> set[str]:
     """Gains and linear paths may be absent in some layers (a gain of one, a path of zero)."""
     gains = ("_norm.weight",) if args.norm == "qkv" else ()
     return {name for name in names if name.endswith((*gains, *LINEAR_PATHS))}
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file of a checkpoint.
-
-    Raises:
-        UserError: if it is missing, malformed, no object, or too large or deep to be believed.
-    """
-    if not files.is_there(file, files.CONFIG_BYTES):
-        raise UserError(f"no {file.name} in {file.parent}: give a Hugging Face model folder")
-    try:
-        read = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read as JSON ({error}): download it again") from error
-    if not isinstance(read, dict):
-        raise UserError(f"{file} holds no JSON object: download it again")
-    if _deeper(read, DEEPEST):
-        raise UserError(f"{file} has more than {DEEPEST} levels: download it again")
-    return read
-
-
-def _deeper(value: Any, most: int) -> bool:
-    """Whether lists and objects lie in one another beyond so many levels."""
-    level = [value]
-    for _ in range(most):
-        level = [
-            inner
-            for one in level
-            if isinstance(one, dict | list)
-            for inner in (one.values() if isinstance(one, dict) else one)
-        ]
-    return any(isinstance(one, dict | list) for one in level)
 
 
 def open_checkpoint(

@@ -1,12 +1,10 @@
-"""Files that anyone may have made: regular ones of a believable size, or an error that names them.
+"""Files that anyone may have made: read with care, and replaced whole or not at all."""
 
-Knows nothing of what is in them.
-"""
-
+import json
 import os
 import stat
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +136,55 @@ def _pass_over(spans: list[tuple[Path, int, int]]) -> None:
                     left, most = left - read, most - read
         except OSError:
             return
+
+
+DEEPEST = 64  # levels of a config
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint.
+
+    Raises:
+        UserError: if it is missing, malformed, no object, or too large or deep to be believed.
+    """
+    if not is_there(file, CONFIG_BYTES):
+        raise UserError(f"no {file.name} in {file.parent}: give a Hugging Face model folder")
+    try:
+        read = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read as JSON ({error}): download it again") from error
+    if not isinstance(read, dict):
+        raise UserError(f"{file} holds no JSON object: download it again")
+    if _deeper(read, DEEPEST):
+        raise UserError(f"{file} has more than {DEEPEST} levels: download it again")
+    return read
+
+
+def _deeper(value: Any, most: int) -> bool:
+    """Whether lists and objects lie in one another beyond so many levels."""
+    level = [value]
+    for _ in range(most):
+        level = [
+            inner
+            for one in level
+            if isinstance(one, dict | list)
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+    return any(isinstance(one, dict | list) for one in level)
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=4) + "\n"
+    replace_file(file, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def replace_file(file: Path, write: Callable[[Path], Any]) -> None:
+    """Have ``write`` make a file and put it in place of ``file`` at once."""
+    partial = file.with_name(f".partial-{file.name}")
+    try:
+        write(partial)
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)

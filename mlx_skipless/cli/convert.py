@@ -8,8 +8,7 @@ from rich.table import Table
 
 from ..conversion import card, convert
 from ..conversion.report import Report
-from ..inference.generation import format_bytes
-from ..quantization import bits
+from ..memory import format_bytes, parse_bytes
 from ..removal.plan import REMOVALS
 from .shared import DEFAULT_MODEL, Output, open_output, output_arguments, quantization_arguments
 
@@ -66,7 +65,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "its end for the check (default: sampled from the model)",
     )  # fmt: skip
     parser.add_argument(
-        "--target-bytes", type=bits.parse_bytes, metavar="SIZE",
+        "--target-bytes", type=parse_bytes, metavar="SIZE",
         help="quantize to the best mixture of bits of this size, for instance 1.6MB or 4GB",
     )  # fmt: skip
     parser.add_argument(

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..inference.generation import format_bytes
+from ..memory import format_bytes
 
 
 def describe_event(event: dict[str, Any]) -> str:

@@ -3,11 +3,10 @@
 import argparse
 from typing import Any
 
-from ..conversion import card
 from ..errors import UserError
-from ..inference.generation import format_bytes
+from ..memory import format_bytes
 from ..options import read_options
-from ..training import healing
+from ..training import card, healing
 from . import events
 from .shared import field_groups, held_out_arguments, open_output, run_arguments, take_fields
 

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from ..errors import UserError, first_line
-from ..inference.generation import format_bytes
+from ..memory import format_bytes
 from ..training import pretraining
 from ..training.recipe import Recipe, read_recipe
 from . import events

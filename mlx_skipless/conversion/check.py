@@ -3,30 +3,28 @@
 Both are run a layer at a time, so that neither has to fit in memory.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.base import create_attention_mask
-from mlx_lm.models.cache import KVCache
 from mlx_lm.utils import load_model
 
 from ..architectures.families import Family
-from ..architectures.tensors import arrange, find_places, to_source_module
+from ..architectures.tensors import arrange, find_places, restore_gains, to_source_module
 from ..checkpoints.checkpoint import SafetensorsStore
 from ..errors import UserError
+from ..network.driver import widen_experts
 from ..network.magnitudes import Magnitude, NotFinite, Watch
-from ..network.model import Block, ModelArgs
+from ..network.model import ModelArgs
 from ..network.names import EMBEDDING, FINAL_NORM, HEAD
 
 Arrays = Mapping[str, mx.array]
 HEAD_TOKENS = 128  # whose logits are in memory at a time
-RESIDENT_BYTES = 2 << 30  # of float32 weights that may stay in memory
 SOURCE_OVERFLOWS = (
     "the source itself overflows {} on the check's text, at {}: its stream has no norms to hold "
     "it; --no-verify converts it all the same"
@@ -36,35 +34,11 @@ RESULT_OVERFLOWS = (
 )
 
 
-class Parts(Protocol):
-    """A network's tensors, a part at a time, by their canonical names."""
-
-    def embedding(self) -> Arrays: ...
-    def layer(self, layer: int) -> Arrays: ...
-    def head(self) -> Arrays: ...
-
-
 class Network(Protocol):
     """A language model in two steps: tokens to the stream, the stream to logits."""
 
     def hidden(self, tokens: mx.array, *, watch: Watch) -> mx.array: ...
     def logits(self, hidden: mx.array) -> mx.array: ...
-
-
-def widen_experts(arrays: Arrays) -> Arrays:
-    """A layer's tensors such that it runs: on a CPU, MLX multiplies dense experts in float32 only.
-
-    The same numbers, in a wider type; nothing else has three axes.
-    """
-    if mx.default_device() != mx.cpu:
-        return arrays
-    halves = (mx.float16, mx.bfloat16)
-    return {
-        name: a.astype(mx.float32)
-        if a.ndim == 3 and a.dtype in halves and name.endswith(".weight")
-        else a
-        for name, a in arrays.items()
-    }
 
 
 class StockNetwork:
@@ -113,12 +87,14 @@ class WrittenParts:
     def __init__(self, folder: Path, args: ModelArgs, family: Family):
         self._store, self._args = SafetensorsStore(folder), args
         self._places = find_places(family, self._store.shapes)
+        self._gain_offset = family.gain_offset
 
     def _under(self, *prefixes: str) -> Arrays:
         starts = tuple(f"{prefix}." for prefix in prefixes)
         wanted = {n: place for n, place in self._places.items() if n.startswith(starts)}
         arrays = self._store.read({own for place in wanted.values() for own in place.names})
-        return {n: arrange(place, arrays, self._args) for n, place in wanted.items()}
+        found = {n: arrange(place, arrays, self._args) for n, place in wanted.items()}
+        return restore_gains(found, self._gain_offset)
 
     def embedding(self) -> Arrays:
         return self._under(EMBEDDING)
@@ -128,96 +104,6 @@ class WrittenParts:
 
     def head(self) -> Arrays:
         return self._under(FINAL_NORM, HEAD)
-
-
-class StreamedNetwork:
-    """A network that reads each layer when it runs and lets it go after.
-
-    Args:
-        args: the network.
-        parts: its tensors.
-        settings: the ``quantization`` entry of its config, None for dense weights.
-        resident: keep the layers instead, for many passes.
-    """
-
-    def __init__(
-        self,
-        args: ModelArgs,
-        parts: Parts,
-        settings: Mapping[str, Any] | None = None,
-        *,
-        resident: bool = False,
-    ):
-        self.args, self._parts, self._settings = args, parts, settings
-        self.resident = resident
-        self._kept: dict[int, Block] = {}
-        self._embedding = nn.Embedding(args.vocab_size, sum(args.row_widths().values()))
-        self._embedding = self._filled(self._embedding, EMBEDDING, parts.embedding())
-        head = parts.head()
-        self._norm = None
-        if args.final_norm:
-            self._norm = self._filled(args.make_stream_norm("final"), FINAL_NORM, head)
-        self._head: Callable[[mx.array], mx.array] = self._embedding.as_linear
-        if not args.tie_word_embeddings:
-            linear = nn.Linear(args.hidden_size, args.vocab_size, bias=args.head_bias)
-            self._head = self._filled(linear, HEAD, head)
-
-    def _filled(self, module: Any, prefix: str, arrays: Arrays) -> Any:
-        own = {n.removeprefix(f"{prefix}."): a for n, a in arrays.items() if n.startswith(prefix)}
-        if (settings := self._settings) is not None:
-            root = nn.Module()
-            root.part = module
-            nn.quantize(
-                root,
-                settings["group_size"],
-                settings["bits"],
-                mode=settings.get("mode", "affine"),
-                class_predicate=lambda where, m: (
-                    f"{where}.scales".removeprefix("part.") in own
-                    and settings.get(where.replace("part", prefix, 1), True)
-                ),
-            )
-            module = root.part
-        module.load_weights(list(own.items()))
-        return module
-
-    def _block(self, layer: int) -> Block:
-        if layer in self._kept:
-            return self._kept[layer]
-        prefix = f"model.layers.{layer}"
-        block = self._filled(
-            Block(self.args, layer), prefix, widen_experts(self._parts.layer(layer))
-        )
-        if self.resident:
-            self._kept[layer] = block
-        return block
-
-    def hidden(
-        self,
-        tokens: mx.array,
-        caches: list[KVCache] | None = None,
-        watch: Watch | None = None,
-    ) -> mx.array:
-        """The stream before the final norm, (batch, length, hidden), of tokens (batch, length)."""
-        h = self.args.scale_embedding(self._embedding(tokens))
-        for layer in range(self.args.num_hidden_layers):
-            block = self._block(layer)
-            cache = caches[layer] if caches is not None else None
-            window = self.args.sliding_window if block.use_sliding else None
-            mask = create_attention_mask(h, cache, window_size=window)
-            if watch is None:
-                h = block(h, mask, cache)
-                mx.eval(h)
-            else:
-                h = watch.run(f"model.layers.{layer}", block, h, mask, cache)
-        if not self.resident:
-            mx.clear_cache()
-        return h
-
-    def logits(self, hidden: mx.array) -> mx.array:
-        """float32 logits (batch, length, vocabulary) of the stream before the final norm."""
-        h = hidden if self._norm is None else self._norm(hidden)
-        return self.args.scale_logits(self._head(h)).astype(mx.float32)
 
 
 @dataclass(frozen=True)

@@ -11,21 +11,23 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..architectures.tensors import restore_gains
 from ..checkpoints import hub
 from ..checkpoints.checkpoint import FLOAT_NAMES, Checkpoint, open_checkpoint
-from ..checkpoints.writer import SHARD_BYTES, Writer, carry_tokenizer, check_free
+from ..checkpoints.tokenizer import carry_tokenizer, load_tokenizer
+from ..checkpoints.writer import SHARD_BYTES, Writer, check_free
 from ..errors import UserError
-from ..inference.loading import BUNDLED, load_tokenizer
+from ..inference.loading import BUNDLED
 from ..memory import machine_memory_bytes, peak_memory_bytes
 from ..network import model as model_module
+from ..network.driver import RESIDENT_BYTES, StreamedNetwork
 from ..network.model import Model, ModelArgs
 from ..network.names import HEAD
-from ..progress import Stopwatch
+from ..network.parts import Parts
+from ..progress import Progress, Stopwatch
 from ..quantization import bits as budget
 from ..quantization.calibration import CalibratedParts, NearestParts, estimate_memory
 from ..quantization.distillation import LOGITS_BYTES, distill
-from ..quantization.layout import Layout, PackedLayout, make_quantization
+from ..quantization.layout import Layout, PackedLayout, compare_sizes, make_quantization
 from ..removal import sublayers
 from ..removal import table as first_layer
 from ..removal.merger import Merger
@@ -33,8 +35,8 @@ from ..removal.plan import REMOVALS, Conditioning, Plan, RemovalCost, find_measu
 from ..text import samples
 from . import card, decisions
 from . import check as verification
-from .check import Parts, StreamedNetwork, Verification
-from .decisions import Goal, Progress
+from .check import Verification
+from .decisions import Goal
 from .job import MODEL_FILE, Job, PackedParts
 from .report import Report
 
@@ -198,7 +200,7 @@ def convert(
             raise UserError(f"--precompute-first-layer: {reason}")
         if precompute_first_layer == "auto":
             both = (make_plan(args, **options, precompute=done) for done in (False, True))
-            declined = first_layer.explain_price(*map(layout_of, both))
+            declined = first_layer.explain_price(*compare_sizes(*map(layout_of, both)))
         options["precompute"] = declined is None
     known = None if skipless else checkpoint.family.stock
     expressed = known is not None and (known.expresses if drops is None else known.drops)(args)
@@ -430,7 +432,7 @@ def _distill(job: Job, writer: Writer, tokens: mx.array, prose: Prose, progress:
     teacher, student = Model(job.plan.before), Model(job.layout.args)
     teacher.load_weights([*_tensors(job.source_parts(), job.plan.before).items()])
     dense = {name: array for name, array in result.items() if name.rpartition(".")[0] not in forms}
-    student.load_weights([*restore_gains(dense, job.family.gain_offset).items()], strict=False)
+    student.load_weights([*dense.items()], strict=False)
     teacher.set_dtype(mx.float32)
     student.set_dtype(mx.float32)
     changed = distill(
@@ -461,13 +463,12 @@ def _result_parts(job: Job, calibration: mx.array | None) -> Parts:
         return PackedParts(job.checkpoint, job.layout, table, job.family.gain_offset)
     if calibration is None:
         return NearestParts(dense, job.layout)
-    before, source, offset = job.plan.before, job.source_parts(), job.family.gain_offset
-    return CalibratedParts(before, source, dense, job.layout, calibration, offset)
+    return CalibratedParts(job.plan.before, job.source_parts(), dense, job.layout, calibration)
 
 
 def _source_network(job: Job) -> StreamedNetwork:
     before = job.plan.before
-    resident = Layout(before, mx.float32).nbytes() <= verification.RESIDENT_BYTES
+    resident = Layout(before, mx.float32).nbytes() <= RESIDENT_BYTES
     return StreamedNetwork(before, job.source_parts(), resident=resident)
 
 

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from ..network.names import EMBEDDING, HEAD
 from ..network.wiring import find_points
+from ..progress import Progress
 from ..quantization import bits as budget
 from ..quantization import sensitivity
 from ..removal import sublayers, table
@@ -15,8 +16,6 @@ from ..removal.merger import Merger
 from ..removal.plan import Plan, find_mixed, isolate_removal
 from .check import Verification
 from .job import Job
-
-Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from typing import Any
 import mlx.core as mx
 
 from ..architectures.families import FAMILIES, Family
-from ..architectures.tensors import to_source_module, to_source_names
+from ..architectures.tensors import rename_to_source, to_source_module, to_source_names
 from ..checkpoints.checkpoint import Checkpoint
 from ..network.model import ModelArgs
 from ..network.names import EMBEDDING, FINAL_NORM, HEAD, is_stream_norm_weight
-from ..quantization.calibration import Merged
-from ..quantization.layout import Layout, PackedLayout, dtype_name
+from ..network.parts import Merged, dtype_name
+from ..quantization.layout import Layout, PackedLayout
 from ..removal.merger import Merger
 from ..removal.plan import Plan, RemovalCost
 from ..removal.table import TabledParts
@@ -70,7 +70,9 @@ class Job:
 
     def named(self, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """Tensors, of a whole layer or more, as the result's files have them."""
-        return to_source_names(self.family, tensors, self._args)
+        if isinstance(self.layout, PackedLayout):
+            return rename_to_source(self.family, tensors, self._args)
+        return to_source_names(self.family, tensors, self._args, self.layout.dtype)
 
     @property
     def _args(self) -> ModelArgs:
@@ -81,7 +83,9 @@ class Job:
     def result_parts(self) -> Merged:
         """The result's dense tensors."""
         plan, dtype = self.plan, self.layout.dtype
-        merger = Merger(self.checkpoint, plan, dtype, self.family.gain_offset)
+        # Gains that are stored less an offset are rounded when that is off.
+        gain_dtype = mx.float32 if self.family.gain_offset else dtype
+        merger = Merger(self.checkpoint, plan, dtype, gain_dtype)
         if not plan.table:
             return merger
         exact = Merger(self.checkpoint, plan, mx.float32)

@@ -7,8 +7,9 @@ from typing import Any
 import mlx.core as mx
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..network.parts import dtype_name
 from ..network.wiring import LETTERS
-from ..quantization.layout import Layout, PackedLayout, dtype_name
+from ..quantization.layout import Layout, PackedLayout
 from ..removal.plan import UNIT_ROUNDOFF, Conditioning, Plan, RemovalCost
 from ..removal.table import FirstLayer, measure_table
 from .check import Verification

@@ -15,13 +15,13 @@ import mlx.core as mx
 
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoints.gguf_file import GGUFStore
-from ..checkpoints.writer import VOCABULARY_FILES
-from ..conversion.check import RESIDENT_BYTES, StreamedNetwork
+from ..checkpoints.tokenizer import VOCABULARY_FILES, load_tokenizer
 from ..errors import UserError
-from ..inference.loading import load_tokenizer
+from ..network.driver import RESIDENT_BYTES, StreamedNetwork
 from ..network.model import ModelArgs
 from ..network.names import EMBEDDING, HEAD, MLP, PROJECTIONS, module_path
 from ..network.wiring import LETTERS
+from ..progress import Progress
 from ..quantization.layout import Layout
 from ..quantization.sensitivity import limit_tokens
 from ..removal import sublayers
@@ -37,7 +37,6 @@ JUDGES = 2  # one sequence in so many for the losses of all that could be droppe
 NOTHING_TO_MEASURE = "{}: a config has no weights to measure; give the model"
 BATCHES = (1, 16, 256, 1024)  # for which a table of the first layer is reckoned
 LARGEST_LOSS = 700.0  # whose perplexity a float holds
-Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from rich.table import Table
 
-from ..inference.generation import format_bytes
+from ..memory import format_bytes
 from .benchmark import Benchmark, Case, Result, Spread
 from .plots import COLOURS
 
@@ -77,7 +77,8 @@ def _bytes(benchmark: Benchmark) -> Grid:
     rows = [
         (
             one.label, "" if one.network == one.label else one.network,
-            format_bytes(one.weight_bytes), format_bytes(one.bytes_per_token), f"{one.cache_bytes_per_token:,}",
+            format_bytes(one.weight_bytes), format_bytes(one.bytes_per_token),
+            f"{one.cache_bytes_per_token:,}",
         )
         for one in benchmark.subjects
     ]  # fmt: skip

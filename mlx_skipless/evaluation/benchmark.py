@@ -25,14 +25,14 @@ from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prom
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from ..checkpoints.checkpoint import FLOAT_NAMES
-from ..conversion.decisions import Progress
 from ..errors import UserError
-from ..inference.generation import format_bytes
 from ..inference.loading import load_network
-from ..memory import device_memory_bytes, weight_bytes
+from ..memory import device_memory_bytes, format_bytes, weight_bytes
 from ..network.model import Model
+from ..network.parts import dtype_name, tensors_of
 from ..network.wiring import LETTERS
-from ..quantization.layout import Quantization, dtype_name, make_quantization, tensors_of
+from ..progress import Progress
+from ..quantization.layout import Quantization, make_quantization
 from ..removal.plan import REMOVALS
 from .synthetic import (
     evaluate_in_turn,
@@ -421,8 +421,8 @@ def _check_memory(models: Iterable[nn.Module], cases: Sequence[Case], decode_tok
         if weights + 2 * cache > available:
             raise UserError(
                 f"{case.length:,} tokens at batch {case.batch_size} take about "
-                f"{format_bytes(weights + 2 * cache)} of memory with all models loaded and there are "
-                f"{format_bytes(available)}: give fewer or smaller ones"
+                f"{format_bytes(weights + 2 * cache)} of memory with all models loaded and there "
+                f"are {format_bytes(available)}: give fewer or smaller ones"
             )
 
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 from ..architectures.config import read_model_args
 from ..architectures.families import FAMILIES, Config
 from ..network.model import ModelArgs
-from ..quantization.layout import Layout
+from ..quantization.layout import Layout, compare_sizes
 from ..removal import table as first_layer
 from ..removal.plan import REMOVALS, make_plan
 from .analysis import Removal, measure_removal
@@ -173,7 +173,7 @@ def _entry(name: str) -> Entry:
         {one.letters: one.obstacle for one in removals if one.obstacle is not None},
         table.reads_before() / table.reads_after(),
         table.growth / before.count(),
-        first_layer.explain_price(before, after) is None,
+        first_layer.explain_price(*compare_sizes(before, after)) is None,
         stock is not None and stock.drops(args),
     )
 

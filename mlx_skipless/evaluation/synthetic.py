@@ -13,13 +13,15 @@ import mlx_lm.utils
 from ..architectures.config import read_model_args
 from ..architectures.families import FAMILIES, Config, Family, find_family
 from ..architectures.tensors import to_published_names, to_source_names
-from ..checkpoints.checkpoint import FLOAT_NAMES, read_json
+from ..checkpoints.checkpoint import FLOAT_NAMES
+from ..checkpoints.files import read_json
 from ..checkpoints.writer import Writer
-from ..conversion.decisions import Progress
 from ..errors import UserError, first_line
 from ..network.model import Model, ModelArgs
-from ..network.names import EMBEDDING, FINAL_NORM, HEAD, is_stream_norm_weight
-from ..quantization.layout import Layout, Quantization, dtype_name, quantize_nearest
+from ..network.names import EMBEDDING, FINAL_NORM, HEAD
+from ..network.parts import dtype_name
+from ..progress import Progress
+from ..quantization.layout import Layout, Quantization, quantize_nearest
 from ..removal.plan import Plan, make_plan
 from .catalogue import MODELS, SHARED
 
@@ -142,13 +144,11 @@ def make_vanilla_shape(args: ModelArgs) -> Shape:
     return Shape(kind, config | {"model_type": kind})
 
 
-def make_random_weights(
-    layout: Layout, prefix: str = "", gain_offset: float = 0.0
-) -> dict[str, mx.array]:
+def make_random_weights(layout: Layout, prefix: str = "") -> dict[str, mx.array]:
     """A network's tensors under canonical names, lazy, the same ones at each call.
 
     Matrices are normal with a variance of 1 / inputs, which keeps any stream within bounds; gains
-    are one (stored less ``gain_offset`` on the stream), biases zero.
+    are one, biases zero.
     """
     keys = mx.random.split(mx.random.key(SEED), len(layout.tensors))
     found = {}
@@ -160,7 +160,7 @@ def make_random_weights(
         elif name.endswith(".bias"):
             random = mx.zeros(array.shape)
         else:
-            random = mx.ones(array.shape) - (gain_offset if is_stream_norm_weight(name) else 0)
+            random = mx.ones(array.shape)
         found[name] = random.astype(layout.dtype)
     return found
 
@@ -173,12 +173,12 @@ def make_stock_model(
     Raises:
         UserError: if mlx-lm cannot build it.
     """
-    tensors = make_random_weights(Layout(shape.args, dtype), gain_offset=shape.family.gain_offset)
+    tensors = make_random_weights(Layout(shape.args, dtype))
     config = shape.stock_config
     try:
         kind, args_kind = mlx_lm.utils._get_classes(config)
         model = kind(args_kind.from_dict(config))
-        weights = to_source_names(shape.family, tensors, shape.args)
+        weights = to_source_names(shape.family, tensors, shape.args, dtype)
         return _filled(model, weights, quantization)
     except (ValueError, TypeError) as error:
         raise UserError(
@@ -203,7 +203,7 @@ def make_skipless_model(
     """This package's network as ``convert`` writes it, its weights random and lazy."""
     written = replace(args, fused=Layout(args, dtype, quantization).fused)
     weights = to_source_names(
-        FAMILIES["skipless"], make_random_weights(Layout(args, dtype)), written
+        FAMILIES["skipless"], make_random_weights(Layout(args, dtype)), written, dtype
     )
     return _filled(Model(written), weights, quantization)
 
@@ -238,9 +238,9 @@ def write_checkpoint(
         writer.write_json("config.json", shape.stock_config | {"torch_dtype": dtype_name(dtype)})
         for done, part in enumerate(parts):
             progress("saving", done, len(parts))
-            tensors = make_random_weights(layout, f"{part}.", shape.family.gain_offset)
+            tensors = make_random_weights(layout, f"{part}.")
             evaluate_in_turn(tensors.values())
-            writer.add(to_published_names(shape.family, tensors, shape.args))
+            writer.add(to_published_names(shape.family, tensors, shape.args, dtype))
         writer.finish_weights(layout.count())
         writer.commit()
     progress("saving", len(parts), len(parts))

@@ -30,8 +30,8 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import UserError, first_line
-from ..memory import weight_bytes
-from ..quantization.layout import dtype_name
+from ..memory import format_bytes, weight_bytes
+from ..network.parts import dtype_name
 from .loading import load
 
 KV_BITS = (2, 3, 4, 6, 8)
@@ -545,8 +545,3 @@ def summarize(answer: Answer, *, reused: int = 0) -> str:
         f"answer {answer.generation_tokens:,} tokens at {answer.generation_tps:,.1f}/s"
         f"{drafts}{cut}; peak memory {format_bytes(answer.peak_memory_bytes)}"
     )
-
-
-def format_bytes(nbytes: int) -> str:
-    """Bytes for reading: "1.50 GB"."""
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

@@ -1,20 +1,20 @@
 """Loading a model to run: converted ones without trust, any other as mlx-lm does."""
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
 import mlx_lm.utils
-import transformers
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..architectures.config import read_model_args
 from ..architectures.families import find_family
 from ..architectures.tensors import find_places
 from ..checkpoints import files, hub
-from ..checkpoints.checkpoint import SafetensorsStore, read_json
+from ..checkpoints.checkpoint import SafetensorsStore
+from ..checkpoints.files import read_json
+from ..checkpoints.tokenizer import load_tokenizer
 from ..errors import UserError, first_line
 from ..network.model import Model, ModelArgs
 
@@ -104,32 +104,3 @@ def load_network(
 
 def _own_classes(config: dict) -> tuple[type[nn.Module], type]:
     return Model, ModelArgs
-
-
-def load_tokenizer(
-    folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool, name: str | None = None
-) -> TokenizerWrapper:
-    """The tokenizer of a model folder, as mlx-lm wraps it; ``name`` is what an error calls it.
-
-    Raises:
-        UserError: if it is missing or cannot be read.
-    """
-    options = make_tokenizer_options(config, trust_remote_code=trust_remote_code)
-    try:
-        return mlx_lm.utils.load_tokenizer(
-            folder, options, eos_token_ids=config.get("eos_token_id")
-        )
-    except Exception as error:  # transformers and tokenizers raise whatever they like
-        raise UserError(
-            f"the tokenizer of {name or folder} cannot be read ({first_line(error)}): copy it "
-            "again, or "
-            "give a checkpoint with a Hugging Face tokenizer"
-        ) from error
-
-
-def make_tokenizer_options(config: Mapping[str, Any], *, trust_remote_code: bool) -> dict[str, Any]:
-    """For transformers' ``AutoTokenizer``, which does not know this package's model type."""
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if config.get("model_type") == "skipless":
-        options["config"] = transformers.PreTrainedConfig()
-    return options

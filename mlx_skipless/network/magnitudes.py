@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..quantization.layout import dtype_name
+from .parts import dtype_name
 
 
 @dataclass(frozen=True)

@@ -8,33 +8,18 @@ enough to choose among mixtures; what the chosen one costs is measured afterward
 import bisect
 import itertools
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import UserError
 
 BITS = (2, 3, 4, 5, 6, 8)
-UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 # Of a measured KL, when looking for the smallest result that keeps a limit.
 CLOSE = 0.9  # near enough below the limit
 SAME_SIZE = 0.005  # share of bytes that is not worth another try
 TRIES = 8
 # What error feedback and fits leave of the cost of rounding to nearest, before any is measured.
 FIRST_GUESS = 0.3
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes of a size such as "900000", "1.6MB" or "4 GB" (decimal units).
-
-    Raises:
-        UserError: if it is none.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?b)?", text.strip().lower())
-    value = round(float(found[1]) * UNITS[found[2] if found[2] in UNITS else ""]) if found else 0
-    if value < 1:
-        raise UserError(f"{text!r} is no size: give bytes, or for instance 1.6MB or 4GB")
-    return value
 
 
 @dataclass(frozen=True)

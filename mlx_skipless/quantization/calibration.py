@@ -13,23 +13,27 @@ moments of its inputs (in, in) and their products with its outputs (in, out).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.base import create_attention_mask
 
-from ..architectures.tensors import restore_gains
-from ..conversion.check import Parts
 from ..errors import UserError
+from ..network.driver import (
+    BATCH_TOKENS,
+    apply_final_norm,
+    fill_block,
+    is_held_out,
+    run_block,
+    split_batches,
+)
 from ..network.model import Block, ModelArgs
-from ..network.names import EMBEDDING, EXPERTS, FINAL_NORM, HEAD, module_path
+from ..network.names import EMBEDDING, EXPERTS, HEAD, module_path
+from ..network.parts import Merged, Parts
 from .formats import Format, Packed, plus_diagonal
 from .layout import Layout
 
-BATCH_TOKENS = 2048
-HELD_OUT = 8  # every so manyth batch judges, the others are fitted
 WIDE = 4096  # inputs whose second moments are kept in float64
 JUDGED = 512  # outputs, spread over all, that choose the ridge
 # Tried as the ridge, a share of the inputs' mean square.
@@ -43,12 +47,6 @@ READERS = (
 )
 
 Arrays = dict[str, mx.array]
-
-
-class Merged(Parts, Protocol):
-    """A result's dense tensors; ``rewritten`` as in ``Merger``."""
-
-    def rewrite(self, where: str, outputs: mx.array) -> mx.array: ...
 
 
 @dataclass
@@ -169,7 +167,6 @@ class CalibratedParts:
         merger: makes the result's dense tensors.
         layout: how the result's tensors lie on disk.
         tokens: (sequences, length) of text.
-        gain_offset: what the merger's gains of stream norms are stored less than they are.
     """
 
     def __init__(
@@ -179,9 +176,8 @@ class CalibratedParts:
         merger: Merged,
         layout: Layout,
         tokens: mx.array,
-        gain_offset: float = 0.0,
     ):
-        self._before, self._source, self._gain_offset = before, source, gain_offset
+        self._before, self._source = before, source
         self._merger, self._layout = merger, layout
         self._tokens = split_batches(tokens)
         self._wanted: list[mx.array] = []  # the source's stream, a batch each
@@ -265,8 +261,7 @@ class CalibratedParts:
         prefix = f"model.layers.{layer}."
         out = dict(self._merger.layer(layer))
         source = fill_block(Block(self._before, layer), self._source.layer(layer), prefix)
-        runs = restore_gains(out, self._gain_offset)
-        result = fill_block(Block(self._layout.args, layer), runs, prefix)
+        result = fill_block(Block(self._layout.args, layer), out, prefix)
         for readers in READERS:
             places = [module_path(layer, name) for name in readers]
             places = [where for where in places if self._layout.format_of(where) is not None]
@@ -302,7 +297,7 @@ class CalibratedParts:
         for i, (wanted, actual) in enumerate(zip(self._wanted, self._actual, strict=True)):
             y = apply_final_norm(self._before, wanted, source) @ source[f"{HEAD}.weight"].T
             y = y + source.get(f"{HEAD}.bias", 0) - out.get(f"{HEAD}.bias", 0)
-            x = apply_final_norm(self._layout.args, actual, restore_gains(out, self._gain_offset))
+            x = apply_final_norm(self._layout.args, actual, out)
             moments[is_held_out(i)].add(x, {HEAD: y})
         packed, _ = self._fitted(HEAD, *moments, out.pop(f"{HEAD}.weight"))
         return out | packed
@@ -353,45 +348,8 @@ class CalibratedParts:
         return y if bias is None else y - bias
 
 
-def apply_final_norm(args: ModelArgs, h: mx.array, tensors: Mapping[str, mx.array]) -> mx.array:
-    """The stream behind the final norm, if there is one, whose tensors are among those given."""
-    if not args.final_norm:
-        return h
-    norm, prefix = args.make_stream_norm("final"), f"{FINAL_NORM}."
-    own = [
-        (n.removeprefix(prefix), a.astype(mx.float32))
-        for n, a in tensors.items()
-        if n.startswith(prefix)
-    ]
-    return norm.load_weights(own)(h)
-
-
-def split_batches(tokens: mx.array) -> list[mx.array]:
-    """Text, tokens (sequences, length), in the batches that calibration takes it in."""
-    rows = max(1, min(BATCH_TOKENS // tokens.shape[1], tokens.shape[0] // HELD_OUT))
-    return [tokens[i : i + rows] for i in range(0, tokens.shape[0], rows)]
-
-
-def is_held_out(batch: int) -> bool:
-    """Whether a batch judges fits instead of being fitted."""
-    return batch % HELD_OUT == HELD_OUT - 1
-
-
 def _named(where: str, packed: Packed) -> Arrays:
     return {f"{where}.{part}": array for part, array in packed.items()}
-
-
-def run_block(args: ModelArgs, block: Block, h: mx.array) -> mx.array:
-    """One block on whole sequences (rows, length, hidden)."""
-    window = args.sliding_window if block.use_sliding else None
-    return block(h, create_attention_mask(h, None, window_size=window))
-
-
-def fill_block(block: Block, tensors: Mapping[str, mx.array], prefix: str) -> Block:
-    """The block with its tensors, in float32."""
-    own = [(name.removeprefix(prefix), a.astype(mx.float32)) for name, a in tensors.items()]
-    block.load_weights(own)
-    return block
 
 
 def _owner(block: Block, name: str) -> Any:

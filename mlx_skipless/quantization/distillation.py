@@ -4,7 +4,7 @@ The packed weights stay; each group's scale and bias moves a little, by the grad
 result) on text, as in mlx-lm's DWQ. Nothing streams here: source and result are both in memory.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,6 +12,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from ..progress import Steps
 from .formats import Format
 
 LEARNING_RATE = 1e-2  # of a matrix's mean scale; a step of Adam is at most about that
@@ -22,7 +23,6 @@ JUDGE = 8  # one sequence in so many judges and is not trained on
 JUDGE_EVERY = 50  # steps
 
 Arrays = Mapping[str, mx.array]
-Progress = Callable[[int, int], None]
 
 
 def distill(
@@ -34,7 +34,7 @@ def distill(
     *,
     steps: int,
     seed: int,
-    progress: Progress = lambda done, total: None,
+    progress: Steps = lambda done, total: None,
 ) -> dict[str, mx.array]:
     """The scales and biases of affine matrices that bring a network closest to its source.
 

@@ -9,24 +9,14 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.utils import quantize_model
 
 from ..checkpoints.packed import MLXScheme
 from ..errors import UserError
 from ..network.model import FUSED, Model, ModelArgs, quant_predicate
 from ..network.names import EMBEDDING, EXPERTS, HEAD, module_path
+from ..network.parts import tensors_of
 from .formats import Format
-
-
-def dtype_name(dtype: mx.Dtype) -> str:
-    """ "bfloat16" for ``mx.bfloat16``."""
-    return str(dtype).removeprefix("mlx.core.")
-
-
-def tensors_of(module: nn.Module) -> dict[str, mx.array]:
-    """A module's parameters by name."""
-    return dict(tree_flatten(module.parameters()))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -207,6 +197,12 @@ class Layout:
             if any(f".{matrix}." in name for matrix in EXPERTS)
         )
         return total - experts + experts * args.num_experts_per_tok // args.num_local_experts
+
+
+def compare_sizes(before: Layout, after: Layout) -> tuple[float, float]:
+    """What a change adds to the bytes in memory and saves of those read for a token, as shares."""
+    growth = after.nbytes() / before.nbytes() - 1
+    return growth, 1 - after.bytes_per_token / before.bytes_per_token
 
 
 @dataclass(frozen=True)

@@ -11,26 +11,20 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..conversion.check import Parts
+from ..network.driver import apply_final_norm, fill_block, is_held_out, run_block, split_batches
 from ..network.model import Block, ModelArgs
 from ..network.names import EMBEDDING, HEAD
+from ..network.parts import Parts
 from ..network.wiring import parse_layer
+from ..progress import Steps
 from ..removal.merger import Merger
 from ..removal.plan import RemovalCost
-from .calibration import (
-    CalibratedParts,
-    apply_final_norm,
-    fill_block,
-    is_held_out,
-    run_block,
-    split_batches,
-)
+from .calibration import CalibratedParts
 from .formats import Format
 from .layout import Layout
 
 STREAMS_BYTES = 1 << 30  # of all changed copies together
 MEASURED_TOKENS = 2048  # at most
-Progress = Callable[[int, int], None]  # layers done, of how many
 FormatOf = Callable[[str], Format | None]
 
 
@@ -69,7 +63,7 @@ def measure_removals(
     trials: Sequence[Trial],
     format_of: FormatOf,
     tokens: mx.array,
-    progress: Progress = lambda done, total: None,
+    progress: Steps = lambda done, total: None,
 ) -> dict[str, RemovalCost]:
     """What each removal costs, by the matrix that goes.
 
@@ -112,7 +106,7 @@ def measure_rounding(
     matrices: Iterable[str],
     format_of: FormatOf,
     tokens: mx.array,
-    progress: Progress = lambda done, total: None,
+    progress: Steps = lambda done, total: None,
 ) -> dict[str, float]:
     """KL of the source with one matrix rounded to nearest, by module path; see ``removal_costs``.
 
@@ -158,7 +152,7 @@ def _divergences(
     rounded: Mapping[str, Collection[str]],
     format_of: FormatOf,
     joined: Mapping[int, Mapping[str, mx.array]],
-    progress: Progress = lambda done, total: None,
+    progress: Steps = lambda done, total: None,
 ) -> dict[str, float]:
     """Mean KL(source || changed copy) over tokens (rows, length), by the copy's name.
 

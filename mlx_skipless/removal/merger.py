@@ -37,8 +37,8 @@ from ..network.names import (
     is_stream_norm_weight,
     module_path,
 )
+from ..network.parts import dtype_name
 from ..network.wiring import find_points, parse_layer, parse_letter
-from ..quantization.layout import dtype_name
 from .plan import Conditioning, Plan
 from .products import Inverse, choose_working_type, multiply
 
@@ -164,15 +164,19 @@ class Merger:
     """Applies a plan to a checkpoint, a layer at a time; holds at most three bases.
 
     Layers that are asked for in the order of the stream are read into the system's cache while the
-    one before is worked on. ``gain_offset`` is what the result's gains of stream norms are to be
-    stored less than they are.
+    one before is worked on. ``gain_dtype`` is the type of the stream norms' gains, where it is not
+    ``dtype``.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, plan: Plan, dtype: mx.Dtype, gain_offset: float = 0.0
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        dtype: mx.Dtype,
+        gain_dtype: mx.Dtype | None = None,
     ):
         self._checkpoint, self._plan, self._dtype = checkpoint, plan, dtype
-        self._gain_offset = gain_offset
+        self._gain_dtype = gain_dtype or dtype
         self._points = find_points(plan.before)
         self._reads = {m: i for i, point in enumerate(self._points) for m in point.consumers}
         self._writes = {m: i for i, point in enumerate(self._points) for m in point.producers}
@@ -342,10 +346,8 @@ class Merger:
             if norm in norms:
                 name = f"{module}.{part}"
                 found = {} if norm in self._plan.folded else self._checkpoint.read([name])
-                values = found.get(name, nothing)
-                if self._gain_offset and is_stream_norm_weight(name):
-                    values = values - self._gain_offset
-                out[name] = self._finite(name, values)
+                dtype = self._gain_dtype if is_stream_norm_weight(name) else self._dtype
+                out[name] = cast_finite(name, found.get(name, nothing), dtype)
         return out
 
     def _make_basis(self, index: int) -> Basis | None:

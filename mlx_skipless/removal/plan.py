@@ -13,8 +13,8 @@ import mlx.core as mx
 from ..errors import UserError
 from ..network.model import ModelArgs
 from ..network.names import ATTENTION, EMBEDDING, GAINS, HEAD, MLP, find_readers
+from ..network.parts import dtype_name
 from ..network.wiring import LETTERS, Point, find_points, parse_layer, parse_letter
-from ..quantization.layout import dtype_name
 
 PARTS = (*LETTERS, "attention", "ffn")  # that a layer can lack
 REMOVALS = ("auto", "qp", "kp", "vp", "q", "k", "v", "p", "none")
@@ -326,8 +326,8 @@ def _obey(
         measured = conditioning.get(where)
         if measured is not None and not measured.condition < HOPELESS:
             raise UserError(
-                f"--remove {letters}: {parse_letter(where).upper()} of layer {parse_layer(where)} is "
-                f"singular (condition number {measured.condition:.1e}) and has no inverse: "
+                f"--remove {letters}: {parse_letter(where).upper()} of layer {parse_layer(where)} "
+                f"is singular (condition number {measured.condition:.1e}) and has no inverse: "
                 "--remove auto takes what can go"
             )
     if args.tie_word_embeddings and {0, len(found) - 1} <= eliminated.keys():
@@ -391,9 +391,10 @@ def _choose(
         cost = costs.get(free[best])
         if cost is not None and not cost.pays:
             notes.append(
-                f"{best.upper()} of layer {parse_layer(free[best])} stays: quantized without it the "
-                f"model would be {cost.removed:.2g} nats per token from its source by this alone, "
-                f"with it {cost.rounded:.2g} (--remove {'qp' if best == 'q' else best} insists)"
+                f"{best.upper()} of layer {parse_layer(free[best])} stays: quantized without it "
+                f"the model would be {cost.removed:.2g} nats per token from its source by this "
+                f"alone, with it {cost.rounded:.2g} "
+                f"(--remove {'qp' if best == 'q' else best} insists)"
             )
         elif noise[best] <= NOISE_LIMIT:
             eliminated[index] = free[best]

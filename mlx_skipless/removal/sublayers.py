@@ -7,16 +7,17 @@ alone, or in the greedy search again after each drop.
 """
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..conversion.check import Parts, StreamedNetwork
 from ..errors import UserError
+from ..network.driver import StreamedNetwork, fill_block, run_block, split_batches
 from ..network.model import Block, ModelArgs
 from ..network.names import EMBEDDING
-from ..quantization.calibration import fill_block, run_block, split_batches
+from ..network.parts import Parts
+from ..progress import Steps
 
 PARTS = ("attention", "ffn")
 KINDS = ("attention", "ffn", "block")  # what can be asked for; a block is both
@@ -25,7 +26,6 @@ CANDIDATES = 6  # the least important of each kind, tried at each step of the gr
 SEARCH_TOKENS = 4096  # that judge a drop
 
 Drops = Mapping[str, Collection[int]]  # layers by part
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def measure_importance(
     source: Parts,
     tokens: mx.array,
     dropped: Drops | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Steps = lambda done, total: None,
 ) -> dict[str, list[float]]:
     """1 - cosine of the stream before and after each sub-layer and each block, mean over tokens.
 
@@ -130,7 +130,7 @@ def measure_losses(
     source: Parts,
     tokens: mx.array,
     variants: Sequence[Drops],
-    progress: Progress = lambda done, total: None,
+    progress: Steps = lambda done, total: None,
 ) -> list[float]:
     """The loss of the network with each set of drops, nats per token, in one pass.
 
@@ -167,7 +167,7 @@ def choose_drops(
     greedy: bool,
     max_loss: float,
     spared: Drops | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Steps = lambda done, total: None,
 ) -> tuple[dict[str, list[int]], list[Step]]:
     """The sub-layers that go.
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from ..network.driver import fill_block
 from ..network.model import Block, ModelArgs
 from ..network.names import EMBEDDING, HEAD
-from ..quantization.calibration import Merged, fill_block
-from ..quantization.layout import Layout, tensors_of
+from ..network.parts import Merged, tensors_of
 from .merger import cast_finite
 from .plan import with_table
 
@@ -91,10 +91,13 @@ def find_needed(args: ModelArgs) -> dict[str, list[int]]:
     return {part: [0] for part in parts}
 
 
-def explain_price(before: Layout, after: Layout) -> str | None:
-    """Why a table does not pay, by the layouts without and with it; None if it does."""
-    growth = after.nbytes() / before.nbytes() - 1
-    saved = 1 - after.bytes_per_token / before.bytes_per_token
+def explain_price(growth: float, saved: float) -> str | None:
+    """Why a table does not pay; None if it does.
+
+    Args:
+        growth: share by which it adds to the weights in memory.
+        saved: share of the bytes that decoding a token no longer reads.
+    """
     if growth <= WORTH * saved:
         return None
     return (

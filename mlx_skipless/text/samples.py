@@ -9,8 +9,8 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
 from ..checkpoints import hub
-from ..conversion.check import StreamedNetwork
 from ..errors import UserError
+from ..network.driver import StreamedNetwork
 from . import corpus
 
 CHECK = (4, 32)  # sequences, tokens each

@@ -25,18 +25,17 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from ..checkpoints import files, hub
-from ..checkpoints.checkpoint import read_json
+from ..checkpoints.files import read_json
 from ..checkpoints.writer import check_free
-from ..conversion import card
 from ..errors import UserError, first_line
 from ..evaluation import perplexity
 from ..inference.loading import load
 from ..memory import peak_memory_bytes
+from ..network.parts import tensors_of
 from ..options import check_choices, flag_name, option, read_options
-from ..quantization.layout import tensors_of
 from ..text import corpus, samples
 from ..text.corpus import Batches
-from . import loop
+from . import card, loop
 from .loop import Event
 
 TOKENS = "tokens.safetensors"
@@ -275,13 +274,13 @@ class Run(loop.ResumableRun):
         folder = self._out / loop.TRAINING
         folder.mkdir()
         tokens = {"train": mx.array(self._train), "held_out": mx.array(self._held_out)}
-        loop.replace_file(folder / TOKENS, lambda file: mx.save_safetensors(str(file), tokens))
+        files.replace_file(folder / TOKENS, lambda file: mx.save_safetensors(str(file), tokens))
         run = {
             "treatment": asdict(self._treatment),
             "pace": asdict(self._pace),
             "sources": asdict(self._sources),
         }
-        loop.write_json(folder / loop.RUN, run)
+        files.write_json(folder / loop.RUN, run)
 
     def go(self, report: Callable[[Event], None], stopped: Callable[[], bool]) -> Result:
         """Train to the end, fuse, measure and write."""

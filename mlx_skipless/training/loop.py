@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import shutil
 import signal
 import threading
@@ -23,7 +22,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..checkpoints.checkpoint import read_json
+from ..checkpoints.files import read_json, replace_file
 from ..errors import UserError, first_line
 from ..evaluation.plots import plot
 from ..memory import peak_memory_bytes
@@ -291,23 +290,6 @@ def check_room(out: Path, needed: int) -> None:
 
 def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=4) + "\n"
-    replace_file(file, lambda partial: partial.write_text(text, encoding="utf-8"))
-
-
-def replace_file(file: Path, write: Callable[[Path], Any]) -> None:
-    """Have ``write`` make a file and put it in place of ``file`` at once."""
-    partial = file.with_name(f".partial-{file.name}")
-    try:
-        write(partial)
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -19,21 +19,20 @@ import transformers
 from mlx.utils import tree_map
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..checkpoints import hub
-from ..checkpoints.checkpoint import read_json
+from ..checkpoints import files, hub
+from ..checkpoints.files import read_json
+from ..checkpoints.tokenizer import make_tokenizer_options
 from ..checkpoints.writer import check_free
-from ..conversion import card
 from ..errors import UserError, first_line
 from ..evaluation import perplexity
 from ..inference import generation
-from ..inference.loading import make_tokenizer_options
 from ..memory import peak_memory_bytes
 from ..network.model import Model
+from ..network.parts import tensors_of
 from ..options import option
-from ..quantization.layout import tensors_of
 from ..text import corpus
 from ..text.corpus import Batches
-from . import loop
+from . import card, loop
 from .loop import Event
 from .recipe import Recipe, read_recipe
 
@@ -206,15 +205,15 @@ class Run(loop.ResumableRun):
             "dtype": self._dtype,
             "fingerprint": self._text.fingerprint(),
         }
-        loop.write_json(self._out / loop.TRAINING / loop.RUN, run)
+        files.write_json(self._out / loop.TRAINING / loop.RUN, run)
         config = {k: v for k, v in asdict(self.model.args).items() if v is not None}
         config |= {"eos_token_id": self._text.tokenizer.eos_token_id, "torch_dtype": "float32"}
         config |= {"architectures": ["SkiplessForCausalLM"]}
-        loop.write_json(self._out / "config.json", dict(sorted(config.items())))
+        files.write_json(self._out / "config.json", dict(sorted(config.items())))
 
     def _write_model(self) -> None:
         weights = tensors_of(self.model)
-        loop.replace_file(
+        files.replace_file(
             self._out / "model.safetensors",
             lambda file: mx.save_safetensors(str(file), weights, {"format": "mlx"}),
         )
@@ -238,7 +237,7 @@ class Run(loop.ResumableRun):
         text = card.write_training_card(
             result, self.model.args, asdict(recipe), [Path(f).name for f in self._sources.data]
         )
-        loop.replace_file(
+        files.replace_file(
             self._out / "README.md", lambda file: file.write_text(text, encoding="utf-8")
         )
         return result

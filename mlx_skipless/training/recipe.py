@@ -17,8 +17,8 @@ from ..architectures.config import read_model_args
 from ..errors import UserError
 from ..network.model import ACTIVATIONS, Model, ModelArgs
 from ..network.names import GAINS, PROJECTIONS
+from ..network.parts import tensors_of
 from ..options import check_choices, flag_name, option, read_options
-from ..quantization.layout import tensors_of
 
 EMBEDDING_SCALE = 0.02
 

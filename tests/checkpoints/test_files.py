@@ -24,7 +24,7 @@ from test_gguf import write as write_gguf
 from mlx_skipless import UserError, convert, load
 from mlx_skipless.checkpoints import files
 from mlx_skipless.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from mlx_skipless.checkpoints.writer import carry_tokenizer
+from mlx_skipless.checkpoints.tokenizer import carry_tokenizer
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 LAST = "model.layers.1.mlp.down_proj.weight"

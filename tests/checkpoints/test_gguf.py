@@ -35,7 +35,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from mlx_skipless.checkpoints import gguf_file
 from mlx_skipless.checkpoints.checkpoint import open_checkpoint
 from mlx_skipless.checkpoints.gguf_file import GGUFStore
-from mlx_skipless.checkpoints.writer import carry_tokenizer
+from mlx_skipless.checkpoints.tokenizer import carry_tokenizer
 from mlx_skipless.conversion.convert import convert
 from mlx_skipless.errors import UserError
 

@@ -28,7 +28,8 @@ from mlx_skipless.evaluation.synthetic import (
     make_skipless_model,
     make_stock_model,
 )
-from mlx_skipless.quantization.layout import Layout, Quantization, tensors_of
+from mlx_skipless.network.parts import tensors_of
+from mlx_skipless.quantization.layout import Layout, Quantization
 
 HIDDEN, INNER, LAYERS, HEADS, KV_WIDTH, VOCAB = 64, 96, 3, 4, 32, 264
 LLAMA: dict[str, Any] = {

@@ -18,7 +18,7 @@ import mlx_skipless
 from mlx_skipless.architectures.config import read_model_args
 from mlx_skipless.checkpoints.checkpoint import open_checkpoint
 from mlx_skipless.network.model import FUSED, Model
-from mlx_skipless.quantization.layout import tensors_of
+from mlx_skipless.network.parts import tensors_of
 
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 11))
 EVERYWHERE, BEHIND_FIRST = [0, 1, 2], [1, 2]

@@ -16,7 +16,7 @@ from reference import Config, Weights
 
 import mlx_skipless
 from mlx_skipless.checkpoints.checkpoint import open_checkpoint
-from mlx_skipless.conversion.check import StreamedNetwork
+from mlx_skipless.network.driver import StreamedNetwork
 from mlx_skipless.network.magnitudes import NotFinite, Watch
 from mlx_skipless.network.model import Block
 from mlx_skipless.removal.merger import Merger

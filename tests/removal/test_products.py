@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_skipless.checkpoints.checkpoint import open_checkpoint
-from mlx_skipless.quantization.layout import dtype_name
+from mlx_skipless.network.parts import dtype_name
 from mlx_skipless.removal import products
 from mlx_skipless.removal.merger import Linear, Merger, basis_without_reader, change_basis
 from mlx_skipless.removal.plan import UNIT_ROUNDOFF, make_plan

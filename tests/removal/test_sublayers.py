@@ -17,7 +17,7 @@ from reference import Config, Weights
 import mlx_skipless
 from mlx_skipless.checkpoints.checkpoint import open_checkpoint
 from mlx_skipless.cli.main import main
-from mlx_skipless.conversion.check import StreamedNetwork
+from mlx_skipless.network.driver import StreamedNetwork
 from mlx_skipless.removal import sublayers
 from mlx_skipless.removal.merger import Merger
 from mlx_skipless.removal.plan import make_plan
