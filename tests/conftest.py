@@ -10,7 +10,7 @@ from hypothesis import settings
 from reference import Config, Weights
 
 from mlx_skipless.checkpoints.checkpoint import open_checkpoint
-from mlx_skipless.conversion import check
+from mlx_skipless.network import driver
 from mlx_skipless.removal.merger import Merger
 from mlx_skipless.removal.plan import make_plan
 
@@ -24,7 +24,7 @@ settings.load_profile("busy")
 @pytest.fixture(params=[True, False], ids=["resident", "streamed"])
 def network(
     request: pytest.FixtureRequest, tmp_path: Path
-) -> tuple[tuple[Config, Weights], check.StreamedNetwork]:
+) -> tuple[tuple[Config, Weights], driver.StreamedNetwork]:
     """A random source, and the same in layers that stay in memory or are read again."""
     source = make_checkpoint(
         tmp_path, norm="qkv", gains=True, linear_paths=True, sliding_window=5,
@@ -33,4 +33,4 @@ def network(
     checkpoint = open_checkpoint(tmp_path)
     plan = make_plan(checkpoint.args, remove="none")
     parts = Merger(checkpoint, plan, mx.float32)
-    return source, check.StreamedNetwork(checkpoint.args, parts, resident=request.param)
+    return source, driver.StreamedNetwork(checkpoint.args, parts, resident=request.param)

@@ -13,6 +13,7 @@ from mlx_skipless.architectures.families import FAMILIES
 from mlx_skipless.checkpoints.checkpoint import open_checkpoint
 from mlx_skipless.conversion import check
 from mlx_skipless.errors import UserError
+from mlx_skipless.network import driver
 
 
 @pytest.mark.parametrize("scale", [1e-6, 0.1, 3.0])
@@ -66,7 +67,7 @@ def test_written_quantized_parts(tmp_path: Path) -> None:
     model, _ = mlx_skipless.load(tmp_path / "out")
     args = open_checkpoint(tmp_path / "out").args
     parts = check.WrittenParts(tmp_path / "out", args, FAMILIES["skipless"])
-    streamed = check.StreamedNetwork(args, parts, report.quantization)
+    streamed = driver.StreamedNetwork(args, parts, report.quantization)
     tokens = mx.array(np.random.default_rng(0).integers(0, 256, (1, 9)))
     got = streamed.logits(streamed.hidden(tokens))
     assert mx.abs(got - model(tokens)).max().item() < 1e-4

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_skipless.errors import UserError
+from mlx_skipless.memory import parse_bytes
 from mlx_skipless.quantization import bits as budget
 from mlx_skipless.quantization.bits import BITS, Mixture, Raises
 
@@ -16,13 +17,13 @@ from mlx_skipless.quantization.bits import BITS, Mixture, Raises
     [("900000", 900000), ("1.6MB", 1_600_000), ("4 GB", 4 * 10**9), ("12kb", 12000), ("7b", 7)],
 )
 def test_sizes(text: str, value: int) -> None:
-    assert budget.parse_bytes(text) == value
+    assert parse_bytes(text) == value
 
 
 @pytest.mark.parametrize("text", ["", "0", "-3", "MB", "4TB", "1.6MBs", "nan", "1e6", "0.2"])
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(UserError, match=r"no size.*1\.6MB"):
-        budget.parse_bytes(text)
+        parse_bytes(text)
 
 
 def some(seed: int, count: int = 4) -> tuple[dict[str, int], dict[str, float], Raises]:

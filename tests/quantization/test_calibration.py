@@ -334,7 +334,7 @@ def test_what_a_target_kl_chose_is_what_is_written(
         assert kls[0] > kls[1] > 0
         return found[3], False
 
-    monkeypatch.setattr(budget, "smallest_below", smallest)
+    monkeypatch.setattr(budget, "find_smallest", smallest)
     monkeypatch.setattr(samples, "CALIBRATION", (16, 32))
     make_checkpoint(tmp_path / "s", norm="qkv", num_hidden_layers=2, **SIZES)
     report = mlx_skipless.convert(tmp_path / "s", tmp_path / "o", target_kl=0.1)

@@ -217,7 +217,7 @@ def test_a_resumed_run_is_the_whole_one(
     out = tmp_path / "h"
     models = ["--model", str(pair[0] / "r"), "--teacher", str(pair[0] / "s")]
     with monkeypatch.context() as patch:
-        patch.setattr(events, "line", stop_at(6, signal.SIGINT))
+        patch.setattr(events, "describe_event", stop_at(6, signal.SIGINT))
         assert main(["heal", *models, "--mlx-path", str(out), *flags(treatment)]) == 1
     assert "interrupted at step 6: --resume goes on" in capsys.readouterr().err
     assert [p.name for p in out.iterdir()] == ["training"]

@@ -461,7 +461,7 @@ def test_an_interrupted_run_saves_and_tells(
     out = tmp_path / "run"
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(events, "line", stop_at(6, which))
+        patch.setattr(events, "describe_event", stop_at(6, which))
         assert command("train", "--data", text, "--mlx-path", out, *flags()) == 1
     assert "interrupted at step 6: --resume goes on" in one_error(capsys)
     assert signal.getsignal(signal.SIGINT) == handler
@@ -500,7 +500,7 @@ def test_a_second_signal_ends_at_once(
     capsys: pytest.CaptureFixture[str],
 ):
     out = tmp_path / "run"
-    monkeypatch.setattr(events, "line", stop_at(6, signal.SIGINT, signal.SIGINT))
+    monkeypatch.setattr(events, "describe_event", stop_at(6, signal.SIGINT, signal.SIGINT))
     assert command("train", "--data", text, "--mlx-path", out, *flags()) == 1
     assert one_error(capsys) == "error: interrupted\n"
     state: Any = mx.load(str(out / "training/state.safetensors"), return_metadata=True)
