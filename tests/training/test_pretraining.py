@@ -816,7 +816,7 @@ def report(event):
     if event["step"] == 6:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
-events.line = report
+events.describe_event = report
 sys.exit(cli.main(sys.argv[1:]))
 """
 
