@@ -1,8 +1,9 @@
 """Every family: its own config, names and layout in, the same function out."""
 
+import itertools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import reference
 import transformers
 from architectures import ARCHITECTURES, logits, make, text
 from factory import stored
+from grids import pairs, thin
 from mlx_lm.utils import quantize_model
 from reference import Config, Weights
 
@@ -33,6 +35,26 @@ STOCK = [name for name, kind in ARCHITECTURES.items() if kind.stock]
 LAYER_NORMS = ["gpt_neox", "gpt_neox, serial", "gptj", "phi"]
 FUSED = ["gpt_neox", "gpt_neox, serial"]
 PARALLEL = ["gpt_neox", "gptj", "phi", "cohere"]
+
+
+def traits(name: str) -> set[str]:
+    """What sets a family apart from others, for grids that try each trait with everything."""
+    config = ARCHITECTURES[name].mapped(ARCHITECTURES[name].config)
+    keys = ("norm_type", "block", "shared_norm", "gated", "qk_norm", "num_local_experts")
+    keys += ("sliding_window", "embedding_scale", "rope_traditional", "tie_word_embeddings")
+    found = {f"{key} {config[key]}" for key in keys if config.get(key) is not None}
+    return found | {f"fused {name in FUSED}", f"biased {bool(ARCHITECTURES[name].biased)}"}
+
+
+def each_trait(names: Iterable[str], *others: Iterable[Any]) -> list[Any]:
+    """A grid of families by default thinned to each trait with each value of the other axes."""
+
+    def features(case: tuple[Any, ...]) -> set[Any]:
+        name, *rest = case
+        with_traits = {(trait, i, str(x)) for trait in traits(name) for i, x in enumerate(rest)}
+        return {name, *with_traits, *pairs(*rest)}
+
+    return thin([*itertools.product(names, *others)], features)
 
 
 @pytest.fixture(autouse=True)
@@ -139,8 +161,7 @@ PRETRAINED: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", PRETRAINED, ids=str)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("name", "options"), each_trait(ARCHITECTURES, PRETRAINED), ids=str)
 def test_what_a_pretrained_model_can_do_without(
     name: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -208,9 +229,9 @@ def test_a_tied_head_keeps_layer_norms(tmp_path: Path) -> None:
 REMOVALS = ("none", "auto", "qp", "q", "p", "kp", "v")
 
 
-@pytest.mark.parametrize("remove", REMOVALS)
-@pytest.mark.parametrize("kv_heads", [None, 4], ids=["as it is", "MHA"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("name", "kv_heads", "remove"), each_trait(ARCHITECTURES, (None, 4), REMOVALS), ids=str
+)
 def test_the_skipless_network(name: str, kv_heads: int | None, remove: str, tmp_path: Path) -> None:
     """Every removal that the shapes and the block allow."""
     changes = {"num_key_value_heads": kv_heads} if kv_heads else {}
@@ -286,8 +307,7 @@ QUANTIZED: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", QUANTIZED, ids=str)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("name", "options"), each_trait(ARCHITECTURES, QUANTIZED), ids=str)
 def test_quantized(
     name: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """Healing: the loss against NumPy, runs that stop and go on, and the models that result."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -7,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import mlx_lm
 import numpy as np
 import pytest
 import reference
+from compiling import compiling
 from factory import make_checkpoint, make_llama
 from reference import Config, Weights
 
@@ -57,11 +59,14 @@ def whole(
     """A run that nothing stopped."""
     treatment = dataclasses.replace(SMALL, fine_tune_type=request.param)
     out = tmp_path_factory.mktemp("whole") / "h"
-    return (
-        treatment,
-        out,
-        mlx_skipless.heal(pair[0] / "r", pair[0] / "s", out, treatment, pace=PACE),
-    )
+    with steps_of(treatment):
+        result = mlx_skipless.heal(pair[0] / "r", pair[0] / "s", out, treatment, pace=PACE)
+    return treatment, out, result
+
+
+def steps_of(treatment: Treatment) -> contextlib.AbstractContextManager[None]:
+    """Steps with adapters are compiled; those of all weights take twice as many kernels."""
+    return compiling() if treatment.fine_tune_type == "lora" else contextlib.nullcontext()
 
 
 def held_out(out: Path) -> np.ndarray:
@@ -214,6 +219,18 @@ def test_a_resumed_run_is_the_whole_one(
 ) -> None:
     """Bit for bit, and until then there is no model in its folder."""
     treatment, finished, result = whole
+    with steps_of(treatment):
+        resume_what_was_stopped(whole, pair, tmp_path, monkeypatch, capsys)
+
+
+def resume_what_was_stopped(
+    whole: tuple[Treatment, Path, Result],
+    pair: tuple[Path, Config, Weights],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    treatment, finished, result = whole
     out = tmp_path / "h"
     models = ["--model", str(pair[0] / "r"), "--teacher", str(pair[0] / "s")]
     with monkeypatch.context() as patch:
@@ -244,14 +261,6 @@ def test_more_steps(pair: tuple[Path, Config, Weights], tmp_path: Path) -> None:
     assert [e["step"] for e in read_log(tmp_path / "h") if "after" in e] == [8, 10]
 
 
-@pytest.fixture
-def uncompiled() -> Iterator[None]:
-    """Kernels that are made once for a network of its own cost more than they save."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
-
-
 STUDENTS: list[tuple[Config, dict[str, Any], str]] = [  # with bfloat16 all weights are trained
     ({"block": "parallel", "norm": "pre", "skip": "both"}, {"drop_attention": 1}, "float32"),
     ({"norm": "pre", "skip": "both", "tie_word_embeddings": True}, {"drop_ffn": 1}, "bfloat16"),
@@ -259,7 +268,6 @@ STUDENTS: list[tuple[Config, dict[str, Any], str]] = [  # with bfloat16 all weig
 ]
 
 
-@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(("config", "options", "dtype"), STUDENTS, ids=str)
 def test_our_own_networks(
     config: Config,
@@ -295,7 +303,6 @@ def test_our_own_networks(
     assert result.after.kl == pytest.approx(measured, rel=0.02 if dtype == "float32" else 0.2)
 
 
-@pytest.mark.usefixtures("uncompiled")
 def test_a_quantized_student(pair: tuple[Path, Config, Weights], tmp_path: Path) -> None:
     """What is measured is what is written: fused and packed again."""
     folder, config, weights = pair
@@ -427,7 +434,6 @@ def test_a_broken_run(file: str, whole: tuple[Treatment, Path, Result], tmp_path
         mlx_skipless.heal(None, None, tmp_path / "c", resume=True)
 
 
-@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("where", ["save", "replace"])
 def test_a_disk_that_fills_up_at_the_end(
     where: str, pair: tuple[Path, Config, Weights], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
