@@ -23,7 +23,8 @@ from mlx_skipless.removal.merger import Merger
 from mlx_skipless.removal.plan import make_plan
 
 settings.register_profile("busy", deadline=None)  # a loaded machine is no failure
-settings.register_profile("thorough", deadline=None)  # test_fuzz.py: many times as many
+for name in ("thorough", "endless"):  # test_fuzz.py: many times as many
+    settings.register_profile(name, deadline=None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

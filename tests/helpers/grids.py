@@ -22,12 +22,15 @@ def product(*axes: Iterable[Any]) -> list[Any]:
     return thin([*itertools.product(*axes)], lambda case: pairs(*case))
 
 
-def thin(cases: Sequence[Any], features: Callable[[Any], Collection[Any]]) -> list[Any]:
+def thin(
+    cases: Sequence[Any], features: Callable[[Any], Collection[Any]], *, whole: bool = False
+) -> list[Any]:
     """Mark those cases as thorough that show nothing which the others do not.
 
     Args:
         cases: what one test is run with, each a tuple of its arguments or a single argument.
         features: what a case shows.
+        whole: whether a tuple is a single argument.
 
     Returns:
         The cases in their order, as pytest's parameters.
@@ -41,14 +44,13 @@ def thin(cases: Sequence[Any], features: Callable[[Any], Collection[Any]]) -> li
             if len(shown[i] - seen) >= least:
                 kept.add(i)
                 seen |= shown[i]
-    return [case if i in kept else mark(case) for i, case in enumerate(cases)]
+    marks = [() if i in kept else thorough for i in range(len(cases))]
+    return [
+        pytest.param(*(case if isinstance(case, tuple) and not whole else (case,)), marks=mark)
+        for case, mark in zip(cases, marks, strict=True)
+    ]
 
 
-def all_but(few: Collection[Any], cases: Iterable[Any]) -> list[Any]:
-    """Mark all cases as thorough but those few."""
-    return [case if case in few else mark(case) for case in cases]
-
-
-def mark(case: Any) -> Any:
-    """The case as one of the thorough ones."""
-    return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=thorough)
+def only(few: Collection[Any], cases: Iterable[Any]) -> list[Any]:
+    """Mark all cases, single arguments, as thorough but those few."""
+    return [case if case in few else pytest.param(case, marks=thorough) for case in cases]

@@ -218,8 +218,7 @@ def test_a_resumed_run_is_the_whole_one(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Bit for bit, and until then there is no model in its folder."""
-    treatment, finished, result = whole
-    with steps_of(treatment):
+    with steps_of(whole[0]):
         resume_what_was_stopped(whole, pair, tmp_path, monkeypatch, capsys)
 
 
