@@ -55,12 +55,16 @@ def has_linear_paths(seed: int) -> bool:
 
 
 def shows(case: tuple[str, ...]) -> set[Any]:
-    """Each pair of what a case is made of, apart for what can and what cannot be."""
-    block, skip, _, heads, _, _, remove = case
+    """Each pair of what a case is made of, apart for what can and what cannot be.
+
+    And each three of those that obstacles are made of.
+    """
+    block, skip, _, heads, ends, bias, remove = case
     if not possible(block, skip, heads, remove):
         return pairs("impossible", block, skip, heads, remove)
     seed = GRID.index(case)
-    return pairs(*case, has_gains(seed), has_linear_paths(seed))
+    obstacles = {(ends, bias, remove), (block, skip, bias, remove), (block, skip, ends, remove)}
+    return pairs(*case, has_gains(seed), has_linear_paths(seed)) | obstacles
 
 
 def check_same_function(
