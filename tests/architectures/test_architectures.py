@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import reference
 import transformers
-from architectures import ARCHITECTURES, logits, make, text
+from architectures import ARCHITECTURES, STOCK, as_mlx_lm, logits, make, skipless, text, without
 from factory import stored
 from grids import only, pairs, thin
 from mlx_lm.utils import quantize_model
-from reference import Config, Weights
+from reference import Config
 
 import mlx_skipless
 from mlx_skipless.checkpoints.checkpoint import open_checkpoint
@@ -29,9 +29,6 @@ from mlx_skipless.text import samples
 from mlx_skipless.training import healing
 from mlx_skipless.training.healing import Treatment
 
-# mlx-lm has the other form of GELU than transformers: what makes it the same function.
-MLX_LM_GELU = {"gemma": {"hidden_activation": "gelu"}, "gpt_neox": {"hidden_act": "gelu_new"}}
-STOCK = [name for name, kind in ARCHITECTURES.items() if kind.stock]
 LAYER_NORMS = ["gpt_neox", "gpt_neox, serial", "gptj", "phi"]
 FUSED = ["gpt_neox", "gpt_neox, serial"]
 PARALLEL = ["gpt_neox", "gptj", "phi", "cohere"]
@@ -69,39 +66,6 @@ def check_same_function(expected: np.ndarray, folder: Path, tokens: np.ndarray, 
     cache: list[Any] = mlx_lm.models.cache.make_prompt_cache(model)
     steps = [model(mx.array(tokens[:, i : i + 1]), cache=cache) for i in range(tokens.shape[1])]
     assert reference.worst_relative_error(expected, np.array(mx.concatenate(steps, 1))) <= limit
-
-
-def as_mlx_lm(name: str) -> dict[str, Any]:
-    return MLX_LM_GELU.get(name.split(",")[0], {})
-
-
-def without(weights: Weights, removed: dict[str, list[int]]) -> Weights:
-    modules = {"attention": "self_attn", "ffn": "mlp"}
-    gone = [f"layers.{i}.{modules[part]}." for part, layers in removed.items() for i in layers]
-    return {name: w for name, w in weights.items() if not any(g in name for g in gone)}
-
-
-def skipless(config: Config, weights: Weights) -> tuple[Config, Weights]:
-    """The skipless network of a pretrained one: stream norms' gains and biases folded by hand."""
-    weights = dict(weights)
-    for layer in range(config["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}."
-        readers = {"input_layernorm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]}
-        ffn = [f"mlp.{name}" for name in ("router", "gate_proj", "up_proj")]
-        shared = config.get("shared_norm")
-        readers.setdefault("input_layernorm" if shared else "post_attention_layernorm", [])
-        readers["input_layernorm" if shared else "post_attention_layernorm"] += ffn
-        for norm, names in readers.items():
-            gain = weights.pop(f"{prefix}{norm}.weight")
-            shift = weights.pop(f"{prefix}{norm}.bias", None)
-            for matrix in (f"{prefix}{name}" for name in names):
-                if f"{matrix}.weight" not in weights:
-                    continue
-                if shift is not None:
-                    bias = weights.get(f"{matrix}.bias", 0.0)
-                    weights[f"{matrix}.bias"] = bias + weights[f"{matrix}.weight"] @ shift
-                weights[f"{matrix}.weight"] = weights[f"{matrix}.weight"] * gain
-    return config | {"skip": "none", "norm": "qkv"}, weights
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
