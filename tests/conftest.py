@@ -21,6 +21,7 @@ from mlx_skipless.checkpoints.checkpoint import open_checkpoint
 from mlx_skipless.network import driver
 from mlx_skipless.removal.merger import Merger
 from mlx_skipless.removal.plan import make_plan
+from mlx_skipless.text import samples
 
 settings.register_profile("busy", deadline=None)  # a loaded machine is no failure
 for name in ("thorough", "endless"):  # test_fuzz.py: many times as many
@@ -52,6 +53,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (left if item.get_closest_marker("thorough") else kept).append(item)
     config.hook.pytest_deselected(items=left)
     items[:] = kept
+
+
+@pytest.fixture(autouse=True)
+def less_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small networks have not much to say; a test that needs more (or less) says so."""
+    monkeypatch.setattr(samples, "CALIBRATION", (32, 32))
+    monkeypatch.setattr(samples, "LONG_CHECK", (8, 32))
 
 
 @pytest.fixture

@@ -10,17 +10,17 @@ import pytest
 
 SCRIPT = Path(__file__).parents[1] / "tools/faults.py"
 TRIES = {
-    "SIGINT": 8,
-    "SIGTERM": 6,
-    "SIGKILL": 8,
+    "SIGINT": 6,
+    "SIGTERM": 4,
+    "SIGKILL": 6,
     "disk-full": 4,
     "file-too-large": 4,
-    "source-cut-short": 5,
-    "three-at-once": 2,
-    "other-file-system": 4,
+    "source-cut-short": 4,
+    "three-at-once": 1,
+    "other-file-system": 2,
     "training-killed": 1,
 }
-MORE = 4  # times as many, thoroughly
+MORE = 5  # times as many, thoroughly
 
 
 def mounts() -> bool:

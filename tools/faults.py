@@ -140,9 +140,9 @@ def contents(folder: Path) -> dict[str, str | None]:
 
 
 class Lab:
-    """A source, and what converting it gives when nothing happens."""
+    """A source, and what converting it gives when nothing happens; ``tries`` of each fault."""
 
-    def __init__(self, folder: Path, tries: int):
+    def __init__(self, folder: Path, tries: int = 1):
         self.folder, self.tries = folder, tries
         self.random = random.Random(0)
         self.source = folder / "source"
@@ -404,10 +404,10 @@ def do(faults: dict[str, int]) -> dict[str, Losses]:
     """The losses of each fault, tried so often."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
+        lab = Lab(Path(folder))
         for fault, tries in faults.items():
-            place = Path(folder) / fault
-            place.mkdir()
-            found[fault] = FAULTS[fault](Lab(place, tries))
+            lab.tries = tries
+            found[fault] = FAULTS[fault](lab)
     return found
 
 

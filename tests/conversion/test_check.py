@@ -14,7 +14,6 @@ from mlx_skipless.checkpoints.checkpoint import open_checkpoint
 from mlx_skipless.conversion import check
 from mlx_skipless.errors import UserError
 from mlx_skipless.network import driver
-from mlx_skipless.text import samples
 
 
 @pytest.mark.parametrize("scale", [1e-6, 0.1, 3.0])
@@ -59,9 +58,8 @@ def test_streaming_is_the_network(network) -> None:
         assert reference.worst_relative_error(expected, got) <= 1e-5
 
 
-def test_written_quantized_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_written_quantized_parts(tmp_path: Path) -> None:
     """A packed result streams as mlx-lm runs it."""
-    monkeypatch.setattr(samples, "CALIBRATION", (16, 16))
     make_checkpoint(tmp_path / "s", norm="qkv", hidden_size=128, intermediate_size=256, spread=2.0)
     report = mlx_skipless.convert(
         tmp_path / "s", tmp_path / "out", remove="qp", quantize=True, verify=False

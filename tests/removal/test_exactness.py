@@ -57,14 +57,16 @@ def has_linear_paths(seed: int) -> bool:
 def shows(case: tuple[str, ...]) -> set[Any]:
     """Each pair of what a case is made of, apart for what can and what cannot be.
 
-    And each three of those that obstacles are made of.
+    And each three or four of those that stand in each other's way, or meet in one matrix.
     """
-    block, skip, _, heads, ends, bias, remove = case
+    block, skip, norm, heads, ends, bias, remove = case
     if not possible(block, skip, heads, remove):
         return pairs("impossible", block, skip, heads, remove)
     seed = GRID.index(case)
-    obstacles = {(ends, bias, remove), (block, skip, bias, remove), (block, skip, ends, remove)}
-    return pairs(*case, has_gains(seed), has_linear_paths(seed)) | obstacles
+    gains = norm == "qkv" and has_gains(seed)
+    together = {(ends, bias, remove), (block, skip, bias, remove), (block, skip, ends, remove)}
+    together |= {(gains, heads, remove), (gains, block, remove)}
+    return pairs(*case, gains, has_linear_paths(seed)) | together
 
 
 def check_same_function(
