@@ -45,7 +45,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what only `--thorough` runs."""
+    """Begin with tests of the whole product, the longest; leave out what is thorough."""
+    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
     if config.getoption("--thorough"):
         return
     kept, left = [], []

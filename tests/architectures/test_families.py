@@ -238,3 +238,18 @@ def test_a_spoilt_config(
     assert main(["analyze", str(tmp_path / "config.json")]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and said in error
+
+
+def test_what_a_config_does_not_say() -> None:
+    """It means what transformers means by it, and what the tensors show."""
+    silent = ARCHITECTURES["cohere"].config | {"model_type": "cohere", "logit_scale": None}
+    assert read_model_args(silent).logit_scale == 0.0625
+    silent = ARCHITECTURES["llama"].config | {"model_type": "llama", "tie_word_embeddings": None}
+    assert read_model_args(silent, ["model.embed_tokens.weight"]).tie_word_embeddings
+    assert not read_model_args(silent, ["lm_head.weight"]).tie_word_embeddings
+
+
+def test_more_numbers_to_rotate_than_a_head_has() -> None:
+    config = ARCHITECTURES["gptj"].config | {"model_type": "gptj", "rotary_dim": 18}
+    with pytest.raises(UserError, match="more than a head has, 16"):
+        read_model_args(config)

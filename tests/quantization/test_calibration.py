@@ -183,7 +183,11 @@ def test_removal_survives_quantization(case: dict[str, Any], tmp_path: Path) -> 
     assert check.kl < 4 * check.quantized_only.kl
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(v) for v in c.values()))
+@pytest.mark.parametrize(
+    "case",
+    only([CASES[i] for i in (0, 5, 7, 8, 9, 10)], CASES),
+    ids=lambda c: "-".join(str(v) for v in c.values()),
+)
 def test_without_rounding_the_function_stays(
     case: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
