@@ -350,7 +350,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
         "files",
         "if found < view.nbytes:",
         "if False:",
-        f"{BAD} broken_files tests/checkpoints/test_files.py tests/test_faults.py",
+        "tests/checkpoints/test_files.py -k shorter",
     ),
     ("files", "if len(found) < len(pairs):", "if False:", f"{BAD} twice"),
     ("files", "if Path(name).name != name or not name", "if not name", f"{BAD} broken_files"),

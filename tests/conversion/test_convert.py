@@ -272,6 +272,13 @@ def test_model_card(tmp_path: Path) -> None:
     assert report.verification is not None
     assert f"KL {report.verification.kl:.2e}" in text and f"{report.params_after:,} after" in text
     assert "Q removed from layers 0, 1, 2." in text
+    share = 1 - report.params_after / report.params_before
+    assert share > 0 and f"({share:.1%} fewer)" in text
+    assert 'load("out", trust_remote_code=True)' in text
+    make_llama(tmp_path / "llama")
+    assert mlx_skipless.convert(tmp_path / "llama", tmp_path / "stock", verify=False).stock
+    text = (tmp_path / "stock/README.md").read_text()
+    assert 'load("stock")' in text and "trust" not in text
 
 
 def test_the_checkpoints_own_code_is_not_run(tmp_path: Path) -> None:
