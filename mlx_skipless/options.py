@@ -1,4 +1,4 @@
-"""Options: dataclasses whose fields are flags and keys of a YAML file, and checks of their values."""
+"""Options: dataclasses whose fields are flags and keys of a YAML file, and checks of values."""
 
 import contextlib
 import dataclasses

@@ -9,7 +9,8 @@ from mlx_lm.models.rope_utils import initialize_rope
 from ..errors import UserError
 from ..network.model import FUSED, ModelArgs
 from ..network.names import FINAL_NORM, GAINS, HEAD, LINEAR_PATHS, PROJECTIONS, find_norms
-from .families import Config, find_family, read_flag
+from .families import find_family
+from .family import Config, read_flag
 
 # Largest sizes that are believed; anything above is a broken or hostile config.
 LIMITS = {

@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..network.model import ModelArgs
 from ..network.names import is_stream_norm_weight
 from ..network.wiring import parse_layer
-from .families import Family
+from .family import Family
 
 Arrays = Mapping[str, mx.array]
 

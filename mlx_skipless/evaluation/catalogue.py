@@ -8,7 +8,8 @@ from typing import Any
 import mlx.core as mx
 
 from ..architectures.config import read_model_args
-from ..architectures.families import FAMILIES, Config
+from ..architectures.families import FAMILIES
+from ..architectures.family import Config
 from ..network.model import ModelArgs
 from ..quantization.layout import Layout, compare_sizes
 from ..removal import table as first_layer
@@ -154,9 +155,8 @@ def list_entries() -> list[Entry]:
 def _entry(name: str) -> Entry:
     args = read_catalogue_args(name)
     family = MODELS[name]["model_type"]
-    stock = FAMILIES[family].stock
-    expressed = stock is not None and stock.expresses(args)
-    folded = make_plan(args, remove="none", fold_norms=True, stock=expressed).folded
+    stock = FAMILIES[family].expresses(args)
+    folded = make_plan(args, remove="none", fold_norms=True, stock=stock).folded
     norms = ("attention", *(() if args.shared_norm else ("ffn",)), "final")
     removals = [measure_removal(args, mx.bfloat16, letters) for letters in REMOVALS[1:-1]]
     saving = [one for one in removals if one.weights is not None and one.weights > 0]
@@ -174,7 +174,7 @@ def _entry(name: str) -> Entry:
         table.reads_before() / table.reads_after(),
         table.growth / before.count(),
         first_layer.explain_price(*compare_sizes(before, after)) is None,
-        stock is not None and stock.drops(args),
+        FAMILIES[family].expresses_without_sublayers(args),
     )
 
 

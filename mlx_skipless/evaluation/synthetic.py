@@ -11,7 +11,8 @@ import mlx.nn as nn
 import mlx_lm.utils
 
 from ..architectures.config import read_model_args
-from ..architectures.families import FAMILIES, Config, Family, find_family
+from ..architectures.families import FAMILIES, find_family
+from ..architectures.family import Config, Family
 from ..architectures.tensors import to_published_names, to_source_names
 from ..checkpoints.checkpoint import FLOAT_NAMES
 from ..checkpoints.files import read_json
@@ -52,8 +53,7 @@ class Shape:
     @property
     def stock_config(self) -> Config:
         """The config with all that mlx-lm's own network of this family has to be told."""
-        stock = self.family.stock
-        return self.config if stock is None else self.config | stock.settings(self.args)
+        return self.config | self.family.make_stock_settings(self.args)
 
     @property
     def stock(self) -> "Shape":
@@ -64,8 +64,7 @@ class Shape:
     def stock_differs(self) -> bool:
         """Whether mlx-lm's own network is not quite what the config describes."""
         stock = self.stock
-        assert stock.family.stock is not None
-        return stock is self and not stock.family.stock.expresses(self.args)
+        return stock is self and not self.family.expresses(self.args)
 
 
 def find_shape(name: str) -> Shape:
