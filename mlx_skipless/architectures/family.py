@@ -158,9 +158,18 @@ def read_flag(config: Config, key: str, default: bool = False) -> bool:
         UserError: if it is anything else.
     """
     value = config.get(key)
-    if value is not None and not isinstance(value, bool):
+    return default if value is None else check_flag(key, value)
+
+
+def check_flag(key: str, value: Any) -> bool:
+    """Return a key's value if it is true or false.
+
+    Raises:
+        UserError: if it is anything else.
+    """
+    if not isinstance(value, bool):
         raise UserError(f'"{key}" in config.json is {value!r}; it must be true or false')
-    return default if value is None else value
+    return value
 
 
 def find_value(config: Config, *keys: str, default: Any = None) -> Any:
