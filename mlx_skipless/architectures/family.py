@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..network.model import ModelArgs
+from ..network.names import LINEAR_PATHS
 
 Config = dict[str, Any]
 # Keys that mean the same in every config. Any other key is believed only where an entry names it.
@@ -127,6 +128,7 @@ class Family:
             and "full_attention" in args.layer_types
             and (stock.scales_rope or args.rope is None)
             and (stock.any_head_dim or args.hidden_size == args.num_attention_heads * args.head_dim)
+            and not any(getattr(args, path) for path in LINEAR_PATHS)
             and self._allows_biases(args, stock)
             and stock.also(args)
         )
