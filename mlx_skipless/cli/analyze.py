@@ -8,7 +8,6 @@ from ..errors import UserError
 from ..evaluation import analysis, analysis_view
 from .shared import open_output, output_arguments, output_file
 
-HELP = "measure what a model could do without"
 EXAMPLES = (
     ("SRC", "weights, condition numbers, and what each sub-layer is worth"),
     ("mistralai/Mistral-7B-v0.1 --config-only", "what needs no weights"),
