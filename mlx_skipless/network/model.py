@@ -459,8 +459,6 @@ class MLP(nn.Module):
 class Experts(MLP, SwitchGLU):
     """Many FFNs: a router picks a few for each token and weighs what they give (Mixtral)."""
 
-    activation = MLP.activate  # what SwitchGLU calls
-
     def __init__(self, args: ModelArgs, layer: int):
         super().__init__(args, layer)
         self.picked = args.num_experts_per_tok
