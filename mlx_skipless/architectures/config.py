@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 from mlx_lm.models.rope_utils import initialize_rope
@@ -37,17 +38,15 @@ LIMITS = {
     "num_experts_per_tok": 1 << 12,
 }
 LAYER_TYPES = ["full_attention", "sliding_attention"]
-
-# A check gets a key, its value and all keys read before it. It returns the value as the network
-# has it, or raises UserError.
-Check = Callable[[str, Any, Config], Any]
-
-
-def _accept(key: str, value: Any, read: Config) -> Any:
-    return value
+# Keys that map parts of a layer to lists of layers.
+LAYER_LISTS: dict[str, Collection[str]] = {
+    "removed": ("q", "k", "v", "p", "attention", "ffn"),
+    "fused": FUSED,
+    "biases": PROJECTIONS,
+}
 
 
-def _check_whole(key: str, value: Any, read: Config) -> int:
+def _check_whole(key: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= LIMITS[key]:
         raise UserError(
             f'"{key}" in config.json is {value!r}; it must be a whole number '
@@ -56,32 +55,32 @@ def _check_whole(key: str, value: Any, read: Config) -> int:
     return value
 
 
-def _check_count(key: str, value: Any, read: Config) -> int:
-    return 0 if type(value) is int and value == 0 else _check_whole(key, value, read)
+def _check_count(key: str, value: Any) -> int:
+    return 0 if type(value) is int and value == 0 else _check_whole(key, value)
 
 
-def _check_window(key: str, value: Any, read: Config) -> int | None:
-    return None if value is None else _check_whole(key, value, read)
+def _check_window(key: str, value: Any) -> int | None:
+    return None if value is None else _check_whole(key, value)
 
 
-def _check_real(key: str, value: Any, read: Config) -> float:
+def _check_real(key: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
         raise UserError(f'"{key}" in config.json is {value!r}; it must be a positive number')
     return float(value)
 
 
-def _check_flag(key: str, value: Any, read: Config) -> bool:
-    return check_flag(key, value)
-
-
-def _check_kv_heads(key: str, value: Any, read: Config) -> int:
-    heads, kv_heads = read["num_attention_heads"], _check_whole(key, value, read)
-    if heads % kv_heads:
+def _check_extra_bits(key: str, value: Any) -> dict[str, int]:
+    value = value or {}
+    if not isinstance(value, dict) or not all(type(n) is int and n >= 0 for n in value.values()):
         raise UserError(
-            f"{heads} attention heads cannot share {kv_heads} key-value heads: correct "
-            f'"{key}" in config.json'
+            f'"{key}" in config.json is {value!r}; it must map matrices to numbers of bits'
         )
-    return kv_heads
+    return value
+
+
+def _check_later(key: str, value: Any) -> Any:
+    """Accept what ModelArgs checks itself, or ``_find_contradictions`` beside other keys."""
+    return value
 
 
 def _share_stream(read: Config) -> int:
@@ -95,86 +94,40 @@ def _share_stream(read: Config) -> int:
     return hidden // heads
 
 
-def _check_layer_types(key: str, value: Any, read: Config) -> list[str]:
-    """Check the layers' kinds; an empty list says that the window, if any, is every layer's."""
-    layers = read["num_hidden_layers"]
-    if not value:
-        return []
-    fits = isinstance(value, list) and len(value) == layers
-    if not fits or not all(kind in LAYER_TYPES for kind in value):
-        raise UserError(
-            f'"{key}" in config.json must name one of {LAYER_TYPES} for each of {layers} layers'
-        )
-    if "sliding_attention" in value and not read["sliding_window"]:
-        raise UserError(f'"{key}" in config.json asks for a window: give "sliding_window" too')
-    return value
-
-
-def _make_layers_check(parts: Collection[str]) -> Check:
-    """Make a check of a mapping from these parts to lists of layers."""
-
-    def check(key: str, value: Any, read: Config) -> dict[str, list[int]]:
-        value, layers = value or {}, read["num_hidden_layers"]
-        if not isinstance(value, dict) or not all(
-            part in parts
-            and isinstance(numbers, list)
-            and all(type(i) is int and 0 <= i < layers for i in numbers)
-            for part, numbers in value.items()
-        ):
-            raise UserError(
-                f'"{key}" in config.json is {value!r}; it must map {", ".join(parts)} to '
-                f"lists of layers from 0 to {layers - 1}"
-            )
-        return value
-
-    return check
-
-
-def _check_extra_bits(key: str, value: Any, read: Config) -> dict[str, int]:
-    value = value or {}
-    if not isinstance(value, dict) or not all(type(n) is int and n >= 0 for n in value.values()):
-        raise UserError(
-            f'"{key}" in config.json is {value!r}; it must map matrices to numbers of bits'
-        )
-    return value
-
-
 # The format's keys in the order in which they are read: how each is checked, and its value where a
-# config is silent, which can depend on the keys before it. ModelArgs checks "block" and its like.
-FORMAT: dict[str, tuple[Check, Any]] = {
+# config is silent, which can be computed from the keys before it.
+FORMAT: dict[str, tuple[Callable[[str, Any], Any], Any]] = {
     "num_hidden_layers": (_check_whole, None),
     "hidden_size": (_check_whole, None),
     "num_attention_heads": (_check_whole, None),
-    "num_key_value_heads": (_check_kv_heads, lambda read: read["num_attention_heads"]),
+    "num_key_value_heads": (_check_whole, lambda read: read["num_attention_heads"]),
     "head_dim": (_check_whole, _share_stream),
     "intermediate_size": (_check_whole, None),
     "vocab_size": (_check_whole, None),
-    "block": (_accept, "serial"),
-    "skip": (_accept, "none"),
-    "norm": (_accept, "none"),
-    "norm_type": (_accept, "rms"),
-    "final_norm": (_check_flag, False),
-    "shared_norm": (_check_flag, False),
-    "qk_norm": (_check_flag, False),
+    "block": (_check_later, "serial"),
+    "skip": (_check_later, "none"),
+    "norm": (_check_later, "none"),
+    "norm_type": (_check_later, "rms"),
+    "final_norm": (check_flag, False),
+    "shared_norm": (check_flag, False),
+    "qk_norm": (check_flag, False),
     "rms_norm_eps": (_check_real, 1e-6),
-    "hidden_act": (_accept, "silu"),
-    "gated": (_check_flag, True),
+    "hidden_act": (_check_later, "silu"),
+    "gated": (check_flag, True),
     "num_local_experts": (_check_count, 0),
     "num_experts_per_tok": (_check_count, 0),
     "max_position_embeddings": (_check_whole, 2048),
     "sliding_window": (_check_window, None),
-    "layer_types": (_check_layer_types, None),
+    "layer_types": (_check_later, None),
     "rotary_dim": (_check_whole, lambda read: read["head_dim"]),
-    "rope_traditional": (_check_flag, False),
-    "tie_word_embeddings": (_check_flag, False),
+    "rope_traditional": (check_flag, False),
+    "tie_word_embeddings": (check_flag, False),
     "embedding_scale": (_check_real, 1.0),
     "logit_scale": (_check_real, 1.0),
-    "head_bias": (_check_flag, False),
-    "precomputed": (_check_flag, False),
-    "removed": (_make_layers_check(("q", "k", "v", "p", "attention", "ffn")), None),
-    "fused": (_make_layers_check(FUSED), None),
-    "biases": (_make_layers_check(PROJECTIONS), None),
+    "head_bias": (check_flag, False),
+    "precomputed": (check_flag, False),
     "extra_bits": (_check_extra_bits, None),
+    **{key: (lambda key, value: value or {}, None) for key in LAYER_LISTS},
 }
 
 
@@ -193,8 +146,6 @@ def read_model_args(config: Config, tensors: Collection[str] | None = None) -> M
     try:
         own = family.to_own_keys(config)
         args = _read_format(own)
-        for complaint in _find_contradictions(args):
-            raise UserError(complaint)
         _check_rope(args)
         if tensors is None:
             _complete_from_config(args, own)
@@ -216,12 +167,15 @@ def _read_format(own: Config) -> ModelArgs:
         value = own.get(key)
         if value is None:
             value = default(read) if callable(default) else default
-        read[key] = check(key, value, read)
+        read[key] = check(key, value)
     theta, scaling = _read_rope(own)
     try:
-        return ModelArgs(model_type="skipless", rope_theta=theta, rope=scaling, **read)
+        args = ModelArgs(model_type="skipless", rope_theta=theta, rope=scaling, **read)
     except ValueError as error:
         raise UserError(f"config.json: {error}") from error
+    for complaint in chain(_find_wrong_layers(args), _find_contradictions(args)):
+        raise UserError(complaint)
+    return args
 
 
 def _read_rope(config: Config) -> tuple[float, Config | None]:
@@ -237,7 +191,7 @@ def _read_rope(config: Config) -> tuple[float, Config | None]:
     scaling = {k: v for k, v in scaling.items() if k != "rope_theta" and v is not None}
     rest = {k: v for k, v in scaling.items() if k not in ("rope_type", "type")}
     kind = scaling.get("rope_type") or scaling.get("type")
-    theta = _check_real("rope_theta", 10000.0 if theta is None else theta, {})
+    theta = _check_real("rope_theta", 10000.0 if theta is None else theta)
     if kind is None and rest.keys() - {"partial_rotary_factor"}:
         raise UserError(
             f'the RoPE scaling in config.json is {scaling!r}; it needs a "rope_type", one for all '
@@ -249,7 +203,7 @@ def _read_rope(config: Config) -> tuple[float, Config | None]:
 def _check_rope(args: ModelArgs) -> None:
     try:
         if args.rope and "factor" in args.rope:
-            _check_real("factor", 1.0 if args.rope["factor"] is None else args.rope["factor"], {})
+            _check_real("factor", 1.0 if args.rope["factor"] is None else args.rope["factor"])
         if args.rope and "attention_factor" in args.rope:
             raise UserError('it has no "attention_factor"')
         initialize_rope(
@@ -262,10 +216,41 @@ def _check_rope(args: ModelArgs) -> None:
         ) from error
 
 
+def _find_wrong_layers(args: ModelArgs) -> Iterator[str]:
+    """Yield a complaint about each key that says something of layers that there are not."""
+    layers = args.num_hidden_layers
+    for key, parts in LAYER_LISTS.items():
+        lists = getattr(args, key)
+        if not isinstance(lists, dict) or not all(
+            part in parts
+            and isinstance(numbers, list)
+            and all(type(i) is int and 0 <= i < layers for i in numbers)
+            for part, numbers in lists.items()
+        ):
+            yield (
+                f'"{key}" in config.json is {lists!r}; it must map {", ".join(parts)} to '
+                f"lists of layers from 0 to {layers - 1}"
+            )
+    kinds = args.layer_types
+    fits = isinstance(kinds, list) and len(kinds) == layers
+    if not fits or not all(kind in LAYER_TYPES for kind in kinds):
+        yield (
+            f'"layer_types" in config.json must name one of {LAYER_TYPES} for each of {layers} '
+            "layers"
+        )
+    if "sliding_attention" in kinds and not args.sliding_window:
+        yield '"layer_types" in config.json asks for a window: give "sliding_window" too'
+
+
 def _find_contradictions(args: ModelArgs) -> Iterator[str]:
-    """Yield a complaint about each set of keys that cannot be true together."""
-    # Without Q, K or V the stream itself takes its place; without P the heads are added to it.
+    """Yield a complaint about each key that does not fit the others."""
     heads, kv_heads = args.num_attention_heads, args.num_key_value_heads
+    if heads % kv_heads:
+        yield (
+            f"{heads} attention heads cannot share {kv_heads} key-value heads: correct "
+            '"num_key_value_heads" in config.json'
+        )
+    # Without Q, K or V the stream itself takes its place; without P the heads are added to it.
     counts = {"q": heads, "k": kv_heads, "v": kv_heads}
     if args.block == "parallel" or args.skip == "both":
         counts["p"] = heads
