@@ -17,7 +17,8 @@ import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
 from ..architectures.config import read_model_args
-from ..architectures.families import Config, Family, find_family
+from ..architectures.families import find_family
+from ..architectures.family import Config, Family
 from ..architectures.tensors import (
     Place,
     arrange,

@@ -202,8 +202,10 @@ def convert(
             both = (make_plan(args, **options, precompute=done) for done in (False, True))
             declined = first_layer.explain_price(*compare_sizes(*map(layout_of, both)))
         options["precompute"] = declined is None
-    known = None if skipless else checkpoint.family.stock
-    expressed = known is not None and (known.expresses if drops is None else known.drops)(args)
+    family = checkpoint.family
+    known = not skipless and family.stock is not None
+    expresses = family.expresses if drops is None else family.expresses_without_sublayers
+    expressed = known and expresses(args)
     # What one matrix holds has bits of its own only as a whole.
     mixed = goal is not None and bool(checkpoint.family.fused)
     stock = expressed and not options.get("precompute") and not mixed
@@ -213,8 +215,8 @@ def convert(
         options["conditioning"] = _measure(checkpoint, plan, remove, target, progress)
         plan = make_plan(args, **options)
     more: tuple[str, ...] = ()
-    if known is not None and not expressed:
-        more += (NO_STOCK_DROPS if known.expresses(args) else STOCK_CANNOT,)
+    if known and not expressed:
+        more += (NO_STOCK_DROPS if family.expresses(args) else STOCK_CANNOT,)
     more += (NO_STOCK_TABLE,) if expressed and plan.table else ()
     if stock and (letters := "".join(make_plan(args, skipless=True).gone)):
         more += (SKIPLESS_NETWORK.format(f"--model {model} --skipless --remove {letters}"),)

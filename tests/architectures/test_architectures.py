@@ -419,6 +419,17 @@ def test_experts_of_several_shapes(tmp_path: Path) -> None:
         convert(tmp_path / "s", tmp_path / "o")
 
 
+def test_a_linear_path_in_a_pretrained_model(tmp_path: Path) -> None:
+    """mlx-lm's own network has none, so the result brings its code."""
+    make(tmp_path / "s", "llama")
+    name = "model.layers.0.self_attn.value_skip"
+    retensored(tmp_path / "s", lambda tensors: tensors.update({name: mx.ones((4,))}))
+    report = convert(tmp_path / "s", tmp_path / "o")
+    assert not report.stock and report.verification is not None
+    assert report.verification.kl < 1e-9
+    logits(tmp_path / "o", text())
+
+
 ALIASES = {
     "gpt_neox": ("embed_out.weight", "model.embed_out.weight"),
     "mixtral": (
