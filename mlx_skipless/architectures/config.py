@@ -8,7 +8,7 @@ from mlx_lm.models.rope_utils import initialize_rope
 
 from ..errors import UserError
 from ..network.model import FUSED, ModelArgs
-from ..network.names import FINAL_NORM, GAINS, HEAD, LINEAR_PATHS, PROJECTIONS, find_norms
+from ..network.names import FINAL_NORM, HEAD, LINEAR_PATHS, NORMS, PROJECTIONS, find_norms
 from .families import Config, find_family, read_flag
 
 # Largest sizes that are believed; anything above is a broken or hostile config.
@@ -292,7 +292,7 @@ def _known_norms(args: ModelArgs) -> list[str]:
 def _known_shifts(args: ModelArgs) -> list[str]:
     """The norms that can have a bias."""
     layer_norms = args.norm_type == "layer"
-    return [n for n in _known_norms(args) if layer_norms and (n in GAINS["pre"] or n == "final")]
+    return [n for n in _known_norms(args) if layer_norms and (n in NORMS["pre"] or n == "final")]
 
 
 def _needed_gains(args: ModelArgs) -> list[str]:

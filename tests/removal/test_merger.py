@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 
 from mlx_skipless.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mlx_skipless.network.wiring import parse_layer
-from mlx_skipless.removal.merger import (
+from mlx_skipless.removal.algebra import (
     Linear,
-    Merger,
     basis_without_reader,
     basis_without_writer,
     centre,
@@ -27,6 +26,7 @@ from mlx_skipless.removal.merger import (
     measure_conditioning,
     transpose_basis,
 )
+from mlx_skipless.removal.merger import Merger
 from mlx_skipless.removal.plan import make_plan
 
 
