@@ -85,40 +85,39 @@ class Request:
         """Find what was measured of the matrix at a path, if it was."""
         return (self.conditioning or {}).get(path)
 
+    def count_extra_bits(self, index: int, path: str) -> int:
+        """Count the extra bits that matrices need around the basis without the matrix at a path.
+
+        Calibration needs none, but for an embedding that is read at both its ends.
+        """
+        measured = self.find_conditioning(path)
+        fitted = self.quantized and not is_tied_end(self.args, self.points, index)
+        return 0 if measured is None or fitted else measured.extra_bits
+
     def explain_obstacle(self, index: int, path: str) -> str | None:
         """Explain why the matrix at a path cannot become the identity; None if it can."""
         return explain_obstacle(self.args, self.points, index, path)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What goes.
-
-    Attributes:
-        eliminated: by point, the path of the matrix that becomes the identity.
-        notes: what the user should know, one line each.
-    """
-
-    eliminated: dict[int, str]
-    notes: list[str]
-
-
-def choose_eliminated(request: Request) -> Choice:
+def choose_eliminated(request: Request) -> tuple[dict[int, str], list[str]]:
     """Choose the matrices that become the identity.
+
+    Returns:
+        Their paths by point, and what the user should know, one line each.
 
     Raises:
         UserError: if an explicit removal is impossible.
     """
     if request.remove == "none":
-        return Choice({}, [])
+        return {}, []
     return _choose_by_noise(request) if request.remove == "auto" else _obey_letters(request)
 
 
-def _obey_letters(request: Request) -> Choice:
+def _obey_letters(request: Request) -> tuple[dict[int, str], list[str]]:
     """Choose all matrices of the letters asked for, but those at a pinned end, or refuse."""
     for letter in request.remove:
         if why := explain_shape(request.args, letter):
-            raise _refuse(request, f"{why}: {suggest_removals(request.args)}")
+            raise _make_refusal(request, f"{why}: {suggest_removals(request.args)}")
     eliminated, kept = _find_asked_for(request)
     _refuse_absent_letters(request, eliminated, kept)
     _refuse_singular(request, eliminated)
@@ -128,7 +127,7 @@ def _obey_letters(request: Request) -> Choice:
     notes = [f"{_name(path)} stays: {why}" for path, why in kept.items()]
     if "p" in request.remove and (saved := count_saved_by_p(request.args)) < 0:
         notes.append(f"removing P costs {-saved:,} weights a layer at these shapes")
-    return Choice(eliminated, notes)
+    return eliminated, notes
 
 
 def _find_asked_for(request: Request) -> tuple[dict[int, str], dict[str, str]]:
@@ -142,7 +141,7 @@ def _find_asked_for(request: Request) -> tuple[dict[int, str], dict[str, str]]:
         free = {letter: path for letter, path in wanted.items() if path not in kept}
         if len(free) > 1:
             names = " and ".join(letter.upper() for letter in free)
-            raise _refuse(
+            raise _make_refusal(
                 request,
                 f"{names} meet at one point of this model, where only one matrix can go (block "
                 f"{request.args.block}, skip {request.args.skip}): "
@@ -162,7 +161,9 @@ def _refuse_absent_letters(
             continue
         reasons = (why for path, why in kept.items() if parse_letter(path) == letter)
         why = next(reasons, "it is gone already")
-        raise _refuse(request, f"{letter.upper()} cannot go, {why}: {_find_way_out(request.args)}")
+        raise _make_refusal(
+            request, f"{letter.upper()} cannot go, {why}: {_find_way_out(request.args)}"
+        )
 
 
 def _find_way_out(args: ModelArgs) -> str:
@@ -178,18 +179,18 @@ def _refuse_singular(request: Request, eliminated: Mapping[int, str]) -> None:
     for path in eliminated.values():
         measured = request.find_conditioning(path)
         if measured is not None and not measured.condition < HOPELESS:
-            raise _refuse(
+            raise _make_refusal(
                 request,
                 f"{_name(path)} is singular (condition number {measured.condition:.1e}) and has "
                 "no inverse: --remove auto takes what can go",
             )
 
 
-def _refuse(request: Request, why: str) -> UserError:
+def _make_refusal(request: Request, why: str) -> UserError:
     return UserError(f"--remove {request.remove}: {why}")
 
 
-def _choose_by_noise(request: Request) -> Choice:
+def _choose_by_noise(request: Request) -> tuple[dict[int, str], list[str]]:
     """`auto`: at each point choose the matrix whose removal saves weights at the least noise."""
     eliminated: dict[int, str] = {}
     notes: list[str] = []
@@ -216,7 +217,7 @@ def _choose_by_noise(request: Request) -> Choice:
         else:
             too_noisy.setdefault(best, []).append(parse_layer(path))
     notes += [_explain_noise(request, letter, layers) for letter, layers in too_noisy.items()]
-    return Choice(eliminated, [*notes, *_explain_auto(request, eliminated, bool(notes))])
+    return eliminated, [*notes, *_explain_auto(request, eliminated, bool(notes))]
 
 
 def _is_taken(request: Request, index: int, eliminated: Mapping[int, str]) -> bool:

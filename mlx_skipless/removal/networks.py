@@ -6,9 +6,9 @@ from dataclasses import replace
 from ..errors import UserError
 from ..network.model import ModelArgs
 from ..network.names import ATTENTION, EMBEDDING, MLP, NORMS, find_readers
-from ..network.wiring import LETTERS, Point, parse_layer
-from .algebra import Conditioning
-from .candidates import find_mixed, is_tied_end
+from ..network.wiring import LETTERS, parse_layer, parse_letter
+from .candidates import find_mixed
+from .choices import Request
 
 PARTS = (*LETTERS, "attention", "ffn")  # that a layer can lack
 
@@ -117,57 +117,40 @@ def simplify_norms(args: ModelArgs, centred: bool) -> ModelArgs:
 
 
 def remove_matrices(
-    args: ModelArgs,
-    points: list[Point],
-    eliminated: Mapping[int, str],
-    gone: Mapping[str, list[int]],
+    request: Request, eliminated: Mapping[int, str], folded: Collection[str]
 ) -> ModelArgs:
-    """Make the network without the matrices that become the identity.
+    """Make the network without some of its matrices and norms.
 
     Args:
-        args: the network with them.
-        points: its points.
+        request: holds the network with them.
         eliminated: by point, the path of the matrix that becomes the identity.
-        gone: the same matrices' layers by the paper's letter.
+        folded: norms whose weights and biases go into the matrices that read them.
     """
+    args, points = absorb_norms(request.args, folded), request.points
     biases = {name: set(layers) for name, layers in args.biases.items()}
-    for index, path in eliminated.items():
-        name, layer = path.rpartition(".")[2], parse_layer(path)
-        if layer not in biases.get(name, ()):
-            continue
-        # The bias moves with the stream: into what writes it first, out of what reads it.
-        biases[name].discard(layer)
-        for moved in [points[index].producers[0], *points[index].consumers]:
-            if moved not in (path, EMBEDDING):
-                biases.setdefault(moved.rpartition(".")[2], set()).add(parse_layer(moved))
-    removed = unite_layers(args.removed, gone)
-    return replace(args, removed=removed, biases=_sort_biases(biases))
-
-
-def find_extra_bits(
-    args: ModelArgs,
-    points: list[Point],
-    eliminated: Mapping[int, str],
-    conditioning: Mapping[str, Conditioning],
-    calibrated: bool,
-) -> dict[str, int]:
-    """Find the extra bits that matrices need around the bases of a network's removals.
-
-    Args:
-        args: the network before the removals.
-        points: its points.
-        eliminated: by point, the path of the matrix that becomes the identity.
-        conditioning: of these matrices, as far as measured.
-        calibrated: whether the result is quantized against text, which needs no more bits but for
-            an embedding that is read at both its ends.
-    """
     extra_bits = dict(args.extra_bits)
     for index, path in eliminated.items():
-        fitted = calibrated and not is_tied_end(args, points, index)
-        more = conditioning[path].extra_bits if path in conditioning and not fitted else 0
-        for matrix in find_mixed(args, points, index, path) if more else ():
-            extra_bits[matrix] = max(extra_bits.get(matrix, 0), more)
-    return extra_bits
+        name, layer = path.rpartition(".")[2], parse_layer(path)
+        if layer in biases.get(name, ()):
+            # The bias moves with the stream: into what writes it first, out of what reads it.
+            biases[name].discard(layer)
+            for moved in [points[index].producers[0], *points[index].consumers]:
+                if moved not in (path, EMBEDDING):
+                    biases.setdefault(moved.rpartition(".")[2], set()).add(parse_layer(moved))
+        if more := request.count_extra_bits(index, path):
+            for matrix in find_mixed(args, points, index, path):
+                extra_bits[matrix] = max(extra_bits.get(matrix, 0), more)
+    removed = unite_layers(args.removed, group_by_letter(eliminated))
+    return replace(args, removed=removed, biases=_sort_biases(biases), extra_bits=extra_bits)
+
+
+def group_by_letter(eliminated: Mapping[int, str]) -> dict[str, list[int]]:
+    """Group matrices that become the identity: their layers by the paper's letter."""
+    layers = {
+        letter: sorted(parse_layer(p) for p in eliminated.values() if parse_letter(p) == letter)
+        for letter in LETTERS
+    }
+    return {letter: found for letter, found in layers.items() if found}
 
 
 def unite_layers(*maps: Mapping[str, list[int]]) -> dict[str, list[int]]:

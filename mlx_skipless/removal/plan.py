@@ -12,15 +12,13 @@ from dataclasses import dataclass, field, replace
 import mlx.core as mx
 
 from ..network.model import ModelArgs
-from ..network.wiring import LETTERS, parse_layer, parse_letter
 from .algebra import Conditioning
 from .choices import RemovalCost, Request, choose_eliminated
 from .networks import (
-    absorb_norms,
     add_table,
     can_centre,
     choose_folded,
-    find_extra_bits,
+    group_by_letter,
     remove_matrices,
     simplify_norms,
     strip_skips,
@@ -58,7 +56,7 @@ class Plan:
     @property
     def gone(self) -> dict[str, list[int]]:
         """The layers of the matrices that become the identity, by the paper's letter."""
-        return _group_by_letter(self.eliminated)
+        return group_by_letter(self.eliminated)
 
     @property
     def after(self) -> ModelArgs:
@@ -101,44 +99,24 @@ def make_plan(
     """
     before = strip_skips(args) if skipless else args
     request = Request(before, remove, conditioning, dtype, quantized, costs or {}, precompute)
-    choice = choose_eliminated(request)
+    eliminated, notes = choose_eliminated(request)
     folded = choose_folded(args, before, fold_norms, stock)
     centred = not stock and can_centre(args, before, folded)
-    merged, notes = before, [*choice.notes]
     if stock:
+        merged = before
         notes += _explain_unfolded(choose_folded(args, before, fold_norms, False), folded)
     else:
-        merged = simplify_norms(_merge(request, choice.eliminated, folded), centred)
+        merged = simplify_norms(remove_matrices(request, eliminated, folded), centred)
     dropped = {part: layers for part, layers in (dropped or {}).items() if layers}
     merged = replace(merged, removed=unite_layers(merged.removed, dropped))
-    return Plan(
-        before, merged, choice.eliminated, folded, tuple(notes), dropped, precompute, centred
-    )
+    return Plan(before, merged, eliminated, folded, tuple(notes), dropped, precompute, centred)
 
 
 def isolate_removal(plan: Plan, index: int) -> Plan:
     """Make the plan of one removal of a plan, that at one of its points."""
     eliminated = {index: plan.eliminated[index]}
-    merged = _merge(Request(plan.before, quantized=True), eliminated, plan.folded)
+    merged = remove_matrices(Request(plan.before), eliminated, plan.folded)
     return replace(plan, eliminated=eliminated, merged=merged, table=False, centred=False)
-
-
-def _merge(request: Request, eliminated: dict[int, str], folded: tuple[str, ...]) -> ModelArgs:
-    """Make the network without the matrices and norms that go."""
-    before, points, gone = request.args, request.points, _group_by_letter(eliminated)
-    merged = remove_matrices(absorb_norms(before, folded), points, eliminated, gone)
-    measured = request.conditioning or {}
-    extra_bits = find_extra_bits(before, points, eliminated, measured, request.quantized)
-    return replace(merged, extra_bits=extra_bits)
-
-
-def _group_by_letter(eliminated: Mapping[int, str]) -> dict[str, list[int]]:
-    """Group matrices that become the identity: their layers by the paper's letter."""
-    layers = {
-        letter: sorted(parse_layer(p) for p in eliminated.values() if parse_letter(p) == letter)
-        for letter in LETTERS
-    }
-    return {letter: found for letter, found in layers.items() if found}
 
 
 def _explain_unfolded(foldable: tuple[str, ...], folded: tuple[str, ...]) -> list[str]:
