@@ -13,9 +13,9 @@ from ..network.names import (
     ATTENTION,
     EXPERTS,
     FINAL_NORM,
-    GAINS,
     HEAD,
     LINEAR_PATHS,
+    NORMS,
     PROJECTIONS,
     find_norms,
 )
@@ -332,7 +332,7 @@ def _list_norms(args: ModelArgs) -> list[str]:
 def _list_layer_norms(args: ModelArgs) -> list[str]:
     """List the norms that can have a bias."""
     layer_norms = args.norm_type == "layer"
-    return [n for n in _list_norms(args) if layer_norms and (n in GAINS["pre"] or n == "final")]
+    return [n for n in _list_norms(args) if layer_norms and (n in NORMS["pre"] or n == "final")]
 
 
 def _list_required(args: ModelArgs) -> list[str]:

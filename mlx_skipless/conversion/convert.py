@@ -30,8 +30,9 @@ from ..quantization.distillation import LOGITS_BYTES, distill
 from ..quantization.layout import Layout, PackedLayout, compare_sizes, make_quantization
 from ..removal import sublayers
 from ..removal import table as first_layer
-from ..removal.merger import Merger
-from ..removal.plan import REMOVALS, Conditioning, Plan, RemovalCost, find_measurable, make_plan
+from ..removal.candidates import find_measurable
+from ..removal.plan import REMOVALS, Conditioning, Plan, RemovalCost, make_plan
+from ..removal.source import SourceReader
 from ..text import samples
 from . import card, decisions
 from . import check as verification
@@ -212,7 +213,7 @@ def convert(
     options["stock"] = stock
     plan = make_plan(args, **options)
     if checkpoint.store is not None:
-        options["conditioning"] = _measure(checkpoint, plan, remove, target, progress)
+        options["conditioning"] = _measure(checkpoint, plan, remove, progress)
         plan = make_plan(args, **options)
     more: tuple[str, ...] = ()
     if known and not expressed:
@@ -305,14 +306,14 @@ def _drops(
 
 
 def _measure(
-    checkpoint: Checkpoint, plan: Plan, remove: str, dtype: mx.Dtype, progress: Progress
+    checkpoint: Checkpoint, plan: Plan, remove: str, progress: Progress
 ) -> dict[str, Conditioning]:
     wanted = find_measurable(plan.before, remove)
-    merger = Merger(checkpoint, plan, dtype)
+    source = SourceReader(checkpoint, plan.folded)
     measured = {}
     for done, where in enumerate(wanted):
         progress("measuring", done, len(wanted))
-        measured[where] = merger.conditioning(where)
+        measured[where] = source.measure_conditioning(where)
     progress("measuring", len(wanted), len(wanted))
     return measured
 

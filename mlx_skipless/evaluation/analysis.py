@@ -28,6 +28,7 @@ from ..removal import sublayers
 from ..removal import table as first_layer
 from ..removal.merger import Merger
 from ..removal.plan import REMOVALS, make_plan
+from ..removal.source import SourceReader
 from ..removal.table import FirstLayer
 from ..text import samples
 
@@ -191,7 +192,7 @@ def analyze(
         notes.append("a config alone: nothing could be measured")
     else:
         parts = Merger(checkpoint, make_plan(args, remove="none"), mx.float32)
-        conditions = _conditions(args, parts, progress)
+        conditions = _conditions(args, SourceReader(checkpoint), progress)
         if reason is None:
             tokens, origin = _tokens(
                 checkpoint, parts, calibration, text, seed, trust_remote_code, progress
@@ -289,12 +290,15 @@ def measure_removal(args: ModelArgs, dtype: mx.Dtype, letters: str) -> Removal:
     )
 
 
-def _conditions(args: ModelArgs, parts: Merger, progress: Progress) -> list[dict[str, float]]:
+def _conditions(
+    args: ModelArgs, source: SourceReader, progress: Progress
+) -> list[dict[str, float]]:
     found: list[dict[str, float]] = []
     for layer in range(args.num_hidden_layers):
         progress("conditions", layer, args.num_hidden_layers)
         there = [x for x in LETTERS if not args.lacks(x, layer)]
-        found.append({x: parts.condition(module_path(layer, LETTERS[x])) for x in there})
+        paths = {x: module_path(layer, LETTERS[x]) for x in there}
+        found.append({x: source.measure_condition_number(path) for x, path in paths.items()})
     progress("conditions", args.num_hidden_layers, args.num_hidden_layers)
     return found
 

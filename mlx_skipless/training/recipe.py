@@ -16,7 +16,7 @@ from mlx.utils import tree_unflatten
 from ..architectures.config import read_model_args
 from ..errors import UserError
 from ..network.model import ACTIVATIONS, Model, ModelArgs
-from ..network.names import GAINS, PROJECTIONS
+from ..network.names import NORMS, PROJECTIONS
 from ..network.parts import tensors_of
 from ..options import check_choices, flag_name, option, read_options
 
@@ -135,7 +135,7 @@ class Recipe:
             "norm": own.norm,
             "final_norm": final_norm,
             "tie_word_embeddings": own.tie,
-            "gains": [*GAINS[own.norm], *(["final"] if final_norm else [])],
+            "gains": [*NORMS[own.norm], *(["final"] if final_norm else [])],
             "gate_offset": own.gate_offset is not None,
             "value_skip": own.value_skip is not None or shaped,
             "attention_gain": shaped,
