@@ -422,7 +422,7 @@ class MLP(nn.Module):
             self.hidden_norm = RMSNorm(dims, args.rms_norm_eps)
         self.hidden_act = args.hidden_act
 
-    def activate(self, up: mx.array, gate: Optional[mx.array]) -> mx.array:
+    def activation(self, up: mx.array, gate: Optional[mx.array]) -> mx.array:
         """What the last matrix reads."""
         if gate is None:
             hidden = ACTIVATIONS[self.hidden_act](up)
@@ -437,9 +437,9 @@ class MLP(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         if self.gate_up_proj is not None:
             gate_and_up = mx.split(self.gate_up_proj(x), 2, axis=-1)
-            return self.down_proj(self.activate(*gate_and_up[::-1]))
+            return self.down_proj(self.activation(*gate_and_up[::-1]))
         gate = None if self.gate_proj is None else self.gate_proj(x)
-        return self.down_proj(self.activate(self.up_proj(x), gate))
+        return self.down_proj(self.activation(self.up_proj(x), gate))
 
     def shard(self, group: mx.distributed.Group):
         for name, parts in (("gate_up_proj", 2), ("gate_proj", 1), ("up_proj", 1)):
