@@ -9,7 +9,6 @@ from .figures import open_figure
 from .shared import open_output, output_arguments
 from .tables import Grid
 
-HELP = "measure what a model could do without"
 EXAMPLES = (
     ("SRC", "weights, condition numbers, and what each sub-layer is worth"),
     ("mistralai/Mistral-7B-v0.1 --config-only", "what needs no weights"),

@@ -6,7 +6,6 @@ from typing import Any
 from ..evaluation import catalogue
 from .shared import open_output, output_arguments
 
-HELP = "show what can go from the architectures that are known, by published shapes"
 EXAMPLES = (
     ("", "the table"),
     ("--json -", "for a script"),

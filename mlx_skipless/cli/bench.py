@@ -9,7 +9,6 @@ from ..removal.plan import REMOVALS
 from .figures import open_figure
 from .shared import open_output, output_arguments, output_file, quantization_arguments
 
-HELP = "measure models side by side, against plain mlx-lm"
 EXAMPLES = (
     ("OUT SRC", "two models side by side, and plain mlx-lm"),
     (

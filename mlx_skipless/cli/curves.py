@@ -6,7 +6,6 @@ from typing import Any
 
 from .figures import open_figure
 
-HELP = "draw the losses of training runs in one figure"
 EXAMPLES = (("trial trained_model", "two runs in loss.png"),)
 
 

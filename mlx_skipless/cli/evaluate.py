@@ -7,7 +7,6 @@ from ..errors import UserError
 from ..evaluation import perplexity
 from .shared import DEFAULT_MODEL, held_out_arguments, open_output, output_arguments
 
-HELP = "score a model on held-out text"
 EXAMPLES = (
     (
         "--model OUT --data tales/*.txt",

@@ -8,13 +8,9 @@ from typing import Any
 
 from rich.table import Table
 
-from ..conversion import card, convert
 from ..errors import UserError
-from ..inference import chat, generation
-from ..inference.loading import load
 from .shared import DEFAULT_MODEL, Output, open_output, output_arguments
 
-HELP = "chat with a model, measure tokens per second"
 EXAMPLES = (
     ("", "chat with mlx_model; where it has no turns, go on telling"),
     ('--model OUT --prompt "Once upon a time" --temp 0.8', "one answer, and tokens per second"),
@@ -55,7 +51,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="a faster model of the same tokens, which proposes what --model then checks",
     )  # fmt: skip
     parser.add_argument(
-        "--num-draft-tokens", type=int, default=generation.DRAFTS,
+        "--num-draft-tokens", type=int, default=3,
         help="tokens that it proposes at a time (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--compare", metavar="OTHER", help="run this model too and print the ratio")
@@ -66,6 +62,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: dict[str, Any]) -> None:
+    from ..inference import chat, generation
+    from ..inference.loading import load
+
     json_name, other = options["json"], options.pop("compare")
     name, prompt = options.pop("model"), options.pop("prompt")
     trust, cache_file = options.pop("trust_remote_code"), options.pop("prompt_cache_file")
@@ -128,6 +127,8 @@ def _aside(line: str, shown: Output) -> None:
 
 
 def _convert_bundled(out: str, shown: Output) -> None:
+    from ..conversion import card, convert
+
     _aside(f"no {out} here: converting the bundled model first", shown)
     with shown.progress() as progress:
         report = convert.convert(None, out, progress=progress)

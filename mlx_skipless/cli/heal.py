@@ -10,7 +10,6 @@ from ..training import card, healing
 from . import events
 from .shared import field_groups, held_out_arguments, open_output, run_arguments, take_fields
 
-HELP = "distil a reduced model towards its original"
 EXAMPLES = (
     ("--model REDUCED --teacher SRC", "distil on text that the original speaks"),
     ("--model REDUCED --teacher SRC --data notes.txt --steps 300", "on text of yours"),

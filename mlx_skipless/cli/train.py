@@ -13,7 +13,6 @@ from ..training.recipe import Recipe, read_recipe
 from . import events
 from .shared import field_groups, held_out_arguments, open_output, run_arguments, take_fields
 
-HELP = "train a model, skipless unless told otherwise"
 EXAMPLES = (
     ("--data tales/*.txt", "a skipless model of the bundled one's recipe"),
     ("--data tales/*.txt --steps 200 --mlx-path trial", "a shorter run"),

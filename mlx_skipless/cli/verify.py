@@ -8,7 +8,6 @@ from rich.table import Table
 from ..evaluation import tasks
 from .shared import open_output, output_arguments
 
-HELP = "score two models on lm-eval's tasks"
 EXAMPLES = (
     (
         "SRC OUT --tasks arc_easy hellaswag --limit 200",
