@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 GAP = 2  # spaces between two columns
-FOLDED = 24  # columns of words stay at least so wide when a terminal is too narrow for them
+FOLDED = 12  # columns of words stay at least so wide when a terminal is too narrow for them
 
 
 @dataclass(frozen=True)
