@@ -115,6 +115,20 @@ def load_tokenizer(
         ) from error
 
 
+def open_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
+    """Load the tokenizer of a source that is open: transformers' or mlx-lm's; None without one.
+
+    Raises:
+        UserError: if there is one that cannot be read.
+    """
+    if isinstance(checkpoint.store, GGUFStore):
+        return checkpoint.store.tokenizer()
+    folder = checkpoint.folder
+    if folder is None or not any((folder / name).is_file() for name in VOCABULARY_FILES):
+        return None
+    return load_tokenizer(folder, checkpoint.config, trust_remote_code=trust_remote_code)
+
+
 def make_tokenizer_options(config: Mapping[str, Any], *, trust_remote_code: bool) -> dict[str, Any]:
     """For transformers' ``AutoTokenizer``, which does not know this package's model type."""
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}

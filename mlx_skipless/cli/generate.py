@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from ..errors import UserError
 from .shared import DEFAULT_MODEL, Output, open_output, output_arguments
+from .tables import Grid
 
 EXAMPLES = (
     ("", "chat with mlx_model; where it has no turns, go on telling"),
@@ -96,7 +95,7 @@ def run(options: dict[str, Any]) -> None:
         if other is not None:
             second = load(other, trust_remote_code=trust)
             result = generation.compare([(model, tokenizer), second], prompt, **options)
-            shown.console.print(_table(result, name, other))
+            _tabulate(result, name, other).show(shown.console)
             shown.write_json(result.as_dict())
             return
         if draft is not None:
@@ -143,13 +142,13 @@ def _piped() -> bool:
     return bool(select.select([sys.stdin], [], [], 0)[0])
 
 
-def _table(result: Any, name: str, other: str) -> Table:
-    table = Table("", name, other, "ratio", box=None, pad_edge=False)
+def _tabulate(result: Any, name: str, other: str) -> Grid:
+    rows = []
     for label, key in (
         ("prompt tokens/s", "prompt_tps"),
         ("generation tokens/s", "generation_tps"),
     ):
         a, b = getattr(result.first, key), getattr(result.second, key)
         ratio = getattr(result, f"{key}_ratio")
-        table.add_row(label, f"{a:.1f}", f"{b:.1f}", "" if ratio is None else f"{ratio:.2f}")
-    return table
+        rows.append((label, f"{a:.1f}", f"{b:.1f}", "" if ratio is None else f"{ratio:.2f}"))
+    return Grid(("", name, other, "ratio"), rows)

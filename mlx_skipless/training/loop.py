@@ -24,7 +24,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..checkpoints.files import read_json, replace_file
 from ..errors import UserError, first_line
-from ..evaluation.plots import plot
+from ..evaluation.plots import plot_losses
 from ..memory import peak_memory_bytes
 from ..options import flag_name, option
 
@@ -152,7 +152,7 @@ class ResumableRun:
             self._write_model()
             replace_file(
                 self._out / TRAINING / CURVE,
-                lambda file: plot({self._out.name: read_log(self._out)}, file),
+                lambda file: plot_losses({self._out.name: read_log(self._out)}, file),
             )
         except (OSError, RuntimeError) as error:
             raise UserError(
