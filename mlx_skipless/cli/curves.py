@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation import plots
-from ..training.loop import read_log
+from ..training.folder import read_log
 
 HELP = "draw the losses of training runs in one figure"
 EXAMPLES = (("trial trained_model", "two runs in loss.png"),)
