@@ -1,10 +1,9 @@
-"""The loop of a run that can stop and go on bit for bit: steps, log, checkpoints, signals.
+"""The loop of a run that can stop and go on bit for bit: steps, evaluations, log, signals.
 
 A subclass says what is trained and on which loss.
 """
 
 import contextlib
-import math
 import signal
 import threading
 import time
@@ -15,15 +14,15 @@ from typing import Any, Generic, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_unflatten
 
-from ..errors import UserError, first_line
+from ..errors import UserError
 from ..memory import peak_memory_bytes
 from ..text.corpus import Batches
-from .folder import Event, Position, RunFolder
+from .folder import Event, RunFolder
 from .optimizer import Schedule
 from .pace import Pace
 from .recipe import Recipe
+from .state import RunState
 from .tokens import Tokens
 from .treatment import Treatment
 
@@ -56,7 +55,7 @@ class RunResult:
 Result = TypeVar("Result", bound=RunResult)
 
 
-class ResumableRun(Generic[Result]):
+class ResumableRun(RunState, Generic[Result]):
     """A network that is trained, its optimizer, its text and its folder.
 
     Args:
@@ -79,18 +78,11 @@ class ResumableRun(Generic[Result]):
         optimizer: optim.Optimizer,
         schedule: Schedule,
     ):
-        self._folder, self._text, self._pace = folder, text, pace
-        self._steps, self._step_tokens = plan.steps, plan.batch_size * plan.context
+        super().__init__(folder, model, optimizer, plan.steps)
+        self._text, self._pace, self._schedule = text, pace, schedule
+        self._step_tokens = plan.batch_size * plan.context
         self._batches = Batches(text.train, plan.context, plan.batch_size, plan.seed)
-        self.model, self._optimizer, self._schedule = model, optimizer, schedule
-        self._optimizer.init(self.model.trainable_parameters())
-        trained: Any = tree_flatten(self.model.trainable_parameters())
-        self.parameters = sum(array.size for _, array in trained)
-        self._step, self._loss, self._seconds = 0, math.nan, 0.0
-        self._losses: list[mx.array] = []  # of the steps since the last line of the log
         self._logged_step, self._logged_at = 0, 0.0
-        self._saved: int | None = None
-        mx.eval(self.model.state, self._optimizer.state)
 
     # What a subclass says.
 
@@ -113,60 +105,6 @@ class ResumableRun(Generic[Result]):
     def _observe(self) -> Event:
         """Return more for the log after this step, if it is time."""
         return {}
-
-    def _write_model(self) -> None:
-        """Write what others read of a checkpoint."""
-
-    # The folder.
-
-    def load(self) -> None:
-        """Go to the last checkpoint."""
-        arrays, position = self._folder.load_state(self._state())
-        both: Any = tree_unflatten(list(arrays.items()))
-        self.model.update(both["weights"])
-        self._optimizer.state = both["optimizer"]
-        mx.eval(self.model.state, self._optimizer.state)
-        self._step, self._seconds = position.step, position.seconds
-        self._losses = [mx.array(loss) for loss in position.losses]
-        self._saved = self._step
-        if self._step > self._steps:
-            raise UserError(
-                f"{self._folder.path} is at step {self._step} already: --steps must be more than "
-                "that"
-            )
-        kept = self._folder.cut_log(self._step)
-        self._loss = next((e["loss"] for e in reversed(kept) if "loss" in e), self._loss)
-
-    def _state(self) -> dict[str, mx.array]:
-        both = {"weights": self.model.trainable_parameters(), "optimizer": self._optimizer.state}
-        return dict(tree_flatten(both))  # type: ignore[arg-type]
-
-    def _save(self) -> None:
-        state = self._state()
-        losses: list[Any] = [loss.item() for loss in self._losses]
-        self._check_weights()
-        try:
-            self._folder.save_state(state, Position(self._step, self._seconds, losses))
-            self._write_model()
-            self._folder.draw_curve()
-        except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"saving step {self._step} to {self._folder.path} failed ({first_line(error)}): "
-                f"is the disk full? {self._describe_saved()}"
-            ) from error
-        self._saved = self._step
-
-    def _check_weights(self) -> None:
-        weights: Any = tree_flatten(self.model.trainable_parameters())
-        for name, array in weights:
-            if not bool(mx.isfinite(array).all()):
-                raise UserError(self._describe_divergence(name))
-
-    def _log(self, event: Event, report: Callable[[Event], None]) -> None:
-        if event:
-            event = {"step": self._step, **event}
-            self._folder.append_event(event)
-            report(event)
 
     # The loop.
 
@@ -235,17 +173,6 @@ class ResumableRun(Generic[Result]):
             "tokens_per_second": tokens / self._seconds if self._seconds else 0.0,
             "peak_memory_bytes": peak_memory_bytes(),
         }
-
-    def _describe_divergence(self, what: str) -> str:
-        return (
-            f"{what} is no number any more at step {self._step}: {self._describe_saved()}; lower "
-            "--learning-rate, or give it a longer --warmup"
-        )
-
-    def _describe_saved(self) -> str:
-        if self._saved is None:
-            return "nothing was saved yet"
-        return f"the checkpoint of step {self._saved} is kept"
 
 
 def carry_out(
