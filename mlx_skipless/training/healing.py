@@ -353,7 +353,7 @@ class Run(ResumableRun[HealingResult]):
             return loss
 
         def numbered(number: int) -> mx.array:
-            inputs = mx.array(self._batches.at(number)[:, :-1])
+            inputs = mx.array(self._batches.make_batch(number)[:, :-1])
             wanted = teacher(inputs)
             mx.eval(wanted)
             return step(inputs, wanted)

@@ -279,7 +279,7 @@ class Run(ResumableRun[TrainingResult]):
             pull_queries(model, recipe, before)
             return loss
 
-        return lambda number: step(mx.array(self._batches.at(number)))
+        return lambda number: step(mx.array(self._batches.make_batch(number)))
 
     def _nll(self, weights: dict[str, Any], batch: mx.array) -> mx.array:
         """The batch's summed NLL, with these weights in the type of the arithmetic."""

@@ -158,7 +158,7 @@ def test_the_first_step_follows_the_gradient_of_kl(
         pace=dataclasses.replace(PACE, log_every=1),
     )  # fmt: skip
     tokens: Any = mx.load(str(tmp_path / "h/training/tokens.safetensors"))
-    batch = corpus.Batches(np.array(tokens["train"]), 24, 2, treatment.seed).at(0)[:, :-1]
+    batch = corpus.Batches(np.array(tokens["train"]), 24, 2, treatment.seed).make_batch(0)[:, :-1]
     wanted = reference.logits(config, weights, batch)
     before, after = stock_weights(folder / "r"), stock_weights(tmp_path / "h")
 
