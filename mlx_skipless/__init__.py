@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from .inference.loading import load
     from .training.healing import heal
     from .training.pretraining import train
-    from .training.recipe import Recipe
-    from .training.treatment import Treatment
+    from .training.recipe import Recipe, Treatment
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,7 +33,7 @@ __all__ = [
 ]
 _HOMES = {
     "Recipe": "training.recipe",
-    "Treatment": "training.treatment",
+    "Treatment": "training.recipe",
     "UserError": "errors",
     "analyze": "evaluation.analysis",
     "benchmark": "evaluation.benchmark",

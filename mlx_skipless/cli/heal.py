@@ -4,8 +4,8 @@ import argparse
 from typing import Any
 
 from ..errors import UserError
-from ..training.pace import Pace
-from ..training.treatment import Treatment, read_treatment
+from ..options import read_options
+from ..training.recipe import Pace, Treatment
 from .shared import field_groups, held_out_arguments, open_output, run_arguments, take_fields
 
 HELP = "distil a reduced model towards its original"
@@ -44,7 +44,7 @@ def run(options: dict[str, Any]) -> None:
         raise UserError("--validation is for --data: the original's own text is held out in part")
     with open_output(options, None if resume else options["mlx_path"]) as shown:
         result = heal(
-            treatment=read_treatment(treatment),
+            treatment=read_options(Treatment, "treatment", treatment),
             pace=Pace(**pace),
             steps=steps,
             report=lambda event: shown.say(events.describe_event(event)),

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, first_line
-from ..training.pace import TrainingPace
-from ..training.recipe import Recipe, read_recipe
+from ..options import read_options
+from ..training.recipe import Recipe, TrainingPace
 from .shared import field_groups, held_out_arguments, open_output, run_arguments, take_fields
 
 HELP = "train a model, skipless unless told otherwise"
@@ -46,7 +46,7 @@ def run(options: dict[str, Any]) -> None:
         raise UserError("--resume goes on with the run's own recipe: only --steps may change")
     with open_output(options, None if resume else options["mlx_path"]) as shown:
         result = train(
-            recipe=read_recipe({**_read_yaml(config), **recipe}),
+            recipe=read_options(Recipe, "recipe", {**_read_yaml(config), **recipe}),
             pace=TrainingPace(**pace),
             steps=steps,
             report=lambda event: shown.say(events.describe_event(event)),

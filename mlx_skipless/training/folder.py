@@ -1,17 +1,15 @@
-"""The folder of a run: ``training/`` in it holds what ``resume`` and the loss curve need.
+"""The folder of a run: ``training/`` in it holds settings, state, log and loss curve.
 
-Every file but the log is replaced whole or not at all. Knows nothing of what is trained.
+Every file but the log is replaced whole or not at all. This module knows nothing of networks.
 """
 
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
-
-import mlx.core as mx
 
 from ..checkpoints.files import read_json, replace_file, write_json
 from ..errors import UserError, first_line
@@ -22,26 +20,12 @@ Event = dict[str, Any]
 Settings = TypeVar("Settings")
 
 
-@dataclass(frozen=True)
-class Position:
-    """Where a checkpoint stands in its run.
-
-    Attributes:
-        step: how many steps came before it.
-        seconds: that these took.
-        losses: of the steps since the last line of the log.
-    """
-
-    step: int
-    seconds: float
-    losses: list[float]
-
-
 class RunFolder:
-    """The files of a run; ``path`` is its folder, ``training`` the one in it."""
+    """The files of a run; ``path`` is its folder, and ``training`` and ``state`` lie in it."""
 
     def __init__(self, path: Path):
         self.path, self.training = path, path / TRAINING
+        self.state = self.training / STATE
 
     @contextlib.contextmanager
     def hold(self, resume: bool) -> Iterator[None]:
@@ -51,7 +35,7 @@ class RunFolder:
         try:
             yield
         except BaseException:
-            if not (self.training / STATE).exists():
+            if not self.state.exists():
                 shutil.rmtree(self.path, ignore_errors=True)
             raise
 
@@ -76,7 +60,7 @@ class RunFolder:
         Raises:
             UserError: if there is no such run, or another version began it.
         """
-        if not (self.training / STATE).is_file():
+        if not self.state.is_file():
             raise UserError(f"{self.path} has no {TRAINING}/{STATE}: there is nothing to resume")
         file = self.training / RUN
         try:
@@ -85,37 +69,6 @@ class RunFolder:
             raise UserError(
                 f"{file} is not of this version ({first_line(error)}): start the run again"
             ) from error
-
-    def save_state(self, arrays: dict[str, mx.array], position: Position) -> None:
-        """Write the state of weights and optimizer."""
-        metadata = {
-            "step": str(position.step),
-            "seconds": repr(position.seconds),
-            "losses": json.dumps(position.losses),
-        }
-        replace_file(
-            self.training / STATE, lambda file: mx.save_safetensors(str(file), arrays, metadata)
-        )
-
-    def load_state(self, own: Mapping[str, mx.array]) -> tuple[dict[str, mx.array], Position]:
-        """Read the state of weights and optimizer, of the names and shapes that ``own`` has.
-
-        Raises:
-            UserError: if the file is broken or holds another network's state.
-        """
-        file = self.training / STATE
-        try:
-            loaded: Any = mx.load(str(file), return_metadata=True)
-            arrays, metadata = loaded
-            losses = [float(loss) for loss in json.loads(metadata["losses"])]
-            position = Position(int(metadata["step"]), float(metadata["seconds"]), losses)
-            if {k: a.shape for k, a in arrays.items()} != {k: a.shape for k, a in own.items()}:
-                raise ValueError("it holds another network's state")
-        except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"{file} cannot be resumed from ({first_line(error)}): start the run again"
-            ) from error
-        return arrays, position
 
     def append_event(self, event: Event) -> None:
         """Add a line to the log."""

@@ -31,14 +31,14 @@ from ..errors import UserError, first_line
 from ..evaluation import perplexity
 from ..inference.loading import load
 from ..network.parts import tensors_of
+from ..options import read_options
 from ..text import corpus, samples
 from .card import write_healing_card
 from .folder import Event, RunFolder, read_log
 from .loop import ResumableRun, RunResult, carry_out
 from .optimizer import make_healing_schedule
-from .pace import Pace
+from .recipe import Pace, Treatment
 from .tokens import TextFiles, Tokens, encode_texts
-from .treatment import Treatment, read_treatment
 
 TOKENS = "tokens.safetensors"
 SPOKEN = 512  # tokens in a row that the original speaks
@@ -71,7 +71,9 @@ class Settings:
 
 def _read_settings(run: Mapping[str, Any]) -> Settings:
     return Settings(
-        read_treatment(run["treatment"]), Pace(**run["pace"]), Sources(**run["sources"])
+        read_options(Treatment, "treatment", run["treatment"]),
+        Pace(**run["pace"]),
+        Sources(**run["sources"]),
     )
 
 

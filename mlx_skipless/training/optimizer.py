@@ -7,8 +7,7 @@ import mlx.optimizers as optim
 
 from ..network.model import Model
 from ..network.names import PROJECTIONS
-from .recipe import Recipe
-from .treatment import Treatment
+from .recipe import Recipe, Treatment
 
 Schedule = Callable[[mx.array], mx.array]
 

@@ -26,14 +26,14 @@ from ..evaluation import perplexity
 from ..inference.generation import generate
 from ..network.model import Model
 from ..network.parts import tensors_of
+from ..options import read_options
 from ..text import corpus
 from .card import write_training_card
 from .folder import Event, RunFolder
 from .initialization import initialize, make_model_args
 from .loop import ResumableRun, RunResult, carry_out, is_due
 from .optimizer import make_optimizer, make_schedule, pull_queries
-from .pace import TrainingPace
-from .recipe import Recipe, read_recipe
+from .recipe import Recipe, TrainingPace
 from .tokens import TextFiles, Tokens, encode_texts
 
 SAMPLE_PROMPT, SAMPLE_TOKENS = 8, 64
@@ -71,7 +71,7 @@ class Settings:
 
 def _read_settings(run: Mapping[str, Any]) -> Settings:
     return Settings(
-        read_recipe(run["recipe"]),
+        read_options(Recipe, "recipe", run["recipe"]),
         TrainingPace(**run["pace"]),
         TrainingText(**run["text"]),
         _choose_dtype(run["dtype"]),

@@ -1,20 +1,19 @@
-"""What to train and how: sizes, the ladder from vanilla to skipless, rates and steps.
+"""What to train or heal, how, and at what pace: data, from flags or a YAML file.
 
-A recipe is data, from flags or a YAML file. This module imports neither MLX nor transformers, so
-that ``train --help`` is quick.
+This module imports neither MLX nor transformers, so that ``train --help`` and ``heal --help`` are
+quick.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ..errors import UserError
-from ..options import check_choices, flag_name, option, read_options
+from ..options import check_choices, flag_name, option
 
 # The keys of network.model.ACTIVATIONS, which cannot be imported without MLX.
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu")
+HEALING_RATES = {"lora": 1e-3, "full": 5e-5}
 
 
 @dataclass(frozen=True)
@@ -102,10 +101,67 @@ class Recipe:
         )
 
 
-def read_recipe(options: Mapping[str, Any]) -> Recipe:
-    """Make a recipe from a mapping, of flags or from YAML.
+@dataclass(frozen=True)
+class Treatment:
+    """All settings of a distillation but its models, its text and its pace."""
 
-    Raises:
-        UserError: for an unknown key or a value of the wrong type.
+    fine_tune_type: str = option(
+        "lora", "low-rank changes to the matrices, or all weights", ("lora", "full")
+    )
+    rank: int = option(16, "of the low-rank changes")
+    steps: int = option(400, "optimizer steps")
+    batch_size: int = option(4, "windows a step")
+    context: int = option(256, "tokens of a window")
+    learning_rate: float | None = option(
+        None, "Adam's, at its highest; default: 1e-3 for lora, 5e-5 for full"
+    )
+    warmup: int = option(20, "steps of rising rate; then it falls to zero")
+    clip: float = option(1.0, "largest norm of the whole gradient")
+    sampled_tokens: int = option(65536, "text that the original speaks where no --data is given")
+    seed: int = option(0, "of that text, its order and the low-rank changes")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        for name in ("rank", "steps", "batch_size", "context", "sampled_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{flag_name(name)} {getattr(self, name)}: must be at least 1")
+        for name, value in (("learning_rate", self.peak), ("clip", self.clip)):
+            if not 0 < value < math.inf:
+                raise UserError(f"{flag_name(name)} {value}: must be above 0")
+        if self.warmup < 0 or self.seed < 0:
+            raise UserError("--warmup and --seed must be at least 0")
+
+    @property
+    def peak(self) -> float:
+        """The highest learning rate."""
+        rate = self.learning_rate
+        return HEALING_RATES[self.fine_tune_type] if rate is None else rate
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How often, in steps, a run logs, evaluates and saves; 0: never.
+
+    The defaults are those of ``heal``.
     """
-    return read_options(Recipe, "recipe", options)
+
+    log_every: int = option(10, "steps from one line of the log to the next")
+    eval_every: int = option(100, "steps from one evaluation to the next")
+    save_every: int = option(100, "steps from one checkpoint to the next")
+    eval_tokens: int = option(4096, "held-out tokens of an evaluation on the way")
+
+    def __post_init__(self) -> None:
+        for one in dataclasses.fields(self):
+            if getattr(self, one.name) < 0:
+                raise UserError(f"{flag_name(one.name)}: must be at least 0")
+
+
+@dataclass(frozen=True)
+class TrainingPace(Pace):
+    """How often, in steps, ``train`` logs, evaluates, saves and writes a sample; 0: never."""
+
+    log_every: int = option(20, "steps from one line of the log to the next")
+    eval_every: int = option(200, "steps from one evaluation to the next")
+    save_every: int = option(200, "steps from one checkpoint to the next")
+    eval_tokens: int = option(65536, "held-out tokens of an evaluation; the last takes all")
+    sample_every: int = option(500, "steps from one sample to the next")

@@ -27,8 +27,7 @@ from mlx_skipless.training import healing
 from mlx_skipless.training.folder import Event, read_log
 from mlx_skipless.training.healing import HealingResult as Result
 from mlx_skipless.training.healing import Pair
-from mlx_skipless.training.pace import Pace
-from mlx_skipless.training.treatment import Treatment
+from mlx_skipless.training.recipe import Pace, Treatment
 
 SMALL = Treatment(steps=8, batch_size=2, context=24, sampled_tokens=1024, warmup=2, rank=4)
 PACE = Pace(log_every=2, eval_every=4, save_every=4, eval_tokens=96)

@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 from mlx_skipless import UserError
 from mlx_skipless.network.model import ACTIVATIONS as NETWORK_ACTIVATIONS
 from mlx_skipless.network.model import Model
+from mlx_skipless.options import read_options
 from mlx_skipless.training.initialization import initialize, make_model_args, make_orthogonal
 from mlx_skipless.training.optimizer import (
     make_optimizer,
@@ -27,7 +28,7 @@ from mlx_skipless.training.optimizer import (
     orthogonalize,
     pull_queries,
 )
-from mlx_skipless.training.recipe import ACTIVATIONS, Recipe, read_recipe
+from mlx_skipless.training.recipe import ACTIVATIONS, Recipe
 
 SMALL: dict[str, Any] = {
     "hidden_size": 16,
@@ -48,6 +49,10 @@ MATRIX = {
 }
 ONE = np.ones(1)
 TOKENS = np.random.default_rng(0).integers(0, 300, (2, 8))
+
+
+def read_recipe(options: Mapping[Any, Any]) -> Recipe:
+    return read_options(Recipe, "recipe", options)
 
 
 def made(**options: Any) -> tuple[Recipe, Model]:
@@ -449,7 +454,7 @@ def test_the_activations_are_the_networks():
 def test_what_flags_are_made_of_needs_no_mlx():
     """So ``train --help`` and ``heal --help`` are quick."""
     code = (
-        "import sys; from mlx_skipless.training import pace, recipe, treatment; "
+        "import sys; from mlx_skipless.training import recipe; "
         "print({'mlx', 'mlx_lm', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
