@@ -38,7 +38,7 @@ from .folder import Event, RunFolder, read_log
 from .loop import ResumableRun, RunResult, carry_out
 from .optimizer import make_healing_schedule
 from .recipe import Pace, Treatment
-from .tokens import TextFiles, Tokens, encode_texts
+from .tokens import TextFiles, Tokens, encode_texts, list_paths
 
 TOKENS = "tokens.safetensors"
 SPOKEN = 512  # tokens in a row that the original speaks
@@ -47,7 +47,7 @@ MEASURED_TOKENS = 8192  # of held-out text, before and after
 LORA_SCALE = 2.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Sources(TextFiles):
     """The two models and the text, as ``run.json`` keeps them; no files: the original speaks.
 
@@ -163,16 +163,15 @@ def heal(
         if model is None or teacher is None:
             raise UserError("give the reduced --model and its original, --teacher")
         check_free(folder.path)
-        sources = Sources(
-            data=[], validation=[], validation_share=validation_share,
-            model=_absolute(model), teacher=_absolute(teacher),
-        ).replace_paths(data or (), validation)  # fmt: skip
+        paths, held_out = list_paths(data or ()), list_paths(validation)
+        pair_paths = _make_absolute(model), _make_absolute(teacher)
+        sources = Sources(paths, held_out, validation_share, *pair_paths)
         settings = Settings(treatment or Treatment(), pace or Pace(), sources)
     pair = load_pair(settings.sources, trust_remote_code)
     return carry_out(folder, resume, lambda: _make_run(folder, settings, pair, resume), report)
 
 
-def _absolute(model: str | Path) -> str:
+def _make_absolute(model: str | Path) -> str:
     return str(model) if hub.is_id(str(model)) else str(Path(model).expanduser().absolute())
 
 

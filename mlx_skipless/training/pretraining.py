@@ -34,12 +34,12 @@ from .initialization import initialize, make_model_args
 from .loop import ResumableRun, RunResult, carry_out, is_due
 from .optimizer import make_optimizer, make_schedule, pull_queries
 from .recipe import Recipe, TrainingPace
-from .tokens import TextFiles, Tokens, encode_texts
+from .tokens import TextFiles, Tokens, encode_texts, list_paths
 
 SAMPLE_PROMPT, SAMPLE_TOKENS = 8, 64
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class TrainingText(TextFiles):
     """Where a run's text comes from, as ``run.json`` keeps it.
 
@@ -132,20 +132,19 @@ def train(
             the last good checkpoint is kept.
     """
     dtype, folder = _choose_dtype(dtype), RunFolder(Path(mlx_path))
+    paths, held_out = list_paths(data or ()), list_paths(validation)
     if resume:
         settings = folder.read_settings(_read_settings)
+        if data:
+            text = dataclasses.replace(settings.text, data=paths, validation=held_out)
+            settings = dataclasses.replace(settings, text=text)
     elif data:
         check_free(folder.path)
         source = None if tokenizer is None else str(tokenizer)
-        files = TrainingText(
-            data=[], validation=[], validation_share=validation_share, tokenizer=source
-        )
-        settings = Settings(recipe or Recipe(), pace or TrainingPace(), files, dtype)
+        text = TrainingText(paths, held_out, validation_share, source)
+        settings = Settings(recipe or Recipe(), pace or TrainingPace(), text, dtype)
     else:
         raise UserError("--data is missing: name text files to train on")
-    if data:
-        files = settings.text.replace_paths(data, validation)
-        settings = dataclasses.replace(settings, text=files)
     settings, tokens = _read_tokens(settings, folder, steps if resume else None)
     return carry_out(folder, resume, lambda: Run(folder, settings, tokens), report)
 

@@ -1,20 +1,17 @@
 """The text of a run: the files that it comes from, and its tokens."""
 
-import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from ..text import corpus
 
-Files = TypeVar("Files", bound="TextFiles")
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class TextFiles:
     """The files of a run's text, as ``run.json`` keeps them.
 
@@ -28,17 +25,15 @@ class TextFiles:
     validation: list[str]
     validation_share: float
 
-    def replace_paths(
-        self: Files, data: Sequence[str | Path], validation: Sequence[str | Path]
-    ) -> Files:
-        """Return a copy with other files, by their absolute paths."""
-        new, held_out = ([str(Path(f).absolute()) for f in part] for part in (data, validation))
-        return dataclasses.replace(self, data=new, validation=held_out)
-
     def read(self) -> corpus.Texts:
         """Read the documents; a UserError as ``corpus.read_texts`` raises it."""
         data, validation = ([Path(f) for f in part] for part in (self.data, self.validation))
         return corpus.read_texts(data, validation, share=self.validation_share)
+
+
+def list_paths(files: Sequence[str | Path]) -> list[str]:
+    """Return files' absolute paths, as ``TextFiles`` holds them."""
+    return [str(Path(file).absolute()) for file in files]
 
 
 @dataclass(frozen=True)

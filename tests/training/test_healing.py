@@ -334,7 +334,7 @@ def test_sampled_text_is_the_originals(pair: tuple[Path, Config, Weights]) -> No
     """As likely to the original as its entropy says, and it depends on the seed."""
     folder, config, weights = pair
     model, tokenizer = mlx_skipless.load(folder / "s")
-    sources = healing.Sources(data=[], validation=[], validation_share=0.0, model="", teacher="")
+    sources = healing.Sources([], [], 0.0, "", "")
     found = []
     for seed in (1, 1, 2):
         treatment = dataclasses.replace(SMALL, seed=seed)

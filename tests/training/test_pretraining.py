@@ -812,7 +812,7 @@ def test_a_checkpoint_that_cannot_be_written(
 FULL_DISK = """
 import resource, signal, sys
 from mlx_skipless import cli
-from mlx_skipless.commands import events
+from mlx_skipless.cli import events
 
 def report(event):
     if event["step"] == 6:
