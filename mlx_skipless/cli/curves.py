@@ -19,7 +19,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: dict[str, Any]) -> None:
     from ..evaluation.plots import plot_losses
-    from ..training.loop import read_log
+    from ..training.folder import read_log
 
     folders = [Path(run) for run in options["runs"]]
     names = [folder.name for folder in folders]

@@ -61,8 +61,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: dict[str, Any]) -> None:
-    from ..inference import chat, generation
+    from ..inference import chat, comparison, generation
+    from ..inference.caches import load_cache
     from ..inference.loading import load
+    from ..inference.prompts import encode_prompt
 
     json_name, other = options["json"], options.pop("compare")
     name, prompt = options.pop("model"), options.pop("prompt")
@@ -90,11 +92,11 @@ def run(options: dict[str, Any]) -> None:
             chat.chat(model, tokenizer, opening=generation.TALE if tale else None, **options)
             return
         if tale:
-            prompt = generation.encode_prompt(tokenizer, generation.TALE, chat=False)
+            prompt = encode_prompt(tokenizer, generation.TALE, chat=False)
             _speak(generation.TALE, shown)
         if other is not None:
             second = load(other, trust_remote_code=trust)
-            result = generation.compare([(model, tokenizer), second], prompt, **options)
+            result = comparison.compare([(model, tokenizer), second], prompt, **options)
             _tabulate(result, name, other).show(shown.console)
             shown.write_json(result.as_dict())
             return
@@ -104,8 +106,8 @@ def run(options: dict[str, Any]) -> None:
             )
             options["num_draft_tokens"] = drafts
         if cache_file is not None:
-            options["prompt_cache"] = generation.load_cache(cache_file, model)
-            prompt = generation.encode_prompt(tokenizer, prompt, continued=True)
+            options["prompt_cache"] = load_cache(cache_file, model)
+            prompt = encode_prompt(tokenizer, prompt, continued=True)
         stream = generation.stream(model, tokenizer, prompt, **options)
         for piece in generation.restore_first_space(stream, tokenizer) if tale else stream:
             _speak(piece, shown)

@@ -25,7 +25,7 @@ from mlx_skipless.evaluation.analysis import analyze
 from mlx_skipless.network.model import Model
 from mlx_skipless.text import samples
 from mlx_skipless.training import healing
-from mlx_skipless.training.healing import Treatment
+from mlx_skipless.training.recipe import Treatment
 
 # mlx-lm has the other form of GELU than transformers: what makes it the same function.
 MLX_LM_GELU = {"gemma": {"hidden_activation": "gelu"}, "gpt_neox": {"hidden_act": "gelu_new"}}
