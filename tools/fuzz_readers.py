@@ -26,7 +26,7 @@ import numpy as np
 import safetensors
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
-sys.path += [str(TESTS / "helpers"), str(TESTS / "checkpoints")]
+sys.path.append(str(TESTS / "helpers"))
 SEEDS = TESTS / "seeds"
 LAYERS = 8  # that a config may ask for: thousands are believed, and would take seconds each
 LLAMA: dict[str, Any] = {
@@ -100,7 +100,7 @@ def sharded_folder() -> Path:
 @functools.cache
 def packed_folders() -> list[Path]:
     """Of MLX, AWQ and GPTQ, which their config's settings alone tell apart from others."""
-    from test_packed import awq, gptq, mlx_pack
+    from packing import awq, gptq, mlx_pack
 
     mlx = mlx_pack("affine", 32, 4)
     packers = {"mlx": lambda path, values: mlx(values), "awq": awq()[1], "gptq": gptq(4)[1]}
@@ -270,7 +270,7 @@ def _json_starts(target: str) -> list[Any]:
 
 def _gguf_files() -> Iterator[bytes]:
     """With the tokenizer of either kind."""
-    from test_gguf import CONTROL, NORMAL, UNKNOWN, write
+    from gguf_maker import CONTROL, NORMAL, UNKNOWN, write_gguf
 
     words = ["<unk>", "<s>", "</s>", "a", "b", "ab"]
     config = LLAMA | {"max_position_embeddings": 64, "rope_theta": 1e4, "head_dim": 4}
@@ -288,7 +288,7 @@ def _gguf_files() -> Iterator[bytes]:
 
     for kind in ("llama", "gpt2"):
         file = place() / "start.gguf"
-        write(file, config, llama_tensors(), describe=functools.partial(describe, kind=kind))
+        write_gguf(file, config, llama_tensors(), describe=functools.partial(describe, kind=kind))
         yield file.read_bytes()
 
 

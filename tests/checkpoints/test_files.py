@@ -18,8 +18,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from factory import make_checkpoint, make_llama
-from test_gguf import add_byte_tokenizer
-from test_gguf import write as write_gguf
+from gguf_maker import add_byte_tokenizer, write_gguf
 
 from mlx_skipless import UserError, convert, load
 from mlx_skipless.checkpoints import files
