@@ -130,8 +130,6 @@ def read_all(source: Path) -> None:
     from mlx_skipless.checkpoints.gguf_file import GGUFStore
 
     checkpoint = open_checkpoint(source)
-    if checkpoint.store is None:
-        return
     mx.eval(checkpoint.read(checkpoint.store.shapes))
     if isinstance(checkpoint.store, GGUFStore):
         checkpoint.store.tokenizer()
@@ -151,7 +149,7 @@ def config(data: bytes) -> None:
 
 def weights(data: bytes) -> None:
     """A safetensors file, read as its library reads it; and as a Llama's."""
-    from mlx_skipless.checkpoints.checkpoint import SafetensorsStore
+    from mlx_skipless.checkpoints.safetensors import SafetensorsStore
 
     folder = dense_folder()
     (folder / "config.json").write_text(json.dumps(LLAMA))

@@ -7,15 +7,14 @@ arXiv 2406.15786, section 3.2), what dropping it alone costs, and what dropping 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
-from ..checkpoints.gguf_file import GGUFStore
-from ..checkpoints.tokenizer import VOCABULARY_FILES, load_tokenizer
+from ..checkpoints.checkpoint import Checkpoint, open_checkpoint, read_dtype
+from ..checkpoints.tokenizer import open_tokenizer
 from ..errors import UserError
 from ..network.driver import RESIDENT_BYTES, StreamedNetwork
 from ..network.model import ModelArgs
@@ -177,15 +176,14 @@ def analyze(
         config_only=config_only,
         trust_remote_code=trust_remote_code,
     )
-    if config_only:
-        checkpoint = replace(checkpoint, store=None)
-    args, dtype = checkpoint.args, checkpoint.dtype
+    args = checkpoint.args
+    dtype = read_dtype(checkpoint.config) if config_only else checkpoint.dtype
     measured = None
     conditions: list[dict[str, float]] | None = None
     reason = sublayers.explain_undroppable(args)
     notes = []
     origin = None
-    if checkpoint.store is None:
+    if config_only or not isinstance(checkpoint, Checkpoint):
         if text is not None:
             raise UserError(NOTHING_TO_MEASURE.format("--calibration"))
         notes.append("a config alone: nothing could be measured")
@@ -310,13 +308,7 @@ def _tokens(
 ) -> tuple[mx.array, str]:
     """The text to measure on, (sequences, length), and where it comes from."""
     args = checkpoint.args
-    tokenizer: Any = None
-    if isinstance(checkpoint.store, GGUFStore):
-        tokenizer = checkpoint.store.tokenizer()
-    elif checkpoint.folder is not None and _has_tokenizer(checkpoint.folder):
-        tokenizer = load_tokenizer(
-            checkpoint.folder, checkpoint.config, trust_remote_code=trust_remote_code
-        )
+    tokenizer = open_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
     if text is not None:
         if tokenizer is None:
             raise UserError("--calibration needs a tokenizer and the source has none: drop it")
@@ -342,10 +334,6 @@ def _tokens(
     mx.eval(tokens)
     progress("sampling text", 1, 1)
     return tokens, "sampled from the model"
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in VOCABULARY_FILES)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import mlx_lm.utils
 from ..architectures.config import read_model_args
 from ..architectures.families import FAMILIES, Config, Family, find_family
 from ..architectures.tensors import to_published_names, to_source_names
-from ..checkpoints.checkpoint import FLOAT_NAMES
+from ..checkpoints.checkpoint import read_dtype
 from ..checkpoints.files import read_json
 from ..checkpoints.writer import Writer
 from ..errors import UserError, first_line
@@ -46,8 +46,7 @@ class Shape:
     @property
     def dtype(self) -> mx.Dtype:
         """The number type that the config names, else bfloat16."""
-        declared = self.config.get("torch_dtype") or self.config.get("dtype")
-        return getattr(mx, declared) if declared in FLOAT_NAMES else mx.bfloat16
+        return read_dtype(self.config)
 
     @property
     def stock_config(self) -> Config:
@@ -201,7 +200,7 @@ def make_skipless_model(
     args: ModelArgs, dtype: mx.Dtype, quantization: Quantization | None = None
 ) -> nn.Module:
     """This package's network as ``convert`` writes it, its weights random and lazy."""
-    written = replace(args, fused=Layout(args, dtype, quantization).fused)
+    written = replace(args, fused=Layout(args, dtype, quantization).find_fusable())
     weights = to_source_names(
         FAMILIES["skipless"], make_random_weights(Layout(args, dtype)), written, dtype
     )

@@ -15,15 +15,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
-import transformers
 from mlx.utils import tree_map
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..checkpoints import files, hub
-from ..checkpoints.files import read_json
-from ..checkpoints.tokenizer import make_tokenizer_options
+from ..checkpoints import files
+from ..checkpoints.tokenizer import fetch_tokenizer
 from ..checkpoints.writer import check_free
-from ..errors import UserError, first_line
+from ..errors import UserError
 from ..evaluation import perplexity
 from ..inference import generation
 from ..memory import peak_memory_bytes
@@ -340,26 +338,12 @@ def _read_text(sources: Sources, recipe: Recipe, run: Path | None) -> Text:
     if source is None:
         tokenizer = corpus.make_tokenizer(texts.train, recipe.vocab_size, chat=texts.chat)
     else:
-        tokenizer = _read_tokenizer(source)
+        tokenizer = fetch_tokenizer(source)
     return Text(
         tokenizer,
         corpus.encode(texts.train, tokenizer),
         corpus.encode(texts.validation, tokenizer),
     )
-
-
-def _read_tokenizer(source: str) -> Any:
-    folder = hub.resolve(source, config_only=True)
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    try:
-        return transformers.AutoTokenizer.from_pretrained(
-            str(folder), **make_tokenizer_options(config, trust_remote_code=False)
-        )
-    except Exception as error:  # transformers and tokenizers raise whatever their parsers do
-        raise UserError(
-            f"the tokenizer of {source} cannot be read ({first_line(error)}): give a folder or "
-            "Hub id with a Hugging Face tokenizer"
-        ) from error
 
 
 def _compute_type(dtype: str) -> str:

@@ -41,7 +41,6 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
 
 
 def read_all(checkpoint: Checkpoint) -> dict[str, mx.array]:
-    assert checkpoint.store is not None
     return checkpoint.read(checkpoint.store.shapes)
 
 
@@ -203,6 +202,6 @@ def test_reading_ahead_reads_the_spans_and_no_more_than_may_be_kept(
             return count
 
     monkeypatch.setattr(Path, "open", lambda path, *arguments, **options: Noting(str(path)))
-    files._pass_over([(tmp_path / "a", 100, 700), (tmp_path / "a", 0, 1000)])
+    files._read_spans([(tmp_path / "a", 100, 700), (tmp_path / "a", 0, 1000)])
     assert read[:3] == [(100, 300), (400, 300), (700, 100)]
     assert read[3:] == [(0, 300), (300, 300), (600, 200)]

@@ -74,7 +74,6 @@ def rewrite(
 def assert_reads_as(folder: Path, meant: Weights) -> None:
     """Exactly: a packed value times its scale is a float32."""
     checkpoint = open_checkpoint(folder)
-    assert checkpoint.store is not None
     read = checkpoint.read(checkpoint.store.shapes)
     assert read.keys() == meant.keys()
     for name, values in meant.items():
@@ -144,7 +143,6 @@ def test_awq(tmp_path: Path, group_size: int):
 def assert_close_to(folder: Path, meant: Weights) -> None:
     """As MLX computes scale * q + bias in float32: to a few units in the last place."""
     checkpoint = open_checkpoint(folder)
-    assert checkpoint.store is not None
     read = checkpoint.read(checkpoint.store.shapes)
     assert read.keys() == meant.keys()
     for name, values in meant.items():
