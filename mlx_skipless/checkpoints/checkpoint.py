@@ -43,7 +43,7 @@ def read_dtype(config: Config) -> mx.Dtype:
     return getattr(mx, declared) if declared in FLOAT_NAMES else mx.bfloat16
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Blueprint:
     """What a model's config says; the weights may be elsewhere.
 
@@ -52,15 +52,17 @@ class Blueprint:
         config: its config.json, or the same made from a GGUF file's metadata.
         family: its architecture.
         args: the network that it describes, in this package's terms.
-        packing: how its weights are quantized, e.g. "GPTQ 4-bit"; None for dense ones, and where
-            there are no weights.
     """
 
     name: str
     config: Config
     family: Family
     args: ModelArgs
-    packing: str | None = None
+
+    @property
+    def packing(self) -> str | None:
+        """How the weights are quantized, e.g. "GPTQ 4-bit"; None for dense or absent ones."""
+        return None
 
     @cached_property
     def dtype(self) -> mx.Dtype:
@@ -68,7 +70,7 @@ class Blueprint:
         return read_dtype(self.config)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Checkpoint(Blueprint):
     """A model with its weights.
 
@@ -79,6 +81,11 @@ class Checkpoint(Blueprint):
 
     path: Path
     store: Store
+
+    @property
+    def packing(self) -> str | None:
+        """How the weights are quantized, e.g. "GPTQ 4-bit"; None for dense ones."""
+        return self.store.packing
 
     @cached_property
     def dtype(self) -> mx.Dtype:
@@ -247,61 +254,42 @@ def open_checkpoint(
     path = hub.resolve(
         str(source), revision=revision, config_only=config_only, code=trust_remote_code
     )
-    name = str(source)
-    if path.is_dir():
-        return _open_folder(name, path, config_only)
-    files.is_there(path)
-    if path.suffix == ".gguf":
-        store = GGUFStore(path)
-        return _make_checkpoint(name, store.config, path, store, store.packing)
-    if path.suffix != ".json":
-        raise UserError(f"{path} is no model: give a folder, a .gguf file or a Hub id")
-    blueprint = _make_blueprint(name, read_json(path))
-    if not config_only:
-        raise UserError(f"{name} is a config without weights: add --dry-run, or give the model")
-    return blueprint
-
-
-def _open_folder(name: str, folder: Path, config_only: bool) -> Blueprint:
-    config = read_json(folder / "config.json")
-    files.check_small(folder)
-    find_family(config)  # an unknown architecture is the more helpful complaint
-    scheme = find_scheme(config)
-    if config_only and not any(folder.glob("*.safetensors")):
-        return _make_blueprint(name, config)
-    store = SafetensorsStore(folder)
-    if scheme is None:
-        return _make_checkpoint(name, config, folder, store, None)
-    return _make_checkpoint(name, config, folder, UnpackedStore(store, scheme), scheme.name)
-
-
-def _make_checkpoint(
-    name: str, config: Config, path: Path, store: Store, packing: str | None
-) -> Checkpoint:
-    family, args = _read_network(name, config, store)
-    checkpoint = Checkpoint(
-        name=name, config=config, family=family, args=args, packing=packing, path=path, store=store
-    )
-    checkpoint.validate()
-    return checkpoint
-
-
-def _make_blueprint(name: str, config: Config) -> Blueprint:
-    family, args = _read_network(name, config)
-    return Blueprint(name=name, config=config, family=family, args=args)
-
-
-def _read_network(
-    name: str, config: Config, store: Store | None = None
-) -> tuple[Family, ModelArgs]:
-    """What a config describes; the tensors, where they are there, decide what it leaves open."""
+    config, store = _open_folder(path, config_only) if path.is_dir() else _open_file(path)
     family = find_family(config)
     if config.get("model_file") is not None and config["model_type"] != "skipless":
         raise UserError(
-            f"{name} brings its own code ({config['model_file']}), which is never run here: what "
+            f"{source} brings its own code ({config['model_file']}), which is never run here: what "
             'its network is only that knows; if it is none of its own, take "model_file" out of '
             "config.json"
         )
     tensors = None if store is None else find_places(family, store.shapes).keys()
     args = read_model_args(config, tensors)
-    return family, replace(args, fused={})  # fused matrices are cut apart when they are read
+    args = replace(args, fused={})  # fused matrices are cut apart when they are read
+    if store is not None:
+        checkpoint = Checkpoint(str(source), config, family, args, path, store)
+        checkpoint.validate()
+        return checkpoint
+    if not config_only:
+        raise UserError(f"{source} is a config without weights: add --dry-run, or give the model")
+    return Blueprint(str(source), config, family, args)
+
+
+def _open_file(path: Path) -> tuple[Config, Store | None]:
+    files.is_there(path)
+    if path.suffix == ".gguf":
+        store = GGUFStore(path)
+        return store.config, store
+    if path.suffix == ".json":
+        return read_json(path), None
+    raise UserError(f"{path} is no model: give a folder, a .gguf file or a Hub id")
+
+
+def _open_folder(folder: Path, config_only: bool) -> tuple[Config, Store | None]:
+    config = read_json(folder / "config.json")
+    files.check_small(folder)
+    find_family(config)  # an unknown architecture is the more helpful complaint
+    scheme = find_scheme(config)
+    if config_only and not any(folder.glob("*.safetensors")):
+        return config, None
+    store = SafetensorsStore(folder)
+    return config, store if scheme is None else UnpackedStore(store, scheme)

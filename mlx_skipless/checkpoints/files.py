@@ -29,11 +29,7 @@ def check_name(path: Path) -> None:
 
 
 def is_there(path: Path, most: int | None = None) -> bool:
-    """Whether there is a file at a path.
-
-    Args:
-        path: of the file.
-        most: the largest size in bytes that is believed.
+    """Whether there is a file at a path; ``most`` is the largest size in bytes that is believed.
 
     Raises:
         UserError: if something else has its name (a pipe would block, a device never end), or a
@@ -75,11 +71,8 @@ def check_links(folder: Path, *, code: bool) -> None:
     A stranger's archive can hold a link to any file of its reader's, and a result may be uploaded.
     transformers decides which files a tokenizer consists of, so every file is checked except the
     weights and the config. These may lie anywhere: what does not parse as safetensors or as a known
-    architecture gets no further, and folders of links to large weights are common.
-
-    Args:
-        folder: the model's.
-        code: whether Python files may be copied, too.
+    architecture gets no further, and folders of links to large weights are common. Python files are
+    checked if ``code`` is copied, too.
 
     Raises:
         UserError: for a link that leads elsewhere.
@@ -91,14 +84,9 @@ def check_links(folder: Path, *, code: bool) -> None:
 
 
 def check_inside(file: Path, folder: Path, what: str) -> None:
-    """Refuse a file that lies outside a model's folder.
+    """Refuse a path that leads out of a model's folder; ``what`` begins the message.
 
     The Hub's cache is itself a folder of links, to its own ``blobs``: these are accepted.
-
-    Args:
-        file: a path that may lead through links.
-        folder: the model's.
-        what: the beginning of the message, "... leads".
 
     Raises:
         UserError: if the file lies elsewhere.
@@ -190,12 +178,7 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
 
 
 def replace_file(file: Path, write: Callable[[Path], Any]) -> None:
-    """Create or replace a file atomically.
-
-    Args:
-        file: its path.
-        write: writes the content to the path that it is given, beside ``file``.
-    """
+    """Create or replace a file atomically; ``write`` writes it to a path that it is given."""
     partial = file.with_name(f".partial-{file.name}")
     try:
         write(partial)

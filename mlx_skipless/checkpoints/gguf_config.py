@@ -8,17 +8,13 @@ import numpy as np
 from ..errors import UserError
 from .gguf_tokenizer import Field
 
+ReadFactors = Callable[[], np.ndarray]
 # Llama 3.1's, which its GGUF files do not name.
 LOW_FREQ_FACTOR, HIGH_FREQ_FACTOR, ORIGINAL_CONTEXT = 1.0, 4.0, 8192
 
 
 def check_support(field: Field, source: str) -> None:
-    """Raises UserError for a kind of model that is not read.
-
-    Args:
-        field: the file's metadata by key.
-        source: what to call the file in a message.
-    """
+    """Raise a UserError for a kind of model that is not read; ``source`` names the file in it."""
     architecture = field("general.architecture")
     if architecture != "llama":
         raise UserError(f"{source} holds the architecture {architecture!r}; supported: llama")
@@ -31,12 +27,7 @@ def check_support(field: Field, source: str) -> None:
 
 
 def make_config(
-    field: Field,
-    source: str,
-    *,
-    vocab_size: int,
-    tied: bool,
-    read_rope_factors: Callable[[], np.ndarray] | None,
+    field: Field, source: str, vocab_size: int, tied: bool, read_rope_factors: ReadFactors | None
 ) -> dict[str, Any]:
     """Make the config.json of the model that a GGUF file describes.
 
@@ -45,8 +36,8 @@ def make_config(
         source: what to call the file in a message.
         vocab_size: the embedding's number of rows.
         tied: whether the embedding is the head, too.
-        read_rope_factors: reads the file's table of divisors of RoPE's frequencies; None if it has
-            no such table.
+        read_rope_factors: reads the table that RoPE's frequencies are divided by; None if the file
+            has none.
 
     Raises:
         UserError: for a partial or unknown RoPE.
@@ -85,10 +76,7 @@ def _either(value: Any, default: Any) -> Any:
 
 
 def _read_rope_scaling(
-    field: Field,
-    source: str,
-    config: dict[str, Any],
-    read_rope_factors: Callable[[], np.ndarray] | None,
+    field: Field, source: str, config: dict[str, Any], read_rope_factors: ReadFactors | None
 ) -> dict[str, Any] | None:
     factor = _either(field("llama.rope.scaling.factor"), field("llama.rope.scale_linear"))
     kind = _either(field("llama.rope.scaling.type"), "linear")
@@ -96,11 +84,8 @@ def _read_rope_scaling(
         return {"rope_type": "linear", "factor": factor}
     if kind == "yarn":
         original = field("llama.rope.scaling.original_context_length")
-        return {
-            "rope_type": "yarn",
-            "factor": factor,
-            "original_max_position_embeddings": original,
-        }
+        scaling = {"rope_type": "yarn", "factor": factor}
+        return scaling | {"original_max_position_embeddings": original}
     if kind not in ("linear", "none"):
         raise UserError(f"{source} scales RoPE as {kind!r}, which is not supported")
     if read_rope_factors is None:

@@ -87,9 +87,9 @@ class GGUFStore:
         self.config = gguf_config.make_config(
             self._field,
             str(self._path),
-            vocab_size=self.shapes[f"{EMBEDDING}.weight"][0],
-            tied=f"{HEAD}.weight" not in self.shapes,
-            read_rope_factors=None if factors is None else lambda: self._read(factors),
+            self.shapes[f"{EMBEDDING}.weight"][0],
+            f"{HEAD}.weight" not in self.shapes,
+            None if factors is None else lambda: self._read(factors),
         )
         kinds = {name: tensor.tensor_type.name for name, tensor in self._tensors.items()}
         packed = sorted({*kinds.values()} - FLOATS.keys())

@@ -286,11 +286,13 @@ class UnpackedStore:
 
     Attributes:
         packed: the store that it reads.
+        packing: how the matrices are packed, e.g. "GPTQ 4-bit".
         runs: whether mlx-lm runs the matrices packed as they are.
     """
 
     def __init__(self, store: Store, scheme: Scheme):
         self.packed, self._scheme = store, scheme
+        self.packing = scheme.name
         self.runs = isinstance(scheme, MLXScheme)
         self._paths = {
             name.removesuffix(scheme.marker)

@@ -30,9 +30,12 @@ class Store(Protocol):
     """Named tensors on disk.
 
     ``shapes`` and ``dtypes`` are known before anything is read; a dtype is None if MLX has no such
-    number type. ``read`` returns tensors, and ``read_ahead`` asks the system to fetch them early.
+    number type. ``packing`` says how the tensors are quantized on disk, None if they are not.
+    ``read`` returns tensors, and ``read_ahead`` asks the system to fetch them early.
     """
 
+    @property
+    def packing(self) -> str | None: ...
     @property
     def shapes(self) -> Mapping[str, Shape]: ...
     @property
@@ -76,6 +79,8 @@ class SafetensorsStore:
         UserError: if there are no such files, if one is missing, truncated, corrupt or outside the
             folder, or if two have tensors of the same name.
     """
+
+    packing = None
 
     def __init__(self, folder: Path):
         self._tensors: dict[str, _Tensor] = {}

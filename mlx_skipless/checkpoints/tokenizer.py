@@ -41,18 +41,11 @@ def carry_tokenizer(
 ) -> bool:
     """Put the source's tokenizer, chat template and generation settings into a folder.
 
-    The files are copied where the model's type stays. Where it changes they cannot be, since
-    transformers chooses a tokenizer's class by the model's type, too: then transformers reads the
-    tokenizer with the source's config and saves it, as mlx-lm does.
+    The files are copied if the result has the source's model type (``stock``). Otherwise
+    transformers, which chooses a tokenizer's class by the model's type, too, reads the tokenizer
+    with the source's config and saves it, as mlx-lm does.
 
-    Args:
-        checkpoint: the source.
-        folder: where to put them.
-        stock: whether the result has the source's model type.
-        trust_remote_code: let the source's tokenizer run its code.
-
-    Returns:
-        Whether the source has a tokenizer.
+    Returns whether the source has a tokenizer.
 
     Raises:
         UserError: if the tokenizer cannot be read, or a file to copy is a link out of the source.
@@ -100,7 +93,7 @@ def _save_tokenizer(checkpoint: Checkpoint, folder: Path, trust_remote_code: boo
 
 
 def open_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
-    """The tokenizer of a checkpoint, a folder's as mlx-lm wraps it; None if it has none.
+    """Load the tokenizer of a checkpoint; None if it has none.
 
     Raises:
         UserError: if it cannot be read.
@@ -117,11 +110,7 @@ def load_tokenizer(
 ) -> TokenizerWrapper:
     """Load the tokenizer of a model's folder, as mlx-lm wraps it.
 
-    Args:
-        folder: the model's.
-        config: its config.json.
-        trust_remote_code: let the tokenizer run its code.
-        name: what an error calls the model; default: its folder.
+    ``config`` is the model's config.json. ``name`` is what an error calls it, not its folder.
 
     Raises:
         UserError: if it is missing or cannot be read.

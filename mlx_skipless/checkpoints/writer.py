@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import mlx.core as mx
@@ -54,18 +53,11 @@ class Writer:
     def __enter__(self) -> "Writer":
         self._held = ExitStack()
         self.folder = self._held.enter_context(_temporary_folder(self._out, self._flag))
+        self._held.callback(self._worker.shutdown, cancel_futures=True)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        try:
-            self._worker.shutdown(cancel_futures=True)
-        finally:
-            self._held.close()
+    def __exit__(self, *error: object) -> None:
+        self._held.close()
 
     def add(self, tensors: Mapping[str, mx.array]) -> None:
         """Add tensors; they are written when a shard is full."""
@@ -107,11 +99,7 @@ class Writer:
         self._pending_bytes = self._total_bytes = 0
 
     def finish_weights(self, weights: int) -> None:
-        """Name the shards as mlx-lm does and write their index.
-
-        Args:
-            weights: their number, as it is before quantization.
-        """
+        """Name the shards as mlx-lm does and write their index; ``weights`` is the model's size."""
         self._flush()
         self._wait()
         index: dict[str, str] = {}

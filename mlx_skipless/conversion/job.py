@@ -84,7 +84,7 @@ class Job:
     def _args(self) -> ModelArgs:
         """The network as it lies on disk."""
         args = self.layout.args
-        return args if self.stock else replace(args, fused=self.layout.find_fusable())
+        return args if self.stock else replace(args, fused=self.layout.fusable_layers)
 
     def result_parts(self) -> Merged:
         """The result's dense tensors."""

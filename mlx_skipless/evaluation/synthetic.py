@@ -200,7 +200,7 @@ def make_skipless_model(
     args: ModelArgs, dtype: mx.Dtype, quantization: Quantization | None = None
 ) -> nn.Module:
     """This package's network as ``convert`` writes it, its weights random and lazy."""
-    written = replace(args, fused=Layout(args, dtype, quantization).find_fusable())
+    written = replace(args, fused=Layout(args, dtype, quantization).fusable_layers)
     weights = to_source_names(
         FAMILIES["skipless"], make_random_weights(Layout(args, dtype)), written, dtype
     )

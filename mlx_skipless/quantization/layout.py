@@ -51,14 +51,7 @@ def make_quantization(
 ) -> Quantization | None:
     """Make the settings that ``-q``, ``--q-bits``, ``--q-group-size`` and ``--q-mode`` ask for.
 
-    Args:
-        quantize: whether ``-q`` is given.
-        bits: of a weight; None: the mode's default.
-        group_size: weights that share a scale; None: the mode's default.
-        mode: one of ``MODES``.
-
-    Returns:
-        The settings; None without ``-q``.
+    Returns None without ``-q`` (``quantize``).
 
     Raises:
         UserError: for settings that MLX does not have.
@@ -82,16 +75,11 @@ def make_quantization(
 def quantize_nearest(
     model: nn.Module, q: Quantization, predicate: Callable[..., bool | dict[str, Any]] | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Quantize a model to nearest, lazily.
+    """Quantize a model to nearest, lazily and in place.
 
-    Args:
-        model: is changed in place.
-        q: the settings; its ``own`` is not looked at.
-        predicate: says of a module path and module whether it is quantized, or with which settings;
-            default: the model's own.
-
-    Returns:
-        The model, and the ``quantization`` entry for its config.json.
+    ``predicate`` tells of a module path and its module whether it is quantized, or with which
+    settings; default: the model's own predicate. Returns the model and the ``quantization`` entry
+    for its config.json.
     """
     with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints; its callers may not
         model, config = quantize_model(
@@ -164,7 +152,8 @@ class Layout:
         """The bytes of a packed matrix's scales and biases."""
         return self.nbytes(f"{path}.scales") + self.nbytes(f"{path}.biases")
 
-    def find_fusable(self) -> dict[str, list[int]]:
+    @cached_property
+    def fusable_layers(self) -> dict[str, list[int]]:
         """The layers in which matrices with the same input can be stored as one matrix.
 
         They can where they are packed alike. The keys are the fused matrices' names.
@@ -225,11 +214,7 @@ class Layout:
 
 
 def compare_sizes(before: Layout, after: Layout) -> tuple[float, float]:
-    """Compare two layouts of a network.
-
-    Returns:
-        By what share the bytes in memory grow, and by what share those read for a token shrink.
-    """
+    """By what share the bytes in memory grow, and by what share those read for a token shrink."""
     growth = after.nbytes() / before.nbytes() - 1
     return growth, 1 - after.bytes_per_token / before.bytes_per_token
 
