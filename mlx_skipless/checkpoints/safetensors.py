@@ -46,7 +46,7 @@ class Store(Protocol):
 
 def is_float(dtype: mx.Dtype | None) -> TypeGuard[mx.Dtype]:
     """Whether a tensor's number type is one that weights may have."""
-    return dtype in FLOATS.values()
+    return dtype is not None and dtype in FLOATS.values()
 
 
 @dataclass(frozen=True)
