@@ -24,17 +24,16 @@ from ..architectures.tensors import (
     restore_gains,
     to_canonical_modules,
 )
+from ..constants import FLOAT_NAMES
 from ..errors import UserError
 from ..network.model import Model, ModelArgs
 from ..network.names import LINEAR_PATHS
-from ..network.parts import dtype_name, tensors_of
+from ..network.parts import tensors_of
 from . import files, hub
 from .files import read_json
 from .gguf_file import GGUFStore
 from .packed import UnpackedStore, find_scheme
 from .safetensors import FLOATS, SafetensorsStore, Shape, Store, is_float
-
-FLOAT_NAMES = tuple(map(dtype_name, FLOATS.values()))
 
 
 def read_dtype(config: Config) -> mx.Dtype:

@@ -5,11 +5,11 @@ packed value and its scale exactly. They are lazy: nothing large is computed bef
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
+from ..constants import MODES
 from ..errors import UserError
 from .safetensors import FLOATS, Shape, Store, is_float
 
@@ -18,30 +18,6 @@ Shapes = Mapping[str, Shape]
 Types = Mapping[str, mx.Dtype | None]
 WORDS = (mx.int32, mx.uint32)
 SCALES = tuple(FLOATS.values())
-
-
-@dataclass(frozen=True)
-class Mode:
-    """What one of MLX's quantization modes can do; MLX's own choice comes first.
-
-    Attributes:
-        group_sizes: numbers of weights that can share a scale.
-        bits: numbers of bits that a weight can have.
-        bits_read: more of them, which are read but not written.
-    """
-
-    group_sizes: tuple[int, ...]
-    bits: tuple[int, ...]
-    bits_read: tuple[int, ...] = ()
-
-
-MODES = {
-    "affine": Mode((64, 32, 128), (4, 2, 3, 5, 6, 8), (1,)),
-    "mxfp4": Mode((32,), (4,)),
-    "nvfp4": Mode((16,), (4,)),
-    "mxfp8": Mode((32,), (8,)),
-}
-BITS = tuple(sorted(MODES["affine"].bits))
 AGAIN = "correct the quantization in config.json or download the checkpoint again"
 AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 
@@ -112,12 +88,10 @@ class MLXScheme(Scheme):
         mode = own.get("mode", "affine")
         if not isinstance(mode, str) or mode not in MODES:
             raise UserError(f"MLX's mode {mode!r} cannot be read; known: {', '.join(MODES)}")
-        known = MODES[mode]
-        group_size = own.get("group_size") or known.group_sizes[0]
-        bits = own.get("bits") or known.bits[0]
+        sizes, widths = MODES[mode]
+        group_size, bits = own.get("group_size") or sizes[0], own.get("bits") or widths[0]
         whole = type(group_size) is type(bits) is int
-        readable = group_size in known.group_sizes and bits in (*known.bits, *known.bits_read)
-        if not whole or not readable:
+        if not whole or group_size not in sizes or bits not in widths:
             raise UserError(
                 f"MLX's mode {mode} has no groups of {group_size} at {bits} bits: correct the "
                 "quantization in config.json"

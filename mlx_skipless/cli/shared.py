@@ -13,7 +13,6 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..checkpoints.packed import MODES
 from ..conversion import convert
 from ..errors import UserError
 
@@ -146,7 +145,7 @@ def quantization_arguments(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--q-bits", type=int, help="bits per weight (default: the mode's own)")
     parser.add_argument("--q-group-size", type=int, help="weights that share a scale")
     parser.add_argument(
-        "--q-mode", default="affine", choices=[*MODES],
+        "--q-mode", default="affine", choices=["affine", "mxfp4", "nvfp4", "mxfp8"],
         help="quantization mode (default: %(default)s)",
     )  # fmt: skip
 

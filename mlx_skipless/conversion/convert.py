@@ -27,7 +27,8 @@ from ..progress import Progress, Stopwatch
 from ..quantization import bits as budget
 from ..quantization.calibration import CalibratedParts, NearestParts, estimate_memory
 from ..quantization.distillation import LOGITS_BYTES, distill
-from ..quantization.layout import Layout, PackedLayout, compare_sizes, make_quantization
+from ..quantization.layout import Layout, PackedLayout, compare_sizes
+from ..quantization.settings import make_quantization
 from ..removal import sublayers
 from ..removal import table as first_layer
 from ..removal.merger import Merger

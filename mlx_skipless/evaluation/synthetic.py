@@ -13,7 +13,7 @@ import mlx_lm.utils
 from ..architectures.config import read_model_args
 from ..architectures.families import FAMILIES, Config, Family, find_family
 from ..architectures.tensors import to_published_names, to_source_names
-from ..checkpoints.checkpoint import read_dtype
+from ..checkpoints.checkpoint import FLOAT_NAMES
 from ..checkpoints.files import read_json
 from ..checkpoints.writer import Writer
 from ..errors import UserError, first_line
@@ -46,7 +46,8 @@ class Shape:
     @property
     def dtype(self) -> mx.Dtype:
         """The number type that the config names, else bfloat16."""
-        return read_dtype(self.config)
+        declared = self.config.get("torch_dtype") or self.config.get("dtype")
+        return getattr(mx, declared) if declared in FLOAT_NAMES else mx.bfloat16
 
     @property
     def stock_config(self) -> Config:

@@ -29,12 +29,12 @@ from mlx_lm.models.cache import (
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..checkpoints.packed import BITS
 from ..errors import UserError, first_line
 from ..memory import format_bytes, weight_bytes
 from ..network.parts import dtype_name
 from .loading import load
 
+KV_BITS = (2, 3, 4, 6, 8)
 DRAFTS = 3  # tokens that a draft model proposes at a time
 TALE, TALE_TEMP = "Once upon a time", 0.8  # where nobody asks for anything
 CHECK_EVERY = 16  # tokens between two looks at whether the logits are numbers
@@ -452,8 +452,8 @@ def make_cache(
             )
         cache = [_bounded(c, max_kv_size) for c in cache]
     if kv_bits is not None:
-        if kv_bits not in BITS:
-            raise UserError(f"--kv-bits {kv_bits}: must be one of {', '.join(map(str, BITS))}")
+        if kv_bits not in KV_BITS:
+            raise UserError(f"--kv-bits {kv_bits}: must be one of {', '.join(map(str, KV_BITS))}")
         if max_kv_size is not None:
             raise UserError(
                 "--kv-bits with --max-kv-size: mlx-lm cannot quantize a bounded cache; drop one"

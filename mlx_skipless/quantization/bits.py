@@ -11,9 +11,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..checkpoints.packed import BITS
 from ..errors import UserError
+from .settings import list_bits
 
+BITS = list_bits("affine")
 # Of a measured KL, when looking for the smallest result that keeps a limit.
 CLOSE = 0.9  # near enough below the limit
 SAME_SIZE = 0.005  # share of bytes that is not worth another try

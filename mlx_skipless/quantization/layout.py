@@ -11,65 +11,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import quantize_model
 
-from ..checkpoints.packed import MODES, MLXScheme
-from ..errors import UserError
+from ..checkpoints.packed import MLXScheme
 from ..network.model import FUSED, Model, ModelArgs, quant_predicate
 from ..network.names import EMBEDDING, EXPERTS, HEAD, module_path
 from ..network.parts import tensors_of
 from .formats import Format
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """How to quantize a network, in mlx-lm's terms.
-
-    Attributes:
-        bits: of a weight; None: the mode's default.
-        group_size: weights that share a scale; None: the mode's default.
-        mode: one of ``MODES``.
-        own: bits of matrices that differ from the others, by module path.
-    """
-
-    bits: int | None = None
-    group_size: int | None = None
-    mode: str = "affine"
-    own: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def usual_bits(self) -> int:
-        """Bits of a matrix that is not in ``own``."""
-        return self.bits or MODES[self.mode].bits[0]
-
-    @property
-    def usual_group_size(self) -> int:
-        """Weights that share a scale."""
-        return self.group_size or MODES[self.mode].group_sizes[0]
-
-
-def make_quantization(
-    quantize: bool, bits: int | None, group_size: int | None, mode: str
-) -> Quantization | None:
-    """Make the settings that ``-q``, ``--q-bits``, ``--q-group-size`` and ``--q-mode`` ask for.
-
-    Returns None without ``-q`` (``quantize``).
-
-    Raises:
-        UserError: for settings that MLX does not have.
-    """
-    if not quantize:
-        if bits is not None or group_size is not None or mode != "affine":
-            raise UserError("--q-bits, --q-group-size and --q-mode need -q")
-        return None
-    if mode not in MODES:
-        *others, last = MODES
-        raise UserError(f"--q-mode {mode}: choose {', '.join(others)} or {last}")
-    known = MODES[mode]
-    if bits not in (None, *known.bits) or group_size not in (None, *known.group_sizes):
-        raise UserError(
-            f"--q-mode {mode} has --q-bits {', '.join(map(str, sorted(known.bits)))} and "
-            f"--q-group-size {', '.join(map(str, sorted(known.group_sizes)))}"
-        )
-    return Quantization(bits, group_size, mode)
+from .settings import Quantization
 
 
 def quantize_nearest(

@@ -23,7 +23,6 @@ from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, save_prompt
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_skipless import cli
-from mlx_skipless.checkpoints.packed import BITS
 from mlx_skipless.conversion import convert
 from mlx_skipless.errors import UserError
 from mlx_skipless.inference import chat, generation
@@ -215,7 +214,7 @@ def test_a_quantized_cache_is_smaller_and_close(llama: Loaded):
 
     exact_size, exact = fill()
     last = 0.0
-    for bits in reversed(BITS):
+    for bits in reversed(generation.KV_BITS):
         size, logits = fill(kv_bits=bits)
         assert size == exact_size * (bits + 2) // 32  # and per group of 32 a scale and a bias
         error = mx.abs(logits - exact).max().item()
@@ -226,7 +225,7 @@ def test_a_quantized_cache_is_smaller_and_close(llama: Loaded):
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", generation.KV_BITS)
 def test_every_width_quantizes_to_all_bits(tmp_path: Path, head_dim: int, bits: int):
     config = {"num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 1}
     make_llama(tmp_path, head_dim=head_dim, **config)
@@ -248,7 +247,7 @@ def test_every_width_quantizes_to_all_bits(tmp_path: Path, head_dim: int, bits: 
         ({"min_p": 2}, "--min-p 2"),
         ({"seed": -1}, "--seed -1"),
         ({"seed": 2**64}, "--seed 18446744073709551616"),
-        ({"kv_bits": 7}, "--kv-bits 7"),
+        ({"kv_bits": 5}, "--kv-bits 5"),
         ({"max_kv_size": 4}, "--max-kv-size 4"),
         ({"kv_bits": 8, "max_kv_size": 64}, "drop one"),
     ],
