@@ -98,7 +98,7 @@ class Bench:
         if against_text:
             parts = CalibratedParts(self.args, self._dense, merger, layout, self._calibration)
             parts = InOrder(parts, self.args.num_hidden_layers)
-        return layout.nbytes(), self.kl(StreamedNetwork(plan.after, parts, layout.settings))
+        return layout.nbytes(), self.kl(StreamedNetwork(plan.after, parts, layout.config_entry))
 
     def converted(self, **options: Any) -> Point:
         """What ``convert`` makes of it."""

@@ -16,7 +16,7 @@ from mlx_lm.utils import load_model
 
 from ..architectures.family import Family
 from ..architectures.tensors import arrange, find_places, restore_gains, to_source_module
-from ..checkpoints.checkpoint import SafetensorsStore
+from ..checkpoints.safetensors import SafetensorsStore
 from ..errors import UserError
 from ..network.driver import widen_experts
 from ..network.magnitudes import Magnitude, NotFinite, Watch

@@ -27,7 +27,8 @@ from ..progress import Progress, Stopwatch
 from ..quantization import bits as budget
 from ..quantization.calibration import CalibratedParts, NearestParts, estimate_memory
 from ..quantization.distillation import LOGITS_BYTES, distill
-from ..quantization.layout import Layout, PackedLayout, compare_sizes, make_quantization
+from ..quantization.layout import Layout, PackedLayout, compare_sizes
+from ..quantization.settings import make_quantization
 from ..removal import sublayers
 from ..removal import table as first_layer
 from ..removal.candidates import find_measurable
@@ -161,8 +162,6 @@ def convert(
     checkpoint = open_checkpoint(
         model, revision=revision, config_only=dry_run, trust_remote_code=trust_remote_code
     )
-    if checkpoint.store is None and not dry_run:
-        raise UserError(f"{model} is a config without weights: add --dry-run, or give the model")
     target = getattr(mx, dtype) if dtype else checkpoint.dtype
     args = checkpoint.args
     if distill and args.num_local_experts:
@@ -174,7 +173,8 @@ def convert(
         sublayers.check_wishes(args, drops.wishes, first_layer.find_needed(args) if tables else {})
     # What nothing touches stays packed as it is.
     packed = drops is not None or precompute_first_layer is not None
-    packed = packed and checkpoint.packed_by_mlx and quantization is None and not dtype
+    packed = packed and isinstance(checkpoint, Checkpoint) and checkpoint.packed_by_mlx
+    packed = packed and quantization is None and not dtype
     packed = packed and not fold_norms and not skipless
     packed = packed and not make_plan(args, remove=remove).eliminated
     # Folding is what is exact for it; but gains of many sizes in one matrix round worse.
@@ -188,7 +188,7 @@ def convert(
     }
 
     def layout_of(plan: Plan) -> Layout:
-        if not packed:
+        if not packed or not isinstance(checkpoint, Checkpoint):
             return Layout(plan.after, target, quantization)
         stored = checkpoint.packed_placeholders()
         if args.tie_word_embeddings:  # a head on disk is not read
@@ -212,7 +212,7 @@ def convert(
     stock = expressed and not options.get("precompute") and not mixed
     options["stock"] = stock
     plan = make_plan(args, **options)
-    if checkpoint.store is not None:
+    if isinstance(checkpoint, Checkpoint):
         options["conditioning"] = _measure(checkpoint, plan, remove, progress)
         plan = make_plan(args, **options)
     more: tuple[str, ...] = ()
@@ -359,7 +359,7 @@ def _write(
         trust = {"trust_remote_code": job.trust_remote_code}
         tokenizer = None
         same_type = job.stock and drops is None
-        if carry_tokenizer(job.checkpoint, writer.folder, stock=same_type, **trust):
+        if carry_tokenizer(job.opened, writer.folder, stock=same_type, **trust):
             name = job.checkpoint.name
             tokenizer = load_tokenizer(writer.folder, config, name=name, **trust)
         wanted = replace(prose, calibrate=prose.calibrate or drops is not None)
@@ -463,7 +463,7 @@ def _result_parts(job: Job, calibration: mx.array | None) -> Parts:
     dense = job.result_parts()
     if isinstance(job.layout, PackedLayout):
         table = dense if job.plan.table else None
-        return PackedParts(job.checkpoint, job.layout, table, job.family.gain_offset)
+        return PackedParts(job.opened, job.layout, table, job.family.gain_offset)
     if calibration is None:
         return NearestParts(dense, job.layout)
     return CalibratedParts(job.plan.before, job.source_parts(), dense, job.layout, calibration)
@@ -529,14 +529,14 @@ def _verify(job: Job, folder: Path, found: samples.Passages, progress: Progress)
         result = verification.StockNetwork(folder, job.layout.args, job.family)
     else:
         parts = verification.WrittenParts(folder, job.layout.args, job.family)
-        result = StreamedNetwork(job.layout.args, parts, job.layout.settings)
+        result = StreamedNetwork(job.layout.args, parts, job.layout.config_entry)
     source = _source_network(job)
     if job.layout.quantization is None:
         (outcome,) = verification.compare_networks(source, [result], found.check, found.origin)
     else:
         unremoved = job.unremoved()
         rounded = NearestParts(job.source_parts(unremoved.dtype), unremoved)
-        plain = StreamedNetwork(unremoved.args, rounded, unremoved.settings)
+        plain = StreamedNetwork(unremoved.args, rounded, unremoved.config_entry)
         of_result, of_plain = verification.compare_networks(
             source, [result, plain], found.check, found.origin
         )

@@ -79,7 +79,7 @@ def choose_removals(job: Job, tokens: mx.array, progress: Progress) -> Job:
             sensitivity.Trial(
                 plan.eliminated[index],
                 tuple(around),
-                Merger(job.checkpoint, single, job.layout.dtype),
+                Merger(job.opened, single, job.layout.dtype),
                 replace(job.layout, args=single.after),
             )
         )
@@ -106,7 +106,9 @@ def choose_bits(
     """Choose bits for a goal by the text; ``attempt`` writes the result and checks it."""
     assert job.layout.quantization is not None
     unremoved = job.unremoved()
-    free = [where for where in job.layout.free if unremoved.format_of(where) is not None]
+    free = [
+        where for where in job.layout.find_adjustable() if unremoved.format_of(where) is not None
+    ]
     costs = sensitivity.measure_rounding(
         job.plan.before,
         job.source_parts(),

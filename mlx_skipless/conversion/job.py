@@ -9,7 +9,7 @@ import mlx.core as mx
 from ..architectures.families import FAMILIES
 from ..architectures.family import Family
 from ..architectures.tensors import rename_to_source, to_source_module, to_source_names
-from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.checkpoint import Blueprint, Checkpoint
 from ..network.model import ModelArgs
 from ..network.names import EMBEDDING, FINAL_NORM, HEAD, is_stream_norm_weight
 from ..network.parts import Merged, dtype_name
@@ -28,7 +28,7 @@ ONLY_MLX_LMS = ("quantiz", "text_config", "rope_traditional", "layer_norm_bias")
 class Job:
     """What goes in and what comes out: ``stock`` results are of mlx-lm's own architectures."""
 
-    checkpoint: Checkpoint
+    checkpoint: Blueprint
     plan: Plan
     layout: Layout
     stock: bool
@@ -62,7 +62,13 @@ class Job:
         plan = self.plan
         stripped = tuple(gain for gain in plan.folded if gain not in plan.before.gains)
         start = replace(plan, table=False, eliminated={}, folded=stripped, merged=plan.before)
-        return Merger(self.checkpoint, start, dtype)
+        return Merger(self.opened, start, dtype)
+
+    @property
+    def opened(self) -> Checkpoint:
+        """The source with its weights; a plan alone may have none."""
+        assert isinstance(self.checkpoint, Checkpoint)
+        return self.checkpoint
 
     @property
     def family(self) -> Family:
@@ -79,17 +85,17 @@ class Job:
     def _args(self) -> ModelArgs:
         """The network as it lies on disk."""
         args = self.layout.args
-        return args if self.stock else replace(args, fused=self.layout.fused)
+        return args if self.stock else replace(args, fused=self.layout.fusable_layers)
 
     def result_parts(self) -> Merged:
         """The result's dense tensors."""
         plan, dtype = self.plan, self.layout.dtype
         # Gains that are stored less an offset are rounded when that is off.
         gain_dtype = mx.float32 if self.family.gain_offset else dtype
-        merger = Merger(self.checkpoint, plan, dtype, gain_dtype)
+        merger = Merger(self.opened, plan, dtype, gain_dtype)
         if not plan.table:
             return merger
-        exact = Merger(self.checkpoint, plan, mx.float32)
+        exact = Merger(self.opened, plan, mx.float32)
         return TabledParts(merger, exact, plan.merged, dtype)
 
     def config(self) -> dict[str, Any]:
@@ -105,10 +111,10 @@ class Job:
             config |= {"model_file": MODEL_FILE, "architectures": ["SkiplessForCausalLM"]}
         config["torch_dtype"] = dtype_name(layout.dtype)
         config.pop("dtype", None)
-        if layout.settings is not None:
+        if layout.config_entry is not None:
             named = {
                 to_source_module(self.family, module, self._args): v
-                for module, v in layout.settings.items()
+                for module, v in layout.config_entry.items()
             }
             config["quantization"] = config["quantization_config"] = named
         return dict(sorted(config.items()))
@@ -135,7 +141,7 @@ class PackedParts:
         if self._table is None:
             return self._under(f"{EMBEDDING}.")
         rows = self._table.embedding()[f"{EMBEDDING}.weight"]
-        return self._layout.table(rows, self._checkpoint.read_packed(f"{EMBEDDING}."))
+        return self._layout.pack_table(rows, self._checkpoint.read_packed(f"{EMBEDDING}."))
 
     def layer(self, layer: int) -> dict[str, mx.array]:
         return self._under(f"model.layers.{layer}.")
@@ -143,7 +149,7 @@ class PackedParts:
     def head(self) -> dict[str, mx.array]:
         head = self._under(f"{HEAD}.")
         if not head and self._table is not None:
-            head = self._layout.untied(self._checkpoint.read_packed(f"{EMBEDDING}."))
+            head = self._layout.untie_head(self._checkpoint.read_packed(f"{EMBEDDING}."))
         return self._under(f"{FINAL_NORM}.") | head
 
     def _under(self, prefix: str) -> dict[str, mx.array]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.checkpoint import Blueprint
 from ..network.parts import dtype_name
 from ..network.wiring import LETTERS
 from ..quantization.layout import Layout, PackedLayout
@@ -160,7 +160,7 @@ class Report:
 
 
 def make_report(
-    checkpoint: Checkpoint,
+    checkpoint: Blueprint,
     plan: Plan,
     layout: Layout,
     stock: bool,
@@ -185,7 +185,7 @@ def make_report(
         packing=checkpoint.packing,
         kept_packed=isinstance(layout, PackedLayout),
         dtype=dtype_name(layout.dtype),
-        quantization=layout.settings,
+        quantization=layout.config_entry,
         params_before=source.count(),
         params_after=layout.count(),
         bytes_before=source.nbytes(),

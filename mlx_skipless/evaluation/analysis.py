@@ -7,14 +7,14 @@ arXiv 2406.15786, section 3.2), what dropping it alone costs, and what dropping 
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ..checkpoints.checkpoint import Blueprint, Checkpoint, open_checkpoint
 from ..checkpoints.tokenizer import open_tokenizer
 from ..errors import UserError
 from ..network.driver import RESIDENT_BYTES, StreamedNetwork
@@ -203,14 +203,14 @@ def analyze(
     if config_only:
         if content is not None:
             raise UserError(NOTHING_TO_MEASURE.format("--calibration"))
-        checkpoint = replace(checkpoint, store=None)
+        checkpoint = checkpoint.without_weights()
     text = _Text(str(calibration), content, seed)
     measured = _measure(checkpoint, text, trust_remote_code, progress)
     return _describe(str(model), checkpoint, measured, _find_notes(checkpoint, content))
 
 
 def _describe(
-    source: str, checkpoint: Checkpoint, measured: _Measured, notes: Iterable[str]
+    source: str, checkpoint: Blueprint, measured: _Measured, notes: Iterable[str]
 ) -> Analysis:
     """Put what was measured beside what the shapes alone tell."""
     args, dtype = checkpoint.args, checkpoint.dtype
@@ -247,10 +247,10 @@ def _describe(
     )
 
 
-def _find_notes(checkpoint: Checkpoint, text: str | None) -> Iterator[str]:
+def _find_notes(checkpoint: Blueprint, text: str | None) -> Iterator[str]:
     """Say what the figures of a source do not; ``text`` is what the user gave to measure on."""
     args = checkpoint.args
-    if checkpoint.store is None:
+    if not isinstance(checkpoint, Checkpoint):
         yield "a config alone: nothing could be measured"
     if (reason := sublayers.explain_undroppable(args)) is not None:
         yield f"no sub-layer can be dropped: {reason}"
@@ -319,12 +319,12 @@ def measure_removal(args: ModelArgs, dtype: mx.Dtype, letters: str) -> Removal:
 
 
 def _measure(
-    checkpoint: Checkpoint, text: _Text, trust_remote_code: bool, progress: Progress
+    checkpoint: Blueprint, text: _Text, trust_remote_code: bool, progress: Progress
 ) -> _Measured:
     """Measure all that a source's weights allow: nothing of a config alone."""
     args = checkpoint.args
     unmeasured = [None] * args.num_hidden_layers
-    if checkpoint.store is None:
+    if not isinstance(checkpoint, Checkpoint):
         return _Measured(unmeasured, unmeasured, unmeasured)
     parts = Merger(checkpoint, make_plan(args, remove="none"), mx.float32)
     conditions = _measure_conditions(args, SourceReader(checkpoint), progress)

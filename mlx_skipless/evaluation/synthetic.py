@@ -205,7 +205,7 @@ def make_skipless_model(
     args: ModelArgs, dtype: mx.Dtype, quantization: Quantization | None = None
 ) -> nn.Module:
     """Make this package's network as ``convert`` writes it, with random, lazy weights."""
-    written = replace(args, fused=Layout(args, dtype, quantization).fused)
+    written = replace(args, fused=Layout(args, dtype, quantization).fusable_layers)
     weights = to_source_names(
         FAMILIES["skipless"], make_random_weights(Layout(args, dtype)), written, dtype
     )

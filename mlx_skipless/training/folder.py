@@ -84,6 +84,7 @@ class RunFolder:
 
     def draw_curve(self) -> None:
         """Draw the losses of the log."""
+        from ..evaluation.plots import plot_losses  # matplotlib takes long to import
 
         events = {self.path.name: read_log(self.path)}
         replace_file(self.training / CURVE, lambda file: plot_losses(events, file))

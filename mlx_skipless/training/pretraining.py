@@ -13,15 +13,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
-import transformers
 from mlx.utils import tree_map
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..checkpoints import hub
-from ..checkpoints.files import read_json, replace_file, write_json
-from ..checkpoints.tokenizer import make_tokenizer_options
+from ..checkpoints.files import replace_file, write_json
+from ..checkpoints.tokenizer import fetch_tokenizer
 from ..checkpoints.writer import check_free
-from ..errors import UserError, first_line
+from ..errors import UserError
 from ..evaluation import perplexity
 from ..inference.generation import generate
 from ..network.model import Model
@@ -164,7 +162,7 @@ def _read_tokens(
     if source is None:
         tokenizer = corpus.make_tokenizer(texts.train, recipe.vocab_size, chat=texts.chat)
     else:
-        tokenizer = _read_tokenizer(source)
+        tokenizer = fetch_tokenizer(source)
     tokens = encode_texts(texts, tokenizer)
     if len(tokens.held_out):
         perplexity.check_length(tokens.held_out, recipe.context)
@@ -176,20 +174,6 @@ def _read_tokens(
         )
     recipe = dataclasses.replace(recipe, vocab_size=len(tokenizer))
     return dataclasses.replace(settings, recipe=recipe, fingerprint=fingerprint), tokens
-
-
-def _read_tokenizer(source: str) -> Any:
-    folder = hub.resolve(source, config_only=True)
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    try:
-        return transformers.AutoTokenizer.from_pretrained(
-            str(folder), **make_tokenizer_options(config, trust_remote_code=False)
-        )
-    except Exception as error:  # transformers and tokenizers raise whatever their parsers do
-        raise UserError(
-            f"the tokenizer of {source} cannot be read ({first_line(error)}): give a folder or "
-            "Hub id with a Hugging Face tokenizer"
-        ) from error
 
 
 def _choose_dtype(dtype: str) -> str:

@@ -60,8 +60,8 @@ def test_rounding_costs(config: Config, bits: int, tmp_path: Path) -> None:
     layout = Layout(plan.after, mx.float32, Quantization(bits, 32))
     tokens = np.random.default_rng(0).integers(0, 256, (4, 12))
     got = sensitivity.measure_rounding(
-        plan.after, Merger(checkpoint, plan, mx.float32), layout.free, layout.format_of,
-        mx.array(tokens),
+        plan.after, Merger(checkpoint, plan, mx.float32), layout.find_adjustable(),
+        layout.format_of, mx.array(tokens),
     )  # fmt: skip
     matrices = {name.removesuffix(".weight") for name, w in source[1].items() if w.ndim == 2}
     assert set(got) == matrices

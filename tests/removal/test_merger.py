@@ -181,7 +181,7 @@ class Recorder(Checkpoint):
         return found
 
     def read_ahead(self, names: Iterable[str]) -> None:
-        ahead.extend(self._wanted(names))
+        ahead.extend(self._find_wanted(names))
 
 
 noted: list[str] = []

@@ -216,7 +216,7 @@ def test_bits_under_protection(extra: int, bits: int | None, expected: int | boo
 
 def test_mxfp8_has_eight_bits_of_its_own() -> None:
     args = replace(BASE, extra_bits={"model.layers.0.self_attn.k_proj": 1})
-    settings = Layout(args, mx.float32, Quantization(mode="mxfp8")).settings
+    settings = Layout(args, mx.float32, Quantization(mode="mxfp8")).config_entry
     assert settings is not None and "model.layers.0.self_attn.k_proj" not in settings
 
 
