@@ -228,8 +228,10 @@ def benchmark(
         dtype: number type of random weights; default: what the shape's config says, else bfloat16.
         quantize, q_bits, q_group_size, q_mode: quantize random weights, as ``mlx_lm.convert`` does.
         save: folder to write the synthetic shape's checkpoint to, dense; must not exist.
-        prompt_lengths, contexts: tokens of prompts to read; of caches behind which to decode alone.
-        batch_sizes, decode_tokens: sequences at once; tokens to time for each of them.
+        prompt_lengths: tokens of the prompts to read.
+        contexts: tokens in the random caches behind which to decode alone.
+        batch_sizes: sequences at once.
+        decode_tokens: tokens to time for each sequence.
         repeats: rounds, in each of which every model is measured once.
         progress: called with (stage, done, total).
 
@@ -333,8 +335,8 @@ def describe_network(model: nn.Module) -> str:
         return f"mlx-lm {type(model).__module__.rpartition('.')[2]}"
     kind = "skipless" if model.args.skip == "none" else "mlx-skipless with skips"
     letters = "".join(part.upper() for part in LETTERS if model.args.removed.get(part))
-    gone = [letters, *(part for part in ("attention", "ffn") if model.args.removed.get(part))]
-    gone = [part for part in gone if part]
+    gone = [letters] if letters else []
+    gone += [part for part in ("attention", "ffn") if model.args.removed.get(part)]
     return f"{kind} without {', '.join(gone)}" if gone else kind
 
 

@@ -1,11 +1,13 @@
 """Figures are what their files' suffixes say."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import ROOT
 
-from mlx_skipless import UserError
+from mlx_skipless import UserError, cli
 from mlx_skipless.cli.figures import open_figure
 from mlx_skipless.evaluation.benchmark import Benchmark, Case, Result, Spread, Subject
 from mlx_skipless.evaluation.plots import plot_benchmark, plot_losses
@@ -56,3 +58,29 @@ def test_other_suffixes_are_refused(name: str, tmp_path: Path) -> None:
 def test_no_figure_is_drawn_unasked() -> None:
     with open_figure("--plot", None) as draw:
         draw(pytest.fail, "drawn")
+
+
+def test_curves_write_what_their_suffix_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run/training").mkdir(parents=True)
+    log = '{"step": 1, "tokens": 64, "loss": 2.5}\n{"step": 2, "tokens": 128, "loss": 2.4}\n'
+    (tmp_path / "run/training/log.jsonl").write_text(log)
+    file = tmp_path / "x.pdf"
+    assert cli.main(["curves", str(tmp_path / "run"), "--output", str(file)]) == 0
+    assert file.read_bytes().startswith(b"%PDF-")
+    assert cli.main(["curves", str(tmp_path / "run"), "--output", str(tmp_path / "x.jpg")]) == 1
+    assert "--output" in capsys.readouterr().err
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["run", "x.pdf"]
+
+
+def test_matplotlib_is_imported_where_something_is_drawn() -> None:
+    """And nowhere else, as it takes long: no module of the package does when it is imported."""
+    imported = re.compile(r"^(?:import|from) matplotlib", re.MULTILINE)
+    drawn = re.compile(r"^ +(?:import|from) matplotlib", re.MULTILINE)
+    texts = {
+        file.name: file.read_text(encoding="utf-8")
+        for file in (ROOT / "mlx_skipless").rglob("*.py")
+    }
+    assert not [name for name, text in texts.items() if imported.search(text)]
+    assert [name for name, text in texts.items() if drawn.search(text)] == ["plots.py"]
