@@ -1,4 +1,4 @@
-"""Writes down what the package offers to Python, from its signatures and docstrings: api.md.
+"""Writes the reference of the package's Python interface from its signatures and docstrings.
 
 python tools/api.py > docs/api.md
 """
@@ -20,7 +20,7 @@ OPENING = """\
 
 What `import mlx_skipless` offers. The commands are these functions, with flags for keywords: the
 [README](../README.md) and the pages that it names say what they do, and this one what they take
-and give. `python tools/api.py > docs/api.md` writes it from the code."""
+and give."""
 CLASSES = """\
 ## What they take and give
 

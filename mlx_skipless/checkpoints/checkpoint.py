@@ -15,7 +15,8 @@ from typing import Literal, overload
 import mlx.core as mx
 
 from ..architectures.config import read_model_args
-from ..architectures.families import Config, Family, find_family
+from ..architectures.families import find_family
+from ..architectures.family import Config, Family
 from ..architectures.tensors import (
     Place,
     arrange,
@@ -67,6 +68,10 @@ class Blueprint:
     def dtype(self) -> mx.Dtype:
         """The number type of the matrices."""
         return read_dtype(self.config)
+
+    def without_weights(self) -> "Blueprint":
+        """Leave the weights aside, if there are any."""
+        return Blueprint(self.name, self.config, self.family, self.args)
 
 
 @dataclass(frozen=True)

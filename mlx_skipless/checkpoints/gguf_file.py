@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from ..errors import UserError, first_line
-from ..network.names import EMBEDDING, FINAL_NORM, GAINS, HEAD, PROJECTIONS
+from ..network.names import EMBEDDING, FINAL_NORM, NORMS, HEAD, PROJECTIONS
 from . import files, gguf_config, gguf_tokenizer
 from .safetensors import FLOATS
 
@@ -174,7 +174,7 @@ class GGUFStore:
 def _name_modules() -> dict[str, str]:
     """Hugging Face's module paths of layer 0 and beyond the layers, by GGUF's."""
     layer = [name for name in PROJECTIONS.values() if name != PROJECTIONS["router"]]
-    layer += GAINS["pre"].values()
+    layer += NORMS["pre"].values()
     paths = [EMBEDDING, FINAL_NORM, HEAD, *(f"model.layers.0.{name}" for name in layer)]
     known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
     return {known[path]: path for path in paths}

@@ -12,7 +12,6 @@ from ..memory import format_bytes, parse_bytes
 from ..removal.plan import REMOVALS
 from .shared import DEFAULT_MODEL, Output, open_output, output_arguments, quantization_arguments
 
-HELP = "remove weights from a model"
 EXAMPLES = (
     ("", "make mlx_model of the bundled model, without its Q and P"),
     ("--model mistralai/Mistral-7B-v0.1 --dry-run", "what could go, without writing anything"),

@@ -6,15 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
-from ..conversion import card, convert
 from ..errors import UserError
-from ..inference import chat, generation
-from ..inference.loading import load
 from .shared import DEFAULT_MODEL, Output, open_output, output_arguments
+from .tables import Grid
 
-HELP = "chat with a model, measure tokens per second"
 EXAMPLES = (
     ("", "chat with mlx_model; where it has no turns, go on telling"),
     ('--model OUT --prompt "Once upon a time" --temp 0.8', "one answer, and tokens per second"),
@@ -55,7 +50,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="a faster model of the same tokens, which proposes what --model then checks",
     )  # fmt: skip
     parser.add_argument(
-        "--num-draft-tokens", type=int, default=generation.DRAFTS,
+        "--num-draft-tokens", type=int, default=3,
         help="tokens that it proposes at a time (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--compare", metavar="OTHER", help="run this model too and print the ratio")
@@ -66,6 +61,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: dict[str, Any]) -> None:
+    from ..inference import chat, comparison, generation
+    from ..inference.caches import load_cache
+    from ..inference.loading import load
+    from ..inference.prompts import encode_prompt
+
     json_name, other = options["json"], options.pop("compare")
     name, prompt = options.pop("model"), options.pop("prompt")
     trust, cache_file = options.pop("trust_remote_code"), options.pop("prompt_cache_file")
@@ -92,12 +92,12 @@ def run(options: dict[str, Any]) -> None:
             chat.chat(model, tokenizer, opening=generation.TALE if tale else None, **options)
             return
         if tale:
-            prompt = generation.encode_prompt(tokenizer, generation.TALE, chat=False)
+            prompt = encode_prompt(tokenizer, generation.TALE, chat=False)
             _speak(generation.TALE, shown)
         if other is not None:
             second = load(other, trust_remote_code=trust)
-            result = generation.compare([(model, tokenizer), second], prompt, **options)
-            shown.console.print(_table(result, name, other))
+            result = comparison.compare([(model, tokenizer), second], prompt, **options)
+            _tabulate(result, name, other).show(shown.console)
             shown.write_json(result.as_dict())
             return
         if draft is not None:
@@ -106,8 +106,8 @@ def run(options: dict[str, Any]) -> None:
             )
             options["num_draft_tokens"] = drafts
         if cache_file is not None:
-            options["prompt_cache"] = generation.load_cache(cache_file, model)
-            prompt = generation.encode_prompt(tokenizer, prompt, continued=True)
+            options["prompt_cache"] = load_cache(cache_file, model)
+            prompt = encode_prompt(tokenizer, prompt, continued=True)
         stream = generation.stream(model, tokenizer, prompt, **options)
         for piece in generation.restore_first_space(stream, tokenizer) if tale else stream:
             _speak(piece, shown)
@@ -128,6 +128,8 @@ def _aside(line: str, shown: Output) -> None:
 
 
 def _convert_bundled(out: str, shown: Output) -> None:
+    from ..conversion import card, convert
+
     _aside(f"no {out} here: converting the bundled model first", shown)
     with shown.progress() as progress:
         report = convert.convert(None, out, progress=progress)
@@ -142,13 +144,13 @@ def _piped() -> bool:
     return bool(select.select([sys.stdin], [], [], 0)[0])
 
 
-def _table(result: Any, name: str, other: str) -> Table:
-    table = Table("", name, other, "ratio", box=None, pad_edge=False)
+def _tabulate(result: Any, name: str, other: str) -> Grid:
+    rows = []
     for label, key in (
         ("prompt tokens/s", "prompt_tps"),
         ("generation tokens/s", "generation_tps"),
     ):
         a, b = getattr(result.first, key), getattr(result.second, key)
         ratio = getattr(result, f"{key}_ratio")
-        table.add_row(label, f"{a:.1f}", f"{b:.1f}", "" if ratio is None else f"{ratio:.2f}")
-    return table
+        rows.append((label, f"{a:.1f}", f"{b:.1f}", "" if ratio is None else f"{ratio:.2f}"))
+    return Grid(("", name, other, "ratio"), rows)

@@ -1,47 +1,59 @@
-"""The command line: arguments in, exit code out. What a command does is in ``commands``."""
+"""The command line: arguments in, exit code out. A command is the module of its name.
+
+``--help`` and ``--version`` must be quick, so a command's module is imported when it is asked for,
+and what computes is imported when the command runs.
+"""
 
 import argparse
+import importlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.text import Text
 
 from .. import __version__
 from ..errors import UserError, first_line
-from . import (
-    analyze,
-    architectures,
-    bench,
-    convert,
-    curves,
-    evaluate,
-    generate,
-    heal,
-    train,
-    verify,
-)
 from .shared import stderr
 
 SUMMARY = "Makes language models smaller and faster by removing weights, inside mlx-lm."
-COMMANDS = {
-    "convert": convert,
-    "generate": generate,
-    "analyze": analyze,
-    "train": train,
-    "heal": heal,
-    "evaluate": evaluate,
-    "verify": verify,
-    "bench": bench,
-    "architectures": architectures,
-    "curves": curves,
+HELP = {
+    "convert": "remove weights from a model",
+    "generate": "chat with a model, measure tokens per second",
+    "analyze": "measure what a model could do without",
+    "train": "train a model, skipless unless told otherwise",
+    "heal": "distil a reduced model towards its original",
+    "perplexity": "score a model on held-out text",
+    "evaluate": "score two models on lm-eval's tasks",
+    "bench": "measure models side by side, against plain mlx-lm",
+    "architectures": "show what can go from the architectures that are known, by published shapes",
+    "curves": "draw the losses of training runs in one figure",
 }
+
+
+class Commands(Mapping[str, Any]):
+    """The commands' modules by name; each has ``EXAMPLES``, ``arguments`` and ``run``."""
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in HELP:
+            raise KeyError(name)
+        return importlib.import_module(f".{name}", __package__)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(HELP)
+
+    def __len__(self) -> int:
+        return len(HELP)
+
+
+COMMANDS = Commands()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``mlx-skipless COMMAND``; returns the exit code."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
 
     def run() -> None:
         parser = argparse.ArgumentParser(
@@ -51,9 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
         commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-        for name, module in COMMANDS.items():
-            _explain(commands.add_parser(name, help=module.HELP), module)
-        options = vars(parser.parse_args(argv))
+        for name, text in HELP.items():
+            subparser = commands.add_parser(name, help=text)
+            if name in arguments:
+                _explain(subparser, name)
+        options = vars(parser.parse_args(arguments))
         COMMANDS[options.pop("command")].run(options)
 
     return _exit_code(run)
@@ -64,15 +78,16 @@ def command(name: str) -> int:
 
     def run() -> None:
         parser = argparse.ArgumentParser(prog=f"python {name}.py")
-        _explain(parser, COMMANDS[name])
+        _explain(parser, name)
         COMMANDS[name].run(vars(parser.parse_args()))
 
     return _exit_code(run)
 
 
-def _explain(parser: argparse.ArgumentParser, module: Any) -> None:
+def _explain(parser: argparse.ArgumentParser, name: str) -> None:
     """Give a parser a command's arguments, and its help what they are for."""
-    parser.description = f"{module.HELP[0].upper()}{module.HELP[1:]}."
+    module = COMMANDS[name]
+    parser.description = f"{HELP[name][0].upper()}{HELP[name][1:]}."
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     examples = (
         f"  {f'{parser.prog} {line}'.strip()}\n      {what}" for line, what in module.EXAMPLES
@@ -82,7 +97,7 @@ def _explain(parser: argparse.ArgumentParser, module: Any) -> None:
 
 
 def _exit_code(run: Callable[[], None]) -> int:
-    """Of what runs until it fails or is told to end; says why in a line."""
+    """Run until the end, a failure or a signal; return the exit code, and say in a line why."""
 
     def terminate(signum: int, frame: Any) -> None:
         raise KeyboardInterrupt  # unwinds, so that nothing is left behind
@@ -110,9 +125,5 @@ def _exit_code(run: Callable[[], None]) -> int:
 
 
 def _complain(error: UserError) -> None:
-    """One line on stderr, red on a terminal."""
+    """Print one line on stderr, red on a terminal."""
     stderr().print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,11 +10,11 @@ from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..conversion import convert
 from ..errors import UserError
+from ..progress import Progress
 
 DEFAULT_MODEL = "mlx_model"
 
@@ -85,21 +85,21 @@ class Output:
         stderr().print(f"WARNING: {line}", style="bold red", soft_wrap=True)
 
     @contextlib.contextmanager
-    def progress(self) -> Iterator[convert.Progress]:
+    def progress(self) -> Iterator[Progress]:
         """A bar a stage, if stderr is a terminal."""
         console = stderr()
         columns = (
-            TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(),
-            TimeElapsedColumn(),
+            bars.TextColumn("{task.description:>10}"), bars.BarColumn(),
+            bars.MofNCompleteColumn(), bars.TimeElapsedColumn(),
         )  # fmt: skip
         shown = console.is_terminal and not self.quiet
-        with Progress(*columns, console=console, disable=not shown) as bars:
+        with bars.Progress(*columns, console=console, disable=not shown) as display:
             tasks: dict[str, Any] = {}
 
             def show(stage: str, done: int, total: int) -> None:
                 if stage not in tasks:
-                    tasks[stage] = bars.add_task(stage, total=total)
-                bars.update(tasks[stage], completed=done)
+                    tasks[stage] = display.add_task(stage, total=total)
+                display.update(tasks[stage], completed=done)
 
             yield show
 

@@ -31,8 +31,9 @@ from ..quantization.layout import Layout, PackedLayout, compare_sizes
 from ..quantization.settings import make_quantization
 from ..removal import sublayers
 from ..removal import table as first_layer
-from ..removal.merger import Merger
-from ..removal.plan import REMOVALS, Conditioning, Plan, RemovalCost, find_measurable, make_plan
+from ..removal.candidates import find_measurable
+from ..removal.plan import REMOVALS, Conditioning, Plan, RemovalCost, make_plan
+from ..removal.source import SourceReader
 from ..text import samples
 from . import card, decisions
 from . import check as verification
@@ -202,19 +203,21 @@ def convert(
             both = (make_plan(args, **options, precompute=done) for done in (False, True))
             declined = first_layer.explain_price(*compare_sizes(*map(layout_of, both)))
         options["precompute"] = declined is None
-    known = None if skipless else checkpoint.family.stock
-    expressed = known is not None and (known.expresses if drops is None else known.drops)(args)
+    family = checkpoint.family
+    known = not skipless and family.stock is not None
+    expresses = family.expresses if drops is None else family.expresses_without_sublayers
+    expressed = known and expresses(args)
     # What one matrix holds has bits of its own only as a whole.
     mixed = goal is not None and bool(checkpoint.family.fused)
     stock = expressed and not options.get("precompute") and not mixed
     options["stock"] = stock
     plan = make_plan(args, **options)
     if isinstance(checkpoint, Checkpoint):
-        options["conditioning"] = _measure(checkpoint, plan, remove, target, progress)
+        options["conditioning"] = _measure(checkpoint, plan, remove, progress)
         plan = make_plan(args, **options)
     more: tuple[str, ...] = ()
-    if known is not None and not expressed:
-        more += (NO_STOCK_DROPS if known.expresses(args) else STOCK_CANNOT,)
+    if known and not expressed:
+        more += (NO_STOCK_DROPS if family.expresses(args) else STOCK_CANNOT,)
     more += (NO_STOCK_TABLE,) if expressed and plan.table else ()
     if stock and (letters := "".join(make_plan(args, skipless=True).gone)):
         more += (SKIPLESS_NETWORK.format(f"--model {model} --skipless --remove {letters}"),)
@@ -303,14 +306,14 @@ def _drops(
 
 
 def _measure(
-    checkpoint: Checkpoint, plan: Plan, remove: str, dtype: mx.Dtype, progress: Progress
+    checkpoint: Checkpoint, plan: Plan, remove: str, progress: Progress
 ) -> dict[str, Conditioning]:
     wanted = find_measurable(plan.before, remove)
-    merger = Merger(checkpoint, plan, dtype)
+    source = SourceReader(checkpoint, plan.folded)
     measured = {}
     for done, where in enumerate(wanted):
         progress("measuring", done, len(wanted))
-        measured[where] = merger.conditioning(where)
+        measured[where] = source.measure_conditioning(where)
     progress("measuring", len(wanted), len(wanted))
     return measured
 

@@ -12,8 +12,9 @@ from ..progress import Progress
 from ..quantization import bits as budget
 from ..quantization import sensitivity
 from ..removal import sublayers, table
+from ..removal.candidates import find_mixed
 from ..removal.merger import Merger
-from ..removal.plan import Plan, find_mixed, isolate_removal
+from ..removal.plan import Plan, isolate_removal
 from .check import Verification
 from .job import Job
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..architectures.families import FAMILIES, Family
+from ..architectures.families import FAMILIES
+from ..architectures.family import Family
 from ..architectures.tensors import rename_to_source, to_source_module, to_source_names
 from ..checkpoints.checkpoint import Blueprint, Checkpoint
 from ..network.model import ModelArgs
@@ -102,8 +103,7 @@ class Job:
         source, layout = self.checkpoint.config, self.layout
         if self.stock:
             config = {k: v for k, v in source.items() if not k.startswith(ONLY_MLX_LMS)}
-            assert self.family.stock is not None
-            config |= self.family.stock.settings(layout.args)
+            config |= self.family.make_stock_settings(layout.args)
         else:
             keep = ("bos_token_id", "eos_token_id", "pad_token_id")
             config = {key: source[key] for key in keep if key in source}

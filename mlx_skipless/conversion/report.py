@@ -10,7 +10,10 @@ from ..checkpoints.checkpoint import Blueprint
 from ..network.parts import dtype_name
 from ..network.wiring import LETTERS
 from ..quantization.layout import Layout, PackedLayout
-from ..removal.plan import UNIT_ROUNDOFF, Conditioning, Plan, RemovalCost
+from ..removal.algebra import Conditioning
+from ..removal.choices import RemovalCost
+from ..removal.plan import Plan
+from ..removal.products import UNIT_ROUNDOFF
 from ..removal.table import FirstLayer, measure_table
 from .check import Verification
 

@@ -334,11 +334,12 @@ def test_calibration_text(ending: str, tmp_path: Path) -> None:
 def test_the_check_sees_a_wrong_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A merge that forgets one matrix is caught by the figures that convert prints."""
     from mlx_skipless.removal import merger
+    from mlx_skipless.removal.algebra import Linear
 
     make_checkpoint(tmp_path / "s", **SIZES)
     right = merger.change_basis
 
-    def wrong(linear: merger.Linear, **bases: Any) -> merger.Linear:
+    def wrong(linear: Linear, **bases: Any) -> Linear:
         return right(linear, **bases) if bases.get("writes") else linear
 
     monkeypatch.setattr(merger, "change_basis", wrong)

@@ -15,8 +15,10 @@ from mlx_skipless.network.wiring import find_points
 from mlx_skipless.quantization import sensitivity
 from mlx_skipless.quantization.formats import Format
 from mlx_skipless.quantization.layout import Layout, Quantization
+from mlx_skipless.removal.candidates import find_mixed
+from mlx_skipless.removal.choices import RemovalCost
 from mlx_skipless.removal.merger import Merger
-from mlx_skipless.removal.plan import RemovalCost, find_mixed, isolate_removal, make_plan
+from mlx_skipless.removal.plan import isolate_removal, make_plan
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "norm": "qkv",
