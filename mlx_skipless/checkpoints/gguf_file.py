@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from ..errors import UserError, first_line
-from ..network.names import EMBEDDING, FINAL_NORM, NORMS, HEAD, PROJECTIONS
+from ..network.names import EMBEDDING, FINAL_NORM, HEAD, NORMS, PROJECTIONS
 from . import files, gguf_config, gguf_tokenizer
 from .safetensors import FLOATS
 
