@@ -26,6 +26,7 @@ from ..architectures.tensors import (
     restore_gains,
     to_canonical_modules,
 )
+from ..constants import FLOAT_NAMES
 from ..errors import UserError
 from ..network.model import Model, ModelArgs
 from ..network.names import LINEAR_PATHS
@@ -40,7 +41,6 @@ TYPES = FLOATS | {
     "U8": mx.uint8, "U16": mx.uint16, "U32": mx.uint32, "U64": mx.uint64,
     "I8": mx.int8, "I16": mx.int16, "I32": mx.int32, "I64": mx.int64, "BOOL": mx.bool_,
 }  # fmt: skip
-FLOAT_NAMES = ("float16", "bfloat16", "float32")
 INDEX = "model.safetensors.index.json"
 LARGEST = 1 << 31  # MLX counts no further along an axis
 

@@ -17,11 +17,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from ..constants import HUB_ID
 from ..errors import UserError, first_line
 from . import files
 
 WEIGHTS = ["model*.safetensors"]
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DATA_SET = re.compile(rf"({HUB_ID.pattern})(?::([\w.-]*))?(?::([\w.-]+))?")
 
 

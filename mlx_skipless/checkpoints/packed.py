@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..constants import MODES
 from ..errors import UserError
 
 Arrays = Mapping[str, mx.array]
@@ -16,12 +17,6 @@ Shapes = Mapping[str, tuple[int, ...]]
 Types = Mapping[str, mx.Dtype | None]
 FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 WORDS = (mx.int32, mx.uint32)
-MODES = {  # MLX's: group sizes and bits, its own choice first
-    "affine": ((64, 32, 128), (4, 1, 2, 3, 5, 6, 8)),
-    "mxfp4": ((32,), (4,)),
-    "mxfp8": ((32,), (8,)),
-    "nvfp4": ((16,), (4,)),
-}
 AGAIN = "correct the quantization in config.json or download the checkpoint again"
 AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 

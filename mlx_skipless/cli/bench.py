@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..constants import REMOVALS
 from ..errors import UserError
 from ..evaluation import bench_view, benchmark
-from ..removal.plan import REMOVALS
 from .shared import open_output, output_arguments, output_file, quantization_arguments
 
 HELP = "measure models side by side, against plain mlx-lm"

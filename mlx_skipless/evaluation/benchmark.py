@@ -24,7 +24,7 @@ from mlx_lm.generate import generation_stream, wired_limit
 from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from ..checkpoints.checkpoint import FLOAT_NAMES
+from ..constants import FLOAT_NAMES, REMOVALS
 from ..errors import UserError
 from ..inference.loading import load_network
 from ..memory import device_memory_bytes, format_bytes, weight_bytes
@@ -32,8 +32,7 @@ from ..network.model import Model
 from ..network.parts import dtype_name, tensors_of
 from ..network.wiring import LETTERS
 from ..progress import Progress
-from ..quantization.layout import Quantization, make_quantization
-from ..removal.plan import REMOVALS
+from ..quantization.settings import Quantization, make_quantization
 from .synthetic import (
     evaluate_in_turn,
     find_shape,

@@ -13,15 +13,16 @@ import mlx_lm.utils
 from ..architectures.config import read_model_args
 from ..architectures.families import FAMILIES, Config, Family, find_family
 from ..architectures.tensors import to_published_names, to_source_names
-from ..checkpoints.checkpoint import FLOAT_NAMES
 from ..checkpoints.files import read_json
 from ..checkpoints.writer import Writer
+from ..constants import FLOAT_NAMES
 from ..errors import UserError, first_line
 from ..network.model import Model, ModelArgs
 from ..network.names import EMBEDDING, FINAL_NORM, HEAD
 from ..network.parts import dtype_name
 from ..progress import Progress
-from ..quantization.layout import Layout, Quantization, quantize_nearest
+from ..quantization.layout import Layout, quantize_nearest
+from ..quantization.settings import Quantization
 from ..removal.plan import Plan, make_plan
 from .catalogue import MODELS, SHARED
 

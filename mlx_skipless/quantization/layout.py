@@ -12,58 +12,11 @@ import mlx.nn as nn
 from mlx_lm.utils import quantize_model
 
 from ..checkpoints.packed import MLXScheme
-from ..errors import UserError
 from ..network.model import FUSED, Model, ModelArgs, quant_predicate
 from ..network.names import EMBEDDING, EXPERTS, HEAD, module_path
 from ..network.parts import tensors_of
 from .formats import Format
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """mlx-lm's quantization settings; None means the mode's own default.
-
-    ``own`` gives matrices, by module path, bits of their own.
-    """
-
-    bits: int | None = None
-    group_size: int | None = None
-    mode: str = "affine"
-    own: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def usual_bits(self) -> int:
-        """Bits of a matrix that has none of its own."""
-        return self.bits or (8 if self.mode == "mxfp8" else 4)
-
-    @property
-    def usual_group_size(self) -> int:
-        """Weights that share a scale."""
-        return self.group_size or {"affine": 64, "nvfp4": 16}.get(self.mode, 32)
-
-
-def make_quantization(
-    quantize: bool, bits: int | None, group_size: int | None, mode: str
-) -> Quantization | None:
-    """The settings that ``-q``, ``--q-bits``, ``--q-group-size`` and ``--q-mode`` ask for.
-
-    Raises:
-        UserError: for settings that MLX does not have.
-    """
-    if not quantize:
-        if bits is not None or group_size is not None or mode != "affine":
-            raise UserError("--q-bits, --q-group-size and --q-mode need -q")
-        return None
-    if mode not in ("affine", "mxfp4", "nvfp4", "mxfp8"):
-        raise UserError(f"--q-mode {mode}: choose affine, mxfp4, nvfp4 or mxfp8")
-    known_bits = (2, 3, 4, 5, 6, 8) if mode == "affine" else (8,) if mode == "mxfp8" else (4,)
-    known_sizes = {"affine": (32, 64, 128), "nvfp4": (16,)}.get(mode, (32,))
-    if bits not in (None, *known_bits) or group_size not in (None, *known_sizes):
-        raise UserError(
-            f"--q-mode {mode} has --q-bits {', '.join(map(str, known_bits))} and --q-group-size "
-            f"{', '.join(map(str, known_sizes))}"
-        )
-    return Quantization(bits, group_size, mode)
+from .settings import Quantization
 
 
 def quantize_nearest(

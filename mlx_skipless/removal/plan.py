@@ -17,7 +17,6 @@ from ..network.parts import dtype_name
 from ..network.wiring import LETTERS, Point, find_points, parse_layer, parse_letter
 
 PARTS = (*LETTERS, "attention", "ffn")  # that a layer can lack
-REMOVALS = ("auto", "qp", "kp", "vp", "q", "k", "v", "p", "none")
 # Largest noise, relative to a projection's output, that `auto` accepts from rounding the stream in
 # its new basis: about what 6-bit weights add.
 NOISE_LIMIT = 0.02

@@ -1254,7 +1254,7 @@ class InMidConversion:
             time.sleep(0.02)
         assert self.left(), "it works in no folder yet"
 
-    def scale_logits(self) -> list[str]:
+    def left(self) -> list[str]:
         return sorted(os.listdir(self.place))
 
     def end(self, how: signal.Signals) -> tuple[int, str]:
