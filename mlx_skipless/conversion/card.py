@@ -2,14 +2,12 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..checkpoints import hub
-
-if TYPE_CHECKING:
-    from .report import Report
+from .report import Report
 
 NAMES = {"q": "Q", "k": "K", "v": "V", "p": "P", "attention": "Attention", "ffn": "The FFN"}
 TEMPLATE = """\
@@ -77,12 +75,12 @@ def render_card(
     return f"{ModelCard.from_template(data, template_str=TEMPLATE, **parts)}"
 
 
-def describe_effect(report: "Report") -> list[str]:
+def describe_effect(report: Report) -> list[str]:
     """Describe the measured effect, a sentence each."""
     return [*_describe_size(report), *_describe_check(report)]
 
 
-def _describe_size(report: "Report") -> Iterator[str]:
+def _describe_size(report: Report) -> Iterator[str]:
     saved = 1 - report.params_after / report.params_before
     share = f"{abs(saved):.1%} {'fewer' if saved >= 0 else 'more'}"
     yield (
@@ -111,7 +109,7 @@ def _describe_size(report: "Report") -> Iterator[str]:
         )
 
 
-def _describe_check(report: "Report") -> Iterator[str]:
+def _describe_check(report: Report) -> Iterator[str]:
     check = report.verification
     if check is None:
         return
@@ -129,7 +127,7 @@ def _describe_check(report: "Report") -> Iterator[str]:
         )
 
 
-def write_card(report: "Report", name: str, given: Sequence[str] = ()) -> str:
+def write_card(report: Report, name: str, given: Sequence[str] = ()) -> str:
     """Write the card of a conversion's result.
 
     Args:
@@ -158,7 +156,7 @@ def write_card(report: "Report", name: str, given: Sequence[str] = ()) -> str:
     return card
 
 
-def _describe_changes(report: "Report") -> Iterator[str]:
+def _describe_changes(report: Report) -> Iterator[str]:
     for part, layers in report.removed.items():
         yield f"{NAMES[part]} removed from layers {', '.join(map(str, layers))}."
     if report.folded:
