@@ -1,26 +1,55 @@
-"""Options: dataclasses whose fields are flags and keys of a YAML file, and checks of values."""
+"""Options: dataclasses whose fields are flags and keys of YAML files; checks of their values.
+
+Imports no library, so that a command's help does not wait for MLX.
+"""
 
 import contextlib
 import dataclasses
 import math
+import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from .errors import UserError
 
 Kind = TypeVar("Kind")
+UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
-def option(default: Any, help_text: str, choices: Sequence[str] = ()) -> Any:
-    """Make a dataclass field whose help text the command line shows.
+def option(
+    default: Any,
+    help_text: str,
+    choices: Sequence[str] = (),
+    *,
+    group: str = "",
+    flags: Sequence[str] = (),
+    metavar: str | None = None,
+    parse: Callable[[str], Any] | None = None,
+    const: Any = None,
+) -> Any:
+    """Make a dataclass field that is a flag of the command line too.
 
     Args:
-        default: the field's default.
-        help_text: what ``--help`` says of its flag.
-        choices: the values that it can have; empty: any.
+        default: the field's value where none is given.
+        help_text: what ``--help`` and the Python reference say of it.
+        choices: the values that it can have; any, if there are none.
+        group: the heading that ``--help`` shows it under.
+        flags: what the flag is called; ``flag_name`` of the field, if none is given.
+        metavar: what ``--help`` calls the flag's value.
+        parse: makes the value of the flag's text; default: by the field's type.
+        const: the value that the flag alone stands for. A bool field with one has no ``--no-`` flag
+            beside its own.
     """
-    metadata = {"help": help_text, "choices": tuple(choices)}
+    metadata = {
+        "help": help_text,
+        "choices": tuple(choices),
+        "group": group,
+        "flags": tuple(flags),
+        "metavar": metavar,
+        "parse": parse,
+        "const": const,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -78,6 +107,29 @@ def check_seed(seed: int | None) -> None:
     """
     if seed is not None and not 0 <= seed < 2**64:
         raise UserError(f"--seed {seed}: must be at least 0 and fit 64 bits")
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as "900000", "1.6MB" or "4 GB" (decimal units).
+
+    Raises:
+        UserError: if it is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?b)?", text.strip().lower())
+    value = round(float(found[1]) * UNITS[found[2] if found[2] in UNITS else ""]) if found else 0
+    if value < 1:
+        raise UserError(f"{text!r} is no size: give bytes, or for instance 1.6MB or 4GB")
+    return value
+
+
+def parse_share(text: str) -> float:
+    """The share that "1%" or "0.01" stands for."""
+    return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+
+
+def parse_count(text: str) -> int | str:
+    """The number that a text stands for, or "auto"."""
+    return text if text == "auto" else int(text)
 
 
 def read_options(kind: type[Kind], what: str, given: Mapping[str, Any]) -> Kind:

@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..constants import REMOVALS
 from ..errors import UserError
-from ..removal.plan import REMOVALS
 from .figures import open_figure
 from .shared import open_output, output_arguments, output_file, quantization_arguments
 

@@ -16,17 +16,19 @@ import mlx.core as mx
 
 from ..checkpoints.checkpoint import Blueprint, Checkpoint, open_checkpoint
 from ..checkpoints.tokenizer import open_tokenizer
+from ..constants import REMOVALS
 from ..errors import UserError
 from ..network.driver import RESIDENT_BYTES, StreamedNetwork
 from ..network.model import ModelArgs
 from ..network.names import EMBEDDING, HEAD, MLP, PROJECTIONS, module_path
 from ..network.wiring import LETTERS
+from ..options import check_seed
 from ..progress import Progress, Steps
 from ..quantization.layout import Layout
 from ..quantization.sensitivity import limit_tokens
 from ..removal import sublayers
 from ..removal.merger import Merger
-from ..removal.plan import REMOVALS, make_plan
+from ..removal.plan import make_plan
 from ..removal.source import SourceReader
 from ..removal.table import FirstLayer, find_obstacle, measure_table
 from ..text import samples
@@ -191,7 +193,7 @@ def analyze(
     Raises:
         UserError: for anything the user can mend.
     """
-    samples.check_seed(seed)
+    check_seed(seed)
     content = None if calibration is None else samples.read_text(calibration)
     config_only = config_only or str(model).endswith(".json") or _lacks_weights(model)
     checkpoint = open_checkpoint(

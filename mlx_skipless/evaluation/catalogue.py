@@ -8,10 +8,11 @@ import mlx.core as mx
 from ..architectures.config import read_model_args
 from ..architectures.families import FAMILIES
 from ..architectures.shapes import MODELS
+from ..constants import REMOVALS
 from ..network.model import ModelArgs
 from ..quantization.layout import Layout, compare_sizes
 from ..removal import table as first_layer
-from ..removal.plan import REMOVALS, make_plan
+from ..removal.plan import make_plan
 from .analysis import Removal, measure_removal
 
 

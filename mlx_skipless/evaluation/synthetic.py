@@ -15,15 +15,16 @@ from ..architectures.families import FAMILIES, find_family
 from ..architectures.family import Config, Family
 from ..architectures.shapes import MODELS
 from ..architectures.tensors import to_published_names, to_source_names
-from ..checkpoints.checkpoint import FLOAT_NAMES
 from ..checkpoints.files import read_json
 from ..checkpoints.writer import Writer
+from ..constants import FLOAT_NAMES
 from ..errors import UserError, first_line
 from ..network.model import Model, ModelArgs
 from ..network.names import EMBEDDING, FINAL_NORM, HEAD
 from ..network.parts import dtype_name
 from ..progress import Progress
-from ..quantization.layout import Layout, Quantization, quantize_nearest
+from ..quantization.layout import Layout, quantize_nearest
+from ..quantization.settings import Quantization
 from ..removal.plan import Plan, make_plan
 
 SEED = 0

@@ -25,8 +25,6 @@ from .networks import (
     unite_layers,
 )
 
-REMOVALS = ("auto", "qp", "kp", "vp", "q", "k", "v", "p", "none")
-
 
 @dataclass(frozen=True)
 class Plan:

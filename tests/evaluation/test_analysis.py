@@ -21,9 +21,9 @@ import mlx_skipless
 from mlx_skipless.cli.analyze_tables import describe_analysis
 from mlx_skipless.cli.main import main
 from mlx_skipless.cli.tables import Grid
+from mlx_skipless.constants import REMOVALS
 from mlx_skipless.evaluation import analysis
 from mlx_skipless.evaluation.analysis import Analysis, Dropped, Layer, Removal
-from mlx_skipless.removal.plan import REMOVALS
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
 MATRICES = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "p": "o_proj"}
