@@ -6,6 +6,7 @@ from typing import Any
 
 from ..evaluation.catalogue import Entry, list_entries
 from .shared import open_output, output_arguments
+from .tables import Grid
 
 EXAMPLES = (
     ("", "the table"),
@@ -30,8 +31,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: dict[str, Any]) -> None:
     with open_output(options) as shown:
         entries = list_entries()
-        head, *rows = (f"| {' | '.join(row)} |" for row in (TITLES, *map(_make_row, entries)))
-        shown.say("\n".join([head, f"|{'---|' * len(TITLES)}", *rows]))
+        rows = [_make_row(entry) for entry in entries]
+        shown.say(Grid(TITLES, rows, words=len(TITLES)).markdown())
         shown.write_json({"models": [entry.as_dict() for entry in entries]})
 
 
