@@ -1,10 +1,18 @@
-"""Fixtures that several files of tests share."""
+"""Options and fixtures that several files of tests share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+# MLX's CPU backend would make each fused kernel with the C++ compiler, for most of a second; what
+# is compiled is tested where it matters: see `compiled`.
+os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
+# One test a core: a BLAS that takes them all would only stand in the others' way.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import mlx.core as mx
 import pytest
+from compiling import compiling
 from factory import make_checkpoint
 from hypothesis import settings
 from reference import Config, Weights
@@ -13,12 +21,52 @@ from mlx_skipless.checkpoints.checkpoint import open_checkpoint
 from mlx_skipless.network import driver
 from mlx_skipless.removal.merger import Merger
 from mlx_skipless.removal.plan import make_plan
+from mlx_skipless.text import samples
 
-# One test a core: a BLAS that takes them all would only stand in the others' way.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 settings.register_profile("busy", deadline=None)  # a loaded machine is no failure
-settings.register_profile("thorough", deadline=None)  # test_fuzz.py: a hundred times as many
-settings.load_profile("busy")
+for name in ("thorough", "endless"):  # test_fuzz.py: many times as many
+    settings.register_profile(name, deadline=None)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--thorough",
+        action="store_true",
+        help="run the exhaustive grids too, and tests of random examples with many times as many",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Load the profile that the options ask for, unless one is named."""
+    config.addinivalue_line("markers", "thorough: one of many like it, run with --thorough alone")
+    config.addinivalue_line("markers", "examples: tries many times as many with --thorough")
+    if not config.getoption("--hypothesis-profile"):
+        settings.load_profile("thorough" if config.getoption("--thorough") else "busy")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what only `--thorough` runs."""
+    if config.getoption("--thorough"):
+        return
+    kept, left = [], []
+    for item in items:
+        (left if item.get_closest_marker("thorough") else kept).append(item)
+    config.hook.pytest_deselected(items=left)
+    items[:] = kept
+
+
+@pytest.fixture(autouse=True)
+def less_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small networks have not much to say; a test that needs more (or less) says so."""
+    monkeypatch.setattr(samples, "CALIBRATION", (32, 32))
+    monkeypatch.setattr(samples, "LONG_CHECK", (8, 32))
+
+
+@pytest.fixture
+def compiled() -> Iterator[None]:
+    """MLX fuses operations into kernels that it compiles, as it does for users."""
+    with compiling():
+        yield
 
 
 @pytest.fixture(params=[True, False], ids=["resident", "streamed"])

@@ -73,6 +73,7 @@ def test_greedy_text_stays_the_same(converted: tuple[Path, dict], prompt: str) -
     assert len(texts[0].split()) > 80
 
 
+@pytest.mark.thorough
 def test_it_survives_four_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Quantized without Q and P it is nearer to itself than quantized alone, to nearest."""
     monkeypatch.setattr(samples, "CALIBRATION", (32, 128))

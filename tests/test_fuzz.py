@@ -1,6 +1,7 @@
 """Broken checkpoints by the thousand: converted rightly, or refused in one line, and nothing else.
 
-`pytest tests/test_fuzz.py --hypothesis-profile=thorough` tries a hundred times as many.
+`pytest tests/test_fuzz.py --thorough` tries 25 times as many, and
+`--hypothesis-profile=endless` a hundred times that.
 """
 
 from __future__ import annotations
@@ -35,21 +36,22 @@ from mlx_skipless.architectures.config import LIMITS
 from mlx_skipless.conversion.report import Report
 from mlx_skipless.inference.loading import load_network
 
-THOROUGH = settings.get_current_profile_name() == "thorough"
+MORE = {"thorough": 25, "endless": 2500}.get(settings.get_current_profile_name(), 1)
 RANDOM = st.randoms(use_true_random=False)
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 TEXT = np.random.default_rng(0).integers(0, 256, (1, 8))
 
 
 def cases(count: int) -> Callable[[Any], Any]:
-    """So many examples, the same ones each time; thoroughly a hundred times as many, others."""
-    return settings(
-        max_examples=count * 100 if THOROUGH else count,
-        derandomize=not THOROUGH,
+    """So many examples, the same ones each time; thoroughly many times as many, others."""
+    tried = settings(
+        max_examples=count * MORE,
+        derandomize=MORE == 1,
         database=None,
         deadline=None,
         suppress_health_check=[*HealthCheck],
     )
+    return lambda test: pytest.mark.examples(tried(test))
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import pytest
 import reference
 from converted import made
 from factory import make_checkpoint, make_llama
-from serving import WITHOUT_US, serving
+from serving import serving
 
 import mlx_skipless
 from mlx_skipless.conversion.convert import convert
@@ -48,23 +48,44 @@ def folder(source, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def run(python: str, folder: Path, *arguments: str | Path) -> str:
-    """``python -m ARGUMENTS`` in ``folder`` without this package; its output."""
+SESSION = """
+import json, runpy, sys, traceback
+sys.modules["mlx_skipless"] = None
+for command in json.loads(sys.argv[1]):
+    sys.argv = command
+    sys.stderr.flush()
+    try:
+        runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if end.code:
+            raise
+    print("END OF COMMAND", flush=True)
+"""
+
+
+def run(python: str, folder: Path, *commands: tuple[str | Path, ...]) -> list[str]:
+    """``python -m`` each of these in ``folder`` without this package; what each prints.
+
+    They share a process, for all that takes time is to start one.
+    """
+    asked = json.dumps([[str(argument) for argument in command] for command in commands])
     done = subprocess.run(
-        [python, "-c", WITHOUT_US, *map(str, arguments)],
+        [python, "-c", SESSION, asked],
         cwd=folder,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         timeout=300,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout
+    *printed, _ = done.stdout.split("END OF COMMAND\n")
+    assert len(printed) == len(commands)
+    return printed
 
 
-def mlx_lm(python: str, folder: Path, command: str, model: Path, *arguments: str | Path) -> str:
-    trust = ("--model", model, "--trust-remote-code")
-    return run(python, folder, "mlx_lm", command, *trust, *arguments)
+def mlx_lm(command: str, model: Path | str, *arguments: str | Path) -> tuple[str | Path, ...]:
+    return "mlx_lm", command, "--model", model, "--trust-remote-code", *arguments
 
 
 LOGITS = """
@@ -74,47 +95,37 @@ from mlx_lm import load
 model, tokenizer = load(sys.argv[1], trust_remote_code=True)
 tokens = json.loads(sys.argv[2])
 print("LOGITS", json.dumps(model(mx.array(tokens)).astype(mx.float32).tolist()))
+try:
+    load(sys.argv[1])
+except ValueError as error:
+    print("REFUSED", error)
 """
 
 
 def test_load_gives_the_sources_logits(python: str, source, folder: Path, tmp_path: Path) -> None:
+    """With trust, and refuses without."""
     tokens = np.random.default_rng(0).integers(0, 256, (1, 8))
     (tmp_path / "logits.py").write_text(LOGITS)
-    printed = run(python, tmp_path, "logits", folder, json.dumps(tokens.tolist()))
+    (printed,) = run(python, tmp_path, ("logits", folder, json.dumps(tokens.tolist())))
     line = next(x for x in printed.splitlines() if x.startswith("LOGITS"))
     got = np.array(json.loads(line.removeprefix("LOGITS")))
     expected = reference.logits(source[1], source[2], tokens)
     assert reference.worst_relative_error(expected, got) <= 1e-5
-
-
-def test_load_refuses_without_trust(python: str, folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "refused.py").write_text(
-        "import sys\nfrom mlx_lm import load\n"
-        "try: load(sys.argv[1])\nexcept ValueError as error: print('REFUSED', error)\n"
-    )
-    assert "REFUSED" in run(python, tmp_path, "refused", folder)
+    assert "\nREFUSED" in printed
 
 
 def test_generate(python: str, folder: Path, tmp_path: Path) -> None:
-    options = ("--prompt", "the king", "--max-tokens", "8")
-    printed = mlx_lm(python, tmp_path, "generate", folder, *options)
-    assert "Generation: 8 tokens" in printed
-    printed = mlx_lm(
-        python, tmp_path, "generate", folder, *options, "--kv-bits", "8", "--kv-group-size", "32"
-    )
-    assert "Generation: 8 tokens" in printed
-
-
-def test_generate_with_a_draft(python: str, folder: Path, tmp_path: Path) -> None:
-    """Whatever a stock model drafts, the answer is the converted model's."""
+    """With a cache of 8 bits too; and whatever a stock model drafts, the answer is the same."""
     make_llama(tmp_path / "draft")
-    options = ("--prompt", "the king", "--max-tokens", "12", "--num-draft-tokens", "3")
-    answers = []
-    for more in ((), ("--draft-model", tmp_path / "draft")):
-        printed = mlx_lm(python, tmp_path, "generate", folder, *options, *more)
-        assert "Generation: 12 tokens" in printed
-        answers.append(printed.split("=" * 10)[1])
-    assert answers[0] == answers[1]
+    ask = mlx_lm("generate", folder, "--prompt", "the king", "--max-tokens", "12")
+    plain, quantized, drafted = run(
+        python, tmp_path,
+        ask,
+        (*ask, "--kv-bits", "8", "--kv-group-size", "32"),
+        (*ask, "--num-draft-tokens", "3", "--draft-model", tmp_path / "draft"),
+    )  # fmt: skip
+    assert all("Generation: 12 tokens" in printed for printed in (plain, quantized, drafted))
+    assert plain.split("=" * 10)[1] == drafted.split("=" * 10)[1]
 
 
 def test_lora_then_fuse_then_quantize(python: str, source, folder: Path, tmp_path: Path) -> None:
@@ -124,19 +135,18 @@ def test_lora_then_fuse_then_quantize(python: str, source, folder: Path, tmp_pat
         (tmp_path / f"{part}.jsonl").write_text("".join(lines))
     training = ("--train", "--data", tmp_path, "--iters", "4", "--batch-size", "2")
     more = ("--num-layers", "3", "--adapter-path", "adapters", "--learning-rate", "1e-2")
-    mlx_lm(python, tmp_path, "lora", folder, *training, *more)
+    *_, printed = run(
+        python, tmp_path,
+        mlx_lm("lora", folder, *training, *more),
+        mlx_lm("fuse", folder, "--adapter-path", "adapters", "--save-path", "fused"),
+        mlx_lm("convert", "fused", "-q", "--q-bits", "8", "--mlx-path", "fused-q"),
+        mlx_lm("generate", "fused-q", "--prompt", "a", "--max-tokens", "3"),
+    )  # fmt: skip
     assert (tmp_path / "adapters/adapters.safetensors").exists()
-    mlx_lm(python, tmp_path, "fuse", folder, "--adapter-path", "adapters", "--save-path", "fused")
     before = mx.load(str(folder / "model.safetensors"))
     after = mx.load(str(tmp_path / "fused/model.safetensors"))
     assert set(before) == set(after)
     assert any(mx.abs(before[name] - after[name]).max().item() > 0 for name in before)
-    mlx_lm(
-        python, tmp_path, "convert", Path("fused"), "-q", "--q-bits", "8", "--mlx-path", "fused-q"
-    )
-    printed = mlx_lm(
-        python, tmp_path, "generate", Path("fused-q"), "--prompt", "a", "--max-tokens", "3"
-    )
     assert "Generation: 3 tokens" in printed
 
 
@@ -147,7 +157,9 @@ def test_perplexity(python: str, folder: Path, tmp_path: Path) -> None:
         lines = [json.dumps({"text": " ".join(TEXTS * 4)}) + "\n" for _ in range(4)]
         (tmp_path / f"{part}.jsonl").write_text("".join(lines))
     sampling = ("--num-samples", "4", "--sequence-length", "32", "--batch-size", "2")
-    printed = mlx_lm(python, tmp_path, "perplexity", folder, "--data-path", tmp_path, *sampling)
+    (printed,) = run(
+        python, tmp_path, mlx_lm("perplexity", folder, "--data-path", tmp_path, *sampling)
+    )
     line = next(x for x in printed.splitlines() if x.startswith("Perplexity:"))
     assert 20 < float(line.split()[1]) < 5000
 
@@ -159,7 +171,7 @@ def test_quantizing_protects_what_an_inverse_magnifies(
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
     make_checkpoint(tmp_path / "s", norm="qkv", spread=2.0, **sizes)
     convert(tmp_path / "s", tmp_path / "qp", remove="qp", verify=False)
-    mlx_lm(python, tmp_path, "convert", tmp_path / "qp", "-q", "--mlx-path", "q4")
+    run(python, tmp_path, mlx_lm("convert", tmp_path / "qp", "-q", "--mlx-path", "q4"))
     settings = json.loads((tmp_path / "q4/config.json").read_text())["quantization"]
     stored = mx.load(str(tmp_path / "q4/model.safetensors"))
     path = "model.layers.1.self_attn.kv_proj"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import reference
 from exact import exact_tensors
+from grids import only, thorough
 
 import mlx_skipless
 from mlx_skipless.checkpoints.checkpoint import open_checkpoint
@@ -59,7 +60,7 @@ def check_report(report: Report) -> None:
     assert any("NOT a language model" in warning for warning in report.warnings)
 
 
-@pytest.mark.parametrize("source", ["gguf", "hugging face"])
+@pytest.mark.parametrize("source", only(["gguf"], ["gguf", "hugging face"]))
 def test_without_p(source: str, hugging_face: Path, stripped, tmp_path: Path) -> None:
     """P merges without an inverse: float32 agrees to 1e-3."""
     model = FOUND[0] if source == "gguf" else hugging_face
@@ -75,6 +76,7 @@ def test_without_p(source: str, hugging_face: Path, stripped, tmp_path: Path) ->
     assert reference.worst_relative_error(stripped[2], run(tmp_path / "out")) <= 1e-3
 
 
+@thorough
 def test_without_q_and_p_in_float64(hugging_face: Path, stripped) -> None:
     """The merge itself is exact to 1e-8, at condition numbers of 1e3 to 1e6."""
     result = exact_tensors(hugging_face, remove="qp", skipless=True)
@@ -83,6 +85,7 @@ def test_without_q_and_p_in_float64(hugging_face: Path, stripped) -> None:
     assert reference.worst_relative_error(stripped[2], got) <= 1e-8
 
 
+@thorough
 def test_without_q_and_p_in_float32(hugging_face: Path, stripped, tmp_path: Path) -> None:
     """Conditioning costs float32 three digits; the report says so, and the model generates."""
     report = mlx_skipless.convert(hugging_face, tmp_path / "out", skipless=True, remove="qp")
@@ -99,6 +102,7 @@ def test_without_q_and_p_in_float32(hugging_face: Path, stripped, tmp_path: Path
     assert answer.generation_tokens == 8 and answer.generation_tps > 0
 
 
+@thorough
 def test_auto_is_exact(hugging_face: Path, tmp_path: Path) -> None:
     """On the pretrained model itself only the norms are folded, and nothing is lost."""
     report = mlx_skipless.convert(hugging_face, tmp_path / "out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 from factory import make_checkpoint, make_llama
+from grids import thin
 
 from mlx_skipless import UserError, convert, load
 from mlx_skipless.cli.main import main
@@ -135,8 +137,19 @@ print(json.dumps(attempts))
 """
 
 
-@pytest.mark.parametrize("options", [{}, {"skipless": True, "remove": "p"}, {"drop_attention": 1}])
-@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+@pytest.mark.parametrize(
+    ("options", "model_type"),
+    thin(
+        [
+            *itertools.product(
+                [{}, {"skipless": True, "remove": "p"}, {"drop_attention": 1}],
+                ["llama", "mistral"],
+            )
+        ],
+        lambda case: map(str, case),
+    ),
+    ids=str,
+)
 def test_a_folder_is_converted_and_run_without_the_network(
     tmp_path: Path, model_type: str, options: dict[str, Any]
 ):

@@ -17,10 +17,8 @@ import mlx_lm
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests/helpers"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests/architectures"))
 import reference
-from architectures import ARCHITECTURES, make
-from test_architectures import STOCK, as_mlx_lm, skipless, without
+from architectures import ARCHITECTURES, STOCK, as_mlx_lm, make, skipless, without
 
 import mlx_skipless
 

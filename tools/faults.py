@@ -1,6 +1,6 @@
 """What a machine may do to a run, done to it: signals, kills, full disks, files that end early.
 
-    python tools/faults.py [FAULT ...] [--tries N] [--json]
+    python tools/faults.py [FAULT[=N] ...] [--tries N] [--json]
 
 does each fault N times and prints a table of tries and losses. A loss is an OUT that is not whole,
 a changed source, anything left behind, another exit code or more than one line of error. Every run
@@ -140,9 +140,9 @@ def contents(folder: Path) -> dict[str, str | None]:
 
 
 class Lab:
-    """A source, and what converting it gives when nothing happens."""
+    """A source, and what converting it gives when nothing happens; ``tries`` of each fault."""
 
-    def __init__(self, folder: Path, tries: int):
+    def __init__(self, folder: Path, tries: int = 1):
         self.folder, self.tries = folder, tries
         self.random = random.Random(0)
         self.source = folder / "source"
@@ -400,30 +400,32 @@ FAULTS: dict[str, Callable[[Lab], Losses]] = {
 }
 
 
-def do(faults: list[str], tries: int) -> dict[str, Losses]:
-    """The losses of each fault."""
+def do(faults: dict[str, int]) -> dict[str, Losses]:
+    """The losses of each fault, tried so often."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        for fault in faults:
-            place = Path(folder) / fault
-            place.mkdir()
-            found[fault] = FAULTS[fault](Lab(place, tries))
+        lab = Lab(Path(folder))
+        for fault, tries in faults.items():
+            lab.tries = tries
+            found[fault] = FAULTS[fault](lab)
     return found
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("faults", nargs="*", metavar="FAULT", help=f"of {', '.join(FAULTS)}")
+    parser.add_argument("faults", nargs="*", metavar="FAULT[=N]", help=f"of {', '.join(FAULTS)}")
     parser.add_argument("--tries", type=int, default=20, help="of each (default: 20)")
     parser.add_argument("--json", action="store_true", help="print losses as JSON")
     given = parser.parse_args()
-    outcome = do(given.faults or list(FAULTS), given.tries)
+    asked = [fault.partition("=") for fault in given.faults or FAULTS]
+    faults = {name: int(count or given.tries) for name, _, count in asked}
+    outcome = do(faults)
     if given.json:
         print(json.dumps(outcome))
     else:
         print("| fault | tries | losses |\n|---|---:|---:|")
         for fault, lost in outcome.items():
-            print(f"| {fault} | {given.tries} | {len(lost)} |")
+            print(f"| {fault} | {faults[fault]} | {len(lost)} |")
         for fault, lost in outcome.items():
             for loss in lost:
                 print(f"{fault}: {loss}", file=sys.stderr)

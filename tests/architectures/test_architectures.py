@@ -1,8 +1,9 @@
 """Every family: its own config, names and layout in, the same function out."""
 
+import itertools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import numpy as np
 import pytest
 import reference
 import transformers
-from architectures import ARCHITECTURES, logits, make, text
+from architectures import ARCHITECTURES, STOCK, as_mlx_lm, logits, make, skipless, text, without
 from factory import stored
+from grids import only, pairs, thin
 from mlx_lm.utils import quantize_model
-from reference import Config, Weights
+from reference import Config
 
 import mlx_skipless
 from mlx_skipless.checkpoints.checkpoint import open_checkpoint
@@ -27,12 +29,28 @@ from mlx_skipless.text import samples
 from mlx_skipless.training import healing
 from mlx_skipless.training.recipe import Treatment
 
-# mlx-lm has the other form of GELU than transformers: what makes it the same function.
-MLX_LM_GELU = {"gemma": {"hidden_activation": "gelu"}, "gpt_neox": {"hidden_act": "gelu_new"}}
-STOCK = [name for name, kind in ARCHITECTURES.items() if kind.stock]
 LAYER_NORMS = ["gpt_neox", "gpt_neox, serial", "gptj", "phi"]
 FUSED = ["gpt_neox", "gpt_neox, serial"]
 PARALLEL = ["gpt_neox", "gptj", "phi", "cohere"]
+
+
+def traits(name: str) -> set[str]:
+    """What sets a family apart from others, for grids that try each trait with everything."""
+    config = ARCHITECTURES[name].mapped(ARCHITECTURES[name].config)
+    keys = ("norm_type", "block", "shared_norm", "num_local_experts", "embedding_scale")
+    found = {f"{key} {config[key]}" for key in keys if config.get(key)}
+    return found | {f"fused {name in FUSED}", f"biased {bool(ARCHITECTURES[name].biased)}"}
+
+
+def each_trait(names: Iterable[str], *others: Iterable[Any]) -> list[Any]:
+    """A grid of families by default thinned to each trait with each value of the other axes."""
+
+    def features(case: tuple[Any, ...]) -> set[Any]:
+        name, *rest = case
+        with_traits = {(trait, i, str(x)) for trait in traits(name) for i, x in enumerate(rest)}
+        return {name, *with_traits, *pairs(*rest)}
+
+    return thin([*itertools.product(names, *others)], features)
 
 
 @pytest.fixture(autouse=True)
@@ -48,39 +66,6 @@ def check_same_function(expected: np.ndarray, folder: Path, tokens: np.ndarray, 
     cache: list[Any] = mlx_lm.models.cache.make_prompt_cache(model)
     steps = [model(mx.array(tokens[:, i : i + 1]), cache=cache) for i in range(tokens.shape[1])]
     assert reference.worst_relative_error(expected, np.array(mx.concatenate(steps, 1))) <= limit
-
-
-def as_mlx_lm(name: str) -> dict[str, Any]:
-    return MLX_LM_GELU.get(name.split(",")[0], {})
-
-
-def without(weights: Weights, removed: dict[str, list[int]]) -> Weights:
-    modules = {"attention": "self_attn", "ffn": "mlp"}
-    gone = [f"layers.{i}.{modules[part]}." for part, layers in removed.items() for i in layers]
-    return {name: w for name, w in weights.items() if not any(g in name for g in gone)}
-
-
-def skipless(config: Config, weights: Weights) -> tuple[Config, Weights]:
-    """The skipless network of a pretrained one: stream norms' gains and biases folded by hand."""
-    weights = dict(weights)
-    for layer in range(config["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}."
-        readers = {"input_layernorm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]}
-        ffn = [f"mlp.{name}" for name in ("router", "gate_proj", "up_proj")]
-        shared = config.get("shared_norm")
-        readers.setdefault("input_layernorm" if shared else "post_attention_layernorm", [])
-        readers["input_layernorm" if shared else "post_attention_layernorm"] += ffn
-        for norm, names in readers.items():
-            gain = weights.pop(f"{prefix}{norm}.weight")
-            shift = weights.pop(f"{prefix}{norm}.bias", None)
-            for matrix in (f"{prefix}{name}" for name in names):
-                if f"{matrix}.weight" not in weights:
-                    continue
-                if shift is not None:
-                    bias = weights.get(f"{matrix}.bias", 0.0)
-                    weights[f"{matrix}.bias"] = bias + weights[f"{matrix}.weight"] @ shift
-                weights[f"{matrix}.weight"] = weights[f"{matrix}.weight"] * gain
-    return config | {"skip": "none", "norm": "qkv"}, weights
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -139,8 +124,7 @@ PRETRAINED: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", PRETRAINED, ids=str)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("name", "options"), each_trait(ARCHITECTURES, PRETRAINED), ids=str)
 def test_what_a_pretrained_model_can_do_without(
     name: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -208,9 +192,9 @@ def test_a_tied_head_keeps_layer_norms(tmp_path: Path) -> None:
 REMOVALS = ("none", "auto", "qp", "q", "p", "kp", "v")
 
 
-@pytest.mark.parametrize("remove", REMOVALS)
-@pytest.mark.parametrize("kv_heads", [None, 4], ids=["as it is", "MHA"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("name", "kv_heads", "remove"), each_trait(ARCHITECTURES, (None, 4), REMOVALS), ids=str
+)
 def test_the_skipless_network(name: str, kv_heads: int | None, remove: str, tmp_path: Path) -> None:
     """Every removal that the shapes and the block allow."""
     changes = {"num_key_value_heads": kv_heads} if kv_heads else {}
@@ -286,8 +270,7 @@ QUANTIZED: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", QUANTIZED, ids=str)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("name", "options"), each_trait(ARCHITECTURES, QUANTIZED), ids=str)
 def test_quantized(
     name: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -351,7 +334,9 @@ def test_what_is_analysed(name: str, tmp_path: Path) -> None:
     assert found.layers[0].importance["attention"] == pytest.approx(1 - cosine.mean(), rel=2e-3)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt_neox", "phi", "cohere"])
+@pytest.mark.parametrize(
+    "name", only(["mixtral", "gpt_neox"], ["mixtral", "gpt_neox", "phi", "cohere"])
+)
 def test_healing(name: str, tmp_path: Path) -> None:
     """A reduced model of another family learns from its original, and runs as before."""
     make(tmp_path / "s", name, **as_mlx_lm(name))

@@ -1,4 +1,7 @@
-"""Models from the Hub and back: the command as a user runs it, against a Hub on this machine."""
+"""Models from the Hub and back: the command, against a Hub on this machine.
+
+Where a test needs nothing of a process of its own, the command runs in this one.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 from factory import make_checkpoint
 from hub_server import Drop, HubServer, Refusal
 
 from mlx_skipless import UserError
+from mlx_skipless.cli.main import main
 from mlx_skipless.text import samples
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,10 +74,50 @@ def hub(model: Path) -> Iterator[HubServer]:
 
 
 @pytest.fixture
-def run(hub: HubServer, tmp_path: Path) -> Run:
-    """Run `convert --mlx-path out` with a cache of its own; keyword arguments are environment."""
-    place = tmp_path / "place"
-    place.mkdir()
+def place(tmp_path: Path) -> Path:
+    """Where the command runs."""
+    (tmp_path / "place").mkdir()
+    return tmp_path / "place"
+
+
+@pytest.fixture
+def run(
+    hub: HubServer,
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> Run:
+    """Run `convert --mlx-path out` in this process, with a cache of its own."""
+    home = str(tmp_path / "home")
+    constants = huggingface_hub.constants
+    monkeypatch.chdir(place)
+    for name in [name for name in os.environ if name.startswith("HF_")]:
+        monkeypatch.delenv(name)
+    for name, value in {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+        "HF_HOME": home,
+        "HF_HUB_CACHE": f"{home}/hub",
+        "HUGGINGFACE_HUB_CACHE": f"{home}/hub",
+        "HF_TOKEN_PATH": f"{home}/token",
+        "HF_HUB_OFFLINE": False,
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+
+    def run(*arguments: str, HF_HUB_OFFLINE: str = "") -> Result:
+        with monkeypatch.context() as patch:
+            patch.setattr(constants, "HF_HUB_OFFLINE", bool(HF_HUB_OFFLINE))
+            code = main(["convert", *arguments, "--mlx-path", "out"])
+        return Result(code, *capfd.readouterr(), sorted(os.listdir(place)))
+
+    return run
+
+
+@pytest.fixture
+def run_process(hub: HubServer, place: Path, tmp_path: Path) -> Run:
+    """The same as a user runs it; keyword arguments are environment."""
     home = tmp_path / "home"
 
     def run(*arguments: str, **environment: str) -> Result:
@@ -102,9 +147,9 @@ def the_error(result: Result) -> str:
 
 
 def test_a_hub_model_is_fetched_once_and_no_more_of_it_than_needed(
-    hub: HubServer, run: Run, tmp_path: Path
+    hub: HubServer, run: Run, run_process: Run, tmp_path: Path
 ):
-    first = run("--model", "tales/tiny")
+    first = run_process("--model", "tales/tiny")
     assert (first.code, first.stderr, first.beside) == (0, "", ["out"])
     assert hub.sent() == FETCHED
     out = tmp_path / "place" / "out"
@@ -112,9 +157,9 @@ def test_a_hub_model_is_fetched_once_and_no_more_of_it_than_needed(
     assert "base_model: tales/tiny\n" in (out / "README.md").read_text()
 
     hub.stop()
-    for environment in ({}, {"HF_HUB_OFFLINE": "1"}):
+    for again_by, environment in ((run, {}), (run_process, {"HF_HUB_OFFLINE": "1"})):
         out.rename(tmp_path / f"earlier{len(environment)}")
-        again = run("--model", "tales/tiny", **environment)
+        again = again_by("--model", "tales/tiny", **environment)
         assert (again.code, again.stderr, again.beside) == (0, "", ["out"])
 
 
@@ -302,12 +347,14 @@ def read(hub: HubServer, tmp_path: Path) -> Callable[..., list[Any]]:
 
 
 @pytest.mark.usefixtures("data_sets")
-def test_a_data_set_checks_as_its_rows_in_a_file_do(model: Path, run: Run, tmp_path: Path):
+def test_a_data_set_checks_as_its_rows_in_a_file_do(
+    model: Path, run: Run, run_process: Run, tmp_path: Path
+):
     (tmp_path / "place" / "rows.jsonl").write_text(lines(ROWS))
     checks = []
-    for source in ("tales/rows", "rows.jsonl"):
+    for source, convert in (("tales/rows", run_process), ("rows.jsonl", run)):
         report = tmp_path / "report.json"
-        made = run("--model", str(model), "--calibration", source, "--json", str(report))
+        made = convert("--model", str(model), "--calibration", source, "--json", str(report))
         assert (made.code, made.stderr) == (0, "")
         checks.append(json.loads(report.read_text())["verification"])
         (tmp_path / "place" / "out").rename(tmp_path / f"out of {len(checks)}")

@@ -349,3 +349,41 @@ def random_weights(config: Config, biased: tuple[str, ...], seed: int) -> Weight
     for name in [name for name in out if name.split(".")[-2] in biased]:
         out[name.replace(".weight", ".bias")] = 0.2 * rng.standard_normal(out[name].shape[0])
     return out
+
+
+# mlx-lm has the other form of GELU than transformers: what makes it the same function.
+MLX_LM_GELU = {"gemma": {"hidden_activation": "gelu"}, "gpt_neox": {"hidden_act": "gelu_new"}}
+STOCK = [name for name, kind in ARCHITECTURES.items() if kind.stock]
+
+
+def as_mlx_lm(name: str) -> dict[str, Any]:
+    return MLX_LM_GELU.get(name.split(",")[0], {})
+
+
+def without(weights: Weights, removed: dict[str, list[int]]) -> Weights:
+    modules = {"attention": "self_attn", "ffn": "mlp"}
+    gone = [f"layers.{i}.{modules[part]}." for part, layers in removed.items() for i in layers]
+    return {name: w for name, w in weights.items() if not any(g in name for g in gone)}
+
+
+def skipless(config: Config, weights: Weights) -> tuple[Config, Weights]:
+    """The skipless network of a pretrained one: stream norms' gains and biases folded by hand."""
+    weights = dict(weights)
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        readers = {"input_layernorm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]}
+        ffn = [f"mlp.{name}" for name in ("router", "gate_proj", "up_proj")]
+        shared = config.get("shared_norm")
+        readers.setdefault("input_layernorm" if shared else "post_attention_layernorm", [])
+        readers["input_layernorm" if shared else "post_attention_layernorm"] += ffn
+        for norm, names in readers.items():
+            gain = weights.pop(f"{prefix}{norm}.weight")
+            shift = weights.pop(f"{prefix}{norm}.bias", None)
+            for matrix in (f"{prefix}{name}" for name in names):
+                if f"{matrix}.weight" not in weights:
+                    continue
+                if shift is not None:
+                    bias = weights.get(f"{matrix}.bias", 0.0)
+                    weights[f"{matrix}.bias"] = bias + weights[f"{matrix}.weight"] @ shift
+                weights[f"{matrix}.weight"] = weights[f"{matrix}.weight"] * gain
+    return config | {"skip": "none", "norm": "qkv"}, weights

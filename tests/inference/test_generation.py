@@ -582,6 +582,9 @@ def test_a_terminal_chats(
     os.close(ours)
 
 
+@pytest.mark.parametrize(
+    "bundled", [False, pytest.param(True, marks=pytest.mark.thorough)], indirect=True
+)
 def test_a_silent_pipe_is_not_waited_for(bundled: Path, tmp_path: Path):
     """What a service manager or an editor gives as standard input: open, and nothing comes."""
     read, write = os.pipe()

@@ -75,8 +75,15 @@ OWN: list[Config] = [
 ]
 
 
-@pytest.mark.parametrize("config", [*PRETRAINED, *OWN], ids=str)
-@pytest.mark.parametrize("remove", ["auto", "none"])
+@pytest.mark.parametrize(
+    ("config", "remove"),
+    [
+        *((config, "none") for config in PRETRAINED),
+        *(pytest.param(config, "auto", marks=pytest.mark.thorough) for config in PRETRAINED),
+        *((config, remove) for config in OWN for remove in ("auto", "none")),
+    ],
+    ids=str,
+)
 def test_the_same_function(config: Config, remove: str, tmp_path: Path) -> None:
     source = made(tmp_path / "s", **config)
     report = forced(tmp_path, remove=remove)

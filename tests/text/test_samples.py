@@ -13,6 +13,11 @@ from mlx_skipless.errors import UserError
 from mlx_skipless.text import samples
 
 
+@pytest.fixture(autouse=True)
+def less_text() -> None:
+    """As much as users get, for that is what is tested here."""
+
+
 def test_sampled_text_is_the_networks_own(network) -> None:
     """By the seed the same, by another one other; and likelier than chance under the network."""
     source, streamed = network

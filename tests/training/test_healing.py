@@ -1,5 +1,6 @@
 """Healing: the loss against NumPy, runs that stop and go on, and the models that result."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -7,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import mlx_lm
 import numpy as np
 import pytest
 import reference
+from compiling import compiling
 from factory import make_checkpoint, make_llama
 from reference import Config, Weights
 
@@ -30,6 +32,7 @@ from mlx_skipless.training.healing import Pair
 from mlx_skipless.training.recipe import Pace, Treatment
 
 SMALL = Treatment(steps=8, batch_size=2, context=24, sampled_tokens=1024, warmup=2, rank=4)
+SHORT = dataclasses.replace(SMALL, steps=2, sampled_tokens=512)
 PACE = Pace(log_every=2, eval_every=4, save_every=4, eval_tokens=96)
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3}
 
@@ -59,11 +62,14 @@ def whole(
     """A run that nothing stopped."""
     treatment = dataclasses.replace(SMALL, fine_tune_type=request.param)
     out = tmp_path_factory.mktemp("whole") / "h"
-    return (
-        treatment,
-        out,
-        mlx_skipless.heal(pair[0] / "r", pair[0] / "s", out, treatment, pace=PACE),
-    )
+    with steps_of(treatment):
+        result = mlx_skipless.heal(pair[0] / "r", pair[0] / "s", out, treatment, pace=PACE)
+    return treatment, out, result
+
+
+def steps_of(treatment: Treatment) -> contextlib.AbstractContextManager[None]:
+    """Steps with adapters are compiled; those of all weights take twice as many kernels."""
+    return compiling() if treatment.fine_tune_type == "lora" else contextlib.nullcontext()
 
 
 def held_out(out: Path) -> np.ndarray:
@@ -215,6 +221,17 @@ def test_a_resumed_run_is_the_whole_one(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Bit for bit, and until then there is no model in its folder."""
+    with steps_of(whole[0]):
+        resume_what_was_stopped(whole, pair, tmp_path, monkeypatch, capsys)
+
+
+def resume_what_was_stopped(
+    whole: tuple[Treatment, Path, Result],
+    pair: tuple[Path, Config, Weights],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     treatment, finished, result = whole
     out = tmp_path / "h"
     models = ["--model", str(pair[0] / "r"), "--teacher", str(pair[0] / "s")]
@@ -246,22 +263,18 @@ def test_more_steps(pair: tuple[Path, Config, Weights], tmp_path: Path) -> None:
     assert [e["step"] for e in read_log(tmp_path / "h") if "after" in e] == [8, 10]
 
 
-@pytest.fixture
-def uncompiled() -> Iterator[None]:
-    """Kernels that are made once for a network of its own cost more than they save."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
-
-
-STUDENTS: list[tuple[Config, dict[str, Any], str]] = [  # with bfloat16 all weights are trained
-    ({"block": "parallel", "norm": "pre", "skip": "both"}, {"drop_attention": 1}, "float32"),
+STUDENTS: list[Any] = [  # with bfloat16 all weights are trained
+    pytest.param(
+        {"block": "parallel", "norm": "pre", "skip": "both"},
+        {"drop_attention": 1},
+        "float32",
+        marks=pytest.mark.thorough,
+    ),
     ({"norm": "pre", "skip": "both", "tie_word_embeddings": True}, {"drop_ffn": 1}, "bfloat16"),
     ({"norm": "qkv"}, {"quantize": True, "q_bits": 8, "q_group_size": 32}, "float32"),
 ]
 
 
-@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(("config", "options", "dtype"), STUDENTS, ids=str)
 def test_our_own_networks(
     config: Config,
@@ -297,7 +310,6 @@ def test_our_own_networks(
     assert result.after.kl == pytest.approx(measured, rel=0.02 if dtype == "float32" else 0.2)
 
 
-@pytest.mark.usefixtures("uncompiled")
 def test_a_quantized_student(pair: tuple[Path, Config, Weights], tmp_path: Path) -> None:
     """What is measured is what is written: fused and packed again."""
     folder, config, weights = pair
@@ -430,7 +442,6 @@ def test_a_broken_run(file: str, whole: tuple[Treatment, Path, Result], tmp_path
         mlx_skipless.heal(None, None, tmp_path / "c", resume=True)
 
 
-@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("where", ["save", "replace"])
 def test_a_disk_that_fills_up_at_the_end(
     where: str, pair: tuple[Path, Config, Weights], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -449,7 +460,7 @@ def test_a_disk_that_fills_up_at_the_end(
     with monkeypatch.context() as patch:
         patch.setattr(*((mlx_lm.utils, "save") if where == "save" else (os, "replace")), full)
         with pytest.raises(mlx_skipless.UserError, match=r"disk full\? .* --resume writes it"):
-            mlx_skipless.heal(folder / "r", folder / "s", out, SMALL, pace=PACE)
+            mlx_skipless.heal(folder / "r", folder / "s", out, SHORT, pace=PACE)
     assert not {"config.json", ".partial-model"} & {p.name for p in out.iterdir()}
     mlx_skipless.heal(None, None, out, resume=True)
     assert (out / "config.json").is_file()

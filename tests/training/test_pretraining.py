@@ -129,6 +129,7 @@ def flags(recipe: Recipe = SMALL, pace: Pace = PACE) -> list[str]:
 # What is learnt and written
 
 
+@pytest.mark.usefixtures("compiled")
 def test_a_run_learns(text: Path, tmp_path: Path):
     """It ends below the entropy of single tokens, which takes knowing what follows what."""
     recipe = dataclasses.replace(SMALL, steps=80, batch_size=8, adam_learning_rate=0.02)
@@ -449,6 +450,16 @@ def stop_at(step: int, *signals: int) -> Callable[[Event], None]:
                 os.kill(os.getpid(), which)
 
     return report
+
+
+@pytest.mark.usefixtures("compiled")
+def test_a_run_of_compiled_steps_goes_on_as_if_nothing_had_been(text: Path, tmp_path: Path):
+    """Nothing of a run's state is a constant of its step."""
+    run(text, tmp_path / "whole")
+    with pytest.raises(UserError, match="interrupted"):
+        run(text, tmp_path / "run", report=stop_at(6, signal.SIGINT))
+    run(None, tmp_path / "run", None, resume=True)
+    same_end(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])

@@ -13,6 +13,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import reference
+from grids import product
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
@@ -99,10 +100,9 @@ def check_rung(**options: Any) -> dict[str, np.ndarray]:
     return weights
 
 
-@pytest.mark.parametrize("without", WITHOUT)
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("skip", SKIPS)
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize(
+    ("block", "skip", "norm", "without"), product(BLOCKS, SKIPS, NORMS, WITHOUT)
+)
 def test_every_rung_runs_and_can_learn(block: str, skip: str, norm: str, without: str):
     kv_heads = 4 if set(without) & {"k", "v"} else 2
     for shaped, gate, value in itertools.product((False, True), (None, 1.0), (None, 0.5)):

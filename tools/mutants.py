@@ -1,0 +1,670 @@
+"""Faults put into the code on purpose, one at a time: does the default test suite find each?
+
+    python tools/mutants.py [WORD ...] [--list] [--jobs N] [--thorough] [--source FOLDER]
+
+copies the tree, changes one place in the copy, runs the tests that should fail, and prints
+"killed", "SURVIVED", or "stale" where the text to change is no longer there exactly once. Words
+pick the mutants whose text, name or tests hold one of them. Exit code 1 unless all are killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+
+ROOT = Path(__file__).parents[1]
+PATIENCE = 900  # seconds for the tests of a mutant; one that hangs is found, too
+TAKEN = ("mlx_skipless", "tests", "tools", "docs", "*.py", "*.toml", "README.md", "LICENSE")
+
+EXACT = "tests/removal/test_exactness.py -k test_removal"
+FAMILY = "tests/architectures/test_architectures.py -k"
+BAD = "tests/conversion/test_bad_input.py -k"
+CALIBRATION = "tests/quantization/test_calibration.py -k"
+MODEL = "tests/network/test_model.py"
+HUB = "tests/checkpoints/test_hub.py -k"
+TRAIN = "tests/training/test_pretraining.py -k"
+HEAL = "tests/training/test_healing.py -k"
+
+# A station, the text that is there exactly once in the package (or once in the file that is named
+# behind "@@"), what takes its place, and pytest's arguments.
+MUTANTS: list[tuple[str, str, str, str]] = [
+    # The algebra: signs, transposes, biases.
+    ("algebra", "else q.bias @ inverse)", "else -q.bias @ inverse)", EXACT),
+    ("algebra", "else -p.bias)", "else p.bias)", EXACT),
+    ("algebra", "- reads.shift @ weight", "+ reads.shift @ weight", EXACT),
+    ("algebra", "if owns_shift and writes.shift", "if writes.shift", EXACT),
+    (
+        "algebra",
+        "Basis(basis.inverse.T, basis.matrix.T)",
+        "Basis(basis.inverse, basis.matrix)",
+        EXACT,
+    ),
+    (
+        "algebra",
+        "bias = None if bias is None else bias @ writes.matrix",
+        "bias = bias",
+        EXACT,
+    ),
+    (
+        "algebra",
+        "(0 if bias is None else bias) + shift @ weight",
+        "bias",
+        f"{FAMILY} 'layer_norms_become or do_without and gpt_neox'",
+    ),
+    (
+        "algebra",
+        "None if bias is None else bias - _mean(bias)",
+        "bias",
+        f"{FAMILY} 'layer_norms_become or do_without and gpt_neox'",
+    ),
+    (
+        "algebra",
+        "np.repeat(gain.reshape(args.num_key_value_heads, -1), group, axis=0)",
+        "np.tile(gain.reshape(args.num_key_value_heads, -1), (group, 1))",
+        EXACT,
+    ),
+    (
+        "algebra",
+        "(0 if bias is None else bias) - more",
+        "(0 if bias is None else bias) + more",
+        f"{FAMILY} 'layer_norms_become or do_without and gpt_neox or skipless_network and phi'",
+    ),
+    (
+        "algebra",
+        "0 if basis.shift is None else (basis.shift @ matrix)",
+        "0 if True else (basis.shift @ matrix)",
+        EXACT,
+    ),
+    (
+        "algebra",
+        "np.linalg.solve(self.of.astype(np.float64), other.astype(np.float64))",
+        "np.linalg.solve(self.of.astype(np.float32), other.astype(np.float32))",
+        "tests/removal/test_products.py tests/removal/test_merger.py",
+    ),
+    (
+        "algebra",
+        "np.float64 if stored == mx.float32 else np.float32",
+        "np.float32",
+        "tests/removal/test_products.py tests/removal/test_merger.py",
+    ),
+    ("algebra", "if not _all_finite(cast):", "if False:", f"{BAD} 'narrow or not_a_number'"),
+    # What is planned.
+    (
+        "plan",
+        "return max(0, round(math.log2(min(self.amplification, 2.0**32))))",
+        "return 0",
+        "tests/removal/test_plan.py tests/conversion/test_convert.py",
+    ),
+    ("plan", "NOISE_LIMIT = 0.02", "NOISE_LIMIT = 20.0", "tests/removal/test_plan.py"),
+    ("plan", "HOPELESS = 1e12", "HOPELESS = 1e300", f"{BAD} singular"),
+    ("plan", "biases[name].discard(layer)", "pass", EXACT),
+    (
+        "plan",
+        "if args.tie_word_embeddings and {0, len(found) - 1} <= eliminated.keys():",
+        "if False:",
+        f"{EXACT} tests/removal/test_plan.py",
+    ),
+    ("plan", 'if letter in "kv" and kv_width != d', 'if letter in "k" and kv_width != d', EXACT),
+    (
+        "plan",
+        'head_bias=args.head_bias or ("final" in folded and "final" in args.shifts)',
+        "head_bias=args.head_bias",
+        f"{FAMILY} 'layer_norms_become or do_without and gpt_neox'",
+    ),
+    # The network: scales, masks, caches, offsets, experts, machines.
+    ("network", "self.scale = args.head_dim**-0.5", "self.scale = 1.0", EXACT),
+    ("network", "offset = cache.offset if cache is not None else 0", "offset = 0", EXACT),
+    (
+        "network",
+        "window = self.sliding_window if layer.use_sliding else None",
+        "window = None",
+        f"{MODEL} -k sliding",
+    ),
+    (
+        "network",
+        "RotatingKVCache(max_size=self.args.sliding_window) if layer.use_sliding else KVCache()",
+        "KVCache()",
+        MODEL,
+    ),
+    ("network", "out = out - uniform *", "out = out + uniform *", EXACT),
+    ("network", "out = out + own.reshape(out.shape)", "out = out - own.reshape(out.shape)", EXACT),
+    ("network", "mx.argpartition(-scores,", "mx.argpartition(scores,", f"{FAMILY} mixtral"),
+    ("network", "else logits * self.logit_scale", "else logits", f"{FAMILY} cohere"),
+    (
+        "network",
+        "else rows * self.embedding_scale",
+        "else rows",
+        "tests/architectures/test_gemma.py",
+    ),
+    (
+        "network",
+        'parts["x"] + h if "x" in parts else h',
+        "h",
+        "tests/removal/test_table.py",
+    ),
+    (
+        "network",
+        "[None if layer.self_attn is None else next(left, None) for layer in layers]",
+        "[next(left, None) for layer in layers]",
+        f"{MODEL} tests/removal/test_sublayers.py",
+    ),
+    (
+        "network",
+        "least = bits + extra if bits else max(8, 4 + extra)",
+        "least = bits or 4",
+        "tests/network/test_fused.py tests/test_mlx_lm.py -k 'bits or protects'",
+    ),
+    (
+        "network",
+        "self._ends = [end // N for end in self._ends]",
+        "self._ends = [*self._ends]",
+        "tests/network/test_parallel.py",
+    ),
+    (
+        "network",
+        "square = mx.distributed.all_sum(square, group=self.group) / self.group.size()",
+        "square = square",
+        "tests/network/test_parallel.py",
+    ),
+    # What a source means.
+    (
+        "architectures",
+        'fused={"attention.query_key_value": QKV},\n        fused_by_head=True,',
+        'fused={"attention.query_key_value": QKV},\n        fused_by_head=False,',
+        f"{FAMILY} gpt_neox",
+    ),
+    ("architectures", "gain_offset=1.0", "gain_offset=0.0", "tests/architectures/test_gemma.py"),
+    (
+        "architectures",
+        "(array - gain_offset).astype(dtype)",
+        "array.astype(dtype)",
+        "tests/architectures/test_gemma.py",
+    ),
+    (
+        "architectures",
+        "Place(tuple(numbered[i] for i in sorted(numbered)), stacked=True)",
+        "Place(tuple(numbered[i] for i in sorted(numbered, reverse=True)), stacked=True)",
+        f"{FAMILY} mixtral",
+    ),
+    (
+        "architectures",
+        "if sorted(numbered) == [*range(len(numbered))]:",
+        "if True:",
+        f"{FAMILY} missing_expert",
+    ),
+    (
+        "architectures",
+        "        if ours in found:\n            raise UserError",
+        "        if False:\n            raise UserError",
+        f"{FAMILY} two_names",
+    ),
+    (
+        "architectures",
+        "default=0.0625",
+        "default=1.0",
+        "tests/architectures",
+    ),
+    ("architectures", "if heads % kv_heads:", "if False:", f"{BAD} 'broken_config or sizes'"),
+    ("architectures", "if args.rotary_dim > args.head_dim:", "if False:", "tests/architectures"),
+    (
+        "architectures",
+        'f"{HEAD}.weight" not in tensors',
+        "False",
+        "tests/removal/test_exactness.py -k plain_mlx_lm",
+    ),
+    # Tables and dropped sub-layers.
+    (
+        "removal",
+        "self.vocab_size * (self.row - self.hidden_size) + head - gone",
+        "self.vocab_size * (self.row - self.hidden_size) + head",
+        "tests/removal/test_table.py",
+    ),
+    (
+        "removal",
+        "mx.sum(1 - _cosine(a, b))",
+        "mx.sum(_cosine(a, b))",
+        "tests/removal/test_sublayers.py",
+    ),
+    (
+        "removal",
+        "path[0].loss * (1 + max_loss)",
+        "path[-1].loss * (1 + max_loss)",
+        "tests/removal/test_sublayers.py -k limit",
+    ),
+    (
+        "removal",
+        "(loss - path[-1].loss) / _weights(args, kind)",
+        "(loss - path[-1].loss)",
+        "tests/removal/test_sublayers.py",
+    ),
+    # Quantization.
+    (
+        "quantization",
+        "due[i - start + 1 :] += within",
+        "due[i - start + 1 :] -= within",
+        "tests/quantization/test_formats.py",
+    ),
+    (
+        "quantization",
+        'axis=1, bitorder="little"',
+        'axis=1, bitorder="big"',
+        "tests/quantization/test_formats.py",
+    ),
+    (
+        "quantization",
+        "- 2 * np.vdot(weight, cross)",
+        "- np.vdot(weight, cross)",
+        f"{CALIBRATION} moments",
+    ),
+    ("quantization", "if error < least:", "if error > least:", f"{CALIBRATION} fit"),
+    (
+        "quantization",
+        "return y if bias is None else y - bias",
+        "return y",
+        f"{CALIBRATION} 'without_rounding or survives'",
+    ),
+    (
+        "quantization",
+        "if last.nbytes + more > limit:",
+        "if False:",
+        "tests/quantization/test_bits.py",
+    ),
+    (
+        "quantization",
+        "if kl <= limit else (last, high)",
+        "if kl >= limit else (last, high)",
+        "tests/quantization/test_bits.py",
+    ),
+    (
+        "quantization",
+        "self.zero_shift = 0 if",
+        "self.zero_shift = 1 if",
+        "tests/checkpoints/test_packed.py",
+    ),
+    (
+        "quantization",
+        "AWQ_ORDER, dtype=mx.uint32) * 4",
+        "sorted(AWQ_ORDER), dtype=mx.uint32) * 4",
+        "tests/checkpoints/test_packed.py",
+    ),
+    (
+        "quantization",
+        "crosses = offset + bits > 32",
+        "crosses = offset + bits > 64",
+        "tests/checkpoints/test_packed.py",
+    ),
+    # The closing check and what is told of it.
+    (
+        "check",
+        "np.abs(a - b).max(-1) / np.where(largest",
+        "np.abs(a - b).mean(-1) / np.where(largest",
+        "tests/conversion/test_check.py",
+    ),
+    (
+        "check",
+        "(np.exp(log_p) * (log_p - log_q))",
+        "(np.exp(log_q) * (log_q - log_p))",
+        "tests/conversion/test_check.py",
+    ),
+    (
+        "check",
+        "nll.append(-log_q[places, row[1:]])",
+        "nll.append(-log_q[places, row[:-1]])",
+        "tests/conversion/test_check.py",
+    ),
+    (
+        "check",
+        "if not np.isfinite(b).all():",
+        "if False:",
+        "tests/conversion/test_check.py",
+    ),
+    (
+        "card",
+        "'fewer' if saved >= 0 else 'more'",
+        "'more' if saved >= 0 else 'fewer'",
+        "tests/conversion/test_convert.py -k card",
+    ),
+    (
+        "card",
+        '"" if report.stock else ", trust_remote_code=True"',
+        '""',
+        "tests/conversion/test_convert.py -k card",
+    ),
+    # Files: bounds, links, what is whole.
+    (
+        "files",
+        "if found < view.nbytes:",
+        "if False:",
+        f"{BAD} broken_files tests/checkpoints/test_files.py tests/test_faults.py",
+    ),
+    ("files", "if len(found) < len(pairs):", "if False:", f"{BAD} twice"),
+    ("files", "if Path(name).name != name or not name", "if not name", f"{BAD} broken_files"),
+    (
+        "files",
+        "if name not in expected and not tied_head and not ignored:",
+        "if False:",
+        f"{BAD} another_model",
+    ),
+    (
+        "files",
+        "if not target.is_relative_to(root) and target.parent != blobs:",
+        "if False:",
+        f"{BAD} link",
+    ),
+    ("files", "if _deeper(read, DEEPEST):", "if False:", f"{BAD} depth"),
+    (
+        "files",
+        'if config.get("model_file") is not None and',
+        "if False and",
+        "tests/test_trust.py -k own_code",
+    ),
+    # The writer.
+    (
+        "writer",
+        "shutil.rmtree(self.folder, ignore_errors=True)\n            self._held",
+        "self._held",
+        f"{BAD} 'interrupt or fills_up'",
+    ),
+    ("writer", "if os.path.lexists(out):", "if os.path.exists(out):", f"{BAD} existing_place"),
+    (
+        "writer",
+        "    except BlockingIOError:\n        ours = False",
+        "    except BlockingIOError:\n        ours = True",
+        f"{BAD} another_run",
+    ),
+    ("writer", "if needed > free:@@checkpoints", "if False:", f"{BAD} little_disk"),
+    (
+        "writer",
+        "self.folder.chmod(0o777 & ~umask)",
+        "pass",
+        "tests/checkpoints/test_writer.py tests/conversion/test_convert.py",
+    ),
+    # Signals and exit codes.
+    (
+        "cli",
+        '_complain(UserError("interrupted"))\n        return 1',
+        '_complain(UserError("interrupted"))\n        return 0',
+        f"{BAD} interrupt tests/cli/test_cli.py",
+    ),
+    (
+        "cli",
+        "for end in (signal.SIGTERM, signal.SIGHUP):",
+        "for end in (signal.SIGTERM,):",
+        f"{BAD} signal",
+    ),
+    (
+        "cli",
+        "if signal.getsignal(end) != signal.SIG_IGN:",
+        "if True:",
+        "tests/cli/test_cli.py -k hangups",
+    ),
+    (
+        "cli",
+        "if sys.stdin is None:",
+        "if False:",
+        "tests/inference/test_generation.py -k closed_standard",
+    ),
+    (
+        "cli",
+        "_complain(error)\n        return 1",
+        "_complain(error)\n        return 3",
+        f"{BAD} no_model",
+    ),
+    # The Hub.
+    ("hub", "[] if config_only else WEIGHTS", "WEIGHTS", f"{HUB} dry_run"),
+    ("hub", "revision=revision,\n                allow", "allow", f"{HUB} revision"),
+    ("hub", "if code else [])", "if True else [])", f"{HUB} fetched_once"),
+    ("hub", "in (401, 403):", "in (401,):", f"{HUB} refusal"),
+    (
+        "hub",
+        "except GatedRepoError as error:",
+        "except ZeroDivisionError as error:",
+        f"{HUB} refusal",
+    ),
+    # Text and tokenizers.
+    ("text", "[*row, end]", "[*row]", "tests/text/test_corpus.py"),
+    ("text", "self._starts(i // self._windows)[", "self._starts(0)[", "tests/text/test_corpus.py"),
+    (
+        "text",
+        "tokens[i * length : (i + 1) * length + 1]",
+        "tokens[i * length : (i + 1) * length]",
+        "tests/text/test_corpus.py",
+    ),
+    ("text", '{TURN_END}\\n"\n', '{TURN_END}"\n', "tests/text/test_corpus.py"),
+    (
+        "text",
+        "eos_token=TURN_END if chat else END",
+        "eos_token=END",
+        "tests/text/test_corpus.py tests/training/test_pretraining.py -k 'chat or tokenizer'",
+    ),
+    (
+        "text",
+        "mx.random.categorical(mx.nan_to_num(logits), key=now)",
+        "mx.random.categorical(mx.nan_to_num(logits) * 0, key=now)",
+        "tests/text/test_samples.py",
+    ),
+    # Training: what is resumed, and figures.
+    (
+        "training",
+        '[mx.array(loss) for loss in json.loads(metadata["losses"])]',
+        "[]",
+        f"{TRAIN} two_lines",
+    ),
+    (
+        "training",
+        'self._optimizer.state = both["optimizer"]',
+        "pass",
+        f"{TRAIN} 'goes_on or interrupted'",
+    ),
+    ("training", "if not bool(mx.isfinite(loss)):", "if False:", f"{TRAIN} no_number"),
+    (
+        "training",
+        '[event for event in read_log(self._out) if event["step"] <= self._step]',
+        "[event for event in read_log(self._out)]",
+        f"{TRAIN} 'killed or cannot_be_written'",
+    ),
+    (
+        "training",
+        "state = [model.state, optimizer.state]@@training/pretraining.py",
+        "state = [model.state]",
+        f"{TRAIN} compiled",
+    ),
+    (
+        "training",
+        "state = [model.state, optimizer.state]@@training/healing.py",
+        "state = [model.state]",
+        f"{HEAL} 'resumed_run or says_what'",
+    ),
+    (
+        "training",
+        "if not (out / TRAINING / STATE).exists():",
+        "if False:",
+        f"{TRAIN} leaves_nothing",
+    ),
+    (
+        "training",
+        "        if came:\n            raise KeyboardInterrupt",
+        "        if False:\n            raise KeyboardInterrupt",
+        f"{TRAIN} second_signal",
+    ),
+    (
+        "figures",
+        "nats / math.log(2) / max(1, characters)",
+        "nats / max(1, characters)",
+        "tests/evaluation/test_perplexity.py",
+    ),
+    (
+        "figures",
+        "count += batch[:, 1:].size",
+        "count += batch.size",
+        "tests/evaluation/test_perplexity.py",
+    ),
+    # Generation.
+    (
+        "inference",
+        "if bool(mx.isnan(logits[response.token])):",
+        "if False:",
+        "tests/inference/test_generation.py -k no_numbers",
+    ),
+    (
+        "inference",
+        "generation_tps=last.generation_tps * steps",
+        "generation_tps=last.generation_tps",
+        "tests/inference/test_generation.py",
+    ),
+    (
+        "inference",
+        "            mx.random.seed(seed)",
+        "            pass",
+        "tests/inference/test_generation.py -k seed",
+    ),
+    (
+        "inference",
+        "2 * layers * args.num_key_value_heads",
+        "layers * args.num_key_value_heads",
+        "tests/evaluation/test_analysis.py tests/conversion/test_convert.py",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A change of one place; ``tests`` are pytest's arguments."""
+
+    station: str
+    old: str
+    new: str
+    tests: str
+
+    def place(self, root: Path) -> tuple[Path, str] | None:
+        """The file that is changed and the text there; None unless there is exactly one place."""
+        old, _, file = self.old.partition("@@")
+        found = [
+            path
+            for path in sorted((root / "mlx_skipless").rglob("*.py"))
+            if file in str(path.relative_to(root)) and old in path.read_text(encoding="utf-8")
+        ]
+        if len(found) != 1 or found[0].read_text(encoding="utf-8").count(old) != 1:
+            return None
+        return found[0], old
+
+    def __str__(self) -> str:
+        return f"{self.station}: {' '.join(self.old.split())}  ->  {' '.join(self.new.split())}"
+
+
+@contextmanager
+def applied(mutant: Mutant, root: Path) -> Iterator[bool]:
+    """The copy of the tree at ``root`` with the mutant in it; False if it has no place there."""
+    place = mutant.place(root)
+    if place is None:
+        yield False
+        return
+    file, old = place
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.replace(old, mutant.new), encoding="utf-8")
+    try:
+        yield True
+    finally:
+        file.write_text(text, encoding="utf-8")
+
+
+def verdict(mutant: Mutant, root: Path, thorough: bool) -> str:
+    """What becomes of a mutant in a copy of the tree, and the test that found it."""
+    with applied(mutant, root) as there:
+        if not there:
+            return "stale"
+        given = ["-q", "-x", "-n", "0", "-p", "no:cacheprovider", *shlex.split(mutant.tests)]
+        given += ["--thorough"] if thorough else []
+        temporary = root.parent / "tmp"
+        temporary.mkdir(exist_ok=True)
+        try:
+            run = subprocess.run(
+                [sys.executable, "-m", "pytest", *given],
+                cwd=root,
+                env=os.environ | {"PYTHONPATH": str(root), "TMPDIR": str(temporary)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=PATIENCE,
+            )
+        except subprocess.TimeoutExpired:
+            return "killed    (no end)"
+    if run.returncode == 0:
+        return "SURVIVED"
+    found = [x for x in run.stdout.splitlines() if x.startswith(("FAILED", "ERROR"))]
+    if run.returncode == 1 and found:
+        return f"killed    {found[0].partition(' - ')[0].partition('::')[2]}"
+    return f"no verdict ({run.returncode}): {run.stdout.strip().splitlines()[-1]}"
+
+
+def copy_tree(source: Path, to: Path) -> Path:
+    """A copy of what the tests need."""
+    for pattern in TAKEN:
+        for path in source.glob(pattern):
+            if path.is_dir():
+                ignored = shutil.ignore_patterns("__pycache__")
+                shutil.copytree(path, to / path.name, ignore=ignored)
+            else:
+                to.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, to)
+    return to
+
+
+def try_all(mutants: Sequence[Mutant], source: Path, jobs: int, thorough: bool) -> list[str]:
+    """The verdict of each, printed as it comes."""
+    with tempfile.TemporaryDirectory() as folder:
+        copies: Queue[Path] = Queue()
+        for i in range(jobs):
+            copies.put(copy_tree(source, Path(folder) / str(i) / "tree"))
+
+        def one(mutant: Mutant) -> str:
+            copy = copies.get()
+            try:
+                found = verdict(mutant, copy, thorough)
+            finally:
+                copies.put(copy)
+            print(f"{found:60} {mutant}", flush=True)
+            return found
+
+        with ThreadPoolExecutor(jobs) as pool:
+            return list(pool.map(one, mutants))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("words", nargs="*", metavar="WORD", help="default: all")
+    parser.add_argument(
+        "--list", action="store_true", help="show them and whether they have a place"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="at once (default: 1)")
+    parser.add_argument("--thorough", action="store_true", help="the exhaustive grids, too")
+    parser.add_argument("--source", type=Path, default=ROOT, help="the tree (default: this one)")
+    given = parser.parse_args()
+    chosen = [
+        mutant
+        for mutant in (Mutant(*row) for row in MUTANTS)
+        if not given.words or any(word in f"{mutant} {mutant.tests}" for word in given.words)
+    ]
+    if given.list:
+        for mutant in chosen:
+            print(f"{'' if mutant.place(given.source) else 'STALE '}{mutant}")
+        return 0
+    found = try_all(chosen, given.source, given.jobs, given.thorough)
+    killed = sum(one.startswith("killed") for one in found)
+    print(f"{killed} of {len(found)} killed")
+    return 0 if killed == len(found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
