@@ -141,56 +141,10 @@ class Options:
     seed: int = checking(0, "of the sampled text", metavar="SEED")
 
     def __post_init__(self) -> None:
-        self._check_target()
-        quantization = self.quantization
-        if self.distill < 0:
-            raise UserError(f"--distill {self.distill}: must be a number of steps, 0 or more")
-        if self.distill and (quantization is None or quantization.mode != "affine"):
-            raise UserError("--distill trains scales and biases: it needs -q in affine mode")
-        if self.precompute_first_layer not in (None, "auto", "force"):
-            raise UserError(
-                f"--precompute-first-layer {self.precompute_first_layer}: give nothing or force"
-            )
-        self._check_drops()
-        if self.remove not in REMOVALS:
-            raise UserError(f"--remove {self.remove}: choose one of {', '.join(REMOVALS)}")
-        if self.dtype not in (None, *FLOAT_NAMES):
-            raise UserError(f"--dtype {self.dtype}: choose one of {', '.join(FLOAT_NAMES)}")
-        check_seed(self.seed)
-        if self.upload_repo is not None and not HUB_ID.fullmatch(self.upload_repo):
-            raise UserError(f"--upload-repo {self.upload_repo}: a repository is called owner/name")
-
-    def _check_target(self) -> None:
-        if not self.mixes_bits:
-            return
-        kl = self.target_kl
-        if self.target_bytes is not None and kl is not None:
-            raise UserError("--target-bytes and --target-kl are two ends of one trade: drop one")
-        if self.q_bits is not None or self.q_mode != "affine":
-            raise UserError(
-                "--target-bytes and --target-kl choose the bits, of affine mode: drop --q-bits and "
-                "--q-mode"
-            )
-        if kl is not None and not 0 < kl < math.inf:
-            raise UserError(f"--target-kl {kl}: must be a positive number of nats per token")
-        if kl is not None and not self.verify:
-            raise UserError("--target-kl measures the result: drop --no-verify")
-
-    def _check_drops(self) -> None:
-        for kind, count in self.drops.items():
-            if count != "auto" and not isinstance(count, int):
-                raise UserError(f"--drop-{kind} {count}: give a number of layers, or auto")
-        share = self.max_loss
-        if share is not None and "auto" not in self.drops.values():
-            raise UserError(
-                "--max-loss is for --drop-attention auto, --drop-ffn auto or -block auto"
-            )
-        if share is not None and not 0 < share < math.inf:
-            raise UserError(f"--max-loss {share}: must be a positive share, for instance 1%")
-        if self.greedy and not self.drops:
-            raise UserError("--greedy is for --drop-attention, --drop-ffn and --drop-block")
-        if self.skipless and self.drops:
-            raise UserError("--skipless drops every skip connection: drop it to drop sub-layers")
+        _check_target(self)
+        _check_quantization(self)
+        _check_drops(self)
+        _check_values(self)
 
     @property
     def drops(self) -> dict[str, int | str]:
@@ -216,3 +170,57 @@ class Options:
         """How to quantize the result; None: not at all."""
         wanted = self.quantize or self.mixes_bits
         return make_quantization(wanted, self.q_bits, self.q_group_size, self.q_mode)
+
+
+def _check_target(options: Options) -> None:
+    if not options.mixes_bits:
+        return
+    kl = options.target_kl
+    if options.target_bytes is not None and kl is not None:
+        raise UserError("--target-bytes and --target-kl are two ends of one trade: drop one")
+    if options.q_bits is not None or options.q_mode != "affine":
+        raise UserError(
+            "--target-bytes and --target-kl choose the bits, of affine mode: drop --q-bits and "
+            "--q-mode"
+        )
+    if kl is not None and not 0 < kl < math.inf:
+        raise UserError(f"--target-kl {kl}: must be a positive number of nats per token")
+    if kl is not None and not options.verify:
+        raise UserError("--target-kl measures the result: drop --no-verify")
+
+
+def _check_quantization(options: Options) -> None:
+    quantization = options.quantization  # refused here, if MLX does not have it
+    if options.distill < 0:
+        raise UserError(f"--distill {options.distill}: must be a number of steps, 0 or more")
+    if options.distill and (quantization is None or quantization.mode != "affine"):
+        raise UserError("--distill trains scales and biases: it needs -q in affine mode")
+
+
+def _check_drops(options: Options) -> None:
+    for kind, count in options.drops.items():
+        if count != "auto" and not isinstance(count, int):
+            raise UserError(f"--drop-{kind} {count}: give a number of layers, or auto")
+    share = options.max_loss
+    if share is not None and "auto" not in options.drops.values():
+        raise UserError("--max-loss is for --drop-attention auto, --drop-ffn auto or -block auto")
+    if share is not None and not 0 < share < math.inf:
+        raise UserError(f"--max-loss {share}: must be a positive share, for instance 1%")
+    if options.greedy and not options.drops:
+        raise UserError("--greedy is for --drop-attention, --drop-ffn and --drop-block")
+    if options.skipless and options.drops:
+        raise UserError("--skipless drops every skip connection: drop it to drop sub-layers")
+
+
+def _check_values(options: Options) -> None:
+    if options.precompute_first_layer not in (None, "auto", "force"):
+        raise UserError(
+            f"--precompute-first-layer {options.precompute_first_layer}: give nothing or force"
+        )
+    if options.remove not in REMOVALS:
+        raise UserError(f"--remove {options.remove}: choose one of {', '.join(REMOVALS)}")
+    if options.dtype not in (None, *FLOAT_NAMES):
+        raise UserError(f"--dtype {options.dtype}: choose one of {', '.join(FLOAT_NAMES)}")
+    check_seed(options.seed)
+    if options.upload_repo is not None and not HUB_ID.fullmatch(options.upload_repo):
+        raise UserError(f"--upload-repo {options.upload_repo}: a repository is called owner/name")
