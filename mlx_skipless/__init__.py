@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from .evaluation.tasks import evaluate
     from .inference.generation import generate
     from .inference.loading import load
-    from .training.healing import Treatment, heal
+    from .training.healing import heal
     from .training.pretraining import train
-    from .training.recipe import Recipe
+    from .training.recipe import Recipe, Treatment
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
 ]
 _HOMES = {
     "Recipe": "training.recipe",
-    "Treatment": "training.healing",
+    "Treatment": "training.recipe",
     "UserError": "errors",
     "analyze": "evaluation.analysis",
     "benchmark": "evaluation.benchmark",

@@ -1,12 +1,13 @@
 """The one exception for what a user can mend."""
 
-LONGEST = 2000  # characters of a message: a checkpoint's names and values are quoted in it
+LONGEST = 2000  # characters of a message, which may quote a checkpoint's names and values
 
 
 class UserError(Exception):
-    """Something the user can mend: the message says what, where and what to do, in one line.
+    """An error that the user can mend: one line that says what is wrong, where, and what to do.
 
-    What it quotes comes from files of anyone: line ends and what a terminal obeys are escaped.
+    Messages quote files of unknown origin, so characters that are not printable, such as line ends
+    and a terminal's control codes, are escaped, and the middle of a long message is left out.
     """
 
     def __init__(self, message: str):
@@ -17,5 +18,5 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What any other error says, in one line, to be quoted in a ``UserError``."""
+    """Return the first line of another error's message, for a ``UserError`` to quote."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

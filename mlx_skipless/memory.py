@@ -1,17 +1,12 @@
-"""How much memory there is and what takes it, and how sizes are read and written."""
+"""How much memory there is and what takes it."""
 
 import os
-import re
 import resource
 import sys
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_reduce
-
-from .errors import UserError
-
-UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
 def peak_memory_bytes() -> int:
@@ -44,16 +39,3 @@ def weight_bytes(model: nn.Module) -> int:
 def format_bytes(nbytes: int) -> str:
     """Bytes for reading: "1.50 GB"."""
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes of a size such as "900000", "1.6MB" or "4 GB" (decimal units).
-
-    Raises:
-        UserError: if it is none.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?b)?", text.strip().lower())
-    value = round(float(found[1]) * UNITS[found[2] if found[2] in UNITS else ""]) if found else 0
-    if value < 1:
-        raise UserError(f"{text!r} is no size: give bytes, or for instance 1.6MB or 4GB")
-    return value

@@ -1,39 +1,144 @@
-"""Dataclasses whose fields are flags of the command line and keys of a YAML file."""
+"""Options: dataclasses whose fields are flags and keys of YAML files; checks of their values.
+
+Imports no library, so that a command's help does not wait for MLX.
+"""
 
 import contextlib
 import dataclasses
+import math
+import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from .errors import UserError
 
 Kind = TypeVar("Kind")
+UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
-def option(default: Any, help_text: str, choices: Sequence[str] = ()) -> Any:
-    """A field that is a flag too; the command line takes its help from here."""
-    metadata = {"help": help_text, "choices": tuple(choices)}
+def option(
+    default: Any,
+    help_text: str,
+    choices: Sequence[str] = (),
+    *,
+    group: str = "",
+    flags: Sequence[str] = (),
+    metavar: str | None = None,
+    parse: Callable[[str], Any] | None = None,
+    const: Any = None,
+) -> Any:
+    """Make a dataclass field that is a flag of the command line too.
+
+    Args:
+        default: the field's value where none is given.
+        help_text: what ``--help`` and the Python reference say of it.
+        choices: the values that it can have; any, if there are none.
+        group: the heading that ``--help`` shows it under.
+        flags: what the flag is called; ``flag_name`` of the field, if none is given.
+        metavar: what ``--help`` calls the flag's value.
+        parse: makes the value of the flag's text; default: by the field's type.
+        const: the value that the flag alone stands for. A bool field with one has no ``--no-`` flag
+            beside its own.
+    """
+    metadata = {
+        "help": help_text,
+        "choices": tuple(choices),
+        "group": group,
+        "flags": tuple(flags),
+        "metavar": metavar,
+        "parse": parse,
+        "const": const,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def flag_name(name: str) -> str:
-    """ "--batch-size" for ``batch_size``."""
+    """Turn a field's name into its flag: ``batch_size`` into ``--batch-size``."""
     return f"--{name.replace('_', '-')}"
 
 
 def check_choices(options: Any) -> None:
-    """Raises UserError if a field is none of its choices."""
+    """Check each field of an options dataclass that has choices.
+
+    Raises:
+        UserError: for a value that is none of its field's choices.
+    """
     for one in dataclasses.fields(options):
-        choices, value = one.metadata["choices"], getattr(options, one.name)
-        if choices and value not in choices:
-            raise UserError(
-                f"{flag_name(one.name)} {value!r}: choose one of {', '.join(filter(None, choices))}"
-            )
+        if choices := one.metadata["choices"]:
+            check_choice(flag_name(one.name), getattr(options, one.name), choices)
+
+
+def check_choice(flag: str, value: Any, choices: Sequence[str]) -> None:
+    """Check that the value of a flag is one of its choices; an empty choice goes unmentioned.
+
+    Raises:
+        UserError: if it is not.
+    """
+    if value not in choices:
+        raise UserError(f"{flag} {value!r}: choose one of {', '.join(filter(None, choices))}")
+
+
+def check_at_least(flag: str, value: float | None, least: float) -> None:
+    """Check the lower bound of a flag's value; None, a flag not given, passes.
+
+    Raises:
+        UserError: if the value is below ``least`` or not a number.
+    """
+    if value is not None and not value >= least:
+        raise UserError(f"{flag} {value}: must be at least {least}")
+
+
+def check_above_zero(flag: str, value: float | None) -> None:
+    """Check that a flag's value is above zero and finite; None, a flag not given, passes.
+
+    Raises:
+        UserError: if it is not.
+    """
+    if value is not None and not 0 < value < math.inf:
+        raise UserError(f"{flag} {value}: must be above 0")
+
+
+def check_seed(seed: int | None) -> None:
+    """Check that ``--seed`` fits MLX's 64 bits; None, a flag not given, passes.
+
+    Raises:
+        UserError: if it does not.
+    """
+    if seed is not None and not 0 <= seed < 2**64:
+        raise UserError(f"--seed {seed}: must be at least 0 and fit 64 bits")
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as "900000", "1.6MB" or "4 GB" (decimal units).
+
+    Raises:
+        UserError: if it is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?b)?", text.strip().lower())
+    value = round(float(found[1]) * UNITS[found[2] if found[2] in UNITS else ""]) if found else 0
+    if value < 1:
+        raise UserError(f"{text!r} is no size: give bytes, or for instance 1.6MB or 4GB")
+    return value
+
+
+def parse_share(text: str) -> float:
+    """The share that "1%" or "0.01" stands for."""
+    return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+
+
+def parse_count(text: str) -> int | str:
+    """The number that a text stands for, or "auto"."""
+    return text if text == "auto" else int(text)
 
 
 def read_options(kind: type[Kind], what: str, given: Mapping[str, Any]) -> Kind:
-    """An instance of a dataclass from a mapping, of flags or from YAML; ``what`` names it.
+    """Make an options dataclass from a mapping, such as parsed flags or a YAML file.
+
+    Args:
+        kind: the dataclass.
+        what: what messages call it, such as "recipe".
+        given: values by field name; absent fields keep their defaults.
 
     Raises:
         UserError: for an unknown key or a value of the wrong type.

@@ -35,7 +35,6 @@ def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stripped(hugging_face: Path):
     """The skipless network of it, its gains folded by hand, in float64."""
     checkpoint = open_checkpoint(hugging_face)
-    assert checkpoint.store is not None
     arrays = checkpoint.read(checkpoint.store.shapes)
     weights = {name: np.array(array).astype(np.float64) for name, array in arrays.items()}
     for layer in range(30):

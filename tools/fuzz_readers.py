@@ -26,7 +26,7 @@ import numpy as np
 import safetensors
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
-sys.path += [str(TESTS / "helpers"), str(TESTS / "checkpoints")]
+sys.path.append(str(TESTS / "helpers"))
 SEEDS = TESTS / "seeds"
 LAYERS = 8  # that a config may ask for: thousands are believed, and would take seconds each
 LLAMA: dict[str, Any] = {
@@ -100,7 +100,7 @@ def sharded_folder() -> Path:
 @functools.cache
 def packed_folders() -> list[Path]:
     """Of MLX, AWQ and GPTQ, which their config's settings alone tell apart from others."""
-    from test_packed import awq, gptq, mlx_pack
+    from packing import awq, gptq, mlx_pack
 
     mlx = mlx_pack("affine", 32, 4)
     packers = {"mlx": lambda path, values: mlx(values), "awq": awq()[1], "gptq": gptq(4)[1]}
@@ -130,8 +130,6 @@ def read_all(source: Path) -> None:
     from mlx_skipless.checkpoints.gguf_file import GGUFStore
 
     checkpoint = open_checkpoint(source)
-    if checkpoint.store is None:
-        return
     mx.eval(checkpoint.read(checkpoint.store.shapes))
     if isinstance(checkpoint.store, GGUFStore):
         checkpoint.store.tokenizer()
@@ -151,7 +149,7 @@ def config(data: bytes) -> None:
 
 def weights(data: bytes) -> None:
     """A safetensors file, read as its library reads it; and as a Llama's."""
-    from mlx_skipless.checkpoints.checkpoint import SafetensorsStore
+    from mlx_skipless.checkpoints.safetensors import SafetensorsStore
 
     folder = dense_folder()
     (folder / "config.json").write_text(json.dumps(LLAMA))
@@ -270,7 +268,7 @@ def _json_starts(target: str) -> list[Any]:
 
 def _gguf_files() -> Iterator[bytes]:
     """With the tokenizer of either kind."""
-    from test_gguf import CONTROL, NORMAL, UNKNOWN, write
+    from gguf_maker import CONTROL, NORMAL, UNKNOWN, write_gguf
 
     words = ["<unk>", "<s>", "</s>", "a", "b", "ab"]
     config = LLAMA | {"max_position_embeddings": 64, "rope_theta": 1e4, "head_dim": 4}
@@ -288,7 +286,7 @@ def _gguf_files() -> Iterator[bytes]:
 
     for kind in ("llama", "gpt2"):
         file = place() / "start.gguf"
-        write(file, config, llama_tensors(), describe=functools.partial(describe, kind=kind))
+        write_gguf(file, config, llama_tensors(), describe=functools.partial(describe, kind=kind))
         yield file.read_bytes()
 
 

@@ -24,8 +24,10 @@ from mlx_skipless.evaluation.plots import COLOURS
 from mlx_skipless.network.driver import StreamedNetwork
 from mlx_skipless.quantization.calibration import CalibratedParts, NearestParts
 from mlx_skipless.quantization.layout import Layout, Quantization
+from mlx_skipless.removal.candidates import find_measurable
 from mlx_skipless.removal.merger import Merger
-from mlx_skipless.removal.plan import Plan, find_measurable, make_plan
+from mlx_skipless.removal.plan import Plan, make_plan
+from mlx_skipless.removal.source import SourceReader
 from mlx_skipless.text import samples
 
 BITS = (3, 4, 5, 6, 8)
@@ -80,8 +82,9 @@ class Bench:
         return Merger(self.checkpoint, plan, mx.float32)
 
     def plan(self, remove: str) -> Plan:
-        plain = self.merger(make_plan(self.args, remove="none"))
-        conditioning = {w: plain.conditioning(w) for w in find_measurable(self.args, remove)}
+        source = SourceReader(self.checkpoint)
+        paths = find_measurable(self.args, remove)
+        conditioning = {path: source.measure_conditioning(path) for path in paths}
         return make_plan(self.args, remove=remove, quantized=True, conditioning=conditioning)
 
     def kl(self, network: StreamedNetwork) -> float:
@@ -95,7 +98,7 @@ class Bench:
         if against_text:
             parts = CalibratedParts(self.args, self._dense, merger, layout, self._calibration)
             parts = InOrder(parts, self.args.num_hidden_layers)
-        return layout.nbytes(), self.kl(StreamedNetwork(plan.after, parts, layout.settings))
+        return layout.nbytes(), self.kl(StreamedNetwork(plan.after, parts, layout.config_entry))
 
     def converted(self, **options: Any) -> Point:
         """What ``convert`` makes of it."""

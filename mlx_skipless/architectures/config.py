@@ -1,15 +1,26 @@
 """What a config.json says of a network: every key read, checked and completed."""
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 from mlx_lm.models.rope_utils import initialize_rope
 
 from ..errors import UserError
 from ..network.model import FUSED, ModelArgs
-from ..network.names import FINAL_NORM, GAINS, HEAD, LINEAR_PATHS, PROJECTIONS, find_norms
-from .families import Config, find_family, read_flag
+from ..network.names import (
+    ATTENTION,
+    EXPERTS,
+    FINAL_NORM,
+    HEAD,
+    LINEAR_PATHS,
+    NORMS,
+    PROJECTIONS,
+    find_norms,
+)
+from .families import find_family
+from .family import Config, check_flag, list_biases, read_flag
 
 # Largest sizes that are believed; anything above is a broken or hostile config.
 LIMITS = {
@@ -26,15 +37,16 @@ LIMITS = {
     "num_local_experts": 1 << 12,
     "num_experts_per_tok": 1 << 12,
 }
+LAYER_TYPES = ["full_attention", "sliding_attention"]
+# Keys that map parts of a layer to lists of layers.
+LAYER_LISTS: dict[str, Collection[str]] = {
+    "removed": ("q", "k", "v", "p", "attention", "ffn"),
+    "fused": FUSED,
+    "biases": PROJECTIONS,
+}
 
 
-def _given(config: Config, key: str, default: Any) -> Any:
-    value = config.get(key)
-    return default if value is None else value
-
-
-def _whole(config: Config, key: str, default: int | None = None) -> int:
-    value = _given(config, key, default)
+def _check_whole(key: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= LIMITS[key]:
         raise UserError(
             f'"{key}" in config.json is {value!r}; it must be a whole number '
@@ -43,220 +55,155 @@ def _whole(config: Config, key: str, default: int | None = None) -> int:
     return value
 
 
-def _count(config: Config, key: str) -> int:
-    """A whole number that may be absent or 0."""
-    value = config.get(key)
-    return 0 if value is None or (type(value) is int and value == 0) else _whole(config, key)
+def _check_count(key: str, value: Any) -> int:
+    return 0 if type(value) is int and value == 0 else _check_whole(key, value)
 
 
-def _real(config: Config, key: str, default: float) -> float:
-    value = _given(config, key, default)
+def _check_window(key: str, value: Any) -> int | None:
+    return None if value is None else _check_whole(key, value)
+
+
+def _check_real(key: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
         raise UserError(f'"{key}" in config.json is {value!r}; it must be a positive number')
     return float(value)
 
 
-def _layer_lists(
-    config: Config, key: str, parts: Collection[str], layers: int
-) -> dict[str, list[int]]:
-    lists = config.get(key) or {}
-    if not isinstance(lists, dict) or not all(
-        part in parts
-        and isinstance(where, list)
-        and all(type(i) is int and 0 <= i < layers for i in where)
-        for part, where in lists.items()
-    ):
+def _check_extra_bits(key: str, value: Any) -> dict[str, int]:
+    value = value or {}
+    if not isinstance(value, dict) or not all(type(n) is int and n >= 0 for n in value.values()):
         raise UserError(
-            f'"{key}" in config.json is {lists!r}; it must map {", ".join(parts)} to '
-            f"lists of layers from 0 to {layers - 1}"
+            f'"{key}" in config.json is {value!r}; it must map matrices to numbers of bits'
         )
-    return lists
+    return value
 
 
-def _extra_bits(config: Config) -> dict[str, int]:
-    bits = config.get("extra_bits") or {}
-    if not isinstance(bits, dict) or not all(type(n) is int and n >= 0 for n in bits.values()):
+def _check_later(key: str, value: Any) -> Any:
+    """Accept what ModelArgs checks itself, or ``_find_contradictions`` beside other keys."""
+    return value
+
+
+def _share_stream(read: Config) -> int:
+    """Return the width of a head where all of them together are as wide as the stream."""
+    hidden, heads = read["hidden_size"], read["num_attention_heads"]
+    if hidden % heads:
         raise UserError(
-            f'"extra_bits" in config.json is {bits!r}; it must map matrices to numbers of bits'
+            f'"hidden_size" {hidden} is no multiple of {heads} heads and config.json has no '
+            '"head_dim": correct it'
         )
-    return bits
+    return hidden // heads
 
 
-def _norms(config: Config, key: str, known: Collection[str], norm: str) -> list[str] | None:
-    """The norms that a list in the config names; None where it says nothing."""
-    named = config.get(key)
-    if named is not None and not (isinstance(named, list) and all(g in known for g in named)):
-        raise UserError(
-            f'"{key}" in config.json is {named!r}; with norm {norm} it must be a list of '
-            f"{', '.join(known)}"
-        )
-    return named
-
-
-def _layers_with(names: Iterable[str], suffix: str) -> list[int]:
-    pattern = re.compile(rf"model\.layers\.(0|[1-9][0-9]{{0,8}})\.{re.escape(suffix)}")
-    return sorted(int(m[1]) for name in names if (m := pattern.fullmatch(name)))
-
-
-def _rope(config: Config) -> tuple[float, Config | None]:
-    """Base and scaling, from our own key, Hugging Face's old ones or ``rope_parameters``."""
-    for key in ("rope", "rope_scaling", "rope_parameters"):
-        if config.get(key) is not None and not isinstance(config[key], dict):
-            raise UserError(
-                f"the RoPE scaling in config.json is {config[key]!r}; it must be an object"
-            )
-    new = config.get("rope_parameters")
-    scaling = next((config[k] for k in ("rope", "rope_scaling") if config.get(k)), new)
-    theta = _real({**config, **(new or {})}, "rope_theta", 10000.0)
-    scaling = {k: v for k, v in (scaling or {}).items() if k != "rope_theta" and v is not None}
-    left = {k: v for k, v in scaling.items() if k not in ("rope_type", "type")}
-    kind = scaling.get("rope_type") or scaling.get("type")
-    if kind is None and left.keys() - {"partial_rotary_factor"}:
-        raise UserError(
-            f'the RoPE scaling in config.json is {scaling!r}; it needs a "rope_type", one for all '
-            "layers"
-        )
-    return theta, None if kind in (None, "default") else {**left, "rope_type": kind}
-
-
-def _check_removed(args: ModelArgs) -> None:
-    """Without Q, K or V the stream itself takes its place, so it must be as wide."""
-    heads, kv_heads = args.num_attention_heads, args.num_key_value_heads
-    count = {"q": heads, "k": kv_heads, "v": kv_heads}
-    if args.block == "parallel" or args.skip == "both":
-        count["p"] = heads  # the heads are added to the stream
-    for part, n in count.items():
-        if args.removed.get(part) and n * args.head_dim != args.hidden_size:
-            raise UserError(
-                f'"removed" in config.json names {part}, which is {n * args.head_dim} wide and '
-                f"cannot be left out of a stream of {args.hidden_size}: correct config.json"
-            )
+# The format's keys in the order in which they are read: how each is checked, and its value where a
+# config is silent, which can be computed from the keys before it.
+FORMAT: dict[str, tuple[Callable[[str, Any], Any], Any]] = {
+    "num_hidden_layers": (_check_whole, None),
+    "hidden_size": (_check_whole, None),
+    "num_attention_heads": (_check_whole, None),
+    "num_key_value_heads": (_check_whole, lambda read: read["num_attention_heads"]),
+    "head_dim": (_check_whole, _share_stream),
+    "intermediate_size": (_check_whole, None),
+    "vocab_size": (_check_whole, None),
+    "block": (_check_later, "serial"),
+    "skip": (_check_later, "none"),
+    "norm": (_check_later, "none"),
+    "norm_type": (_check_later, "rms"),
+    "final_norm": (check_flag, False),
+    "shared_norm": (check_flag, False),
+    "qk_norm": (check_flag, False),
+    "rms_norm_eps": (_check_real, 1e-6),
+    "hidden_act": (_check_later, "silu"),
+    "gated": (check_flag, True),
+    "num_local_experts": (_check_count, 0),
+    "num_experts_per_tok": (_check_count, 0),
+    "max_position_embeddings": (_check_whole, 2048),
+    "sliding_window": (_check_window, None),
+    "layer_types": (_check_later, None),
+    "rotary_dim": (_check_whole, lambda read: read["head_dim"]),
+    "rope_traditional": (check_flag, False),
+    "tie_word_embeddings": (check_flag, False),
+    "embedding_scale": (_check_real, 1.0),
+    "logit_scale": (_check_real, 1.0),
+    "head_bias": (check_flag, False),
+    "precomputed": (check_flag, False),
+    "extra_bits": (_check_extra_bits, None),
+    **{key: (lambda key, value: value or {}, None) for key in LAYER_LISTS},
+}
 
 
 def read_model_args(config: Config, tensors: Collection[str] | None = None) -> ModelArgs:
-    """The network that a config describes.
+    """Read the network that a config describes.
 
     Args:
         config: a Hugging Face ``config.json`` of a known family.
         tensors: the checkpoint's canonical tensor names; they decide what the config leaves open
-            (biases, gains, linear paths, a tied head). None: the config alone is believed.
+            (biases, norms' weights, linear paths, a tied head). None: the config alone is believed.
 
     Raises:
         UserError: for an unknown architecture or a size that is missing, malformed or absurd.
     """
     family = find_family(config)
     try:
-        return _model_args(family.to_own_keys(config), tensors)
+        own = family.to_own_keys(config)
+        args = _read_format(own)
+        _check_rope(args)
+        if tensors is None:
+            _complete_from_config(args, own)
+        else:
+            _complete_from_tensors(args, own, tensors)
+        if args.precomputed and (args.lacks("attention", 0) or args.tie_word_embeddings):
+            raise UserError(
+                'config.json says "precomputed", which needs an attention in layer 0 and a head of '
+                "its own: correct config.json"
+            )
     except UserError as error:
         raise UserError(family.quote_its_keys(str(error))) from error
-
-
-def _model_args(own: Config, tensors: Collection[str] | None) -> ModelArgs:
-    """Likewise of a config in the format's own keys."""
-    layers = _whole(own, "num_hidden_layers")
-    hidden, heads = _whole(own, "hidden_size"), _whole(own, "num_attention_heads")
-    kv_heads = _whole(own, "num_key_value_heads", heads)
-    if heads % kv_heads:
-        raise UserError(
-            f"{heads} attention heads cannot share {kv_heads} key-value heads: correct "
-            '"num_key_value_heads" in config.json'
-        )
-    if own.get("head_dim") is None and hidden % heads:
-        raise UserError(
-            f'"hidden_size" {hidden} is no multiple of {heads} heads and config.json has no '
-            '"head_dim": correct it'
-        )
-    norm = _given(own, "norm", "none")
-    theta, scaling = _rope(own)
-    window = own.get("sliding_window")
-    try:
-        args = ModelArgs(
-            model_type="skipless",
-            hidden_size=hidden,
-            num_hidden_layers=layers,
-            intermediate_size=_whole(own, "intermediate_size"),
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=_whole(own, "head_dim", hidden // heads),
-            vocab_size=_whole(own, "vocab_size"),
-            block=_given(own, "block", "serial"),
-            skip=_given(own, "skip", "none"),
-            norm=norm,
-            final_norm=read_flag(own, "final_norm"),
-            rms_norm_eps=_real(own, "rms_norm_eps", 1e-6),
-            hidden_act=_given(own, "hidden_act", "silu"),
-            rope_theta=theta,
-            rope=scaling,
-            max_position_embeddings=_whole(own, "max_position_embeddings", 2048),
-            sliding_window=None if window is None else _whole(own, "sliding_window"),
-            layer_types=_given(own, "layer_types", []),
-            tie_word_embeddings=read_flag(own, "tie_word_embeddings"),
-            embedding_scale=_real(own, "embedding_scale", 1.0),
-            logit_scale=_real(own, "logit_scale", 1.0),
-            norm_type=_given(own, "norm_type", "rms"),
-            shared_norm=read_flag(own, "shared_norm"),
-            qk_norm=read_flag(own, "qk_norm"),
-            gated=read_flag(own, "gated", default=True),
-            num_local_experts=_count(own, "num_local_experts"),
-            num_experts_per_tok=_count(own, "num_experts_per_tok"),
-            rotary_dim=_whole(own, "rotary_dim", _whole(own, "head_dim", hidden // heads)),
-            rope_traditional=read_flag(own, "rope_traditional"),
-            head_bias=read_flag(own, "head_bias"),
-            removed=_layer_lists(own, "removed", ("q", "k", "v", "p", "attention", "ffn"), layers),
-            extra_bits=_extra_bits(own),
-            fused=_layer_lists(own, "fused", FUSED, layers),
-            precomputed=read_flag(own, "precomputed"),
-        )
-    except ValueError as error:
-        raise UserError(f"config.json: {error}") from error
-    _check_removed(args)
-    _check_shapes(args)
-    _check_rope(args)
-    kinds = args.layer_types
-    known = ["full_attention", "sliding_attention"]
-    fits = isinstance(kinds, list) and len(kinds) == layers
-    if not fits or not all(kind in known for kind in kinds):
-        raise UserError(
-            f'"layer_types" in config.json must name one of {known} for each of {layers} layers'
-        )
-    if "sliding_attention" in kinds and not args.sliding_window:
-        raise UserError('"layer_types" in config.json asks for a window: give "sliding_window" too')
-    if tensors is None:
-        _complete_from_config(args, own)
-    else:
-        _complete_from_tensors(args, own, tensors)
-    if args.precomputed and (args.lacks("attention", 0) or args.tie_word_embeddings):
-        raise UserError(
-            'config.json says "precomputed", which needs an attention in layer 0 and a head of its '
-            "own: correct config.json"
-        )
     return args
 
 
-def _check_shapes(args: ModelArgs) -> None:
-    for key, width in (("head_dim", args.head_dim), ("rotary_dim", args.rotary_dim)):
-        if width % 2:
-            raise UserError(f"{key} {width} is odd; RoPE needs pairs: correct config.json")
-    if args.rotary_dim > args.head_dim:
+def _read_format(own: Config) -> ModelArgs:
+    read: Config = {}
+    for key, (check, default) in FORMAT.items():
+        value = own.get(key)
+        if value is None:
+            value = default(read) if callable(default) else default
+        read[key] = check(key, value)
+    theta, scaling = _read_rope(own)
+    try:
+        args = ModelArgs(model_type="skipless", rope_theta=theta, rope=scaling, **read)
+    except ValueError as error:
+        raise UserError(f"config.json: {error}") from error
+    for complaint in chain(_find_wrong_layers(args), _find_contradictions(args)):
+        raise UserError(complaint)
+    return args
+
+
+def _read_rope(config: Config) -> tuple[float, Config | None]:
+    """Read base and scaling, from our own key, Hugging Face's old ones or ``rope_parameters``."""
+    for key in ("rope", "rope_scaling", "rope_parameters"):
+        if config.get(key) is not None and not isinstance(config[key], dict):
+            raise UserError(
+                f"the RoPE scaling in config.json is {config[key]!r}; it must be an object"
+            )
+    new = config.get("rope_parameters") or {}
+    theta = {**config, **new}.get("rope_theta")
+    scaling = next((config[k] for k in ("rope", "rope_scaling") if config.get(k)), new)
+    scaling = {k: v for k, v in scaling.items() if k != "rope_theta" and v is not None}
+    rest = {k: v for k, v in scaling.items() if k not in ("rope_type", "type")}
+    kind = scaling.get("rope_type") or scaling.get("type")
+    theta = _check_real("rope_theta", 10000.0 if theta is None else theta)
+    if kind is None and rest.keys() - {"partial_rotary_factor"}:
         raise UserError(
-            f'"rotary_dim" {args.rotary_dim} in config.json is more than a head has, '
-            f"{args.head_dim}: correct it"
+            f'the RoPE scaling in config.json is {scaling!r}; it needs a "rope_type", one for all '
+            "layers"
         )
-    if args.num_local_experts and not 1 <= args.num_experts_per_tok <= args.num_local_experts:
-        raise UserError(
-            f'"num_experts_per_tok" in config.json is {args.num_experts_per_tok}; of '
-            f"{args.num_local_experts} experts a token can have 1 to all"
-        )
-    if args.shared_norm and (args.block != "parallel" or args.norm != "pre"):
-        raise UserError(
-            'config.json says "shared_norm", which is for parallel blocks with norm pre: correct it'
-        )
+    return theta, None if kind in (None, "default") else {**rest, "rope_type": kind}
 
 
 def _check_rope(args: ModelArgs) -> None:
     try:
         if args.rope and "factor" in args.rope:
-            _real(args.rope, "factor", 1.0)
+            _check_real("factor", 1.0 if args.rope["factor"] is None else args.rope["factor"])
         if args.rope and "attention_factor" in args.rope:
             raise UserError('it has no "attention_factor"')
         initialize_rope(
@@ -269,57 +216,131 @@ def _check_rope(args: ModelArgs) -> None:
         ) from error
 
 
-def _complete_from_config(args: ModelArgs, config: Config) -> None:
-    everywhere = list(range(args.num_hidden_layers))
-    for key, names in (
-        ("attention_bias", ("q_proj", "k_proj", "v_proj", "o_proj")),
-        ("mlp_bias", ("gate_proj", "up_proj", "down_proj")),
-    ):
-        if read_flag(config, key):
-            args.biases |= dict.fromkeys(names, everywhere)
-    args.biases = _layer_lists(config, "biases", PROJECTIONS, len(everywhere)) or args.biases
-    gains = _norms(config, "gains", _known_norms(args), args.norm)
-    args.gains = [*_needed_gains(args), "final"] if gains is None else gains
-    args.shifts = _norms(config, "shifts", _known_shifts(args), args.norm) or []
+def _find_wrong_layers(args: ModelArgs) -> Iterator[str]:
+    """Yield a complaint about each key that says something of layers that there are not."""
+    layers = args.num_hidden_layers
+    for key, parts in LAYER_LISTS.items():
+        lists = getattr(args, key)
+        if not isinstance(lists, dict) or not all(
+            part in parts
+            and isinstance(numbers, list)
+            and all(type(i) is int and 0 <= i < layers for i in numbers)
+            for part, numbers in lists.items()
+        ):
+            yield (
+                f'"{key}" in config.json is {lists!r}; it must map {", ".join(parts)} to '
+                f"lists of layers from 0 to {layers - 1}"
+            )
+    kinds = args.layer_types
+    fits = isinstance(kinds, list) and len(kinds) == layers
+    if not fits or not all(kind in LAYER_TYPES for kind in kinds):
+        yield (
+            f'"layer_types" in config.json must name one of {LAYER_TYPES} for each of {layers} '
+            "layers"
+        )
+    if "sliding_attention" in kinds and not args.sliding_window:
+        yield '"layer_types" in config.json asks for a window: give "sliding_window" too'
+
+
+def _find_contradictions(args: ModelArgs) -> Iterator[str]:
+    """Yield a complaint about each key that does not fit the others."""
+    heads, kv_heads = args.num_attention_heads, args.num_key_value_heads
+    if heads % kv_heads:
+        yield (
+            f"{heads} attention heads cannot share {kv_heads} key-value heads: correct "
+            '"num_key_value_heads" in config.json'
+        )
+    # Without Q, K or V the stream itself takes its place; without P the heads are added to it.
+    counts = {"q": heads, "k": kv_heads, "v": kv_heads}
+    if args.block == "parallel" or args.skip == "both":
+        counts["p"] = heads
+    for part, count in counts.items():
+        if args.removed.get(part) and count * args.head_dim != args.hidden_size:
+            yield (
+                f'"removed" in config.json names {part}, which is {count * args.head_dim} wide and '
+                f"cannot be left out of a stream of {args.hidden_size}: correct config.json"
+            )
+    for key, width in (("head_dim", args.head_dim), ("rotary_dim", args.rotary_dim)):
+        if width % 2:
+            yield f"{key} {width} is odd; RoPE needs pairs: correct config.json"
+    if args.rotary_dim > args.head_dim:
+        yield (
+            f'"rotary_dim" {args.rotary_dim} in config.json is more than a head has, '
+            f"{args.head_dim}: correct it"
+        )
+    if args.num_local_experts and not 1 <= args.num_experts_per_tok <= args.num_local_experts:
+        yield (
+            f'"num_experts_per_tok" in config.json is {args.num_experts_per_tok}; of '
+            f"{args.num_local_experts} experts a token can have 1 to all"
+        )
+    if args.shared_norm and (args.block != "parallel" or args.norm != "pre"):
+        yield (
+            'config.json says "shared_norm", which is for parallel blocks with norm pre: correct it'
+        )
+
+
+def _complete_from_config(args: ModelArgs, own: Config) -> None:
+    """Settle what tensors would tell, where there is a config alone."""
+    attention = ATTENTION if read_flag(own, "attention_bias") else ()
+    ffn = EXPERTS if read_flag(own, "mlp_bias") else ()
+    args.biases = args.biases or list_biases(own, (*attention, *ffn))
+    weights = _read_norms(own, "gains", _list_norms(args), args)
+    args.gains = [*_list_required(args), "final"] if weights is None else weights
+    args.shifts = _read_norms(own, "shifts", _list_layer_norms(args), args) or []
     for key in LINEAR_PATHS:
-        setattr(args, key, read_flag(config, key))
+        setattr(args, key, read_flag(own, key))
 
 
-def _known_norms(args: ModelArgs) -> list[str]:
+def _complete_from_tensors(args: ModelArgs, own: Config, tensors: Collection[str]) -> None:
+    """Settle what the config leaves open by the tensors that there are."""
+    if own.get("tie_word_embeddings") is None:
+        args.tie_word_embeddings = f"{HEAD}.weight" not in tensors
+    args.head_bias = f"{HEAD}.bias" in tensors
+    biases = {p: _find_layers(tensors, f"{full}.bias") for p, full in PROJECTIONS.items()}
+    args.biases = {p: layers for p, layers in biases.items() if layers}
+    modules = find_norms(args)
+    weights = _read_norms(own, "gains", _list_norms(args), args)
+    if weights is None:
+        found = [norm for norm, n in modules.items() if _find_layers(tensors, f"{n}.weight")]
+        weights = [*(_list_required(args) or found), *(["final"] if args.final_norm else [])]
+    args.gains = weights
+    shifts = _read_norms(own, "shifts", _list_layer_norms(args), args)
+    if shifts is None:
+        biased = {norm for norm, n in modules.items() if _find_layers(tensors, f"{n}.bias")}
+        biased |= {"final"} if f"{FINAL_NORM}.bias" in tensors else set()
+        shifts = [norm for norm in _list_layer_norms(args) if norm in biased]
+    args.shifts = shifts
+    for key, name in LINEAR_PATHS.items():
+        setattr(args, key, bool(_find_layers(tensors, name)))
+
+
+def _read_norms(own: Config, key: str, known: Collection[str], args: ModelArgs) -> list[str] | None:
+    """Read a list of norms; None where the config says nothing."""
+    named = own.get(key)
+    if named is not None and not (isinstance(named, list) and all(n in known for n in named)):
+        raise UserError(
+            f'"{key}" in config.json is {named!r}; with norm {args.norm} it must be a list of '
+            f"{', '.join(known)}"
+        )
+    return named
+
+
+def _list_norms(args: ModelArgs) -> list[str]:
     return [*find_norms(args), "final"]
 
 
-def _known_shifts(args: ModelArgs) -> list[str]:
-    """The norms that can have a bias."""
+def _list_layer_norms(args: ModelArgs) -> list[str]:
+    """List the norms that can have a bias."""
     layer_norms = args.norm_type == "layer"
-    return [n for n in _known_norms(args) if layer_norms and (n in GAINS["pre"] or n == "final")]
+    return [n for n in _list_norms(args) if layer_norms and (n in NORMS["pre"] or n == "final")]
 
 
-def _needed_gains(args: ModelArgs) -> list[str]:
-    """The layers' gains that a source must have; those of norm "qkv" may be absent."""
+def _list_required(args: ModelArgs) -> list[str]:
+    """List the layers' norms whose weights a source must have; with norm "qkv" all are optional."""
     return [*find_norms(args)] if args.norm == "pre" else []
 
 
-def _complete_from_tensors(args: ModelArgs, config: Config, tensors: Collection[str]) -> None:
-    if config.get("tie_word_embeddings") is None:
-        args.tie_word_embeddings = f"{HEAD}.weight" not in tensors
-    biases = {p: _layers_with(tensors, f"{full}.bias") for p, full in PROJECTIONS.items()}
-    args.biases = {p: layers for p, layers in biases.items() if layers}
-    gains = _norms(config, "gains", _known_norms(args), args.norm)
-    if gains is None:
-        found = [g for g, n in find_norms(args).items() if _layers_with(tensors, f"{n}.weight")]
-        gains = [*(_needed_gains(args) or found), *(["final"] if args.final_norm else [])]
-    args.gains = gains
-    shifts = _norms(config, "shifts", _known_shifts(args), args.norm)
-    if shifts is None:
-        modules = find_norms(args)
-        shifts = [
-            norm
-            for norm in _known_shifts(args)
-            if (norm == "final" and f"{FINAL_NORM}.bias" in tensors)
-            or (norm in modules and _layers_with(tensors, f"{modules[norm]}.bias"))
-        ]
-    args.shifts = shifts
-    args.head_bias = f"{HEAD}.bias" in tensors
-    for key, name in LINEAR_PATHS.items():
-        setattr(args, key, bool(_layers_with(tensors, name)))
+def _find_layers(names: Iterable[str], suffix: str) -> list[int]:
+    """List the layers that have a tensor of this name."""
+    pattern = re.compile(rf"model\.layers\.(0|[1-9][0-9]{{0,8}})\.{re.escape(suffix)}")
+    return sorted(int(m[1]) for name in names if (m := pattern.fullmatch(name)))

@@ -1,381 +1,396 @@
-"""Source architectures: how a model's config and tensor names map to this package's blocks.
+"""Source architectures: one entry each, for what is read and for what is written.
 
-To add one, add a ``Family`` to ``FAMILIES``: what its config means in the terms of
+To add one, write a ``Family`` and put it into ``FAMILIES``: what its config means in the terms of
 ``docs/checkpoint.md``, what its tensors are called, and, if mlx-lm has a network of its own for it,
-what that network can be (``stock.py``). Knows nothing of files or arrays.
+what that network can be and must be told. Knows nothing of files or arrays.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
 
 from ..errors import UserError
-from ..network.model import FUSED
-from ..network.names import ATTENTION, MLP, PROJECTIONS
-from . import stock
-from .stock import Stock
+from ..network.model import FUSED, ModelArgs
+from ..network.names import ATTENTION, EXPERTS, PROJECTIONS
+from .family import (
+    Config,
+    Family,
+    Stock,
+    find_rope_value,
+    find_rotary_dim,
+    find_value,
+    list_biases,
+    list_layers,
+    read_flag,
+)
 
-Config = dict[str, Any]
-QKV = tuple(PROJECTIONS[name] for name in ATTENTION[:3])
-# What all configs say alike; of other keys only those that a family's settings know are believed.
-LLAMA_KEYS = (
-    "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "vocab_size", "hidden_act", "rms_norm_eps", "rope_theta",
-    "rope_scaling", "rope_parameters", "max_position_embeddings", "sliding_window", "layer_types",
-    "attention_bias", "mlp_bias", "tie_word_embeddings",
+QKV = ATTENTION[:3]
+UNGATED = ("up_proj", "down_proj")
+# Each of mlx-lm's networks computes one of them, whichever config.json names.
+GELU = ("gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast")
+
+PRENORM: Config = {"skip": "both", "norm": "pre", "final_norm": True}
+NO_WINDOW: Config = {"sliding_window": None, "layer_types": None}
+
+
+# Llama: serial blocks, an RMS norm before each sub-layer and before the head.
+
+
+def _read_llama(config: Config) -> Config:
+    """Read Llama's window, which holds only where ``layer_types`` name the layers that have it."""
+    return {"sliding_window": config.get("sliding_window") if config.get("layer_types") else None}
+
+
+def _tell_rope(args: ModelArgs) -> Config:
+    return {"rope_scaling": args.rope} if args.rope else {}
+
+
+def _tell_llama(args: ModelArgs) -> Config:
+    return {
+        "attention_bias": bool(args.biases.get("q_proj")),
+        "mlp_bias": bool(args.biases.get("gate_proj")),
+        **_tell_rope(args),
+        **(_tell_nemotron_nas(args) if args.removed else {}),
+    }
+
+
+def _tell_nemotron_nas(args: ModelArgs) -> Config:
+    """Describe blocks without attention or FFN in the terms of mlx-lm's nemotron-nas."""
+    group = args.num_attention_heads // args.num_key_value_heads
+    # Widths are given as two thirds of a multiple of the stream's, and rounded up to 256.
+    width = 1.5 * (args.intermediate_size - 128) / args.hidden_size
+
+    def describe(part: str, layer: int, key: str, value: float) -> Config:
+        gone = args.lacks(part, layer)
+        # llama.cpp's converter looks at what is null, mlx-lm at what does nothing.
+        return {key: None if gone else value, "no_op": gone, "replace_with_linear": False}
+
+    return {
+        "model_type": "nemotron-nas",
+        "architectures": ["DeciLMForCausalLM"],
+        "max_position_embeddings": args.max_position_embeddings,
+        "block_configs": [
+            {
+                "attention": describe("attention", layer, "n_heads_in_group", group),
+                "ffn": describe("ffn", layer, "ffn_mult", width),
+            }
+            for layer in range(args.num_hidden_layers)
+        ],
+    }
+
+
+def _fits_nemotron_nas(args: ModelArgs) -> bool:
+    return (
+        "sliding_attention" not in args.layer_types
+        and (args.rope is None or "factor" in args.rope)
+        and args.hidden_size == args.num_attention_heads * args.head_dim
+        and not args.intermediate_size % 256
+    )
+
+
+LLAMA_TOLD = (
+    "tie_word_embeddings", "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta",
 )  # fmt: skip
+LLAMA_STOCK = Stock(
+    told=LLAMA_TOLD,
+    tell=_tell_llama,
+    optional_biases=(ATTENTION, EXPERTS),
+    slides=True,
+    scales_rope=True,
+    any_head_dim=True,
+    drops=_fits_nemotron_nas,
+)
+LLAMA = Family(means=PRENORM, read=_read_llama, stock=LLAMA_STOCK)
+
+# In Mistral a sliding window without "layer_types" holds for every layer (transformers).
+MISTRAL = Family(means=PRENORM, stock=LLAMA_STOCK)
+MINISTRAL = Family(means=PRENORM)
+
+
+# Mixtral: Mistral with experts, which a checkpoint has one by one and mlx-lm stacked.
+
+
+def _read_mixtral(config: Config) -> Config:
+    if config.get("num_local_experts") == 0:
+        raise UserError('"num_local_experts" in config.json is 0, a mixtral has some: correct it')
+    return {}
+
+
 MIXTRAL_EXPERTS = {
     "block_sparse_moe.experts.{}.w1": "mlp.gate_proj",
     "block_sparse_moe.experts.{}.w2": "mlp.down_proj",
     "block_sparse_moe.experts.{}.w3": "mlp.up_proj",
 }
+MIXTRAL = Family(
+    means=PRENORM,
+    defaults={
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+    },
+    read=_read_mixtral,
+    names={"mlp.router": "block_sparse_moe.gate", "mlp": "block_sparse_moe.switch_mlp"},
+    experts=MIXTRAL_EXPERTS,
+    stock=Stock(
+        told=(
+            "tie_word_embeddings",
+            "num_key_value_heads",
+            "rms_norm_eps",
+            "rope_theta",
+            "num_local_experts",
+            "num_experts_per_tok",
+        ),
+    ),
+)
 
 
-@dataclass(frozen=True)
-class Family:
-    """One source architecture.
-
-    Attributes:
-        settings: turns a Hugging Face config into the format's own keys.
-        keys: the format's keys to the config's, where it has other names for them.
-        names: a module's canonical name to the source's, whole dotted parts of a path.
-        also: other names of modules, such as mlx-lm's where it saves them, to the source's.
-        fused: canonical modules by the source's one that holds them all.
-        fused_by_head: whether that has each head's rows together, and is in every layer.
-        experts: the source's name of a single expert's module, with {} for its number, to the
-            canonical one that holds all.
-        ignored: ends of tensor names that mean nothing.
-        stock: mlx-lm's own network for it; None if it has none.
-        gain_offset: what the gains of stream norms are stored less than they are.
-    """
-
-    settings: Callable[[Config], Config]
-    keys: Mapping[str, str] = field(default_factory=dict)
-    names: Mapping[str, str] = field(default_factory=dict)
-    also: Mapping[str, str] = field(default_factory=dict)
-    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    fused_by_head: bool = False
-    experts: Mapping[str, str] = field(default_factory=dict)
-    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)  # old exporters'; rebuilt at run time
-    stock: Stock | None = None
-    gain_offset: float = 0.0
-
-    def to_own_keys(self, config: Config) -> Config:
-        """A config in the format's own keys."""
-        config = {**config, **{ours: config.get(theirs) for ours, theirs in self.keys.items()}}
-        shared = {key: config[key] for key in LLAMA_KEYS if key in config}
-        return {**shared, **self.settings(config)}
-
-    def quote_its_keys(self, complaint: str) -> str:
-        """A complaint about the format's keys, with those that the config has."""
-        for ours, theirs in self.keys.items():
-            complaint = complaint.replace(f'"{ours}"', f'"{theirs}"')
-        return complaint
+# Gemma 1: Llama with a scaled embedding, which is the head too. Its norms' weights are stored less
+# one. transformers' GELU is the tanh form whatever "hidden_act" says, mlx-lm's the exact one.
 
 
-def read_flag(config: Config, key: str, default: bool = False) -> bool:
-    """A key that is true or false, or absent.
-
-    Raises:
-        UserError: if it is anything else.
-    """
-    value = config.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise UserError(f'"{key}" in config.json is {value!r}; it must be true or false')
-    return default if value is None else value
-
-
-def _prenorm(config: Config) -> Config:
-    """Llama: serial blocks, both skips, an RMS norm before each sub-layer and before the head."""
-    bias = {"attention_bias": config.get("attention_bias"), "mlp_bias": config.get("mlp_bias")}
-    window = config.get("sliding_window") if config.get("layer_types") else None
-    return {"skip": "both", "norm": "pre", "final_norm": True, "sliding_window": window, **bias}
-
-
-def _mistral(config: Config) -> Config:
-    """As Llama; a sliding window without ``layer_types`` holds for every layer (transformers)."""
-    return {**_prenorm(config), "sliding_window": config.get("sliding_window")}
-
-
-def _mixtral(config: Config) -> Config:
-    """Mistral with experts; the config's keys for them are the format's own."""
-    experts = _first(config, "num_local_experts", default=8)
-    if experts == 0:
-        raise UserError('"num_local_experts" in config.json is 0, a mixtral has some: correct it')
-    return {
-        **_mistral(config),
-        "num_local_experts": experts,
-        "num_experts_per_tok": _first(config, "num_experts_per_tok", default=2),
-        "rms_norm_eps": _first(config, "rms_norm_eps", default=1e-5),
-        "rope_theta": _rope(config, "rope_theta", default=1e6),
-    }
-
-
-def _gemma(config: Config) -> Config:
-    """Gemma 1: as Llama, but the embedding, tied, enters the stream times sqrt(hidden_size).
-
-    Whatever "hidden_act" says, the activation is "hidden_activation" (transformers).
-    """
+def _read_gemma(config: Config) -> Config:
     size = config.get("hidden_size")
-    return {
-        **_prenorm(config),
-        "sliding_window": None,
-        "layer_types": None,
-        "hidden_act": _first(config, "hidden_activation") or "gelu_pytorch_tanh",
-        "tie_word_embeddings": _first(config, "tie_word_embeddings", default=True),
-        "embedding_scale": math.sqrt(size) if isinstance(size, int) and size > 0 else 1.0,
-    }
+    return {"embedding_scale": math.sqrt(size) if isinstance(size, int) and size > 0 else 1.0}
 
 
-def _qwen2(config: Config) -> Config:
-    """As Llama, with biases on q, k and v; a window only where ``use_sliding_window`` says so."""
+GEMMA = Family(
+    means=PRENORM | NO_WINDOW,
+    defaults={"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
+    read=_read_gemma,
+    keys={"hidden_act": "hidden_activation"},
+    gain_offset=1.0,
+    stock=Stock(told=LLAMA_TOLD, tell=_tell_llama, activations=GELU, tied=True, any_head_dim=True),
+)
+
+
+# Qwen 2: Llama with biases on q, k and v. Qwen 3: with an RMS norm of each head's q and k instead.
+
+
+def _read_qwen(config: Config) -> Config:
+    """Read Qwen's window, which holds only where ``use_sliding_window`` says so."""
     slides = read_flag(config, "use_sliding_window") and config.get("sliding_window") is not None
     kinds = config.get("layer_types") if slides else None
     if slides and kinds is None:
-        full = _first(config, "max_window_layers", default=28)
+        full = find_value(config, "max_window_layers", default=28)
         if not isinstance(full, int):
             raise UserError(
                 f'"max_window_layers" in config.json is {full!r}; it must be a whole number'
             )
-        kinds = [("full" if i < full else "sliding") + "_attention" for i in _layers(config)]
-    return {
-        **_prenorm(config),
-        "layer_types": kinds,
-        "sliding_window": config.get("sliding_window") if kinds else None,
-        "attention_bias": None,
-        "biases": _biases(config, ATTENTION[:3]),
-        "max_position_embeddings": _first(config, "max_position_embeddings", default=32768),
-    }
+        kinds = [("full" if i < full else "sliding") + "_attention" for i in list_layers(config)]
+    return {"layer_types": kinds, "sliding_window": config.get("sliding_window") if kinds else None}
 
 
-def _qwen3(config: Config) -> Config:
-    """As Qwen2 with ``attention_bias`` like Llama's, and an RMS norm of each head's q and k."""
-    given = {"attention_bias": config.get("attention_bias"), "biases": None, "qk_norm": True}
-    head_dim = _first(config, "head_dim", default=128)
-    return {**_qwen2(config), **given, "head_dim": head_dim}
+QWEN_TOLD = (*LLAMA_TOLD, "max_position_embeddings")
+QWEN2 = Family(
+    means=PRENORM | {"attention_bias": None},
+    defaults={"max_position_embeddings": 32768},
+    read=_read_qwen,
+    biased=QKV,
+    stock=Stock(told=QWEN_TOLD, tell=_tell_rope, scales_rope=True),
+)
+QWEN3 = Family(
+    means=PRENORM | {"qk_norm": True},
+    defaults={"max_position_embeddings": 32768, "head_dim": 128},
+    read=_read_qwen,
+    stock=Stock(told=QWEN_TOLD, tell=_tell_rope, scales_rope=True, any_head_dim=True),
+)
 
 
-def _layer_norms(config: Config, *shifts: str) -> Config:
-    """Both skips and LayerNorms, those named with biases."""
-    return {
-        "skip": "both",
-        "norm": "pre",
-        "norm_type": "layer",
-        "final_norm": True,
-        "shifts": list(shifts),
-        "sliding_window": None,
-        "layer_types": None,
-        "rms_norm_eps": _first(config, "rms_norm_eps", default=1e-5),
-    }
+# LayerNorms instead of RMS norms, mostly without a gate and in parallel blocks.
+
+LAYER_NORMS = PRENORM | NO_WINDOW | {"norm_type": "layer"}
+FULL_HEADS: Config = {"num_key_value_heads": None, "head_dim": None}
+PARALLEL = LAYER_NORMS | {"block": "parallel", "shared_norm": True}
+PARALLEL_UNGATED = {
+    **PARALLEL,
+    "gated": False,
+    "shifts": ["attention", "final"],
+    "head_bias": True,
+}
+LAYER_NORM_KEYS = {"rms_norm_eps": "layer_norm_eps"}
+UNTIED: Config = {"rms_norm_eps": 1e-5, "tie_word_embeddings": False}  # where configs are silent
 
 
-def _gpt_neox(config: Config) -> Config:
-    """Pythia: attention and FFN in parallel, each behind its own LayerNorm; RoPE on a quarter.
+def _has_fourfold_ffn(args: ModelArgs) -> bool:
+    return args.intermediate_size == 4 * args.hidden_size
 
-    All matrices have biases but the head; the FFN has no gate.
-    """
+
+# GPT-NeoX and Pythia: attention and FFN each behind a LayerNorm of its own, RoPE on a quarter of a
+# head. transformers' GELU is the exact one, mlx-lm's its tanh form.
+
+
+def _read_gpt_neox(config: Config) -> Config:
     parallel = read_flag(config, "use_parallel_residual", default=True)
-    names = (*ATTENTION, *MLP) if read_flag(config, "attention_bias", default=True) else MLP
+    all_biased = read_flag(config, "attention_bias", default=True)
     return {
-        **_layer_norms(config, "attention", "ffn", "final"),
         "block": "parallel" if parallel else "serial",
-        "gated": False,
-        "hidden_act": _first(config, "hidden_act", default="gelu"),
-        "num_key_value_heads": None,
-        "head_dim": None,
-        "rope_theta": _rope(config, "rotary_emb_base", "rope_theta", default=10000),
-        "rotary_dim": _share_of_head(config, "rotary_pct", "partial_rotary_factor", default=0.25),
-        "biases": _biases(config, [name for name in names if name not in ("router", "gate_proj")]),
-        "tie_word_embeddings": _first(config, "tie_word_embeddings", default=False),
+        "rope_theta": find_rope_value(config, "rotary_emb_base", "rope_theta", default=10000),
+        "rotary_dim": find_rotary_dim(config, "rotary_pct", "partial_rotary_factor", default=0.25),
+        **({} if all_biased else {"biases": list_biases(config, UNGATED)}),
     }
 
 
-def _gptj(config: Config) -> Config:
-    """Parallel blocks behind one LayerNorm; RoPE on neighbours; biases on FFN and head alone."""
+GPT_NEOX = Family(
+    means=LAYER_NORMS | FULL_HEADS | {"shifts": ["attention", "ffn", "final"], "gated": False},
+    defaults=UNTIED | {"hidden_act": "gelu"},
+    read=_read_gpt_neox,
+    also={"model.embed_out": "embed_out", "model.h": "gpt_neox.layers", "model": "gpt_neox"},
+    ignored=("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"),
+    keys=LAYER_NORM_KEYS,
+    names={
+        "model.embed_tokens": "gpt_neox.embed_in",
+        "model.layers": "gpt_neox.layers",
+        "model.norm": "gpt_neox.final_layer_norm",
+        "lm_head": "embed_out",
+        "self_attn.o_proj": "attention.dense",
+        "mlp.up_proj": "mlp.dense_h_to_4h",
+        "mlp.down_proj": "mlp.dense_4h_to_h",
+    },
+    fused={"attention.query_key_value": tuple(PROJECTIONS[name] for name in QKV)},
+    fused_by_head=True,
+    biased=(*ATTENTION, *UNGATED),
+    stock=Stock(
+        told=("max_position_embeddings", "rms_norm_eps"),
+        tell=lambda args: {
+            "rotary_emb_base": args.rope_theta,
+            "rotary_pct": args.rotary_dim / args.head_dim,
+            "use_parallel_residual": args.block == "parallel",
+        },
+        activations=GELU,
+        tied=False,
+        also=_has_fourfold_ffn,
+    ),
+)
+
+
+# GPT-J: parallel blocks behind one LayerNorm, RoPE on neighbours, biases on FFN and head alone.
+
+
+def _read_gptj(config: Config) -> Config:
     size, inner = config.get("hidden_size"), config.get("intermediate_size")
-    return {
-        **_layer_norms(config, "attention", "final"),
-        "block": "parallel",
-        "shared_norm": True,
-        "gated": False,
-        "num_key_value_heads": None,
-        "head_dim": None,
-        "intermediate_size": 4 * size if inner is None and isinstance(size, int) else inner,
-        "hidden_act": _first(config, "hidden_act", default="gelu_new"),
+    return {"intermediate_size": 4 * size if inner is None and isinstance(size, int) else inner}
+
+
+GPTJ = Family(
+    means={
+        **PARALLEL_UNGATED,
+        **FULL_HEADS,
         **dict.fromkeys(("rope_theta", "rope_scaling", "rope_parameters")),
         "rope_traditional": True,
-        "rotary_dim": _first(config, "rotary_dim", default=64),
-        "biases": _biases(config, ("up_proj", "down_proj")),
-        "head_bias": True,
-        "tie_word_embeddings": _first(config, "tie_word_embeddings", default=False),
-    }
-
-
-def _phi(config: Config) -> Config:
-    """Phi-1 to 2: parallel blocks behind one LayerNorm; biases everywhere; RoPE on a part."""
-    if read_flag(config, "qk_layernorm"):
-        raise UserError('"qk_layernorm" in config.json is not supported for phi')
-    return {
-        **_layer_norms(config, "attention", "final"),
-        "block": "parallel",
-        "shared_norm": True,
-        "gated": False,
-        "hidden_act": _first(config, "hidden_act", default="gelu_new"),
-        "rotary_dim": _share_of_head(config, "partial_rotary_factor", default=0.5),
-        "biases": _biases(config, (*ATTENTION, "up_proj", "down_proj")),
-        "head_bias": True,
-        "tie_word_embeddings": _first(config, "tie_word_embeddings", default=False),
-    }
-
-
-def _cohere(config: Config) -> Config:
-    """Command R, PaLM's block: attention and SwiGLU in parallel behind one LayerNorm, no biases.
-
-    The head is the embedding, its logits scaled; RoPE on neighbours.
-    """
-    if read_flag(config, "use_qk_norm"):
-        raise UserError('"use_qk_norm" in config.json is not supported for cohere')
-    return {
-        **_layer_norms(config),
-        "block": "parallel",
-        "shared_norm": True,
-        "rope_traditional": True,
-        "attention_bias": config.get("attention_bias"),
-        "logit_scale": _first(config, "logit_scale", default=0.0625),
-        "tie_word_embeddings": _first(config, "tie_word_embeddings", default=True),
-    }
-
-
-def _first(config: Config, *keys: str, default: Any = None) -> Any:
-    """The value of the first key that has one."""
-    return next((config[key] for key in keys if config.get(key) is not None), default)
-
-
-def _rope(config: Config, *keys: str, default: Any = None) -> Any:
-    """Likewise, also where newer configs keep what RoPE needs."""
-    inner = config.get("rope_parameters")
-    return _first({**config, **(inner if isinstance(inner, dict) else {})}, *keys, default=default)
-
-
-def _share_of_head(config: Config, *keys: str, default: float) -> int | None:
-    """So much of a head's width, None where that is not known."""
-    share = _rope(config, *keys, default=default)
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-        raise UserError(
-            f'"{keys[0]}" in config.json is {share!r}; it must be a share of a head, 1 at most'
-        )
-    size, heads = config.get("hidden_size"), config.get("num_attention_heads")
-    if not isinstance(size, int) or not isinstance(heads, int) or heads < 1 or size % heads:
-        return None
-    width = int(size // heads * share)
-    if width % 2 or width == 0:
-        raise UserError(
-            f'"{keys[0]}" {share} of a head in config.json is {width}; RoPE needs pairs: correct it'
-        )
-    return width
-
-
-def _layers(config: Config) -> range:
-    """Of all layers, none where their number cannot be true."""
-    layers = config.get("num_hidden_layers")
-    return range(layers if isinstance(layers, int) and 0 < layers < 1 << 16 else 0)
-
-
-def _biases(config: Config, names: Iterable[str]) -> dict[str, list[int]]:
-    """Biases of these matrices in every layer."""
-    return {name: [*_layers(config)] for name in names}
-
-
-LAYER_NORM_KEYS = {"rms_norm_eps": "layer_norm_eps"}
-
-FAMILIES: dict[str, Family] = {
-    "cohere": Family(_cohere, keys=LAYER_NORM_KEYS, stock=stock.COHERE),
-    "gemma": Family(_gemma, gain_offset=1.0, stock=stock.GEMMA),
-    "gpt_neox": Family(
-        _gpt_neox,
-        keys=LAYER_NORM_KEYS,
-        names={
-            "model.embed_tokens": "gpt_neox.embed_in",
-            "model.layers": "gpt_neox.layers",
-            "model.norm": "gpt_neox.final_layer_norm",
-            "lm_head": "embed_out",
-            "self_attn.o_proj": "attention.dense",
-            "mlp.up_proj": "mlp.dense_h_to_4h",
-            "mlp.down_proj": "mlp.dense_4h_to_h",
-        },
-        also={"model.embed_out": "embed_out", "model.h": "gpt_neox.layers", "model": "gpt_neox"},
-        fused={"attention.query_key_value": QKV},
-        fused_by_head=True,
-        ignored=("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"),
-        stock=stock.GPT_NEOX,
+    },
+    defaults=UNTIED | {"hidden_act": "gelu_new", "rotary_dim": 64},
+    read=_read_gptj,
+    also={"model": "transformer"},
+    ignored=(".attn.bias", ".attn.masked_bias"),
+    keys={
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "intermediate_size": "n_inner",
+        "max_position_embeddings": "n_positions",
+        "hidden_act": "activation_function",
+        "rms_norm_eps": "layer_norm_epsilon",
+    },
+    names={
+        "model.embed_tokens": "transformer.wte",
+        "model.layers": "transformer.h",
+        "model.norm": "transformer.ln_f",
+        "input_layernorm": "ln_1",
+        "self_attn.o_proj": "attn.out_proj",
+        "self_attn": "attn",
+        "mlp.up_proj": "mlp.fc_in",
+        "mlp.down_proj": "mlp.fc_out",
+    },
+    biased=UNGATED,
+    stock=Stock(
+        told=("rms_norm_eps", "rotary_dim", "max_position_embeddings"),
+        activations=GELU,
+        tied=False,
+        head_bias=True,
+        also=_has_fourfold_ffn,
     ),
-    "gptj": Family(
-        _gptj,
-        keys={
-            "hidden_size": "n_embd",
-            "num_hidden_layers": "n_layer",
-            "num_attention_heads": "n_head",
-            "intermediate_size": "n_inner",
-            "max_position_embeddings": "n_positions",
-            "hidden_act": "activation_function",
-            "rms_norm_eps": "layer_norm_epsilon",
-        },
-        names={
-            "model.embed_tokens": "transformer.wte",
-            "model.layers": "transformer.h",
-            "model.norm": "transformer.ln_f",
-            "input_layernorm": "ln_1",
-            "self_attn.o_proj": "attn.out_proj",
-            "self_attn": "attn",
-            "mlp.up_proj": "mlp.fc_in",
-            "mlp.down_proj": "mlp.fc_out",
-        },
-        also={"model": "transformer"},
-        ignored=(".attn.bias", ".attn.masked_bias"),
-        stock=stock.GPTJ,
+)
+
+
+# Phi 1 to 2: parallel blocks behind one LayerNorm, biases everywhere, RoPE on a part of a head.
+
+PHI = Family(
+    means=PARALLEL_UNGATED,
+    defaults=UNTIED | {"hidden_act": "gelu_new"},
+    read=lambda config: {
+        "rotary_dim": find_rotary_dim(config, "partial_rotary_factor", default=0.5)
+    },
+    unsupported=("qk_layernorm",),
+    keys=LAYER_NORM_KEYS,
+    names={
+        "model.norm": "model.final_layernorm",
+        "self_attn.o_proj": "self_attn.dense",
+        "mlp.up_proj": "mlp.fc1",
+        "mlp.down_proj": "mlp.fc2",
+    },
+    biased=(*ATTENTION, *UNGATED),
+    stock=Stock(
+        told=(
+            "max_position_embeddings",
+            "num_key_value_heads",
+            "intermediate_size",
+            "rms_norm_eps",
+            "rope_theta",
+        ),
+        tell=lambda args: {"partial_rotary_factor": args.rotary_dim / args.head_dim},
+        activations=GELU,
+        tied=False,
+        head_bias=True,
     ),
-    "llama": Family(_prenorm, stock=stock.LLAMA),
-    "ministral": Family(_mistral),
-    "mistral": Family(_mistral, stock=stock.LLAMA),
-    "mixtral": Family(
-        _mixtral,
-        names={
-            "mlp.router": "block_sparse_moe.gate",
-            "mlp": "block_sparse_moe.switch_mlp",
-        },
-        experts=MIXTRAL_EXPERTS,
-        stock=stock.MIXTRAL,
+)
+
+
+# Command R, PaLM's block: attention and SwiGLU in parallel behind one LayerNorm without a bias,
+# RoPE on neighbours. The head is the embedding, its logits scaled.
+
+COHERE = Family(
+    means=PARALLEL | {"shifts": [], "rope_traditional": True},
+    defaults={"rms_norm_eps": 1e-5, "logit_scale": 0.0625, "tie_word_embeddings": True},
+    unsupported=("use_qk_norm",),
+    keys=LAYER_NORM_KEYS,
+    stock=Stock(
+        told=("num_key_value_heads", "rope_theta", "rms_norm_eps", "logit_scale"),
+        tell=lambda args: {"attention_bias": bool(args.biases), "use_qk_norm": False},
+        tied=True,
+        optional_biases=(ATTENTION,),
     ),
-    "phi": Family(
-        _phi,
-        keys=LAYER_NORM_KEYS,
-        names={
-            "model.norm": "model.final_layernorm",
-            "self_attn.o_proj": "self_attn.dense",
-            "mlp.up_proj": "mlp.fc1",
-            "mlp.down_proj": "mlp.fc2",
-        },
-        stock=stock.PHI,
-    ),
-    "qwen2": Family(_qwen2, stock=stock.QWEN2),
-    "qwen3": Family(_qwen3, stock=stock.QWEN3),
-    "skipless": Family(
-        dict,
-        also={"block_sparse_moe.gate": "mlp.router"},
-        fused={
-            f"{'self_attn' if parts[0] in ATTENTION else 'mlp'}.{name}": tuple(
-                PROJECTIONS[part] for part in parts
-            )
-            for name, parts in FUSED.items()
-        },
-        experts=MIXTRAL_EXPERTS,
-    ),
+)
+
+
+# This package's own format, whose config means what it says.
+SKIPLESS = Family(
+    read=dict,
+    also={"block_sparse_moe.gate": "mlp.router"},
+    fused={
+        f"{PROJECTIONS[parts[0]].partition('.')[0]}.{name}": tuple(PROJECTIONS[p] for p in parts)
+        for name, parts in FUSED.items()
+    },
+    experts=MIXTRAL_EXPERTS,
+)
+
+FAMILIES: Mapping[str, Family] = {
+    "cohere": COHERE,
+    "gemma": GEMMA,
+    "gpt_neox": GPT_NEOX,
+    "gptj": GPTJ,
+    "llama": LLAMA,
+    "ministral": MINISTRAL,
+    "mistral": MISTRAL,
+    "mixtral": MIXTRAL,
+    "phi": PHI,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "skipless": SKIPLESS,
 }
 
 
 def find_family(config: Config) -> Family:
-    """The family of a config.
+    """Return the family of a config.
 
     Raises:
         UserError: for an architecture that is not known.

@@ -11,20 +11,17 @@ from typing import Any
 from ..errors import UserError
 
 SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")  # what is read besides weights
-# The largest of the Hub are a few tens of MB.
+# The largest files of these kinds on the Hub have a few tens of MB.
 CONFIG_BYTES = 64 << 20
 TOKENIZER_BYTES = 256 << 20
+DEEPEST = 64  # levels of a config
 TEMPLATES = "additional_chat_templates"  # transformers' folder of them
-AT_ONCE = 16 << 20
-AHEAD_BYTES = 1 << 30  # more might be gone again before its turn comes
+AT_ONCE = 16 << 20  # bytes of a read that the background makes
+AHEAD_BYTES = 1 << 30  # more might leave the system's cache before its turn comes
 
 
 def check_name(path: Path) -> None:
-    """Refuse a path that is no Unicode: neither MLX nor transformers nor a model card takes it.
-
-    Raises:
-        UserError: if it is none.
-    """
+    """Raise a UserError for a path that is no Unicode; MLX and transformers cannot open one."""
     try:
         str(path.absolute()).encode()
     except UnicodeEncodeError as error:
@@ -32,11 +29,11 @@ def check_name(path: Path) -> None:
 
 
 def is_there(path: Path, most: int | None = None) -> bool:
-    """Whether there is a file; ``most`` is the largest size that is believed.
+    """Whether there is a file at a path; ``most`` is the largest size in bytes that is believed.
 
     Raises:
-        UserError: if what has its name is no regular file (one that blocks or never ends), leads
-            nowhere or is too large.
+        UserError: if something else has its name (a pipe would block, a device never end), or a
+            link that leads nowhere, or if it is too large.
     """
     try:
         found = path.stat()
@@ -57,10 +54,10 @@ def is_there(path: Path, most: int | None = None) -> bool:
 
 
 def check_small(folder: Path) -> None:
-    """Check everything that is read of a model's folder besides its weights, a tokenizer first.
+    """Check everything that is read from a model's folder besides its weights.
 
     Raises:
-        UserError: as ``is_there`` does.
+        UserError: if something is no regular file or too large.
     """
     for pattern in SMALL:
         for file in folder.glob(pattern):
@@ -69,13 +66,13 @@ def check_small(folder: Path) -> None:
 
 
 def check_links(folder: Path, *, code: bool) -> None:
-    """Refuse links out of a model's folder among what a result may take from it.
+    """Refuse a model's folder if a file that a result may copy is a link out of the folder.
 
-    A result may be uploaded, and a stranger's archive can hold a link to any file of its reader's.
-    Of what a tokenizer is made transformers decides, so this is every file but weights and config:
-    those may lie anywhere, since nothing gets further that does not parse as safetensors or as a
-    known architecture, and folders of links to large weights are common. ``code``: Python files
-    are taken, too.
+    A stranger's archive can hold a link to any file of its reader's, and a result may be uploaded.
+    transformers decides which files a tokenizer consists of, so every file is checked except the
+    weights and the config. These may lie anywhere: what does not parse as safetensors or as a known
+    architecture gets no further, and folders of links to large weights are common. Python files are
+    checked if ``code`` is copied, too.
 
     Raises:
         UserError: for a link that leads elsewhere.
@@ -87,13 +84,16 @@ def check_links(folder: Path, *, code: bool) -> None:
 
 
 def check_inside(file: Path, folder: Path, what: str) -> None:
-    """Refuse a file that lies outside a model's folder; ``what`` leads there, as the error says.
+    """Refuse a path that leads out of a model's folder; ``what`` begins the message.
 
-    The Hub's cache is a folder of links itself, to its own ``blobs``.
+    The Hub's cache is itself a folder of links, to its own ``blobs``: these are accepted.
+
+    Raises:
+        UserError: if the file lies elsewhere.
     """
     root = folder.resolve()
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
-    target = Path(os.path.realpath(file))  # a link to itself is no error here
+    target = Path(os.path.realpath(file))  # Path.resolve fails on a link to itself
     if not target.is_relative_to(root) and target.parent != blobs:
         raise UserError(
             f"{what} out of its folder, to {target}, and would be copied into the result: if that "
@@ -102,10 +102,10 @@ def check_inside(file: Path, folder: Path, what: str) -> None:
 
 
 def fill(path: Path, offset: int, into: Any) -> None:
-    """Read so many bytes as a contiguous buffer has.
+    """Fill a contiguous buffer with a file's bytes from ``offset`` on.
 
     Raises:
-        UserError: if they cannot be had.
+        UserError: if the file cannot be read or has too few bytes.
     """
     view = memoryview(into).cast("B")
     try:
@@ -119,14 +119,14 @@ def fill(path: Path, offset: int, into: Any) -> None:
 
 
 def read_ahead(spans: Iterable[tuple[Path, int, int]]) -> None:
-    """Have the system read spans of files (path, offset, bytes), so that they are at hand later.
+    """Have the system load spans of files (path, offset, bytes) into its cache.
 
-    Returns at once; what cannot be read is found out then.
+    A thread does it in the background. Errors are left to whoever reads the spans later.
     """
-    threading.Thread(target=_pass_over, args=(list(spans),), daemon=True).start()
+    threading.Thread(target=_read_spans, args=(list(spans),), daemon=True).start()
 
 
-def _pass_over(spans: list[tuple[Path, int, int]]) -> None:
+def _read_spans(spans: list[tuple[Path, int, int]]) -> None:
     buffer, most = memoryview(bytearray(AT_ONCE)), AHEAD_BYTES
     for path, offset, left in spans:
         try:
@@ -138,14 +138,12 @@ def _pass_over(spans: list[tuple[Path, int, int]]) -> None:
             return
 
 
-DEEPEST = 64  # levels of a config
-
-
 def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file of a checkpoint.
+    """Read the JSON object in a file of a checkpoint.
 
     Raises:
-        UserError: if it is missing, malformed, no object, or too large or deep to be believed.
+        UserError: if the file is missing, malformed or no object, or too large or deep to be
+            believed.
     """
     if not is_there(file, CONFIG_BYTES):
         raise UserError(f"no {file.name} in {file.parent}: give a Hugging Face model folder")
@@ -155,13 +153,13 @@ def read_json(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} cannot be read as JSON ({error}): download it again") from error
     if not isinstance(read, dict):
         raise UserError(f"{file} holds no JSON object: download it again")
-    if _deeper(read, DEEPEST):
+    if _is_deeper(read, DEEPEST):
         raise UserError(f"{file} has more than {DEEPEST} levels: download it again")
     return read
 
 
-def _deeper(value: Any, most: int) -> bool:
-    """Whether lists and objects lie in one another beyond so many levels."""
+def _is_deeper(value: Any, most: int) -> bool:
+    """Whether lists and objects are nested deeper than ``most`` levels."""
     level = [value]
     for _ in range(most):
         level = [
@@ -174,17 +172,23 @@ def _deeper(value: Any, most: int) -> bool:
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file, atomically."""
     text = json.dumps(content, indent=4) + "\n"
     replace_file(file, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def replace_file(file: Path, write: Callable[[Path], Any]) -> None:
-    """Have ``write`` make a file and put it in place of ``file`` at once."""
+    """Create or replace a file atomically; ``write`` writes it to a path that it is given."""
     partial = file.with_name(f".partial-{file.name}")
     try:
         write(partial)
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
+        sync_file(partial)
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync_file(file: Path) -> None:
+    """Wait until a file's content is on the disk."""
+    with file.open("rb") as written:
+        os.fsync(written.fileno())

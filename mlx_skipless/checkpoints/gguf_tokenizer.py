@@ -1,7 +1,8 @@
 """A Hugging Face tokenizer from a GGUF file's metadata. Knows nothing of files or tensors.
 
-GGUF has the tokens, and for byte-level BPE the merges; how text is cut into words before them it
-only names (``tokenizer.ggml.pre``). A SentencePiece model's merges follow from its scores.
+A GGUF file holds the tokens, and for byte-level BPE the merges. It only names the rule by which
+text is cut into words (``tokenizer.ggml.pre``). A SentencePiece model's merges follow from its
+scores.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,11 +44,11 @@ class Words:
     """How a byte-level BPE cuts text into words, and what it does with them.
 
     Attributes:
-        pattern: what a word is; None: GPT-2's own pattern.
-        single_digits: cut every digit off first.
-        whole: a word that is a token stays whole, whatever the merges say.
-        begins: text begins with the bos token unless the file says otherwise.
-        composed: Unicode's composed form (NFC) comes first.
+        pattern: a regular expression for words; None: GPT-2's own.
+        single_digits: whether every digit is cut off first.
+        whole: whether a word that is a token stays whole, whatever the merges say.
+        begins: whether text begins with the bos token if the file does not say.
+        composed: whether text is brought to Unicode's composed form (NFC) first.
     """
 
     pattern: str | None = None
@@ -90,8 +91,8 @@ WORDS = {
 }
 
 
-def build(field: Field, source: str) -> PreTrainedTokenizerFast | None:
-    """The tokenizer that a GGUF file describes; None if it describes none.
+def make_tokenizer(field: Field, source: str) -> PreTrainedTokenizerFast | None:
+    """Make the tokenizer that a GGUF file describes; None if it describes none.
 
     Args:
         field: the file's metadata by key.
@@ -105,7 +106,7 @@ def build(field: Field, source: str) -> PreTrainedTokenizerFast | None:
         return None
     tokens = field("tokenizer.ggml.tokens")
     types = field("tokenizer.ggml.token_type") or [NORMAL] * len(tokens or ())
-    if not _strings(tokens) or len(set(tokens)) < len(tokens) or len(types) != len(tokens):
+    if not _are_strings(tokens) or len(set(tokens)) < len(tokens) or len(types) != len(tokens):
         raise UserError(f"{source} has a broken list of tokens: download it again")
     ids = dict(SENTENCEPIECE_IDS) if kind == "llama" else {}
     for role, name in ROLES.items():
@@ -115,9 +116,10 @@ def build(field: Field, source: str) -> PreTrainedTokenizerFast | None:
             ids[role] = index
     named = {role: tokens[index] for role, index in ids.items() if index < len(tokens)}
     if kind == "gpt2":
-        tokenizer, begins = _byte_level(field, tokens, source)
+        tokenizer, begins = _make_byte_level(field, tokens, source)
     elif kind == "llama":
-        tokenizer, begins = _sentencepiece(field, tokens, types, named.get("unk"), source), True
+        tokenizer = _make_sentencepiece(field, tokens, types, named.get("unk"), source)
+        begins = True
     else:
         raise UserError(
             f"{source} has a tokenizer of the kind {kind!r}; known: gpt2 and llama. Convert the "
@@ -130,7 +132,7 @@ def build(field: Field, source: str) -> PreTrainedTokenizerFast | None:
     add_bos, add_eos = field("tokenizer.ggml.add_bos_token"), field("tokenizer.ggml.add_eos_token")
     first = named.get("bos") if (begins if add_bos is None else add_bos) else None
     last = named.get("eos") if add_eos else None
-    tokenizer.post_processor = _frame(tokenizer, first, last)
+    tokenizer.post_processor = _make_frame(tokenizer, first, last)
     template = field("tokenizer.chat_template")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -140,12 +142,12 @@ def build(field: Field, source: str) -> PreTrainedTokenizerFast | None:
     )
 
 
-def _strings(values: Any) -> bool:
+def _are_strings(values: Any) -> bool:
     return isinstance(values, list) and bool(values) and all(isinstance(v, str) for v in values)
 
 
-def _byte_level(field: Field, tokens: Sequence[str], source: str) -> tuple[Tokenizer, bool]:
-    """BPE on bytes, and whether it begins text with the bos token."""
+def _make_byte_level(field: Field, tokens: Sequence[str], source: str) -> tuple[Tokenizer, bool]:
+    """Make a BPE on bytes; returns it and whether text begins with the bos token."""
     name = field("tokenizer.ggml.pre")
     words = WORDS.get(name)
     if words is None:
@@ -174,20 +176,20 @@ def _byte_level(field: Field, tokens: Sequence[str], source: str) -> tuple[Token
     return tokenizer, words.begins
 
 
-def _sentencepiece(
+def _make_sentencepiece(
     field: Field, tokens: Sequence[str], types: Sequence[int], unknown: str | None, source: str
 ) -> Tokenizer:
-    """BPE on characters, spaces among them, with a token for every byte that no other covers."""
+    """Make a BPE on characters, spaces among them; bytes that no token covers have their own."""
     scores = field("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):
         raise UserError(f"{source} has a broken list of token scores: download it again")
     score = {t: s for t, s, k in zip(tokens, scores, types, strict=True) if k == NORMAL}
     vocab = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(
-        models.BPE(vocab, _merges(score), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+        models.BPE(vocab, _find_merges(score), unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
-    # As SentencePiece and llama.cpp: a space before any text, be there one already or not, and
-    # before what follows a special token (llama.cpp).
+    # SentencePiece and llama.cpp put a space before any text, even before one. llama.cpp puts one
+    # after a special token, too.
     prefix = field("tokenizer.ggml.add_space_prefix") is not False
     spaces = normalizers.Replace(" ", SPACE)
     tokenizer.normalizer = normalizers.Sequence(
@@ -200,8 +202,8 @@ def _sentencepiece(
     return tokenizer
 
 
-def _merges(score: dict[str, float]) -> list[tuple[str, str]]:
-    """Every pair of tokens whose concatenation is one too, by that one's score."""
+def _find_merges(score: dict[str, float]) -> list[tuple[str, str]]:
+    """The pairs of tokens whose concatenation is a token, by its score, the highest first."""
     pairs = [
         (token[:cut], token[cut:])
         for token in score
@@ -211,8 +213,8 @@ def _merges(score: dict[str, float]) -> list[tuple[str, str]]:
     return sorted(pairs, key=lambda pair: -score["".join(pair)])
 
 
-def _frame(tokenizer: Tokenizer, first: str | None, last: str | None) -> Any:
-    """What puts the bos and eos tokens around a text."""
+def _make_frame(tokenizer: Tokenizer, first: str | None, last: str | None) -> Any:
+    """Make the step that puts the bos and eos tokens around a text."""
     before, after = [first] if first else [], [last] if last else []
     second = [f"{piece}:1" for piece in (*before, "$B", *after)]
     return processors.TemplateProcessing(

@@ -17,12 +17,13 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from ..constants import HUB_ID
 from ..errors import UserError, first_line
 from . import files
 
 WEIGHTS = ["model*.safetensors"]
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DATA_SET = re.compile(rf"({HUB_ID.pattern})(?::([\w.-]*))?(?::([\w.-]+))?")
+PRIVATE = "(a private one needs `hf auth login`)"
 
 
 def is_id(source: str) -> bool:
@@ -33,7 +34,7 @@ def is_id(source: str) -> bool:
 
 
 class _Bar(huggingface_hub.utils.tqdm):
-    """The client's progress bar, on terminals only: else it would stand beside an error."""
+    """The client's progress bar, on terminals only: in a pipe it would stand beside an error."""
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **{"disable": None, **options})
@@ -42,12 +43,19 @@ class _Bar(huggingface_hub.utils.tqdm):
 def resolve(
     source: str, *, revision: str | None = None, config_only: bool = False, code: bool = False
 ) -> Path:
-    """Where a model lies: a path as it is; a Hub id after its download (or from the cache).
+    """Find a model on this machine, or download it from the Hub unless it is in the cache.
 
-    ``config_only`` leaves the weights there, ``code`` fetches Python files too.
+    Args:
+        source: a path, or a Hub id.
+        revision: a branch, tag or commit of a Hub id.
+        config_only: leave a Hub id's weights there.
+        code: download a Hub id's Python files, too.
+
+    Returns:
+        The path of the model's folder or file.
 
     Raises:
-        UserError: if there is no such path or repository, or it cannot be fetched.
+        UserError: if there is no such path or repository, or it cannot be downloaded.
     """
     path = os.path.expanduser(source)
     if os.path.exists(path):
@@ -55,59 +63,55 @@ def resolve(
         return Path(path)
     if not is_id(source):
         raise UserError(f"no such file or folder: {source} (a Hub id looks like owner/name)")
-    where = f"{source} at revision {revision}" if revision else source
     patterns = [*files.SMALL, *([] if config_only else WEIGHTS), *(["*.py"] if code else [])]
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                source,
-                revision=revision,
-                allow_patterns=patterns,
-                tqdm_class=_Bar,
-            )
+        folder = huggingface_hub.snapshot_download(
+            source, revision=revision, allow_patterns=patterns, tqdm_class=_Bar
         )
-    except GatedRepoError as error:
-        raise UserError(
-            f"{source} is gated: accept its terms on huggingface.co/{source}, then "
-            "`hf auth login` or set HF_TOKEN"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise UserError(f"{source} has no revision {revision!r}: check --revision") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UserError(
-            f"no such folder, and no such model on the Hub: {source} (a private one needs "
-            "`hf auth login`)"
-        ) from error
-    except Exception as error:  # of the client's network library too, which changed twice already
-        answer = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
-        if isinstance(answer, HfHubHTTPError) and answer.response.status_code in (401, 403):
-            raise UserError(
-                f"the Hub refuses {where} ({first_line(answer)}): `hf auth login` with a token "
+    except Exception as error:  # also those of the client's network library, which has changed
+        raise UserError(_explain_failure(error, source, revision)) from error
+    return Path(folder)
+
+
+def _explain_failure(error: Exception, source: str, revision: str | None) -> str:
+    """What went wrong in a download, and what to do about it."""
+    where = f"{source} at revision {revision}" if revision else source
+    # The client looks into its cache when it got no file list, and says why it got none.
+    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
+    match cause:
+        case GatedRepoError():
+            return (
+                f"{source} is gated: accept its terms on huggingface.co/{source}, then "
+                "`hf auth login` or set HF_TOKEN"
+            )
+        case RevisionNotFoundError():
+            return f"{source} has no revision {revision!r}: check --revision"
+        case RepositoryNotFoundError() | HFValidationError():
+            return f"no such folder, and no such model on the Hub: {source} {PRIVATE}"
+        case HfHubHTTPError() if cause.response.status_code in (401, 403):
+            return (
+                f"the Hub refuses {where} ({first_line(cause)}): `hf auth login` with a token "
                 "that may read it, or set HF_TOKEN"
-            ) from error
-        if answer is error or isinstance(answer, HfHubHTTPError):
-            raise UserError(
-                f"{where} could not be downloaded ({first_line(answer)}): try again"
-            ) from error
-        raise UserError(
-            f"the Hub cannot be reached and {where} is not in the cache: connect, or give a folder"
-        ) from error
+            )
+    if cause is error or isinstance(cause, HfHubHTTPError):
+        return f"{where} could not be downloaded ({first_line(cause)}): try again"
+    return f"the Hub cannot be reached and {where} is not in the cache: connect, or give a folder"
 
 
 def is_data_set(source: str) -> bool:
-    """Whether a text is a data set: OWNER/NAME[:SUBSET[:SPLIT]], and no such path exists."""
+    """Whether a source is a data set: OWNER/NAME[:SUBSET[:SPLIT]], and no such path exists."""
     named = DATA_SET.fullmatch(source) and not source.endswith((".txt", ".jsonl"))
     return bool(named) and not os.path.exists(source)
 
 
 def read_data_set(source: str) -> Iterator[Mapping[str, Any]]:
-    """The rows of a data set, from the first on, fetched as they are asked for.
+    """Yield the rows of a data set from the first on, fetched as they are asked for.
 
     Args:
-        source: OWNER/NAME[:SUBSET[:SPLIT]]; the split is train, unless told otherwise.
+        source: OWNER/NAME[:SUBSET[:SPLIT]]; without a split, the one called train.
 
     Raises:
-        UserError: if it cannot be had.
+        UserError: if the data set cannot be had.
     """
     try:
         import datasets
@@ -119,20 +123,7 @@ def read_data_set(source: str) -> Iterator[Mapping[str, Any]]:
     match = DATA_SET.fullmatch(source)
     assert match is not None
     name, subset, split = match.groups()
-    try:
-        huggingface_hub.dataset_info(name)  # at once; the package tries again for half a minute
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UserError(
-            f"no such file, and no such data set on the Hub: {source} (a private one needs "
-            "`hf auth login`)"
-        ) from error
-    except HfHubHTTPError as error:
-        raise UserError(f"the Hub refuses the data set {name} ({first_line(error)})") from error
-    except Exception as error:
-        raise UserError(
-            f"no such file: {source}; and the Hub, for a data set of that name, cannot be reached: "
-            "connect, or give a file"
-        ) from error
+    _check_data_set(name, source)
     try:
         yield from datasets.load_dataset(
             name, subset or None, split=split or "train", streaming=True
@@ -145,8 +136,25 @@ def read_data_set(source: str) -> Iterator[Mapping[str, Any]]:
         ) from error
 
 
+def _check_data_set(name: str, source: str) -> None:
+    """Ask the Hub whether it has a data set; ``datasets`` would try for half a minute."""
+    try:
+        huggingface_hub.dataset_info(name)
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(
+            f"no such file, and no such data set on the Hub: {source} {PRIVATE}"
+        ) from error
+    except HfHubHTTPError as error:
+        raise UserError(f"the Hub refuses the data set {name} ({first_line(error)})") from error
+    except Exception as error:
+        raise UserError(
+            f"no such file: {source}; and the Hub, for a data set of that name, cannot be reached: "
+            "connect, or give a file"
+        ) from error
+
+
 def upload(folder: Path, repo: str) -> str:
-    """Upload a converted folder as it is, its model card included; returns the page's address.
+    """Upload a converted folder as it is, with its model card; returns the page's address.
 
     Raises:
         UserError: if the Hub refuses.

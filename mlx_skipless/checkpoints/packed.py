@@ -1,43 +1,42 @@
-"""Quantized tensors of other tools, read as dense ones: MLX, AWQ and GPTQ.
+"""Quantized tensors of MLX, AWQ and GPTQ, read as dense ones.
 
 Weights come as Hugging Face stores them, (out, in), in float32, which holds every product of a
-packed value and its scale. Lazy: nothing large is computed before it is used.
+packed value and its scale exactly. They are lazy: nothing large is computed before it is used.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import mlx.core as mx
 
+from ..constants import MODES
 from ..errors import UserError
+from .safetensors import FLOATS, Shape, Store, is_float
 
 Arrays = Mapping[str, mx.array]
-Shapes = Mapping[str, tuple[int, ...]]
+Shapes = Mapping[str, Shape]
 Types = Mapping[str, mx.Dtype | None]
-FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 WORDS = (mx.int32, mx.uint32)
-MODES = {  # MLX's: group sizes and bits, its own choice first
-    "affine": ((64, 32, 128), (4, 1, 2, 3, 5, 6, 8)),
-    "mxfp4": ((32,), (4,)),
-    "mxfp8": ((32,), (8,)),
-    "nvfp4": ((16,), (4,)),
-}
+SCALES = tuple(FLOATS.values())
 AGAIN = "correct the quantization in config.json or download the checkpoint again"
 AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
 class Scheme:
-    """How one checkpoint packs its matrices.
+    """How a checkpoint packs its matrices.
 
-    ``marker`` is the suffix that only packed matrices have; ``parts`` are all suffixes of one.
+    Attributes:
+        name: what a user calls it, e.g. "GPTQ 4-bit".
+        marker: the suffix of a tensor that only packed matrices have.
+        parts: the suffixes of all tensors that can belong to a packed matrix.
     """
 
     name: str
     marker: str
     parts: tuple[str, ...]
 
-    def shape(self, path: str, shapes: Shapes, types: Types) -> tuple[int, ...]:
-        """(out, in) of the dense matrix at ``path``, from its parts' shapes; experts come first.
+    def find_shape(self, path: str, shapes: Shapes, types: Types) -> Shape:
+        """The shape of the dense matrix at ``path``: (out, in), or (experts, out, in).
 
         Raises:
             UserError: if a part is missing, does not fit the others or has another number type.
@@ -58,33 +57,31 @@ class Scheme:
                 raise UserError(f"{path}{part} has a number type that {self.name} has not: {AGAIN}")
         return dense
 
-    def _layout(
-        self, path: str, shapes: Shapes
-    ) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
-        """(out, in) of the dense matrix, and the shapes that its parts have then."""
+    def _layout(self, path: str, shapes: Shapes) -> tuple[Shape, dict[str, Shape]]:
+        """The dense matrix's shape, and the shapes that its parts must have for that."""
         raise NotImplementedError
 
     def _types(self, path: str, part: str) -> tuple[mx.Dtype, ...]:
         """The number types that a part of a matrix may have."""
-        return FLOATS if part == ".scales" else WORDS
+        return SCALES if part == ".scales" else WORDS
 
-    def dense(self, path: str, arrays: Arrays) -> mx.array:
-        """The dense matrix at ``path``, (out, in), float32."""
+    def unpack(self, path: str, arrays: Arrays) -> mx.array:
+        """Compute the dense matrix at ``path``, (out, in), float32."""
         raise NotImplementedError
 
 
 class MLXScheme(Scheme):
-    """MLX's own modes; a per-path entry in the config overrides the common setting."""
+    """The packing of MLX; an entry for a matrix in the config overrides the common settings."""
 
     marker = ".scales"
     parts = (".weight", ".scales", ".biases")
 
     def __init__(self, config: Mapping[str, Any]):
         self.config = config
-        _, bits, mode = self.settings("")
+        _, bits, mode = self.find_settings("")
         self.name = f"MLX {mode} {bits}-bit"
 
-    def settings(self, path: str) -> tuple[int, int, str]:
+    def find_settings(self, path: str) -> tuple[int, int, str]:
         """Group size, bits and mode of the matrix at ``path``."""
         own = self.config.get(path)
         own = own if isinstance(own, Mapping) else self.config
@@ -101,15 +98,13 @@ class MLXScheme(Scheme):
             )
         return group_size, bits, mode
 
-    def _layout(
-        self, path: str, shapes: Shapes
-    ) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
-        group_size, bits, mode = self.settings(path)
+    def _layout(self, path: str, shapes: Shapes) -> tuple[Shape, dict[str, Shape]]:
+        group_size, bits, mode = self.find_settings(path)
         *out, groups = shapes[f"{path}.scales"]
         if not out:
             raise ValueError(out)
         n_in = groups * group_size
-        expected: dict[str, tuple[int, ...]] = {".weight": (*out, n_in * bits // 32)}
+        expected: dict[str, Shape] = {".weight": (*out, n_in * bits // 32)}
         if mode == "affine":
             expected[".biases"] = (*out, groups)
         return (*out, n_in), expected
@@ -117,10 +112,10 @@ class MLXScheme(Scheme):
     def _types(self, path: str, part: str) -> tuple[mx.Dtype, ...]:
         if part == ".weight":
             return (mx.uint32,)
-        return FLOATS if self.settings(path)[2] == "affine" else (mx.uint8,)
+        return SCALES if self.find_settings(path)[2] == "affine" else (mx.uint8,)
 
-    def dense(self, path: str, arrays: Arrays) -> mx.array:
-        group_size, bits, mode = self.settings(path)
+    def unpack(self, path: str, arrays: Arrays) -> mx.array:
+        group_size, bits, mode = self.find_settings(path)
         scales, biases = arrays[f"{path}.scales"], arrays.get(f"{path}.biases")
         if biases is not None:
             scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
@@ -135,27 +130,25 @@ class AWQScheme(Scheme):
     marker = ".qweight"
     parts = (".qweight", ".qzeros", ".scales")
 
-    def _layout(
-        self, path: str, shapes: Shapes
-    ) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
+    def _layout(self, path: str, shapes: Shapes) -> tuple[Shape, dict[str, Shape]]:
         n_in, words = shapes[f"{path}.qweight"]
         groups, _ = shapes[f"{path}.scales"]
         if groups == 0 or n_in % groups:
             raise ValueError(groups)
         return (words * 8, n_in), {".qzeros": (groups, words), ".scales": (groups, words * 8)}
 
-    def dense(self, path: str, arrays: Arrays) -> mx.array:
+    def unpack(self, path: str, arrays: Arrays) -> mx.array:
         scales = arrays[f"{path}.scales"].astype(mx.float32)  # (groups, out)
-        values = _awq_values(arrays[f"{path}.qweight"])  # (in, out)
-        zeros = _awq_values(arrays[f"{path}.qzeros"])  # (groups, out)
+        values = _unpack_awq(arrays[f"{path}.qweight"])  # (in, out)
+        zeros = _unpack_awq(arrays[f"{path}.qzeros"])  # (groups, out)
         n_in, n_out = values.shape
         values = values.reshape(scales.shape[0], -1, n_out)
         dense = (values - zeros[:, None]) * scales[:, None]
         return dense.reshape(n_in, n_out).T
 
 
-def _awq_values(words: mx.array) -> mx.array:
-    """(rows, n / 8) words to (rows, n) values."""
+def _unpack_awq(words: mx.array) -> mx.array:
+    """Unpack words (rows, n / 8) to values (rows, n)."""
     shifts = mx.array(AWQ_ORDER, dtype=mx.uint32) * 4
     values = (words.view(mx.uint32)[..., None] >> shifts) & 0xF
     return values.reshape(words.shape[0], -1).astype(mx.int32)
@@ -164,8 +157,8 @@ def _awq_values(words: mx.array) -> mx.array:
 class GPTQScheme(Scheme):
     """GPTQ at 2, 3, 4 or 8 bits, in any order of groups (``g_idx``, act-order).
 
-    Values are a stream of bits along the input axis; zero points one along the output axis, stored
-    less one in the original format and as they are in ``gptq_v2``.
+    The values are a stream of bits along the input axis, the zero points a stream along the output
+    axis. The original format stores zero points less one, ``gptq_v2`` as they are.
     """
 
     marker = ".qweight"
@@ -187,15 +180,13 @@ class GPTQScheme(Scheme):
         self.group_size = config.get("group_size")
         self.name = f"GPTQ {self.bits}-bit"
 
-    def _layout(
-        self, path: str, shapes: Shapes
-    ) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
+    def _layout(self, path: str, shapes: Shapes) -> tuple[Shape, dict[str, Shape]]:
         words, n_out = shapes[f"{path}.qweight"]
         groups, _ = shapes[f"{path}.scales"]
         if words % self.bits or n_out % 32:
             raise ValueError(n_out)
         n_in = words // self.bits * 32
-        expected: dict[str, tuple[int, ...]] = {
+        expected: dict[str, Shape] = {
             ".qzeros": (groups, n_out // 32 * self.bits),
             ".scales": (groups, n_out),
         }
@@ -203,11 +194,11 @@ class GPTQScheme(Scheme):
             expected[".g_idx"] = (n_in,)
         return (n_out, n_in), expected
 
-    def dense(self, path: str, arrays: Arrays) -> mx.array:
+    def unpack(self, path: str, arrays: Arrays) -> mx.array:
         scales = arrays[f"{path}.scales"].astype(mx.float32)  # (groups, out)
-        values = _bit_stream(arrays[f"{path}.qweight"], self.bits)  # (in, out)
-        zeros = _bit_stream(arrays[f"{path}.qzeros"].T, self.bits).T + self.zero_shift
-        zeros = zeros & ((1 << self.bits) - 1)  # a stored zero of "all ones" stands for 0
+        values = _unpack_bits(arrays[f"{path}.qweight"], self.bits)  # (in, out)
+        zeros = _unpack_bits(arrays[f"{path}.qzeros"].T, self.bits).T + self.zero_shift
+        zeros = zeros & ((1 << self.bits) - 1)  # stored less one, 0 is all ones
         n_in = values.shape[0]
         group = arrays.get(f"{path}.g_idx")
         if group is None:
@@ -218,8 +209,11 @@ class GPTQScheme(Scheme):
         return ((values - zeros[group]) * scales[group]).T
 
 
-def _bit_stream(words: mx.array, bits: int) -> mx.array:
-    """(words, columns) to (words * 32 / bits, columns): values end to end, low bits first."""
+def _unpack_bits(words: mx.array, bits: int) -> mx.array:
+    """Unpack words (words, columns) to values (words * 32 / bits, columns).
+
+    The values of a column lie end to end, low bits first.
+    """
     start = [i * bits for i in range(32)]
     word = mx.array([s // 32 for s in start])
     offset = mx.array([s % 32 for s in start], dtype=mx.uint32)[:, None]
@@ -234,7 +228,7 @@ def _bit_stream(words: mx.array, bits: int) -> mx.array:
 
 
 def find_scheme(config: Mapping[str, Any]) -> Scheme | None:
-    """The packing that a config.json declares; None for dense weights.
+    """Find the packing that a config.json declares; None for dense weights.
 
     Raises:
         UserError: for a packing that cannot be read.
@@ -259,3 +253,65 @@ def find_scheme(config: Mapping[str, Any]) -> Scheme | None:
         f"the checkpoint is quantized as {method!r}, which cannot be read; supported: MLX, AWQ, "
         "GPTQ and GGUF. Use the unquantized model"
     )
+
+
+class UnpackedStore:
+    """A store whose packed matrices are read as dense ones, under the name ``X.weight``.
+
+    Attributes:
+        packed: the store that it reads.
+        packing: how the matrices are packed, e.g. "GPTQ 4-bit".
+        runs: whether mlx-lm runs the matrices packed as they are.
+    """
+
+    def __init__(self, store: Store, scheme: Scheme):
+        self.packed, self._scheme = store, scheme
+        self.packing = scheme.name
+        self.runs = isinstance(scheme, MLXScheme)
+        self._paths = {
+            name.removesuffix(scheme.marker)
+            for name in store.shapes
+            if name.endswith(scheme.marker)
+        }
+        self.shapes: dict[str, Shape] = {}
+        self.dtypes: dict[str, mx.Dtype | None] = {}
+        for name in store.shapes:
+            path = name.rpartition(".")[0]
+            if path in self._paths and name.endswith(scheme.parts):
+                self.shapes[f"{path}.weight"] = scheme.find_shape(path, store.shapes, store.dtypes)
+                scales = store.dtypes[f"{path}.scales"]
+                self.dtypes[f"{path}.weight"] = scales if is_float(scales) else mx.bfloat16
+            elif path in self._paths and name.endswith(".bias") and self._is_zero(name):
+                continue  # GPTQ exporters write a bias of zeros beside matrices that have none
+            else:
+                self.shapes[name] = store.shapes[name]
+                self.dtypes[name] = store.dtypes[name]
+
+    def _is_zero(self, name: str) -> bool:
+        return not mx.any(self.packed.read([name])[name] != 0).item()
+
+    def _find_parts(self, name: str) -> list[str]:
+        """The tensors on disk that a dense one is made of: itself, if it is not packed."""
+        path = name.removesuffix(".weight")
+        if path not in self._paths or not name.endswith(".weight"):
+            return [name]
+        return [path + p for p in self._scheme.parts if path + p in self.packed.shapes]
+
+    def read(self, names: Iterable[str]) -> dict[str, mx.array]:
+        """Read the tensors of these names, dense.
+
+        Raises:
+            UserError: if one cannot be read.
+        """
+        parts = {name: self._find_parts(name) for name in names}
+        arrays = self.packed.read(part for group in parts.values() for part in group)
+        return {
+            name: arrays[name]
+            if group == [name]
+            else self._scheme.unpack(name.removesuffix(".weight"), arrays)
+            for name, group in parts.items()
+        }
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Have the system fetch these tensors' parts in the background."""
+        self.packed.read_ahead(part for name in names for part in self._find_parts(name))

@@ -1,4 +1,4 @@
-"""Writing a model: all of it or nothing, in shards, with everything mlx-lm needs beside it."""
+"""Writing a model atomically, in shards, with everything that mlx-lm needs beside them."""
 
 import fcntl
 import glob
@@ -10,103 +10,57 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import mlx.core as mx
 
 from ..errors import UserError
 from . import files
+from .safetensors import INDEX
 
 SHARD_BYTES = 1 << 29  # two are in memory, one being written; mlx-lm reads any number of shards
 
 
 class Writer:
-    """A folder that appears under its name when it is whole, and not at all otherwise.
+    """A folder that is written atomically: it appears under its name when ``commit`` is called.
 
-    Use as a context manager; ``commit`` makes it appear. Tensors go to a temporary folder beside
-    it, which any failure removes. After a kill the next run to the same place does: the system has
-    let go of the lock on it. A thread writes one shard while the next is computed, so a failure to
+    Use as a context manager. Tensors go to a temporary folder beside the final one, which is
+    removed on any failure. After a kill the next run to the same place removes it: the system has
+    released the lock on it. A thread writes one shard while the next is computed, so a failure to
     write shows in a later call.
 
     Args:
         out: the folder.
-        expected_bytes: of all weights.
-        flag: that names the folder, for messages.
+        expected_bytes: size of all weights.
+        flag: the flag that names the folder, for messages.
 
     Raises:
         UserError: if the path exists, its parent does not, the disk lacks room, or another run is
-            writing the same.
+            writing to it.
     """
 
     def __init__(self, out: Path, expected_bytes: int, flag: str = "--mlx-path"):
         self._out, self._flag = out, flag
         check_free(out, flag)
-        parent = out.absolute().parent
-        self._prefix = f".{out.name}.partial-"
-        self._remove_abandoned(parent)
-        free = shutil.disk_usage(parent).free
-        needed = int(expected_bytes * 1.01) + (64 << 20)
-        if needed > free:
-            raise UserError(
-                f"{parent} has {free / 1e9:.2f} GB free, the result takes {needed / 1e9:.2f} GB: "
-                f"make room or give another {flag}"
-            )
+        _remove_abandoned(out, flag)
+        _check_space(out, expected_bytes, flag)
         self._shards: list[list[str]] = []
         self._pending: dict[str, mx.array] = {}
         self._pending_bytes = self._total_bytes = 0
         self._worker = ThreadPoolExecutor(max_workers=1)
         self._writing: Future[None] | None = None
 
-    def _remove_abandoned(self, parent: Path) -> None:
-        for folder in parent.glob(f"{glob.escape(self._prefix)}*"):
-            with _locked(folder) as ours:
-                if ours is False:
-                    raise UserError(
-                        f"another run is writing {self._out}: wait for it, or give another "
-                        f"{self._flag}"
-                    )
-                if ours:
-                    shutil.rmtree(folder, ignore_errors=True)
-
     def __enter__(self) -> "Writer":
         self._held = ExitStack()
-        try:
-            self._make_folder()
-            # A run that began at the same time may have taken it for abandoned: it was not locked.
-            while not self._lock():
-                self._make_folder()
-        except BaseException:  # a signal in the middle of making it, too
-            shutil.rmtree(self.folder, ignore_errors=True)
-            raise
+        self.folder = self._held.enter_context(_temporary_folder(self._out, self._flag))
+        self._held.callback(self._worker.shutdown, cancel_futures=True)
         return self
 
-    def _lock(self) -> bool:
-        return self._held.enter_context(_locked(self.folder)) is not False and self.folder.is_dir()
-
-    def _make_folder(self) -> None:
-        self.folder = self._out.absolute().parent / f"{self._prefix}{secrets.token_hex(8)}"
-        try:
-            self.folder.mkdir(0o700)
-        except OSError as error:
-            raise UserError(
-                f"cannot write beside {self._out} ({error}): give another {self._flag}"
-            ) from error
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        try:
-            self._worker.shutdown(cancel_futures=True)
-        finally:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self._held.close()
+    def __exit__(self, *error: object) -> None:
+        self._held.close()
 
     def add(self, tensors: Mapping[str, mx.array]) -> None:
-        """Take some tensors; they are written when a shard is full."""
+        """Add tensors; they are written when a shard is full."""
         for name, array in tensors.items():
             if self._pending and self._pending_bytes + array.nbytes > SHARD_BYTES:
                 self._flush()
@@ -127,17 +81,17 @@ class Writer:
         mx.clear_cache()
 
     def _wait(self) -> None:
-        """Until no shard is being written."""
+        """Wait until no shard is being written."""
         writing, self._writing = self._writing, None
         if writing is None:
             return
         try:
             writing.result()
         except (RuntimeError, OSError) as error:
-            raise self._failed(error) from error
+            raise self._make_error(error) from error
 
     def discard_weights(self) -> None:
-        """Forget all tensors taken so far, to take others."""
+        """Remove all tensors added so far, to begin anew."""
         self._wait()
         for file in self.folder.glob("*.safetensors"):
             file.unlink()
@@ -145,11 +99,7 @@ class Writer:
         self._pending_bytes = self._total_bytes = 0
 
     def finish_weights(self, weights: int) -> None:
-        """Name the shards as mlx-lm does and write their index.
-
-        Args:
-            weights: how many there are, quantization aside.
-        """
+        """Name the shards as mlx-lm does and write their index; ``weights`` is the model's size."""
         self._flush()
         self._wait()
         index: dict[str, str] = {}
@@ -159,7 +109,7 @@ class Writer:
             (self.folder / f"shard-{i}.safetensors").rename(self.folder / f"{name}.safetensors")
             index |= dict.fromkeys(names, f"{name}.safetensors")
         self.write_json(
-            "model.safetensors.index.json",
+            INDEX,
             {
                 "metadata": {"total_size": self._total_bytes, "total_parameters": weights},
                 "weight_map": dict(sorted(index.items())),
@@ -167,32 +117,34 @@ class Writer:
         )
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file into the folder."""
         self.write_text(name, json.dumps(content, indent=4) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
+        """Write a text file into the folder."""
         try:
             (self.folder / name).write_text(text, encoding="utf-8")
         except OSError as error:
-            raise self._failed(error) from error
+            raise self._make_error(error) from error
 
-    def _failed(self, error: Exception) -> UserError:
+    def _make_error(self, error: Exception) -> UserError:
         return UserError(f"writing {self._out} failed ({error}): is the disk full?")
 
     def commit(self) -> None:
-        """Make the folder appear."""
+        """Make the folder appear under its name."""
         check_free(self._out, self._flag)
-        # It was private so far; a model is as readable as any other new folder.
+        # The temporary folder is private; a model is as readable as any other new folder.
         umask = os.umask(0)
         os.umask(umask)
         self.folder.chmod(0o777 & ~umask)
         try:
             os.rename(self.folder, self._out)
         except OSError as error:
-            raise self._failed(error) from error
+            raise self._make_error(error) from error
 
 
 def check_free(out: Path, flag: str = "--mlx-path") -> None:
-    """Raises UserError if ``out`` exists, its parent does not, or its name is none for a model."""
+    """Raise a UserError if ``out`` exists, its parent does not, or its name is not UTF-8."""
     files.check_name(out)
     if os.path.lexists(out):
         raise UserError(f"{out} exists already: remove it or give another {flag}")
@@ -200,11 +152,62 @@ def check_free(out: Path, flag: str = "--mlx-path") -> None:
         raise UserError(f"{out.absolute().parent} is no folder: create it first")
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[bool | None]:
-    """Lock a folder until the end of the block or of this process; False if another has.
+def _check_space(out: Path, expected_bytes: int, flag: str) -> None:
+    parent = out.absolute().parent
+    free = shutil.disk_usage(parent).free
+    needed = int(expected_bytes * 1.01) + (64 << 20)
+    if needed > free:
+        raise UserError(
+            f"{parent} has {free / 1e9:.2f} GB free, the result takes {needed / 1e9:.2f} GB: "
+            f"make room or give another {flag}"
+        )
 
-    None if nobody can tell: the file system knows no locks, or the folder has gone.
+
+def _remove_abandoned(out: Path, flag: str) -> None:
+    """Remove the temporary folders of runs that were killed."""
+    for folder in out.absolute().parent.glob(f"{glob.escape(_make_prefix(out))}*"):
+        with _lock_folder(folder) as ours:
+            if ours is False:
+                raise UserError(
+                    f"another run is writing {out}: wait for it, or give another {flag}"
+                )
+            if ours:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make_prefix(out: Path) -> str:
+    return f".{out.name}.partial-"
+
+
+@contextmanager
+def _temporary_folder(out: Path, flag: str) -> Iterator[Path]:
+    """Make a locked folder beside ``out``, which is removed at the end of the block."""
+    with ExitStack() as locks:
+        while True:
+            folder = out.absolute().parent / f"{_make_prefix(out)}{secrets.token_hex(8)}"
+            try:  # from here on a signal leaves nothing behind
+                _make_private_folder(folder, out, flag)
+                # A run that starts at this moment may take it for abandoned: it is not locked yet.
+                if locks.enter_context(_lock_folder(folder)) is not False and folder.is_dir():
+                    yield folder
+                    return
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make_private_folder(folder: Path, out: Path, flag: str) -> None:
+    try:
+        folder.mkdir(0o700)
+    except OSError as error:
+        raise UserError(f"cannot write beside {out} ({error}): give another {flag}") from error
+
+
+@contextmanager
+def _lock_folder(folder: Path) -> Iterator[bool | None]:
+    """Lock a folder until the end of the block or of this process.
+
+    Yields True if that succeeded, False if another process holds the lock, and None if nobody can
+    tell: the file system has no locks, or the folder has gone.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY)
@@ -225,7 +228,6 @@ def _locked(folder: Path) -> Iterator[bool | None]:
 
 
 def _save_shard(file: Path, tensors: dict[str, mx.array]) -> None:
-    """Write a file and see it on the disk, so that a folder that appears is whole for good."""
+    """Write a file and wait until it is on the disk; a folder that appears survives a power cut."""
     mx.save_safetensors(str(file), tensors, metadata={"format": "mlx"})
-    with file.open("rb") as written:
-        os.fsync(written.fileno())
+    files.sync_file(file)

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..evaluation import analysis, analysis_view
-from .shared import open_output, output_arguments, output_file
+from .figures import open_figure
+from .shared import open_output, output_arguments
+from .tables import Grid
 
 EXAMPLES = (
     ("SRC", "weights, condition numbers, and what each sub-layer is worth"),
@@ -36,24 +37,31 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--trust-remote-code", action="store_true", help="let the source's tokenizer run its code"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the sampled text (default: 0)")
-    parser.add_argument("--plot", metavar="PNG", help="draw what was measured there")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="draw what was measured there, as .png, .pdf or .svg"
+    )
     output_arguments(parser, "every figure")
 
 
 def run(options: dict[str, Any]) -> None:
+    from ..evaluation.analysis import NOTHING_TO_MEASURE, analyze
+    from ..evaluation.plots import plot_analysis
+    from .analyze_tables import describe_analysis
+
     figure, numbers = options.pop("plot"), options["json"]
-    if figure is not None and Path(figure).suffix.lower() != ".png":
-        raise UserError(f"--plot {figure}: a PNG is drawn, give a name that ends in .png")
     if figure is not None and numbers is not None and Path(figure) == Path(numbers):
         raise UserError(f"--plot and --json both name {figure}: give two files")
-    with open_output(options) as shown, output_file("--plot", figure) as draw:
+    with open_output(options) as shown, open_figure("--plot", figure) as draw:
         with shown.progress() as progress:
-            found = analysis.analyze(**options, progress=progress)
+            found = analyze(**options, progress=progress)
         if figure is not None and found.layers[0].condition is None:
-            raise UserError(analysis.NOTHING_TO_MEASURE.format("--plot"))
-        for part in analysis_view.tables(found):
-            shown.console.print(part, soft_wrap=isinstance(part, str))
+            raise UserError(NOTHING_TO_MEASURE.format("--plot"))
+        for part in describe_analysis(found):
+            if isinstance(part, Grid):
+                part.show(shown.console)
+            else:
+                shown.console.print(part, soft_wrap=True)
         for note in found.notes:
             shown.say(f"note: {note}")
-        draw(lambda file: analysis_view.plot(found, file))
+        draw(plot_analysis, found)
         shown.write_json(found.as_dict())

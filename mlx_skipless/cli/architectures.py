@@ -1,14 +1,26 @@
 """architectures: what can go from the architectures that are known."""
 
 import argparse
+import re
 from typing import Any
 
-from ..evaluation import catalogue
+from ..evaluation.catalogue import Entry, list_entries
 from .shared import open_output, output_arguments
+from .tables import Grid
 
 EXAMPLES = (
     ("", "the table"),
     ("--json -", "for a script"),
+)
+TITLES = (
+    "model",
+    "`model_type`",
+    "weights",
+    "norms that fold",
+    "first layer as a table: numbers read, memory",
+    "without skips: goes, weights, of these before / after, bytes read for a token before / after",
+    "why no more",
+    "attention dropped: runs in",
 )
 
 
@@ -18,6 +30,37 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: dict[str, Any]) -> None:
     with open_output(options) as shown:
-        found = catalogue.list_entries()
-        shown.say(catalogue.markdown(found))
-        shown.write_json({"models": [entry.as_dict() for entry in found]})
+        entries = list_entries()
+        rows = [_make_row(entry) for entry in entries]
+        shown.say(Grid(TITLES, rows, words=len(TITLES)).markdown())
+        shown.write_json({"models": [entry.as_dict() for entry in entries]})
+
+
+def _make_row(entry: Entry) -> tuple[str, ...]:
+    """Describe a model in the cells of the table that ``docs/architectures.md`` has."""
+    kept = f"; not {', '.join(entry.kept)}" if entry.kept else ""
+    forced = "" if entry.table_pays else " (only if forced)"
+    removed = "nothing saves"
+    if (best := entry.removal) is not None:
+        removed = f"{best.letters.upper()}, -{best.share:.1%}, {best.speedup:.2f}, {best.reads:.2f}"
+    return (
+        entry.name,
+        entry.family,
+        f"{entry.weights:,}",
+        ", ".join(entry.folded) + kept,
+        f"1 / {entry.table_reads:,.0f}, {entry.table_growth:+.1%}{forced}",
+        removed,
+        _explain_rest(entry),
+        "mlx-lm" if entry.drops_stock else "`model.py`",
+    )
+
+
+def _explain_rest(entry: Entry) -> str:
+    """Say in a few words why Q and P do not both go; nothing if they do."""
+    letters = "" if entry.removal is None else entry.removal.letters
+    if letters == "qp":
+        return ""
+    if "meet at one point" in (why := entry.refused["qp"]):
+        return "parallel block: Q or P, one of them"
+    why = re.sub(r"(, so| and K and V|:).*", "", why)
+    return why if "p" in letters else f"{why}; without P the FFN would read wider heads"

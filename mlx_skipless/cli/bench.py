@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..constants import REMOVALS
 from ..errors import UserError
-from ..evaluation import bench_view, benchmark
-from ..removal.plan import REMOVALS
+from .figures import open_figure
 from .shared import open_output, output_arguments, output_file, quantization_arguments
 
 EXAMPLES = (
@@ -65,15 +65,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--repeats", type=int, default=5, metavar="N",
         help="rounds in which the models take turns (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--plot", metavar="PNG", help="draw the speeds there")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="draw the speeds there, as .png, .pdf or .svg"
+    )
     parser.add_argument("--markdown", metavar="FILE", help="write the tables there")
     output_arguments(parser, "every figure")
 
 
 def run(options: dict[str, Any]) -> None:
+    from ..evaluation.benchmark import benchmark
+    from ..evaluation.plots import plot_benchmark
+    from .bench_tables import describe_measurement, tabulate_benchmark, write_markdown
+
     figure, text, numbers = (*map(options.pop, ("plot", "markdown")), options["json"])
-    if figure is not None and Path(figure).suffix.lower() != ".png":
-        raise UserError(f"--plot {figure}: a PNG is drawn, give a name that ends in .png")
     given = [Path(name) for name in (figure, text, numbers) if name is not None]
     if len({*given}) < len(given):
         raise UserError("--plot, --markdown and --json name one file: give one each")
@@ -82,15 +86,15 @@ def run(options: dict[str, Any]) -> None:
     with (
         open_output(options) as shown,
         output_file("--markdown", text) as write,
-        output_file("--plot", figure) as draw,
+        open_figure("--plot", figure) as draw,
     ):
         with shown.progress() as progress:
-            found = benchmark.benchmark(**options, progress=progress)
-        for grid in bench_view.grids(found):
-            shown.console.print(grid.rich())
+            found = benchmark(**options, progress=progress)
+        for grid in tabulate_benchmark(found):
+            grid.show(shown.console)
             shown.console.print()
-        for line in bench_view.remarks(found):
+        for line in describe_measurement(found):
             shown.say(line)
         shown.write_json(found.as_dict())
-        write(lambda file: file.write_text(bench_view.markdown(found), encoding="utf-8"))
-        draw(lambda file: bench_view.plot(found, file))
+        write(lambda file: file.write_text(write_markdown(found), encoding="utf-8"))
+        draw(plot_benchmark, found)

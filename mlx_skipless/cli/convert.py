@@ -1,16 +1,16 @@
 """convert: remove weights from a model."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.measure import Measurement
 from rich.table import Table
 
-from ..conversion import card, convert
-from ..conversion.report import Report
-from ..memory import format_bytes, parse_bytes
-from ..removal.plan import REMOVALS
-from .shared import DEFAULT_MODEL, Output, open_output, output_arguments, quantization_arguments
+from ..conversion.options import CHECK, Options
+from .shared import Output, field_groups, open_output, output_arguments, take_fields
+
+if TYPE_CHECKING:
+    from ..conversion.report import Report
 
 EXAMPLES = (
     ("", "make mlx_model of the bundled model, without its Q and P"),
@@ -36,101 +36,26 @@ LONG = 10  # seconds that make one ask where they went
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--hf-path", "--model", metavar="SRC", dest="model",
-        help="Hub id, Hugging Face folder or .gguf file; with --dry-run a config.json will do "
-        "(default: the bundled model)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--mlx-path", default=DEFAULT_MODEL, metavar="OUT",
-        help="folder to write; must not exist (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--remove", default="auto", choices=REMOVALS,
-        help="matrices to merge into their neighbours; auto: all that pays (default)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--skipless", action="store_true",
-        help="first make the skipless network of a pretrained model; it needs training to speak",
-    )  # fmt: skip
-    parser.add_argument(
-        "--fold-norms", action="store_true",
-        help="put every norm's gain into the matrices behind it (exact)",
-    )  # fmt: skip
-    quantization_arguments(parser, "quantize the result")
-    parser.add_argument(
-        "--calibration", metavar="TEXT",
-        help="file, or data set of the Hub as OWNER/NAME[:SUBSET[:SPLIT]], to quantize against, "
-        "its end for the check (default: sampled from the model)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--target-bytes", type=parse_bytes, metavar="SIZE",
-        help="quantize to the best mixture of bits of this size, for instance 1.6MB or 4GB",
-    )  # fmt: skip
-    parser.add_argument(
-        "--target-kl", type=float, metavar="NATS",
-        help="quantize to the smallest mixture of bits that is so close to the source, in nats "
-        "per token; tries several",
-    )  # fmt: skip
-    parser.add_argument(
-        "--distill", type=int, default=0, metavar="STEPS",
-        help="train the scales and biases of the quantized result towards the source, for instance "
-        "200 steps; holds both in memory",
-    )  # fmt: skip
-    for kind, what in (("attention", "attention"), ("ffn", "FFN"), ("block", "attention and FFN")):
-        parser.add_argument(
-            f"--drop-{kind}", type=_count_or_auto, metavar="N",
-            help=f"so many layers lose their {what}, the least important; auto: as many as "
-            "--max-loss allows (approximate; needs skip connections)",
-        )  # fmt: skip
-    parser.add_argument(
-        "--greedy", action="store_true", help="measure again after each drop: better, slower"
-    )
-    parser.add_argument(
-        "--max-loss", type=_share, metavar="SHARE",
-        help="by how much auto may raise the loss, nats per token (default: 1%%)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--precompute-first-layer", nargs="?", const="auto", choices=["auto", "force"],
-        help="make the first layer's projections a table by token, where that pays or by force "
-        "(exact; more memory, fewer bytes read)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--dtype", choices=["float16", "bfloat16", "float32"],
-        help="type of the weights that are not quantized (default: the source's)",
-    )  # fmt: skip
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
-    parser.add_argument(
-        "--upload-repo", metavar="REPO", help="Hub repository to upload the result to"
-    )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="let the source's tokenizer run its code"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the sampled text (default: 0)")
-    parser.add_argument("--dry-run", action="store_true", help="show the plan, write nothing")
-    parser.add_argument("--no-verify", action="store_true", help="skip the check at the end")
-    output_arguments(parser, "the report")
-
-
-def _count_or_auto(text: str) -> int | str:
-    return text if text == "auto" else int(text)
-
-
-def _share(text: str) -> float:
-    return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+    groups = field_groups(parser, ("", Options))
+    output_arguments(groups[CHECK], "the report")
 
 
 def run(options: dict[str, Any]) -> None:
-    options["verify"] = not options.pop("no_verify")
-    out = None if options["dry_run"] else options["mlx_path"]
-    with open_output(options, out) as shown:
+    from ..conversion.convert import convert
+
+    asked = take_fields(options, Options)
+    wanted = Options(**asked)
+    with open_output(options, None if wanted.dry_run else str(wanted.mlx_path)) as shown:
         with shown.progress() as progress:
-            report = convert.convert(**options, progress=progress)
+            report = convert(options=wanted, progress=progress)
         _show(report, shown)
         shown.write_json(report.as_dict())
 
 
-def _show(report: Report, shown: Output) -> None:
+def _show(report: "Report", shown: Output) -> None:
+    from ..conversion.card import describe_effect
+    from ..memory import format_bytes
+
     console = shown.console
     if report.packing:
         again = "" if report.quantization else ", and not quantized again: -q does that"
@@ -156,7 +81,7 @@ def _show(report: Report, shown: Output) -> None:
     if report.stock:
         done = "norm gains folded, exactly" if report.folded else "matrices as they were"
         lines.append(f"note: {done}; the result runs in plain mlx-lm")
-    lines += card.describe_effect(report)
+    lines += describe_effect(report)
     for line in lines:
         shown.say(line)
     for warning in report.warnings:
@@ -167,7 +92,7 @@ def _show(report: Report, shown: Output) -> None:
     shown.say(f"{where}; {time}, peak memory {memory}")
 
 
-def _stages(report: Report) -> str:
+def _stages(report: "Report") -> str:
     """Where the time went, if it was long."""
     if report.seconds < LONG:
         return ""

@@ -1,44 +1,67 @@
-"""evaluate: score a model on held-out text."""
+"""evaluate: score two models on lm-eval's tasks."""
 
 import argparse
 from typing import Any
 
-from ..errors import UserError
-from ..evaluation import perplexity
-from .shared import DEFAULT_MODEL, held_out_arguments, open_output, output_arguments
+from .shared import open_output, output_arguments
+from .tables import Grid
 
 EXAMPLES = (
     (
-        "--model OUT --data tales/*.txt",
-        "nats per token and bits per character on the end of each file",
+        "SRC OUT --tasks arc_easy hellaswag --limit 200",
+        "scores before and after, and the difference",
     ),
 )
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="A", help="model folder or Hub id, before")
+    parser.add_argument("result", metavar="B", help="model folder or Hub id, after")
     parser.add_argument(
-        "--model", default=DEFAULT_MODEL, metavar="DIR_OR_REPO",
-        help="model folder or Hub id (default: %(default)s)",
+        "--tasks", nargs="+", required=True, metavar="TASK",
+        help="lm-eval's names of tasks, or .yaml files; needs mlx-lm[evaluate]",
     )  # fmt: skip
-    held_out_arguments(parser)
+    parser.add_argument("--include-path", metavar="FOLDER", help="folder with more tasks")
     parser.add_argument(
-        "--context", type=int, metavar="N",
-        help="tokens of a window (default: what the model was made for, at most 512)",
+        "--num-shots", type=int, metavar="N",
+        help="examples in the prompt (default: the task's own)",
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=int, default=16, help="windows at once (default: 16)")
+    parser.add_argument("--limit", type=int, metavar="N", help="items of a task (default: all)")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences at once (default: 8)")
+    parser.add_argument(
+        "--apply-chat-template", action=argparse.BooleanOptionalAction,
+        help="ask in turns of a chat (default: if A has a chat template)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seed", type=int, default=123, help="of the examples (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--confirm-run-unsafe-code", action="store_true",
+        help="let tasks run the code that a model writes",
+    )  # fmt: skip
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="let a model of another kind run its code"
     )
-    output_arguments(parser, "the score")
+    output_arguments(parser, "the scores")
 
 
 def run(options: dict[str, Any]) -> None:
-    if not (options["data"] or options["validation"]):
-        raise UserError("no text: give --data, whose end is held out, or --validation")
+    from ..evaluation.tasks import evaluate
+
     with open_output(options) as shown:
-        score = perplexity.measure_perplexity(**options | {"data": options["data"] or ()})
-        shown.say(
-            f"{score.loss:.4f} nats per token, {score.bits_per_character:.4f} bits per character "
-            f"({score.tokens:,} tokens, {score.characters:,} characters)"
-        )
-        shown.write_json(score.as_dict())
+        scores = evaluate(**options)
+        rows = [
+            (
+                score.task, score.metric,
+                _with_error(f"{score.source:.4f}", score.source_stderr),
+                _with_error(f"{score.result:.4f}", score.result_stderr),
+                _with_error(f"{score.difference:+.4f}", score.difference_stderr),
+            )
+            for score in scores
+        ]  # fmt: skip
+        Grid(("task", "metric", "A", "B", "difference"), rows, words=2).show(shown.console)
+        shown.write_json({"scores": [score.as_dict() for score in scores]})
+
+
+def _with_error(figure: str, stderr: float | None) -> str:
+    return figure if stderr is None else f"{figure} ± {stderr:.4f}"

@@ -1,12 +1,13 @@
-"""What a run of train or heal tells on the way."""
+"""What a run of train or heal tells on the way and at its end."""
 
 from typing import Any
 
 from ..memory import format_bytes
+from ..training.loop import RunResult
 
 
 def describe_event(event: dict[str, Any]) -> str:
-    """An event of ``loop.ResumableRun`` in words."""
+    """Say in a line what an event of ``loop.ResumableRun`` says."""
     step = f"step {event['step']:>6,}"
     if "parameters" in event:
         return (
@@ -35,4 +36,12 @@ def describe_event(event: dict[str, Any]) -> str:
         f"{step}  loss {event['loss']:.4f}  learning rate {event['learning_rate']:.1e}  "
         f"{event['tokens_per_second']:,.0f} tokens/s  "
         f"memory {format_bytes(event['memory_bytes'])}"
+    )
+
+
+def describe_end(result: RunResult, counts: str) -> str:
+    """Say in a line what a run wrote; ``counts`` says of how many weights."""
+    return (
+        f"wrote {result.output}: {counts}, {result.seconds:,.0f} s, "
+        f"peak memory {format_bytes(result.peak_memory_bytes)}"
     )

@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from ..errors import UserError
 from .shared import DEFAULT_MODEL, Output, open_output, output_arguments
+from .tables import Grid
 
 EXAMPLES = (
     ("", "chat with mlx_model; where it has no turns, go on telling"),
@@ -62,8 +61,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: dict[str, Any]) -> None:
-    from ..inference import chat, generation
+    from ..inference import chat, comparison, generation
+    from ..inference.caches import load_cache
     from ..inference.loading import load
+    from ..inference.prompts import encode_prompt
 
     json_name, other = options["json"], options.pop("compare")
     name, prompt = options.pop("model"), options.pop("prompt")
@@ -91,12 +92,12 @@ def run(options: dict[str, Any]) -> None:
             chat.chat(model, tokenizer, opening=generation.TALE if tale else None, **options)
             return
         if tale:
-            prompt = generation.encode_prompt(tokenizer, generation.TALE, chat=False)
+            prompt = encode_prompt(tokenizer, generation.TALE, chat=False)
             _speak(generation.TALE, shown)
         if other is not None:
             second = load(other, trust_remote_code=trust)
-            result = generation.compare([(model, tokenizer), second], prompt, **options)
-            shown.console.print(_table(result, name, other))
+            result = comparison.compare([(model, tokenizer), second], prompt, **options)
+            _tabulate(result, name, other).show(shown.console)
             shown.write_json(result.as_dict())
             return
         if draft is not None:
@@ -105,8 +106,8 @@ def run(options: dict[str, Any]) -> None:
             )
             options["num_draft_tokens"] = drafts
         if cache_file is not None:
-            options["prompt_cache"] = generation.load_cache(cache_file, model)
-            prompt = generation.encode_prompt(tokenizer, prompt, continued=True)
+            options["prompt_cache"] = load_cache(cache_file, model)
+            prompt = encode_prompt(tokenizer, prompt, continued=True)
         stream = generation.stream(model, tokenizer, prompt, **options)
         for piece in generation.restore_first_space(stream, tokenizer) if tale else stream:
             _speak(piece, shown)
@@ -143,13 +144,13 @@ def _piped() -> bool:
     return bool(select.select([sys.stdin], [], [], 0)[0])
 
 
-def _table(result: Any, name: str, other: str) -> Table:
-    table = Table("", name, other, "ratio", box=None, pad_edge=False)
+def _tabulate(result: Any, name: str, other: str) -> Grid:
+    rows = []
     for label, key in (
         ("prompt tokens/s", "prompt_tps"),
         ("generation tokens/s", "generation_tps"),
     ):
         a, b = getattr(result.first, key), getattr(result.second, key)
         ratio = getattr(result, f"{key}_ratio")
-        table.add_row(label, f"{a:.1f}", f"{b:.1f}", "" if ratio is None else f"{ratio:.2f}")
-    return table
+        rows.append((label, f"{a:.1f}", f"{b:.1f}", "" if ratio is None else f"{ratio:.2f}"))
+    return Grid(("", name, other, "ratio"), rows)

@@ -4,10 +4,8 @@ import argparse
 from typing import Any
 
 from ..errors import UserError
-from ..memory import format_bytes
 from ..options import read_options
-from ..training import card, healing
-from . import events
+from ..training.recipe import Pace, Treatment
 from .shared import field_groups, held_out_arguments, open_output, run_arguments, take_fields
 
 EXAMPLES = (
@@ -27,11 +25,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="let a model of another kind run its code"
     )
-    field_groups(parser, ("pace (0: never)", healing.Pace), ("treatment", healing.Treatment))
+    field_groups(parser, ("pace (0: never)", Pace), ("treatment", Treatment))
 
 
 def run(options: dict[str, Any]) -> None:
-    pace, treatment = take_fields(options, healing.Pace), take_fields(options, healing.Treatment)
+    from ..training.card import describe_healing
+    from ..training.healing import heal  # imports MLX, which --help need not wait for
+    from . import events
+
+    pace, treatment = take_fields(options, Pace), take_fields(options, Treatment)
     resume = options["resume"]
     steps = treatment.get("steps") if resume else None
     other = [options[name] for name in ("model", "teacher", "data", "validation")]
@@ -40,17 +42,14 @@ def run(options: dict[str, Any]) -> None:
     if options["validation"] and not options["data"]:
         raise UserError("--validation is for --data: the original's own text is held out in part")
     with open_output(options, None if resume else options["mlx_path"]) as shown:
-        result = healing.heal(
-            treatment=read_options(healing.Treatment, "treatment", treatment),
-            pace=healing.Pace(**pace),
+        result = heal(
+            treatment=read_options(Treatment, "treatment", treatment),
+            pace=Pace(**pace),
             steps=steps,
             report=lambda event: shown.say(events.describe_event(event)),
             **options,
         )
-        for line in card.describe_healing(result):
+        for line in describe_healing(result):
             shown.say(line)
-        shown.say(
-            f"wrote {result.output}: {result.trained_parameters:,} weights trained, "
-            f"{result.seconds:,.0f} s, peak memory {format_bytes(result.peak_memory_bytes)}"
-        )
+        shown.say(events.describe_end(result, f"{result.trained_parameters:,} weights trained"))
         shown.write_json(result.as_dict())

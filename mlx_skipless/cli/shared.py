@@ -13,7 +13,9 @@ from typing import Any, get_args
 from rich import progress as bars
 from rich.console import Console
 
+from ..constants import MODES
 from ..errors import UserError
+from ..options import flag_name
 from ..progress import Progress
 
 DEFAULT_MODEL = "mlx_model"
@@ -51,7 +53,7 @@ def output_file(flag: str, name: str | None, out: str | None = None) -> Iterator
     yield put
 
 
-def output_arguments(parser: argparse.ArgumentParser, what: str) -> None:
+def output_arguments(parser: argparse._ActionsContainer, what: str) -> None:
     parser.add_argument(
         "--json", metavar="FILE",
         help=f"write {what} there; - is standard output, with nothing else on it",
@@ -145,7 +147,7 @@ def quantization_arguments(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--q-bits", type=int, help="bits per weight (default: the mode's own)")
     parser.add_argument("--q-group-size", type=int, help="weights that share a scale")
     parser.add_argument(
-        "--q-mode", default="affine", choices=["affine", "mxfp4", "nvfp4", "mxfp8"],
+        "--q-mode", default="affine", choices=[*MODES],
         help="quantization mode (default: %(default)s)",
     )  # fmt: skip
 
@@ -178,30 +180,51 @@ def run_arguments(parser: argparse.ArgumentParser, default: str, what: str) -> N
     output_arguments(parser, "the outcome")
 
 
-def field_groups(parser: argparse.ArgumentParser, *groups: tuple[str, type]) -> None:
+def field_groups(parser: argparse.ArgumentParser, *groups: tuple[str, type]) -> dict[str, Any]:
+    """Add the flags of dataclasses' fields, under a title each or where a field names its group.
+
+    Returns:
+        argparse's groups by title.
+    """
+    made: dict[str, Any] = {}
     for title, kind in groups:
-        group = parser.add_argument_group(title)
-        for option in fields(kind):
-            _field_argument(group, option)
+        for field in fields(kind):
+            name = field.metadata["group"] or title
+            if name not in made:
+                made[name] = parser.add_argument_group(name)
+            _add_flag(made[name], field)
+    return made
 
 
-def _field_argument(group: Any, option: Field[Any]) -> None:
+def _add_flag(group: Any, field: Field[Any]) -> None:
     """A flag for a field of a dataclass; absent from the options where it is not given."""
-    kinds = get_args(option.type) or (option.type,)
-    default = "" if option.default in (None, "") else f" (default: {option.default})"
-    how: dict[str, Any]
-    if bool in kinds:
+    facts, kinds = field.metadata, get_args(field.type) or (field.type,)
+    const, default = facts["const"], field.default
+    how: dict[str, Any] = {}
+    if bool in kinds and const is None:
         how = {"action": argparse.BooleanOptionalAction}
-    elif choices := option.metadata.get("choices"):
-        how = {"choices": [choice for choice in choices if choice]}
-    elif type(None) in kinds:
-        how = {"type": lambda text: None if text == "none" else float(text), "metavar": "NUMBER"}
+    elif bool in kinds:
+        how, default = {"action": "store_const", "const": const}, None
     else:
-        how = {"type": kinds[0], "metavar": "N"}
+        how = _value(field, kinds)
+        how |= {} if const is None else {"nargs": "?", "const": const}
+    told = "" if default in (None, "") else f" (default: {default})"
     group.add_argument(
-        f"--{option.name.replace('_', '-')}", default=argparse.SUPPRESS,
-        help=f"{option.metadata['help']}{default}", **how,
+        *(facts["flags"] or [flag_name(field.name)]), dest=field.name, default=argparse.SUPPRESS,
+        help=f"{facts['help']}{told}".replace("%", "%%"), **how,
     )  # fmt: skip
+
+
+def _value(field: Field[Any], kinds: tuple[Any, ...]) -> dict[str, Any]:
+    """How argparse reads the value of a field's flag."""
+    facts = field.metadata
+    if choices := [choice for choice in facts["choices"] if choice]:
+        return {"choices": choices}
+    if facts["parse"] is not None or str in kinds:
+        return {"type": facts["parse"] or str, "metavar": facts["metavar"]}
+    if type(None) in kinds:
+        return {"type": lambda text: None if text == "none" else float(text), "metavar": "NUMBER"}
+    return {"type": kinds[0], "metavar": facts["metavar"] or "N"}
 
 
 def take_fields(options: dict[str, Any], kind: type) -> dict[str, Any]:

@@ -4,13 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import UserError, first_line
-from ..memory import format_bytes
-from ..training import pretraining
-from ..training.recipe import Recipe, read_recipe
-from . import events
+from ..options import read_options
+from ..training.recipe import Recipe, TrainingPace
 from .shared import field_groups, held_out_arguments, open_output, run_arguments, take_fields
 
 EXAMPLES = (
@@ -34,31 +30,35 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
         help="of the arithmetic (default: bfloat16 on a GPU, float32 on a CPU)",
     )  # fmt: skip
-    field_groups(parser, ("pace (0: never)", pretraining.Pace), ("recipe", Recipe))
+    field_groups(parser, ("pace (0: never)", TrainingPace), ("recipe", Recipe))
 
 
 def run(options: dict[str, Any]) -> None:
+    from ..training.pretraining import train  # imports MLX, which --help need not wait for
+    from . import events
+
     config = options.pop("config")
-    pace, recipe = take_fields(options, pretraining.Pace), take_fields(options, Recipe)
-    steps = recipe.get("steps") if options["resume"] else None
-    if options["resume"] and (config or pace or set(recipe) - {"steps"}):
+    pace, recipe = take_fields(options, TrainingPace), take_fields(options, Recipe)
+    resume = options["resume"]
+    steps = recipe.get("steps") if resume else None
+    if resume and (config or pace or set(recipe) - {"steps"}):
         raise UserError("--resume goes on with the run's own recipe: only --steps may change")
-    with open_output(options, None if options["resume"] else options["mlx_path"]) as shown:
-        result = pretraining.train(
-            recipe=read_recipe({**_read_yaml(config), **recipe}),
-            pace=pretraining.Pace(**pace),
+    with open_output(options, None if resume else options["mlx_path"]) as shown:
+        result = train(
+            recipe=read_options(Recipe, "recipe", {**_read_yaml(config), **recipe}),
+            pace=TrainingPace(**pace),
             steps=steps,
             report=lambda event: shown.say(events.describe_event(event)),
             **options,
         )
-        shown.say(
-            f"wrote {result.output}: {result.parameters:,} weights, {result.tokens:,} tokens, "
-            f"{result.seconds:,.0f} s, peak memory {format_bytes(result.peak_memory_bytes)}"
-        )
+        counts = f"{result.parameters:,} weights, {result.tokens:,} tokens"
+        shown.say(events.describe_end(result, counts))
         shown.write_json(result.as_dict())
 
 
 def _read_yaml(name: str | None) -> dict[str, Any]:
+    import yaml
+
     if name is None:
         return {}
     try:

@@ -1,27 +1,95 @@
 """The model card of a result: what was done to which model, and the measured effect."""
 
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
 
 from ..checkpoints import hub
-
-if TYPE_CHECKING:
-    from .report import Report
+from .report import Report
 
 NAMES = {"q": "Q", "k": "K", "v": "V", "p": "P", "attention": "Attention", "ffn": "The FFN"}
+TEMPLATE = """\
+---
+{{ card_data }}
+---
+
+# {{ name }}
+{% for paragraph in paragraphs %}
+{{ paragraph }}
+{% endfor %}
+{%- for title, content in sections.items() %}
+## {{ title }}
+{% if content is string %}
+{{ content }}
+{% else %}
+{% for line in content %}- {{ line }}
+{% endfor %}
+{%- endif %}
+{%- endfor %}"""
+USE = """\
+```python
+from mlx_lm import load, generate
+
+model, tokenizer = load("{name}"{trust})
+print(generate(model, tokenizer, prompt="Once upon a time"))
+```
+
+or `mlx_lm.generate --model {name}{flag} --prompt 'Once upon a time'`."""
 
 
-def describe_effect(report: "Report") -> list[str]:
-    """The measured effect, a sentence each."""
+def name_source(source: str) -> str:
+    """What a card calls a model: its Hub id, or the last part of its path.
+
+    A card is published, and a path tells of the machine that wrote it.
+    """
+    return source if hub.is_id(source) else Path(source).name
+
+
+def render_card(
+    name: str,
+    paragraphs: Sequence[str],
+    sections: Mapping[str, str | Sequence[str]],
+    *,
+    base_model: str | None = None,
+    tags: Sequence[str] = ("mlx",),
+) -> str:
+    """Write a model card, Markdown under the Hub's header.
+
+    Args:
+        name: the model's name, the title.
+        paragraphs: what stands below the title.
+        sections: by heading, a text as it is, or the points of a list.
+        base_model: what the user called the model that this one was made from; the header names it
+            if it is a Hub id.
+        tags: the Hub's tags.
+    """
+    data = ModelCardData(
+        base_model=base_model if base_model is not None and hub.is_id(base_model) else None,
+        library_name="mlx",
+        pipeline_tag="text-generation",
+        tags=[*tags],
+    )
+    parts: Any = {"name": name, "paragraphs": paragraphs, "sections": sections}
+    return f"{ModelCard.from_template(data, template_str=TEMPLATE, **parts)}"
+
+
+def describe_effect(report: Report) -> list[str]:
+    """Describe the measured effect, a sentence each."""
+    return [*_describe_size(report), *_describe_check(report)]
+
+
+def _describe_size(report: Report) -> Iterator[str]:
     saved = 1 - report.params_after / report.params_before
     share = f"{abs(saved):.1%} {'fewer' if saved >= 0 else 'more'}"
-    lines = [
+    yield (
         f"{report.params_before:,} weights before, {report.params_after:,} after ({share}); "
         f"{report.bytes_before / 1e6:,.1f} MB before, {report.bytes_after / 1e6:,.1f} MB after."
-    ]
+    )
     if (table := report.first_layer) is not None:
         times = [table.reads_before(batch) / table.reads_after(batch) for batch in (1, 16, 256)]
-        lines.append(
+        yield (
             "The first layer's projections are read from a table by token: "
             f"{table.reads_after():,} numbers instead of {table.reads_before():,} at batch 1, "
             f"{times[0]:,.0f} times fewer ({times[1]:,.0f} at batch 16, {times[2]:,.0f} at 256). "
@@ -30,70 +98,73 @@ def describe_effect(report: "Report") -> list[str]:
     if report.removed or report.first_layer:
         ratio = report.speedup_from_bytes
         fewer = f"{ratio:.2f} times" if ratio >= 1.01 else f"{1 - 1 / ratio:.2%}"
-        lines.append(
+        yield (
             f"Decoding a token reads {fewer} fewer bytes of weights than without "
             "the removals in the same number format: the speed-up to expect at most."
         )
     if report.cache_bytes_after != report.cache_bytes_before:
-        lines.append(
+        yield (
             f"Each token of context takes {report.cache_bytes_after:,} bytes of KV cache, "
             f"{report.cache_bytes_before:,} before."
         )
-    if (check := report.verification) is not None:
-        lines.append(
-            f"Against the source on {check.tokens} tokens ({check.text}): worst relative logit "
-            f"error {check.max_rel_logit_error:.1e}, KL {check.kl:.2e} nats per token, the same "
-            f"greedy token at {check.greedy_match:.1%}; perplexity {check.source_perplexity:.2f} "
-            f"before, {check.perplexity:.2f} after."
+
+
+def _describe_check(report: Report) -> Iterator[str]:
+    check = report.verification
+    if check is None:
+        return
+    yield (
+        f"Against the source on {check.tokens} tokens ({check.text}): worst relative logit "
+        f"error {check.max_rel_logit_error:.1e}, KL {check.kl:.2e} nats per token, the same "
+        f"greedy token at {check.greedy_match:.1%}; perplexity {check.source_perplexity:.2f} "
+        f"before, {check.perplexity:.2f} after."
+    )
+    if (plain := check.quantized_only) is not None and check.kl_ratio is not None:
+        yield (
+            "The source quantized alone, to nearest, without removals: KL "
+            f"{plain.kl:.2e}, perplexity {plain.perplexity:.2f}; so this result's KL is "
+            f"{check.kl_ratio:.2f} times as large."
         )
-        if (plain := check.quantized_only) is not None and check.kl_ratio is not None:
-            lines.append(
-                "The source quantized alone, to nearest, without removals: KL "
-                f"{plain.kl:.2e}, perplexity {plain.perplexity:.2f}; so this result's KL is "
-                f"{check.kl_ratio:.2f} times as large."
-            )
-    return lines
 
 
-def write_card(report: "Report", name: str) -> str:
-    """The card, Markdown with the Hub's header."""
-    header = ["---", "library_name: mlx", "pipeline_tag: text-generation", "tags:", "- mlx"]
-    header += [] if report.stock else ["- mlx-skipless"]
-    if hub.is_id(report.source):
-        header.append(f"base_model: {report.source}")
-    header += ["---", ""]
-    origin = report.source if hub.is_id(report.source) else Path(report.source).name
-    body = [f"# {name}", "", f"Made by mlx-skipless from `{origin}`.", ""]
-    body += [f"**{warning}**\n" for warning in report.warnings]
-    body += ["## What was done", ""]
-    for letter, layers in report.removed.items():
-        body.append(f"- {NAMES[letter]} removed from layers {', '.join(map(str, layers))}.")
+def write_card(report: Report, name: str, given: Sequence[str] = ()) -> str:
+    """Write the card of a conversion's result.
+
+    Args:
+        report: what was done.
+        name: the result's name.
+        given: what the user called the source and the text; of a path the card keeps its last part.
+    """
+    trust, flag = ("", "") if report.stock else (", trust_remote_code=True", " --trust-remote-code")
+    card = render_card(
+        name,
+        [
+            f"Made by mlx-skipless from `{name_source(report.source)}`.",
+            *(f"**{warning}**" for warning in report.warnings),
+        ],
+        {
+            "What was done": [*_describe_changes(report)],
+            "Effect, measured on this model": describe_effect(report),
+            "Use": USE.format(name=name, trust=trust, flag=flag),
+        },
+        base_model=report.source,
+        tags=["mlx"] if report.stock else ["mlx", "mlx-skipless"],
+    )
+    for path in given:
+        if "/" in path and not hub.is_data_set(path):  # notes quote it
+            card = card.replace(path, name_source(path))
+    return card
+
+
+def _describe_changes(report: Report) -> Iterator[str]:
+    for part, layers in report.removed.items():
+        yield f"{NAMES[part]} removed from layers {', '.join(map(str, layers))}."
     if report.folded:
-        body.append(f"- Gains of these norms folded into the matrices: {', '.join(report.folded)}.")
+        yield f"Gains of these norms folded into the matrices: {', '.join(report.folded)}."
     if report.packing:
-        body.append(f"- The source was quantized ({report.packing}) and dequantized first.")
-    if report.quantization:
-        q = report.quantization
+        yield f"The source was quantized ({report.packing}) and dequantized first."
+    if (q := report.quantization) is not None:
         widths = [own["bits"] for own in q.values() if isinstance(own, dict)] or [q["bits"]]
         bits = f"{min(widths)} to {max(widths)}" if len({*widths}) > 1 else f"{widths[0]}"
-        body.append(f"- Quantized: {q['mode']}, {bits} bits, groups of {q['group_size']}.")
-    body += [f"- {note[0].upper()}{note[1:]}." for note in report.notes]
-    body += ["", "## Effect, measured on this model", ""]
-    body += [f"- {line}" for line in describe_effect(report)]
-    trust = "" if report.stock else ", trust_remote_code=True"
-    flag = "" if report.stock else " --trust-remote-code"
-    body += [
-        "",
-        "## Use",
-        "",
-        "```python",
-        "from mlx_lm import load, generate",
-        "",
-        f'model, tokenizer = load("{name}"{trust})',
-        'print(generate(model, tokenizer, prompt="Once upon a time"))',
-        "```",
-        "",
-        f"or `mlx_lm.generate --model {name}{flag} --prompt 'Once upon a time'`.",
-        "",
-    ]
-    return "\n".join([*header, *body])
+        yield f"Quantized: {q['mode']}, {bits} bits, groups of {q['group_size']}."
+    yield from (f"{note[0].upper()}{note[1:]}." for note in report.notes)

@@ -14,9 +14,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.utils import load_model
 
-from ..architectures.families import Family
+from ..architectures.family import Family
 from ..architectures.tensors import arrange, find_places, restore_gains, to_source_module
-from ..checkpoints.checkpoint import SafetensorsStore
+from ..checkpoints.safetensors import SafetensorsStore
 from ..errors import UserError
 from ..network.driver import widen_experts
 from ..network.magnitudes import Magnitude, NotFinite, Watch

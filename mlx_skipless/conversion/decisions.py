@@ -1,74 +1,121 @@
-"""Decisions that need text: which removals pay, and how many bits each matrix gets."""
+"""The third step of a conversion: what text decides.
+
+On it are measured which sub-layers matter least, which removals pay, and what bits a matrix needs.
+"""
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import mlx.core as mx
 
 from ..network.names import EMBEDDING, HEAD
-from ..network.wiring import find_points
 from ..progress import Progress
-from ..quantization import bits as budget
-from ..quantization import sensitivity
-from ..removal import sublayers, table
+from ..quantization import bits, sensitivity
 from ..removal.merger import Merger
-from ..removal.plan import Plan, find_mixed, isolate_removal
+from ..removal.plan import isolate_removal
+from ..removal.sublayers import choose_drops
+from ..removal.table import find_needed
+from ..text.samples import Passages
 from .check import Verification
-from .job import Job
+from .job import Job, find_inverses
+from .planning import list_wishes
 
 
-@dataclass(frozen=True)
-class Goal:
-    """What a mixture of bits shall keep: a size in bytes or a KL in nats per token."""
+def decide(job: Job, passages: Passages | None, progress: Progress) -> Job:
+    """Decide what depends on text.
 
-    nbytes: int | None
-    kl: float | None
+    Args:
+        job: as it was planned.
+        passages: the text, without calibration tokens or None where nothing depends on it.
+        progress: called with (stage, done, total).
 
+    Returns:
+        The job with what was measured. Bits for a KL are not chosen here, but in ``search_bits``.
 
-@dataclass(frozen=True)
-class Drops:
-    """Sub-layers to drop; see ``drop.choose``."""
-
-    wishes: tuple[sublayers.Wish, ...]
-    greedy: bool
-    max_loss: float
-
-
-def choose_sublayers(job: Job, drops: Drops, tokens: mx.array, progress: Progress) -> Job:
-    """The job without the sub-layers that matter least on the text."""
-    layers, path = sublayers.choose_drops(
-        job.plan.before,
-        job.source_parts(),
-        tokens,
-        drops.wishes,
-        greedy=drops.greedy,
-        max_loss=drops.max_loss,
-        spared=table.find_needed(job.plan.before) if job.plan.table else None,
-        progress=lambda done, total: progress("dropping", done, total),
-    )
-    job = replace(job, dropped=layers).replanned()
-    if path:
-        steps = ", ".join(map(str, path))
-        note = f"loss on the text, nats per token, whole and after each drop: {steps}"
-        job = replace(job, plan=replace(job.plan, notes=(*job.plan.notes, note)))
+    Raises:
+        UserError: if a size is out of reach.
+    """
+    if passages is None or passages.calibration is None:
+        return job
+    tokens = passages.calibration
+    if job.options.drops:
+        job = _choose_sublayers(job, tokens, progress)
+    if job.calibrated and job.options.remove == "auto":
+        job = _choose_removals(job, tokens, progress)
+    if (size := job.options.target_bytes) is not None:
+        mixtures = _measure_mixtures(job, tokens, progress).mixtures(size)
+        job = job.learn(bits=mixtures[-1].bits)
     return job
 
 
-def find_inverses(plan: Plan) -> dict[int, list[str]]:
-    """By point, the matrices whose values a removal mixes through an inverse."""
-    found = find_points(plan.before)
-    around = {
-        index: find_mixed(plan.before, found, index, where)
-        for index, where in plan.eliminated.items()
-    }
-    return {index: matrices for index, matrices in around.items() if matrices}
+def search_bits(
+    job: Job,
+    passages: Passages | None,
+    attempt: Callable[[Job], Verification | None],
+    progress: Progress,
+) -> tuple[Job, Verification]:
+    """Search the smallest mixture of bits whose result is as close to its source as was asked for.
+
+    Args:
+        job: without bits of single matrices.
+        passages: the text, with tokens to calibrate with.
+        attempt: writes a job's result and checks it.
+        progress: called with (stage, done, total).
+
+    Returns:
+        The job with its bits, whose result was written last, and the check of that.
+
+    Raises:
+        UserError: if even the largest mixture is too far from the source.
+    """
+    limit = job.options.target_kl
+    assert limit is not None and passages is not None and passages.calibration is not None
+    checks: dict[int, Verification] = {}
+
+    def measure(mixture: bits.Mixture) -> float:
+        outcome = attempt(job.learn(bits=mixture.bits))
+        assert outcome is not None  # the options see to it that the check runs
+        checks[mixture.nbytes] = outcome
+        return outcome.kl
+
+    mixtures = _measure_mixtures(job, passages.calibration, progress).mixtures()
+    chosen, written = bits.find_smallest(mixtures, limit, measure)
+    if not written:
+        measure(chosen)
+    return job.learn(bits=chosen.bits), checks[chosen.nbytes]
 
 
-def choose_removals(job: Job, tokens: mx.array, progress: Progress) -> Job:
-    """The job with its plan made again from what each removal costs, measured on the text."""
-    if job.options["remove"] != "auto":
-        return job
+def describe_decisions(job: Job) -> Iterator[str]:
+    """Tell what was measured on text, a sentence each."""
+    if job.measured.path:
+        steps = ", ".join(map(str, job.measured.path))
+        yield f"loss on the text, nats per token, whole and after each drop: {steps}"
+    if job.measured.bits:
+        counts = sorted(Counter(job.measured.bits.values()).items())
+        yield "bits chosen by what rounding each matrix costs: " + ", ".join(
+            f"{width} in {count} matri{'x' if count == 1 else 'ces'}" for width, count in counts
+        )
+
+
+def _choose_sublayers(job: Job, tokens: mx.array, progress: Progress) -> Job:
+    """Drop the sub-layers that matter least on the text."""
+    args, options = job.plan.before, job.options
+    dropped, path = choose_drops(
+        args,
+        job.source_parts(),
+        tokens,
+        list_wishes(options),
+        greedy=options.greedy,
+        max_loss=options.allowed_loss,
+        spared=find_needed(args) if job.plan.table else None,
+        progress=lambda done, total: progress("dropping", done, total),
+    )
+    return job.learn(dropped=dropped, path=tuple(path))
+
+
+def _choose_removals(job: Job, tokens: mx.array, progress: Progress) -> Job:
+    """Measure what each removal costs on the text; the plan leaves in place what does not pay."""
     trials, plan = [], job.plan
     for index, around in find_inverses(plan).items():
         if HEAD in around or (EMBEDDING in around and plan.before.tie_word_embeddings):
@@ -78,7 +125,7 @@ def choose_removals(job: Job, tokens: mx.array, progress: Progress) -> Job:
             sensitivity.Trial(
                 plan.eliminated[index],
                 tuple(around),
-                Merger(job.checkpoint, single, job.layout.dtype),
+                Merger(job.opened, single, job.dtype),
                 replace(job.layout, args=single.after),
             )
         )
@@ -88,65 +135,30 @@ def choose_removals(job: Job, tokens: mx.array, progress: Progress) -> Job:
         plan.before,
         job.source_parts(),
         trials,
-        job.unremoved().format_of,
+        job.whole_layout.format_of,
         tokens,
         lambda done, total: progress("measuring removals", done, total),
     )
-    return replace(job, costs=costs).replanned()
+    return job.learn(costs=costs)
 
 
-def choose_bits(
-    goal: Goal,
-    job: Job,
-    tokens: mx.array,
-    attempt: Callable[[Job], Verification | None],
-    progress: Progress,
-) -> tuple[Job, Verification | None]:
-    """Choose bits for a goal by the text; ``attempt`` writes the result and checks it."""
-    assert job.layout.quantization is not None
-    unremoved = job.unremoved()
-    free = [where for where in job.layout.free if unremoved.format_of(where) is not None]
+def _measure_mixtures(job: Job, tokens: mx.array, progress: Progress) -> bits.Raises:
+    """Measure on the text what rounding each matrix costs, which orders the mixtures of bits."""
+    layout, whole = job.layout, job.whole_layout
+    assert layout.quantization is not None
+    free = [path for path in layout.find_adjustable() if whole.format_of(path) is not None]
     costs = sensitivity.measure_rounding(
         job.plan.before,
         job.source_parts(),
         free,
-        unremoved.format_of,
+        whole.format_of,
         tokens,
         lambda done, total: progress("measuring matrices", done, total),
     )
-    raises = budget.Raises(
-        {where: job.layout.weights[f"{where}.weight"] for where in free},
+    return bits.Raises(
+        {path: layout.weights[f"{path}.weight"] for path in free},
         costs,
-        job.layout.quantization.usual_bits,
-        {where: job.layout.scale_bytes(where) for where in free},
-        job.layout.nbytes() - sum(job.layout.nbytes(f"{where}.") for where in free),
+        layout.quantization.usual_bits,
+        {path: layout.scale_bytes(path) for path in free},
+        layout.nbytes() - sum(layout.nbytes(f"{path}.") for path in free),
     )
-
-    quantization = job.layout.quantization
-
-    def with_bits(mixture: budget.Mixture) -> Job:
-        mixed = replace(quantization, own=mixture.bits)
-        counts = sorted(Counter(mixture.bits.values()).items())
-        note = "bits chosen by what rounding each matrix costs: " + ", ".join(
-            f"{bits} in {count} matri{'x' if count == 1 else 'ces'}" for bits, count in counts
-        )
-        plan = replace(job.plan, notes=(*job.plan.notes, note))
-        return replace(job, plan=plan, layout=replace(job.layout, quantization=mixed))
-
-    if goal.nbytes is not None:
-        job = with_bits(raises.mixtures(goal.nbytes)[-1])
-        return job, attempt(job)
-
-    checks: dict[int, Verification] = {}
-
-    def measure(mixture: budget.Mixture) -> float:
-        outcome = attempt(with_bits(mixture))
-        assert outcome is not None
-        checks[mixture.nbytes] = outcome
-        return outcome.kl
-
-    assert goal.kl is not None
-    chosen, written = budget.find_smallest(raises.mixtures(), goal.kl, measure)
-    if not written:
-        measure(chosen)
-    return with_bits(chosen), checks[chosen.nbytes]

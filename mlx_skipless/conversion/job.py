@@ -1,157 +1,168 @@
-"""One conversion: what goes in, what is planned, what comes out."""
+"""One conversion as far as it is decided: what was asked and measured, and what follows from it."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
 
-from ..architectures.families import FAMILIES, Family
-from ..architectures.tensors import rename_to_source, to_source_module, to_source_names
-from ..checkpoints.checkpoint import Checkpoint
+from ..architectures.families import FAMILIES
+from ..architectures.family import Family
+from ..checkpoints.checkpoint import Blueprint, Checkpoint
 from ..network.model import ModelArgs
-from ..network.names import EMBEDDING, FINAL_NORM, HEAD, is_stream_norm_weight
-from ..network.parts import Merged, dtype_name
+from ..network.names import HEAD
+from ..network.wiring import find_points
 from ..quantization.layout import Layout, PackedLayout
+from ..removal.algebra import Conditioning
+from ..removal.candidates import find_mixed
+from ..removal.choices import RemovalCost
 from ..removal.merger import Merger
-from ..removal.plan import Plan, RemovalCost
-from ..removal.table import TabledParts
-from .report import Report, make_report
+from ..removal.plan import Plan, make_plan
+from ..removal.sublayers import Step
+from .options import Options
 
-MODEL_FILE = "model.py"
-# Keys (or how they begin) that mean something to mlx-lm in these architectures, and to no one else.
-ONLY_MLX_LMS = ("quantiz", "text_config", "rope_traditional", "layer_norm_bias")
+
+@dataclass(frozen=True)
+class Form:
+    """In which form a network is stored.
+
+    Attributes:
+        packed: whether what nothing touches stays packed as its source has it.
+        table: whether layer 0's projections become a table by token.
+        stock: whether the result is a network of mlx-lm's own.
+        notes: why it is so, a sentence each.
+    """
+
+    packed: bool = False
+    table: bool = False
+    stock: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What was measured on the weights and on the text.
+
+    Attributes:
+        conditioning: of matrices that a removal may invert, by module path; None where no weights
+            are at hand.
+        dropped: the layers that lose their "attention" or "ffn".
+        path: the steps of the search for these, if there was one.
+        costs: of removals, by module path.
+        bits: of matrices that get their own, by module path.
+    """
+
+    conditioning: Mapping[str, Conditioning] | None = None
+    dropped: Mapping[str, list[int]] = field(default_factory=dict)
+    path: tuple[Step, ...] = ()
+    costs: Mapping[str, RemovalCost] = field(default_factory=dict)
+    bits: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What goes in and what comes out: ``stock`` results are of mlx-lm's own architectures."""
+    """One conversion.
 
-    checkpoint: Checkpoint
-    plan: Plan
-    layout: Layout
-    stock: bool
-    trust_remote_code: bool
-    upload_repo: str | None
-    options: Mapping[str, Any]
-    planned: Callable[[Mapping[str, RemovalCost], Mapping[str, list[int]]], Plan]
-    costs: Mapping[str, RemovalCost] = field(default_factory=dict)
-    dropped: Mapping[str, list[int]] = field(default_factory=dict)
+    Plan and layout follow from the rest; what is learnt on the way makes another job.
 
-    def replanned(self) -> "Job":
-        """With the plan that follows from what was measured."""
-        plan = self.planned(self.costs, self.dropped)
-        return replace(self, plan=plan, layout=replace(self.layout, args=plan.after))
+    Attributes:
+        options: what the user asked for.
+        checkpoint: the source, with its weights or for a plan alone without.
+        text: the user's, to quantize against and to check with; None: the source's own.
+        form: of the result.
+        measured: so far.
+        calibrated: whether the result is quantized against text.
+    """
 
-    def unremoved(self) -> Layout:
-        """Of the network before the removals, quantized alike, with the same bits everywhere."""
-        quantization = self.layout.quantization
-        plain = None if quantization is None else replace(quantization, own={})
-        return Layout(self.plan.before, self.layout.dtype, plain)
+    options: Options
+    checkpoint: Blueprint
+    text: str | None
+    form: Form = field(default_factory=Form)
+    measured: Measurements = field(default_factory=Measurements)
+    calibrated: bool = False
 
-    def report(self) -> Report:
-        """Of the plan, before anything is checked."""
-        conditioning = self.options.get("conditioning", {})
-        return make_report(
-            self.checkpoint, self.plan, self.layout, self.stock, conditioning, self.costs
+    def learn(self, **found: Any) -> "Job":
+        """Add to what was measured; ``found`` are fields of ``Measurements``."""
+        return replace(self, measured=replace(self.measured, **found))
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Type of the result's weights that are not quantized."""
+        name = self.options.dtype
+        return getattr(mx, name) if name else self.checkpoint.dtype
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What goes, by all that is known."""
+        options, args = self.options, self.checkpoint.args
+        quantized = options.quantization is not None
+        # Folding is what is exact for it; but gains of many sizes in one matrix round worse.
+        pretrained = args.norm == "pre" and not options.skipless and not self.form.packed
+        unasked = pretrained and options.remove == "auto" and not quantized
+        return make_plan(
+            args,
+            remove=options.remove,
+            skipless=options.skipless,
+            fold_norms=options.fold_norms or unasked,
+            conditioning=self.measured.conditioning,
+            dtype=self.dtype,
+            quantized=quantized,
+            costs=self.measured.costs,
+            dropped=self.measured.dropped,
+            precompute=self.form.table,
+            stock=self.form.stock,
         )
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Names, shapes and types of the result's tensors."""
+        args, checkpoint = self.plan.after, self.checkpoint
+        if not self.form.packed:
+            quantization = self.options.quantization
+            if quantization is not None:
+                quantization = replace(quantization, own=self.measured.bits)
+            return Layout(args, self.dtype, quantization)
+        stored = self.opened.packed_placeholders()
+        if checkpoint.args.tie_word_embeddings:  # a head on disk is not read
+            stored = {name: a for name, a in stored.items() if not name.startswith(f"{HEAD}.")}
+        return PackedLayout(args, self.dtype, None, stored, self.opened.packed_settings)
+
+    @property
+    def whole_layout(self) -> Layout:
+        """Of the network before the removals, quantized alike, with the same bits everywhere."""
+        return Layout(self.plan.before, self.dtype, self.options.quantization)
+
+    @property
+    def family(self) -> Family:
+        """The result's: its source's if it is of mlx-lm's own, else this package's."""
+        return self.checkpoint.family if self.form.stock else FAMILIES["skipless"]
+
+    @property
+    def stored_args(self) -> ModelArgs:
+        """The network as it lies on disk."""
+        args = self.layout.args
+        return args if self.form.stock else replace(args, fused=self.layout.fusable_layers)
 
     def source_parts(self, dtype: mx.Dtype = mx.float32) -> Merger:
         """The network that the removals start from; in float32, however its weights are stored."""
         plan = self.plan
         stripped = tuple(gain for gain in plan.folded if gain not in plan.before.gains)
         start = replace(plan, table=False, eliminated={}, folded=stripped, merged=plan.before)
-        return Merger(self.checkpoint, start, dtype)
+        return Merger(self.opened, start, dtype)
 
     @property
-    def family(self) -> Family:
-        """The result's: its source's if it is of mlx-lm's own, else this package's."""
-        return self.checkpoint.family if self.stock else FAMILIES["skipless"]
-
-    def named(self, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """Tensors, of a whole layer or more, as the result's files have them."""
-        if isinstance(self.layout, PackedLayout):
-            return rename_to_source(self.family, tensors, self._args)
-        return to_source_names(self.family, tensors, self._args, self.layout.dtype)
-
-    @property
-    def _args(self) -> ModelArgs:
-        """The network as it lies on disk."""
-        args = self.layout.args
-        return args if self.stock else replace(args, fused=self.layout.fused)
-
-    def result_parts(self) -> Merged:
-        """The result's dense tensors."""
-        plan, dtype = self.plan, self.layout.dtype
-        # Gains that are stored less an offset are rounded when that is off.
-        gain_dtype = mx.float32 if self.family.gain_offset else dtype
-        merger = Merger(self.checkpoint, plan, dtype, gain_dtype)
-        if not plan.table:
-            return merger
-        exact = Merger(self.checkpoint, plan, mx.float32)
-        return TabledParts(merger, exact, plan.merged, dtype)
-
-    def config(self) -> dict[str, Any]:
-        """config.json of the result."""
-        source, layout = self.checkpoint.config, self.layout
-        if self.stock:
-            config = {k: v for k, v in source.items() if not k.startswith(ONLY_MLX_LMS)}
-            assert self.family.stock is not None
-            config |= self.family.stock.settings(layout.args)
-        else:
-            keep = ("bos_token_id", "eos_token_id", "pad_token_id")
-            config = {key: source[key] for key in keep if key in source}
-            config |= {k: v for k, v in asdict(self._args).items() if v is not None}
-            config |= {"model_file": MODEL_FILE, "architectures": ["SkiplessForCausalLM"]}
-        config["torch_dtype"] = dtype_name(layout.dtype)
-        config.pop("dtype", None)
-        if layout.settings is not None:
-            named = {
-                to_source_module(self.family, module, self._args): v
-                for module, v in layout.settings.items()
-            }
-            config["quantization"] = config["quantization_config"] = named
-        return dict(sorted(config.items()))
+    def opened(self) -> Checkpoint:
+        """The source with its weights; a plan alone may have none."""
+        assert isinstance(self.checkpoint, Checkpoint)
+        return self.checkpoint
 
 
-class PackedParts:
-    """A source's tensors, packed as they are, as far as a layout has them.
-
-    ``table`` makes the dense rows of a table of the first layer, where the layout has one;
-    ``gain_offset`` as in ``Merger``.
-    """
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        layout: PackedLayout,
-        table: Merged | None,
-        gain_offset: float,
-    ):
-        self._checkpoint, self._layout, self._table = checkpoint, layout, table
-        self._gain_offset = gain_offset
-
-    def embedding(self) -> dict[str, mx.array]:
-        if self._table is None:
-            return self._under(f"{EMBEDDING}.")
-        rows = self._table.embedding()[f"{EMBEDDING}.weight"]
-        return self._layout.table(rows, self._checkpoint.read_packed(f"{EMBEDDING}."))
-
-    def layer(self, layer: int) -> dict[str, mx.array]:
-        return self._under(f"model.layers.{layer}.")
-
-    def head(self) -> dict[str, mx.array]:
-        head = self._under(f"{HEAD}.")
-        if not head and self._table is not None:
-            head = self._layout.untied(self._checkpoint.read_packed(f"{EMBEDDING}."))
-        return self._under(f"{FINAL_NORM}.") | head
-
-    def _under(self, prefix: str) -> dict[str, mx.array]:
-        read = self._checkpoint.read_packed(prefix)
-        return {name: self._kept(name, read[name]) for name in read if name in self._layout.tensors}
-
-    def _kept(self, name: str, array: mx.array) -> mx.array:
-        change = self._checkpoint.family.gain_offset - self._gain_offset
-        if not (change and is_stream_norm_weight(name)):
-            return array
-        return (array.astype(mx.float32) + change).astype(array.dtype)
+def find_inverses(plan: Plan) -> dict[int, list[str]]:
+    """By point, the matrices whose values a removal mixes through an inverse."""
+    found = find_points(plan.before)
+    around = {
+        index: find_mixed(plan.before, found, index, path)
+        for index, path in plan.eliminated.items()
+    }
+    return {index: matrices for index, matrices in around.items() if matrices}

@@ -1,18 +1,24 @@
 """What a conversion did, in numbers."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 
-from ..checkpoints.checkpoint import Checkpoint
+from ..network.names import EMBEDDING, HEAD
 from ..network.parts import dtype_name
 from ..network.wiring import LETTERS
-from ..quantization.layout import Layout, PackedLayout
-from ..removal.plan import UNIT_ROUNDOFF, Conditioning, Plan, RemovalCost
+from ..quantization.layout import Layout
+from ..removal.choices import RemovalCost
+from ..removal.products import UNIT_ROUNDOFF
+from ..removal.sublayers import describe_wishes
 from ..removal.table import FirstLayer, measure_table
+from ..text.samples import Passages
 from .check import Verification
+from .decisions import describe_decisions
+from .job import Job
+from .planning import list_wishes
 
 NOTABLE_ERROR = 1e-3  # relative logit error; a well-conditioned merge in float32 stays below
 ALARMING_KL = 0.02  # nats per token: what plain 4-bit quantization costs a small skipless model
@@ -109,95 +115,35 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def calibrated(self, tokens: int, text: str) -> "Report":
-        """The report of a result that was quantized against so many tokens of a text."""
-        note = f"quantized against {tokens:,} tokens of text ({text})"
-        return replace(self, notes=(*self.notes, note))
 
-    def verified(self, check: Verification) -> "Report":
-        """The report with the check's outcome, and a warning if that is bad."""
-        notes, warnings = self.notes, self.warnings
-        condition = max((row.condition or 0 for row in self.rows), default=0)
-        if check.max_rel_logit_error > NOTABLE_ERROR and condition and not self.quantization:
-            roundoff = UNIT_ROUNDOFF[getattr(mx, self.dtype)]
-            notes += (
-                f"inverses with condition numbers up to {condition:.1e} magnify {self.dtype}'s "
-                f"rounding of {roundoff:.0e} to logit errors of up to "
-                f"{min(condition * roundoff, 1):.0e}; the merge itself is exact",
-            )
-        if any(part in self.removed for part in ("attention", "ffn")):
-            pass  # a drop is no rounding: its price is the perplexity that is reported
-        elif check.kl_ratio is not None:
-            if check.kl > ALARMING_KL and check.kl_ratio > ALARMING_RATIO:
-                warnings += (
-                    f"the result differs from its source by {check.kl:.2g} nats per token, "
-                    f"{check.kl_ratio:.1f} times what quantization alone costs: --calibration "
-                    "with text of the kind that it will read helps, --remove p needs no inverse",
-                )
-        elif not condition and self.dtype != "float32" and ALARMING_KL < check.kl < STRANGE_KL:
-            notes += (f"computing in {self.dtype} costs {check.kl:.2g} nats per token by itself",)
-        elif check.kl > ALARMING_KL:
-            cause = (
-                f"inverses magnify the rounding of {self.dtype}. --remove auto leaves such "
-                "matrices in place, --remove p needs no inverse"
-                if condition
-                else "more than rounding explains. Do not use it, and report this model"
-            )
-            warnings += (
-                f"the result differs from its source by {check.kl:.2g} nats per token: {cause}",
-            )
-        most = max(check.magnitudes, key=lambda one: one.share, default=None)
-        if most is not None and most.share > ALARMING_SHARE:
-            warnings += (
-                f"numbers reach {most.value:.2g} at {most.where}, {most.share:.0%} of what "
-                f"{most.dtype} holds: other text may overflow it"
-                + ("; use --dtype bfloat16" if most.dtype == "float16" else ""),
-            )
-        return replace(self, verification=check, notes=notes, warnings=warnings)
-
-
-def make_report(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    layout: Layout,
-    stock: bool,
-    conditioning: Mapping[str, Conditioning],
-    costs: Mapping[str, RemovalCost],
-) -> Report:
-    """The report of a planned conversion, before anything is measured."""
-    source = Layout(plan.before, checkpoint.dtype)
+def make_report(job: Job) -> Report:
+    """Report a conversion as far as it is decided, before its result is written."""
+    plan, layout = job.plan, job.layout
+    source = Layout(plan.before, job.checkpoint.dtype)
     same_format = replace(layout, args=plan.before)
-    warnings = []
-    skipless = plan.before != checkpoint.args
-    if skipless:
-        warnings.append(SKIPLESS_WARNING)
-    if layout.quantization is not None and layout.args.extra_bits:
-        warnings.append(
-            "rounding next to an inverse is magnified: "
-            f"{len(layout.args.extra_bits)} matrices beside removed ones keep more bits"
-        )
+    skipless = plan.before != job.checkpoint.args
     return Report(
-        source=checkpoint.name,
+        source=job.checkpoint.name,
         output=None,
-        packing=checkpoint.packing,
-        kept_packed=isinstance(layout, PackedLayout),
+        packing=job.checkpoint.packing,
+        kept_packed=job.form.packed,
         dtype=dtype_name(layout.dtype),
-        quantization=layout.settings,
+        quantization=layout.config_entry,
         params_before=source.count(),
         params_after=layout.count(),
         bytes_before=source.nbytes(),
         bytes_after=layout.nbytes(),
         removed={**plan.gone, **plan.dropped},
         folded=plan.folded,
-        stock=stock,
+        stock=job.form.stock,
         skipless=skipless,
         speedup_from_bytes=same_format.bytes_per_token / layout.bytes_per_token,
         first_layer=measure_table(plan.merged) if plan.table else None,
         cache_bytes_before=same_format.cache_bytes_per_token,
         cache_bytes_after=layout.cache_bytes_per_token,
-        rows=tuple(_rows(plan, source, layout, conditioning, costs)),
-        notes=plan.notes,
-        warnings=tuple(warnings),
+        rows=tuple(_make_rows(job, source)),
+        notes=(*plan.notes, *job.form.notes, *describe_decisions(job)),
+        warnings=tuple(_warn_of_plan(job)),
         verification=None,
         seconds=0.0,
         stages={},
@@ -205,34 +151,113 @@ def make_report(
     )
 
 
-def _rows(
-    plan: Plan,
-    source: Layout,
-    layout: Layout,
-    conditioning: Mapping[str, Conditioning],
-    costs: Mapping[str, RemovalCost],
-) -> Iterator[LayerRow]:
-    names = ["model.embed_tokens"]
-    names += [f"model.layers.{i}" for i in range(plan.before.num_hidden_layers)]
-    names += [] if plan.before.tie_word_embeddings else ["lm_head"]
+def add_wishes(report: Report, job: Job) -> Report:
+    """Add to a plan's report what shall be dropped and is not chosen yet."""
+    if not job.options.drops:
+        return report
+    note = describe_wishes(job.checkpoint.args, list_wishes(job.options))
+    return replace(report, notes=(*report.notes, note))
+
+
+def add_calibration(report: Report, passages: Passages) -> Report:
+    """Add the text that a result was quantized against."""
+    assert passages.calibration is not None
+    note = f"quantized against {passages.calibration.size:,} tokens of text ({passages.origin})"
+    return replace(report, notes=(*report.notes, note))
+
+
+def add_check(report: Report, check: Verification) -> Report:
+    """Add the outcome of the check, and a warning if that is bad."""
+    notes, warnings = _judge_kl(report, check)
+    return replace(
+        report,
+        verification=check,
+        notes=(*report.notes, *_explain_logit_error(report, check), *notes),
+        warnings=(*report.warnings, *warnings, *_warn_of_overflow(check)),
+    )
+
+
+def _find_condition(report: Report) -> float:
+    """The largest condition number of what went; 0 if none was measured."""
+    return max((row.condition or 0 for row in report.rows), default=0)
+
+
+def _explain_logit_error(report: Report, check: Verification) -> Iterator[str]:
+    condition = _find_condition(report)
+    if check.max_rel_logit_error > NOTABLE_ERROR and condition and not report.quantization:
+        roundoff = UNIT_ROUNDOFF[getattr(mx, report.dtype)]
+        yield (
+            f"inverses with condition numbers up to {condition:.1e} magnify {report.dtype}'s "
+            f"rounding of {roundoff:.0e} to logit errors of up to "
+            f"{min(condition * roundoff, 1):.0e}; the merge itself is exact"
+        )
+
+
+def _judge_kl(report: Report, check: Verification) -> tuple[list[str], list[str]]:
+    """Notes and warnings about the KL between source and result."""
+    if any(part in report.removed for part in ("attention", "ffn")):
+        return [], []  # a drop is no rounding: its price is the perplexity that is reported
+    if not check.kl > ALARMING_KL:
+        return [], []
+    differs = f"the result differs from its source by {check.kl:.2g} nats per token"
+    condition = _find_condition(report)
+    if check.kl_ratio is not None:
+        text = (
+            f"{differs}, {check.kl_ratio:.1f} times what quantization alone costs: --calibration "
+            "with text of the kind that it will read helps, --remove p needs no inverse"
+        )
+        return [], [text] if check.kl_ratio > ALARMING_RATIO else []
+    if not condition and report.dtype != "float32" and check.kl < STRANGE_KL:
+        return [f"computing in {report.dtype} costs {check.kl:.2g} nats per token by itself"], []
+    cause = (
+        f"inverses magnify the rounding of {report.dtype}. --remove auto leaves such "
+        "matrices in place, --remove p needs no inverse"
+        if condition
+        else "more than rounding explains. Do not use it, and report this model"
+    )
+    return [], [f"{differs}: {cause}"]
+
+
+def _warn_of_overflow(check: Verification) -> Iterator[str]:
+    most = max(check.magnitudes, key=lambda one: one.share, default=None)
+    if most is not None and most.share > ALARMING_SHARE:
+        yield (
+            f"numbers reach {most.value:.2g} at {most.where}, {most.share:.0%} of what "
+            f"{most.dtype} holds: other text may overflow it"
+            + ("; use --dtype bfloat16" if most.dtype == "float16" else "")
+        )
+
+
+def _warn_of_plan(job: Job) -> Iterator[str]:
+    if job.plan.before != job.checkpoint.args:
+        yield SKIPLESS_WARNING
+    if job.layout.quantization is not None and job.layout.args.extra_bits:
+        yield (
+            "rounding next to an inverse is magnified: "
+            f"{len(job.layout.args.extra_bits)} matrices beside removed ones keep more bits"
+        )
+
+
+def _make_rows(job: Job, source: Layout) -> Iterator[LayerRow]:
+    plan, layout, costs = job.plan, job.layout, job.measured.costs
+    conditioning = job.measured.conditioning or {}
+    names = [EMBEDDING, *(f"model.layers.{i}" for i in range(plan.before.num_hidden_layers))]
+    names += [] if plan.before.tie_word_embeddings else [HEAD]
     for name in names:
         prefix = f"{name}."
-        goes = [w for w in plan.eliminated.values() if w.startswith(prefix)]
-        measured = [conditioning[w].condition for w in goes if w in conditioning]
-        letters = [x.upper() for x in LETTERS if any(w.endswith(LETTERS[x]) for w in goes)]
-        whole = [
-            part
-            for part, layers in plan.dropped.items()
-            if name in (f"model.layers.{i}" for i in layers)
-        ]
+        eliminated = [path for path in plan.eliminated.values() if path.startswith(prefix)]
+        letters = [x.upper() for x in LETTERS if any(p.endswith(LETTERS[x]) for p in eliminated)]
+        layer = name.rpartition(".")[2]
+        dropped = [part for part, layers in plan.dropped.items() if layer in map(str, layers)]
         into = ["into the table"] if plan.table and name == "model.layers.0" else []
+        measured = [conditioning[path].condition for path in eliminated if path in conditioning]
         yield LayerRow(
             name=name.removeprefix("model."),
-            goes=" ".join([*letters, *whole, *into]),
+            goes=" ".join([*letters, *dropped, *into]),
             weights_before=source.count(prefix),
             weights_after=layout.count(prefix),
             bytes_before=source.nbytes(prefix),
             bytes_after=layout.nbytes(prefix),
             condition=max(measured) if measured else None,
-            cost=next((cost for where, cost in costs.items() if where.startswith(prefix)), None),
+            cost=next((cost for path, cost in costs.items() if path.startswith(prefix)), None),
         )

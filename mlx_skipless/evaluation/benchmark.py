@@ -1,10 +1,10 @@
 """Models side by side: speed, bytes and memory, measured in turn against plain mlx-lm.
 
-What decoding reads bounds its speed: for each step of a batch all weights once (of an embedding
-that is not the head too a row a sequence, of experts those that are picked), and of each sequence
-the keys and values so far. Activations, and the writing of new keys and values, are not counted;
-they are small. That many bytes a second, over the bandwidth that MLX reaches on large arrays, is a
-figure's share of the limit. Knows nothing of terminals and documents.
+What decoding has to read bounds its speed. A step of a batch reads all weights once, but of an
+embedding that is not the head too only a row for each sequence, and of experts only those that are
+picked. For each sequence it reads the keys and values so far. Activations, and the writing of new
+keys and values, are small and not counted. So many bytes a second, over the bandwidth that MLX
+reaches on large arrays, is a figure's share of the limit. Knows nothing of terminals and documents.
 """
 
 import platform
@@ -24,7 +24,7 @@ from mlx_lm.generate import generation_stream, wired_limit
 from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from ..checkpoints.checkpoint import FLOAT_NAMES
+from ..constants import FLOAT_NAMES, REMOVALS
 from ..errors import UserError
 from ..inference.loading import load_network
 from ..memory import device_memory_bytes, format_bytes, weight_bytes
@@ -32,9 +32,9 @@ from ..network.model import Model
 from ..network.parts import dtype_name, tensors_of
 from ..network.wiring import LETTERS
 from ..progress import Progress
-from ..quantization.layout import Quantization, make_quantization
-from ..removal.plan import REMOVALS
+from ..quantization.settings import Quantization, make_quantization
 from .synthetic import (
+    Shape,
     evaluate_in_turn,
     find_shape,
     make_skipless_model,
@@ -57,34 +57,34 @@ Outcome = TypeVar("Outcome")
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure measured several times.
+    """A figure that was measured several times.
 
     Attributes:
-        median, low, high: of these measurements.
+        median, low, high: median, least and greatest of the measurements.
     """
 
     median: float
     low: float
     high: float
 
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        return cls(statistics.median(values), min(values), max(values))
-
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured.
+    """What is measured of each model.
 
     Attributes:
         length: tokens of each sequence before decoding.
         batch_size: sequences at once.
-        decode_only: behind caches of random numbers, in place of prompts.
+        decode_only: decode behind caches of random numbers instead of reading prompts.
     """
 
     length: int
     batch_size: int
     decode_only: bool = False
+
+    def describe(self) -> str:
+        """Describe what stands before the decoded tokens: "prompt 128", "cache 1,024"."""
+        return f"{'cache' if self.decode_only else 'prompt'} {self.length:,}"
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,11 @@ class Subject:
     """A model that is measured.
 
     Attributes:
-        label: what it is called in the outcome.
+        label: what results call it.
         network: what runs: "mlx-lm llama", "skipless without QP", ...
-        weight_bytes: of all weights.
-        bytes_per_token: of these, what decoding a token of one sequence reads.
-        cache_bytes_per_token: of KV cache, that a token adds.
+        weight_bytes: bytes of all weights.
+        bytes_per_token: bytes of weights that decoding a token of one sequence reads.
+        cache_bytes_per_token: bytes that a token adds to the KV cache.
     """
 
     label: str
@@ -108,18 +108,18 @@ class Subject:
 
 @dataclass(frozen=True)
 class Result:
-    """A model in a case; speeds are in tokens per second of all sequences together.
+    """What was measured of a model in a case; speeds count the tokens of all sequences.
 
     Attributes:
         label: the model's.
         case: what was measured.
         prompt_tps: tokens of the prompts over the time to the first token, and
         first_token_seconds: that time; None where nothing but decoding was measured.
-        decode_tps: tokens behind the first.
-        peak_memory_bytes: the most that MLX held, the other models' weights aside.
-        limit_share: of the bandwidth, by the bytes that decoding had to read.
-        prompt_ratio: of ``prompt_tps`` to the baseline's of the same round, and
-        decode_ratio: of ``decode_tps``; None for the baseline.
+        decode_tps: tokens a second after the first one.
+        peak_memory_bytes: the most that MLX held, the other models' weights not counted.
+        limit_share: share of the bandwidth, by the bytes that decoding had to read.
+        prompt_ratio: ``prompt_tps`` over the baseline's of the same round, and
+        decode_ratio: ``decode_tps`` over the baseline's; None for the baseline.
     """
 
     label: str
@@ -138,10 +138,10 @@ class Benchmark:
     """What ``benchmark`` measures.
 
     Attributes:
-        device: that computed, and the versions of what ran on it.
+        device: what computed, and the versions of what ran on it.
         bandwidth: the most bytes a second that MLX reached; None if nothing was timed.
         baseline: label of the model that ratios are to.
-        decode_tokens: that each sequence was given, for each figure.
+        decode_tokens: tokens that each sequence was given, for each figure.
         repeats: rounds, in which the models took turns.
         subjects: the models, the baseline first.
         results: by case, then by model.
@@ -162,12 +162,38 @@ class Benchmark:
 
 
 @dataclass(frozen=True)
-class Run:
-    """One measurement, in seconds: to the first token, and for the tokens behind it."""
+class Timing:
+    """One measurement: seconds to the first token, and for the tokens after it."""
 
     first_token: float
     decode: float
     peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class _RandomPair:
+    """A shape with random weights, in mlx-lm's own network and in the skipless one."""
+
+    shape: Shape
+    remove: str
+    dtype: mx.Dtype
+    quantization: Quantization | None
+
+    def make_models(self) -> list[nn.Module]:
+        """Make both networks; no weight is evaluated."""
+        quantized = self.quantization is not None
+        plan = make_skipless_plan(self.shape.args, self.remove, self.dtype, quantized)
+        return [
+            make_stock_model(self.shape.stock, self.dtype, self.quantization),
+            make_skipless_model(plan.after, self.dtype, self.quantization),
+        ]
+
+    def list_notes(self) -> list[str]:
+        stored = dtype_name(self.dtype)
+        if self.quantization is not None:
+            stored += f", {self.quantization.mode} {self.quantization.usual_bits}-bit"
+        notes = [f"random weights of {self.shape.name}, {stored}"]
+        return [*notes, NOT_THE_SAME] if self.shape.stock_differs else notes
 
 
 def benchmark(
@@ -190,95 +216,41 @@ def benchmark(
 ) -> Benchmark:
     """Measure models in turn, plain mlx-lm always among them.
 
+    With neither prompts nor contexts nothing is timed, and no weight is read or made.
+
     Args:
         models: folders or Hub ids. The first that runs in mlx-lm's own code is the baseline; if
             none does, mlx-lm's Llama (or Mixtral) of the first one's sizes, with random weights.
-        synthetic: random weights in mlx-lm's own network and in the skipless one, of a shape: a
-            model that ``mlx-skipless architectures`` lists or a config.json, "NAME:8" with 8
-            layers.
-        remove: from the skipless one: "auto", by arithmetic, "none", or letters.
-        dtype: of the random weights; default: what the shape's config says, else bfloat16.
-        quantize: quantize the random weights.
-        q_bits: bits of a weight; default: the mode's own.
-        q_group_size: weights that share a scale; default: the mode's own.
-        q_mode: mlx-lm's: "affine", "mxfp4", "nvfp4" or "mxfp8".
-        save: write the synthetic shape's checkpoint there, dense; must not exist.
+        synthetic: measure mlx-lm's own network and the skipless one with random weights of a
+            shape, a model that ``mlx-skipless architectures`` lists or a config.json; "NAME:8" has
+            8 layers.
+        remove: what goes from the skipless one: "auto", by arithmetic, "none", or letters.
+        dtype: number type of random weights; default: what the shape's config says, else bfloat16.
+        quantize, q_bits, q_group_size, q_mode: quantize random weights, as ``mlx_lm.convert`` does.
+        save: folder to write the synthetic shape's checkpoint to, dense; must not exist.
         prompt_lengths: tokens of the prompts to read.
-        contexts: tokens in the caches behind which to decode alone.
+        contexts: tokens in the random caches behind which to decode alone.
         batch_sizes: sequences at once.
-        decode_tokens: to time for each sequence.
-        repeats: rounds.
+        decode_tokens: tokens to time for each sequence.
+        repeats: rounds, in each of which every model is measured once.
         progress: called with (stage, done, total).
-
-    With neither prompts nor contexts nothing is timed, and no weight is read or made.
 
     Raises:
         UserError: for anything the user can mend.
     """
-    for flag, number in (("--decode-tokens", decode_tokens), ("--repeats", repeats)):
-        _check_positive(flag, number)
-    cases = _cases(prompt_lengths, contexts, batch_sizes)
+    _check_positive("--decode-tokens", decode_tokens)
+    _check_positive("--repeats", repeats)
+    cases = _list_cases(prompt_lengths, contexts, batch_sizes)
     quantization = make_quantization(quantize, q_bits, q_group_size, q_mode)
-    if remove not in REMOVALS:
-        raise UserError(f"--remove {remove}: choose one of {', '.join(REMOVALS)}")
-    if dtype is not None and dtype not in FLOAT_NAMES:
-        raise UserError(f"--dtype {dtype}: choose one of {', '.join(FLOAT_NAMES)}")
-    if synthetic is None:
-        if not models:
-            raise UserError("nothing to measure: give models, or --synthetic with a shape")
-        if remove != "auto" or dtype or quantization or save:
-            raise UserError(
-                "--remove, --dtype, -q and --save are for --synthetic; a model is measured as it "
-                "is: convert.py makes others of it"
-            )
-    found, notes = _loaded(models), []
-    if synthetic is not None:
-        shape = find_shape(synthetic)
-        kind = getattr(mx, dtype) if dtype else shape.dtype
-        plan = make_skipless_plan(shape.args, remove, kind, quantize)
-        for model in (
-            make_stock_model(shape.stock, kind, quantization),
-            make_skipless_model(plan.after, kind, quantization),
-        ):
-            found[describe_network(model)] = model
-        stored = dtype_name(kind)
-        if quantization is not None:
-            stored += f", {quantization.mode} {quantization.usual_bits}-bit"
-        notes.append(f"random weights of {shape.name}, {stored}")
-        notes += [NOT_THE_SAME] if shape.stock_differs else []
-    baseline = next((label for label, model in found.items() if is_stock(model)), None)
-    if baseline is None:
-        first, model = next(iter(found.items()))
-        vanilla = _vanilla(model)
-        baseline = describe_network(vanilla)
-        found[baseline] = vanilla
-        notes.append(f"{baseline}: random weights, of the sizes of {first}")
-    found = {baseline: found[baseline], **found}
+    pair = _find_pair(synthetic, remove, dtype, quantization)
+    if pair is None:
+        _check_models_alone(models, remove, dtype, quantization, save)
+    found, notes = _gather_models(models, pair)
     _check_memory(found.values(), cases, decode_tokens)
-    if save is not None:
-        write_checkpoint(shape, kind, save, progress)
+    if pair is not None and save is not None:
+        write_checkpoint(pair.shape, pair.dtype, save, progress)
         notes.append(f"wrote {save}")
-    bandwidth, results = None, []
-    if cases:
-        _evaluate(found, progress)
-        bandwidth = measure_bandwidth()
-        for done, case in enumerate(cases):
-            progress("measuring", done, len(cases))
-            runs = measure_in_turn(
-                found, partial(_run, case=case, decode_tokens=decode_tokens), repeats
-            )
-            results += compare_runs(found, case, decode_tokens, runs, bandwidth)
-        progress("measuring", len(cases), len(cases))
-    return Benchmark(
-        _device(),
-        bandwidth,
-        baseline,
-        decode_tokens,
-        repeats,
-        tuple(_subject(label, model) for label, model in found.items()),
-        tuple(results),
-        tuple(notes),
-    )
+    return _measure_models(found, notes, cases, decode_tokens, repeats, progress)
 
 
 def _check_positive(flag: str, *numbers: int) -> None:
@@ -287,7 +259,7 @@ def _check_positive(flag: str, *numbers: int) -> None:
             raise UserError(f"{flag} {number}: must be at least 1")
 
 
-def _cases(
+def _list_cases(
     prompt_lengths: Sequence[int], contexts: Sequence[int], batch_sizes: Sequence[int]
 ) -> list[Case]:
     _check_positive("--prompt-lengths", *prompt_lengths)
@@ -297,8 +269,51 @@ def _cases(
     return cases + [Case(length, n, decode_only=True) for length in contexts for n in batch_sizes]
 
 
-def _loaded(models: Sequence[str | Path]) -> dict[str, nn.Module]:
-    """Models by the shortest names that tell them apart; their weights are not read yet."""
+def _find_pair(
+    synthetic: str | None, remove: str, dtype: str | None, quantization: Quantization | None
+) -> _RandomPair | None:
+    """Find what ``--synthetic`` asks for; None without it."""
+    if remove not in REMOVALS:
+        raise UserError(f"--remove {remove}: choose one of {', '.join(REMOVALS)}")
+    if dtype is not None and dtype not in FLOAT_NAMES:
+        raise UserError(f"--dtype {dtype}: choose one of {', '.join(FLOAT_NAMES)}")
+    if synthetic is None:
+        return None
+    shape = find_shape(synthetic)
+    return _RandomPair(shape, remove, getattr(mx, dtype) if dtype else shape.dtype, quantization)
+
+
+def _check_models_alone(models: Sequence[str | Path], remove: str, *options: Any) -> None:
+    """Refuse options of ``--synthetic`` without it, and nothing to measure."""
+    if not models:
+        raise UserError("nothing to measure: give models, or --synthetic with a shape")
+    if remove != "auto" or any(options):
+        raise UserError(
+            "--remove, --dtype, -q and --save are for --synthetic; a model is measured as it "
+            "is: convert.py makes others of it"
+        )
+
+
+def _gather_models(
+    models: Sequence[str | Path], pair: _RandomPair | None
+) -> tuple[dict[str, nn.Module], list[str]]:
+    """Open all models by their labels, the baseline first, and list notes on them."""
+    found, notes = _load_models(models), []
+    if pair is not None:
+        found |= {describe_network(model): model for model in pair.make_models()}
+        notes += pair.list_notes()
+    baseline = next((label for label, model in found.items() if is_stock(model)), None)
+    if baseline is None:
+        first, model = next(iter(found.items()))
+        vanilla = _make_vanilla(model)
+        baseline = describe_network(vanilla)
+        found[baseline] = vanilla
+        notes.append(f"{baseline}: random weights, of the sizes of {first}")
+    return {baseline: found[baseline], **found}, notes
+
+
+def _load_models(models: Sequence[str | Path]) -> dict[str, nn.Module]:
+    """Open models by the shortest names that tell them apart; their weights are not read yet."""
     names = [Path(model).name or str(model) for model in models]  # "." has no name
     found: dict[str, nn.Module] = {}
     for name, model in zip(names, models, strict=True):
@@ -310,23 +325,23 @@ def _loaded(models: Sequence[str | Path]) -> dict[str, nn.Module]:
 
 
 def is_stock(model: nn.Module) -> bool:
-    """Whether a model runs in mlx-lm's own code."""
+    """Tell whether a model runs in mlx-lm's own code."""
     return type(model).__module__.startswith("mlx_lm.models.")
 
 
 def describe_network(model: nn.Module) -> str:
-    """What runs, in words: "mlx-lm llama", "skipless without QP"."""
+    """Describe what runs: "mlx-lm llama", "skipless without QP"."""
     if not isinstance(model, Model):
         return f"mlx-lm {type(model).__module__.rpartition('.')[2]}"
     kind = "skipless" if model.args.skip == "none" else "mlx-skipless with skips"
     letters = "".join(part.upper() for part in LETTERS if model.args.removed.get(part))
-    gone = [letters, *(part for part in ("attention", "ffn") if model.args.removed.get(part))]
-    gone = [part for part in gone if part]
+    gone = [letters] if letters else []
+    gone += [part for part in ("attention", "ffn") if model.args.removed.get(part)]
     return f"{kind} without {', '.join(gone)}" if gone else kind
 
 
-def _vanilla(model: nn.Module) -> nn.Module:
-    """mlx-lm's network of a skipless one's sizes, number type and quantization."""
+def _make_vanilla(model: nn.Module) -> nn.Module:
+    """Make mlx-lm's network of a skipless one's sizes, number type and quantization."""
     assert isinstance(model, Model)
     forms = Counter(
         (module.bits, module.group_size, module.mode)
@@ -338,7 +353,56 @@ def _vanilla(model: nn.Module) -> nn.Module:
     return make_stock_model(make_vanilla_shape(model.args), dtype, quantization)
 
 
-def _subject(label: str, model: nn.Module) -> Subject:
+def _check_memory(models: Iterable[nn.Module], cases: Sequence[Case], decode_tokens: int) -> None:
+    """Refuse what cannot fit: all weights, and twice the largest cache, which is copied to grow."""
+    models = list(models)
+    weights, available = sum(weight_bytes(model) for model in models), device_memory_bytes()
+    for case in cases:
+        tokens = case.length + decode_tokens
+        cache = case.batch_size * max(count_cache_bytes(model, tokens) for model in models)
+        if weights + 2 * cache > available:
+            raise UserError(
+                f"{case.length:,} tokens at batch {case.batch_size} take about "
+                f"{format_bytes(weights + 2 * cache)} of memory with all models loaded and there "
+                f"are {format_bytes(available)}: give fewer or smaller ones"
+            )
+
+
+def _measure_models(
+    models: Mapping[str, nn.Module],
+    notes: Sequence[str],
+    cases: Sequence[Case],
+    decode_tokens: int,
+    repeats: int,
+    progress: Progress,
+) -> Benchmark:
+    """Count the models' bytes and time the cases, if there are any; the first is the baseline."""
+    bandwidth, results = None, []
+    if cases:
+        for done, model in enumerate(models.values()):
+            progress("loading", done, len(models))
+            evaluate_in_turn(tensors_of(model).values())
+        progress("loading", len(models), len(models))
+        bandwidth = measure_bandwidth()
+        for done, case in enumerate(cases):
+            progress("measuring", done, len(cases))
+            measure = partial(time_model, case=case, decode_tokens=decode_tokens)
+            timings = measure_in_turn(models, measure, repeats)
+            results += compare_timings(models, case, decode_tokens, timings, bandwidth)
+        progress("measuring", len(cases), len(cases))
+    return Benchmark(
+        _describe_device(),
+        bandwidth,
+        next(iter(models)),
+        decode_tokens,
+        repeats,
+        tuple(_count_bytes(label, model) for label, model in models.items()),
+        tuple(results),
+        tuple(notes),
+    )
+
+
+def _count_bytes(label: str, model: nn.Module) -> Subject:
     return Subject(
         label,
         describe_network(model),
@@ -348,11 +412,19 @@ def _subject(label: str, model: nn.Module) -> Subject:
     )
 
 
-def count_bytes_read(model: nn.Module, batch_size: int = 1) -> int:
-    """Bytes of weights that a step of decoding reads, for a token of each sequence.
+def _describe_device() -> str:
+    """Describe what computes, and by which versions."""
+    kind = "GPU" if mx.default_device().type == mx.gpu else "CPU"
+    name = mx.device_info().get("device_name", platform.processor())
+    system = f"{platform.system()} {platform.machine()}"
+    return f"{name} ({kind}), {system}, mlx {version('mlx')}, mlx-lm {version('mlx-lm')}"
 
-    Of an embedding that is not the head too a row a sequence; of experts those that are picked, by
-    several sequences as many as random picks meet.
+
+def count_bytes_read(model: nn.Module, batch_size: int = 1) -> int:
+    """Count the bytes of weights that a step of decoding reads, for a token of each sequence.
+
+    An embedding that is not the head too gives a row for each sequence. Experts are read if they
+    are picked; several sequences pick as many of them as random choices would.
     """
     modules = [m for m in model.modules() if "weight" in m]
     total = float(weight_bytes(model))
@@ -368,17 +440,17 @@ def count_bytes_read(model: nn.Module, batch_size: int = 1) -> int:
     return round(total)
 
 
-def _begun_cache(model: nn.Module, batch_size: int) -> list[Any]:
-    """A cache that holds a token of each sequence, lazily: its shapes are there, no value is."""
+def _begin_cache(model: nn.Module, batch_size: int) -> list[Any]:
+    """Make a cache that holds a token of each sequence, lazily: shapes without values."""
     cache = make_prompt_cache(model)
     model(mx.zeros((batch_size, 1), mx.int32), cache=cache)
     return cache
 
 
 def count_cache_bytes(model: nn.Module, tokens: float) -> int:
-    """Bytes of keys and values of a sequence of so many tokens, a window's as far as it sees."""
+    """Count the bytes of a sequence's keys and values; a window keeps its last tokens only."""
     total = 0.0
-    for one in _begun_cache(model, 1):
+    for one in _begin_cache(model, 1):
         if isinstance(one, KVCache | RotatingKVCache):
             kept = min(tokens, getattr(one, "max_size", tokens))
             total += one.nbytes / one.keys.shape[2] * kept
@@ -386,13 +458,13 @@ def count_cache_bytes(model: nn.Module, tokens: float) -> int:
 
 
 def fill_cache(model: nn.Module, batch_size: int, tokens: int) -> list[Any]:
-    """A cache of random keys and values, as if so many tokens of each sequence had been read.
+    """Make a cache of random keys and values, as if ``tokens`` of each sequence had been read.
 
     Raises:
-        UserError: for a kind of cache that has none.
+        UserError: for a kind of cache that holds no keys and values.
     """
     cache = make_prompt_cache(model)
-    for i, begun in enumerate(_begun_cache(model, batch_size)):
+    for i, begun in enumerate(_begin_cache(model, batch_size)):
         if isinstance(begun, ArraysCache):  # a state: as large after one token as after many
             cache[i] = begun
         elif isinstance(begun, KVCache | RotatingKVCache):
@@ -411,42 +483,11 @@ def fill_cache(model: nn.Module, batch_size: int, tokens: int) -> list[Any]:
     return cache
 
 
-def _check_memory(models: Iterable[nn.Module], cases: Sequence[Case], decode_tokens: int) -> None:
-    """Refuse what cannot fit: all weights, and twice the largest cache, which is copied to grow."""
-    models = list(models)
-    weights, available = sum(weight_bytes(model) for model in models), device_memory_bytes()
-    for case in cases:
-        tokens = case.length + decode_tokens
-        cache = case.batch_size * max(count_cache_bytes(model, tokens) for model in models)
-        if weights + 2 * cache > available:
-            raise UserError(
-                f"{case.length:,} tokens at batch {case.batch_size} take about "
-                f"{format_bytes(weights + 2 * cache)} of memory with all models loaded and there "
-                f"are {format_bytes(available)}: give fewer or smaller ones"
-            )
-
-
-def _evaluate(models: Mapping[str, nn.Module], progress: Progress) -> None:
-    """Read or make the weights."""
-    for done, model in enumerate(models.values()):
-        progress("loading", done, len(models))
-        evaluate_in_turn(tensors_of(model).values())
-    progress("loading", len(models), len(models))
-
-
-def _device() -> str:
-    """What computes, and by which versions."""
-    kind = "GPU" if mx.default_device().type == mx.gpu else "CPU"
-    name = mx.device_info().get("device_name", platform.processor())
-    system = f"{platform.system()} {platform.machine()}"
-    return f"{name} ({kind}), {system}, mlx {version('mlx')}, mlx-lm {version('mlx-lm')}"
-
-
 def measure_bandwidth() -> float:
-    """Bytes a second of memory that MLX reaches: the best of reading and copying a large array.
+    """Measure how many bytes of memory a second MLX reaches, by reading and copying a large array.
 
-    It is read by a sum, and by a product with a vector, which is what decoding does; of a copy
-    both ends count.
+    A sum reads it, and a product with a vector, which is what decoding does. A copy counts twice,
+    because it reads and writes. The best of all tries counts.
     """
     matrix = mx.ones((BANDWIDTH_BYTES // (4 * 8192), 8192))
     vector = mx.ones((8192,))
@@ -473,34 +514,28 @@ def measure_in_turn(
     return runs
 
 
-def _run(model: nn.Module, case: Case, decode_tokens: int) -> Run:
-    """Greedy decoding behind prompts of random tokens or behind random caches.
+def time_model(model: nn.Module, case: Case, decode_tokens: int) -> Timing:
+    """Time greedy decoding behind prompts of random tokens or behind random caches.
 
-    As in ``mlx_lm.generate``: the prompt goes in chunks, and each step is queued before the one
-    before it is waited for. Behind random caches a first, untimed step makes them grow.
+    It works as ``mlx_lm.generate`` does: the prompt goes in chunks, and each step is queued before
+    the one before it is waited for. Behind random caches a first, untimed step makes them grow.
     """
-    batch_size, length = case.batch_size, case.length
-
-    def step(tokens: mx.array) -> mx.array:
-        logits = model(tokens, cache=cache)[:, -1, :]
-        log_p = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        chosen = mx.argmax(log_p, axis=-1)
-        mx.async_eval(chosen, log_p)
-        return chosen[:, None]
-
+    # mlx-lm's generate_step takes one sequence, and its batch_generate needs padded caches of its
+    # own, which cost time and cannot be filled: neither measures a plain batch.
     streams: Any = [generation_stream]
     with wired_limit(model, streams), mx.stream(generation_stream):
-        if case.decode_only:
-            cache = fill_cache(model, batch_size, length)
-            prompt = mx.zeros((batch_size, 1), mx.int32)
-        else:
-            cache = make_prompt_cache(model)
-            vocabulary = model(mx.zeros((1, 1), mx.int32)).shape[-1]
-            prompt = mx.random.randint(0, vocabulary, (batch_size, length))
-            mx.eval(prompt)
+        cache, prompt = _prepare(model, case)
+
+        def step(tokens: mx.array) -> mx.array:
+            logits = model(tokens, cache=cache)[:, -1, :]
+            log_p = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            chosen = mx.argmax(log_p, axis=-1)
+            mx.async_eval(chosen, log_p)
+            return chosen[:, None]
+
         mx.reset_peak_memory()
         started = time.perf_counter()
-        *chunks, last = _chunks(prompt)
+        *chunks, last = _split_prompt(prompt)
         for chunk in chunks:
             model(chunk, cache=cache)
             mx.eval([one.state for one in cache])
@@ -514,48 +549,64 @@ def _run(model: nn.Module, case: Case, decode_tokens: int) -> Run:
             token = following
         mx.eval(token)
         ended = time.perf_counter()
-    return Run(first_token - started, ended - first_token, mx.get_peak_memory())
+    return Timing(first_token - started, ended - first_token, mx.get_peak_memory())
 
 
-def _chunks(prompt: mx.array) -> list[mx.array]:
-    """A prompt (batch, length) in pieces, the last of them the last token alone."""
+def _prepare(model: nn.Module, case: Case) -> tuple[list[Any], mx.array]:
+    """Make the cache and the prompt (batch, length) of a case: one token behind a full cache."""
+    if case.decode_only:
+        cache = fill_cache(model, case.batch_size, case.length)
+        return cache, mx.zeros((case.batch_size, 1), mx.int32)
+    vocabulary = model(mx.zeros((1, 1), mx.int32)).shape[-1]
+    prompt = mx.random.randint(0, vocabulary, (case.batch_size, case.length))
+    mx.eval(prompt)
+    return make_prompt_cache(model), prompt
+
+
+def _split_prompt(prompt: mx.array) -> list[mx.array]:
+    """Split a prompt (batch, length) into chunks, the last of which is the last token alone."""
     ends = [*range(PROMPT_CHUNK, prompt.shape[1] - 1, PROMPT_CHUNK), prompt.shape[1] - 1]
     return [chunk for chunk in mx.split(prompt, ends, axis=1) if chunk.size]
 
 
-def compare_runs(
+def compare_timings(
     models: Mapping[str, nn.Module],
     case: Case,
     decode_tokens: int,
-    runs: Mapping[str, Sequence[Run]],
+    timings: Mapping[str, Sequence[Timing]],
     bandwidth: float,
 ) -> list[Result]:
-    """The outcome of a case; the first model is the baseline."""
-    baseline, batch_size = next(iter(models)), case.batch_size
-    weights = {label: weight_bytes(model) for label, model in models.items()}
+    """Summarize the timings of a case; the first model is the baseline, and has no ratios."""
+    baseline, n = next(iter(models)), case.batch_size
+    all_weights = sum(weight_bytes(model) for model in models.values())
     results = []
     for label, model in models.items():
-        own = runs[label]
-        pairs = [] if label == baseline else [*zip(runs[baseline], own, strict=True)]
-        decode = Spread.of([batch_size * decode_tokens / run.decode for run in own])
-        read = count_bytes_read(model, batch_size)
-        read += batch_size * count_cache_bytes(model, case.length + (decode_tokens + 1) / 2)
-        prompted = not case.decode_only
+        own = timings[label]
+        pairs = [] if label == baseline else [*zip(timings[baseline], own, strict=True)]
+        prompted = [] if case.decode_only else own
+        compared = [] if case.decode_only else pairs
+        decode_tps = _summarize(n * decode_tokens / one.decode for one in own)
+        assert decode_tps is not None
+        peak = max(one.peak_memory_bytes for one in own)
+        read = count_bytes_read(model, n)
+        read += n * count_cache_bytes(model, case.length + (decode_tokens + 1) / 2)
         results.append(
             Result(
                 label,
                 case,
-                Spread.of([batch_size * case.length / run.first_token for run in own])
-                if prompted
-                else None,
-                Spread.of([run.first_token for run in own]) if prompted else None,
-                decode,
-                max(run.peak_memory_bytes for run in own) - sum(weights.values()) + weights[label],
-                read * decode.median / batch_size / bandwidth,
-                Spread.of([base.first_token / run.first_token for base, run in pairs])
-                if pairs and prompted
-                else None,
-                Spread.of([base.decode / run.decode for base, run in pairs]) if pairs else None,
+                prompt_tps=_summarize(n * case.length / one.first_token for one in prompted),
+                first_token_seconds=_summarize(one.first_token for one in prompted),
+                decode_tps=decode_tps,
+                peak_memory_bytes=peak - all_weights + weight_bytes(model),
+                limit_share=read * decode_tps.median / n / bandwidth,
+                prompt_ratio=_summarize(a.first_token / b.first_token for a, b in compared),
+                decode_ratio=_summarize(a.decode / b.decode for a, b in pairs),
             )
         )
     return results
+
+
+def _summarize(values: Iterable[float]) -> Spread | None:
+    """Summarize measurements; None if there are none."""
+    found = [*values]
+    return Spread(statistics.median(found), min(found), max(found)) if found else None

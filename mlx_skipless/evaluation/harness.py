@@ -16,7 +16,7 @@ from ..errors import UserError, first_line
 
 
 class LoadedLM(MLXLM):
-    """mlx_lm.evaluate's model around one that is loaded: its own loader would run its code."""
+    """mlx_lm.evaluate's model around a loaded one: its own loader would run a checkpoint's code."""
 
     def __init__(
         self, model: nn.Module, tokenizer: TokenizerWrapper, batch_size: int, chat: bool
@@ -29,19 +29,19 @@ class LoadedLM(MLXLM):
 
 
 @cache
-def _manager(include_path: Path | None) -> TaskManager:
+def _make_manager(include_path: Path | None) -> TaskManager:
     return TaskManager(include_path=include_path)
 
 
 def find_tasks(tasks: Sequence[str], include_path: Path | None) -> list[str]:
-    """Names and wildcards as the names that match, task files as they are.
+    """Replace wildcards by the names that match; leave task files as they are.
 
     Raises:
-        UserError: for a task that there is not.
+        UserError: for a task that does not exist.
     """
     found = []
     for task in tasks:
-        matches = _manager(include_path).match_tasks([task])
+        matches = _make_manager(include_path).match_tasks([task])
         if not matches and Path(task).is_file():
             matches = [task]
         if not matches:
@@ -53,20 +53,27 @@ def find_tasks(tasks: Sequence[str], include_path: Path | None) -> list[str]:
     return found
 
 
-def run(
+def run_tasks(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
-    tasks: Sequence[str],
     *,
+    tasks: Sequence[str],
     include_path: Path | None,
-    num_shots: int | None,
-    limit: int | None,
     batch_size: int,
     apply_chat_template: bool,
     seed: int,
-    confirm_run_unsafe_code: bool,
+    **options: Any,
 ) -> dict[str, Any]:
-    """``lm_eval.simple_evaluate`` with mlx_lm.evaluate's arguments.
+    """Run tasks with ``lm_eval.simple_evaluate``, as mlx_lm.evaluate does.
+
+    Args:
+        model, tokenizer: what is scored.
+        tasks: names of tasks, or task files.
+        include_path: a folder with more tasks.
+        batch_size: sequences at once.
+        apply_chat_template: ask in turns of a chat.
+        seed: seed of all random choices.
+        options: more keywords of ``lm_eval.simple_evaluate``.
 
     Raises:
         UserError: if lm-eval cannot run the tasks.
@@ -75,16 +82,14 @@ def run(
         return lm_eval.simple_evaluate(
             model=LoadedLM(model, tokenizer, batch_size, apply_chat_template),
             tasks=list(tasks),
-            task_manager=_manager(include_path),
-            num_fewshot=num_shots,
-            limit=limit,
+            task_manager=_make_manager(include_path),
             apply_chat_template=apply_chat_template,
             fewshot_as_multiturn=False,
             random_seed=seed,
             numpy_random_seed=seed,
             torch_random_seed=seed,
             fewshot_random_seed=seed,
-            confirm_run_unsafe_code=confirm_run_unsafe_code,
+            **options,
         )
     except Exception as error:  # tasks, data sets and metrics raise whatever they like
         raise UserError(f"lm-eval cannot run {', '.join(tasks)}: {first_line(error)}") from error

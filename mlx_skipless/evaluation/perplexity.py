@@ -23,9 +23,9 @@ class Score:
 
     Attributes:
         loss: nats per token.
-        bits_per_character: special tokens' bits are in it too.
-        tokens: that were predicted.
-        characters: of these.
+        bits_per_character: bits of all tokens, special ones too, over characters of the text.
+        tokens: how many were predicted.
+        characters: how many these tokens stand for.
     """
 
     loss: float
@@ -52,11 +52,11 @@ def measure_perplexity(
     Args:
         model: a folder or Hub id that ``load`` takes.
         data: files whose last ``validation_share`` of lines is held out, as in training.
-        validation: files to take whole, instead.
-        validation_share: between 0 and 1.
-        context: tokens a window; default: what the model was made for, at most 512.
+        validation: files to take whole instead of the ends of ``data``.
+        validation_share: a share between 0 and 1.
+        context: tokens of a window; default: what the model was made for, at most 512.
         batch_size: windows at once.
-        trust_remote_code: for models of other architectures that bring code.
+        trust_remote_code: let a model of another architecture run the code that it brings.
 
     Raises:
         UserError: for a model or text that cannot be used.
@@ -81,7 +81,11 @@ def measure_perplexity(
 
 
 def check_length(tokens: np.ndarray, length: int) -> None:
-    """Raise a UserError if held-out tokens fill no window of ``length``."""
+    """Check that held-out tokens fill a window of ``length``.
+
+    Raises:
+        UserError: if they do not.
+    """
     if len(tokens) <= length:
         raise UserError(
             f"the held-out text has {len(tokens):,} tokens, too few for a context of {length:,}: "
@@ -103,7 +107,17 @@ def score_tokens(
     batch_size: int,
     limit: int | None = None,
 ) -> Score:
-    """Score a row of tokens in windows of ``length``; ``limit`` as in ``corpus.windows``."""
+    """Score a row of tokens in windows that do not overlap.
+
+    Args:
+        summed_nll: gives the summed negative log likelihood, in nats, of the tokens after the first
+            in each window of a batch (windows, length + 1).
+        tokens: the row.
+        tokenizer: what counts the tokens' characters.
+        length: tokens that a window predicts.
+        batch_size: windows at once.
+        limit: tokens to predict at most, in windows spread evenly over the row; default: all.
+    """
     nats, count, characters = 0.0, 0, 0
     for batch in corpus.cut_windows(tokens, length, batch_size, limit):
         nats += summed_nll(mx.array(batch)).item()  # type: ignore[assignment]

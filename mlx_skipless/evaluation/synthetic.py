@@ -11,36 +11,40 @@ import mlx.nn as nn
 import mlx_lm.utils
 
 from ..architectures.config import read_model_args
-from ..architectures.families import FAMILIES, Config, Family, find_family
+from ..architectures.families import FAMILIES, find_family
+from ..architectures.family import Config, Family
+from ..architectures.shapes import MODELS
 from ..architectures.tensors import to_published_names, to_source_names
-from ..checkpoints.checkpoint import FLOAT_NAMES
 from ..checkpoints.files import read_json
 from ..checkpoints.writer import Writer
+from ..constants import FLOAT_NAMES
 from ..errors import UserError, first_line
 from ..network.model import Model, ModelArgs
 from ..network.names import EMBEDDING, FINAL_NORM, HEAD
 from ..network.parts import dtype_name
 from ..progress import Progress
-from ..quantization.layout import Layout, Quantization, quantize_nearest
+from ..quantization.layout import Layout, quantize_nearest
+from ..quantization.settings import Quantization
 from ..removal.plan import Plan, make_plan
-from .catalogue import MODELS, SHARED
 
 SEED = 0
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a model: what it is called, and a Hugging Face config."""
+    """A model's name and its Hugging Face config, without weights."""
 
     name: str
     config: Config
 
     @property
     def family(self) -> Family:
+        """The source architecture that the config names."""
         return find_family(self.config)
 
     @cached_property
     def args(self) -> ModelArgs:
+        """The network that the config describes."""
         return read_model_args(self.config)
 
     @property
@@ -51,29 +55,26 @@ class Shape:
 
     @property
     def stock_config(self) -> Config:
-        """The config with all that mlx-lm's own network of this family has to be told."""
-        stock = self.family.stock
-        return self.config if stock is None else self.config | stock.settings(self.args)
+        """The config with whatever mlx-lm's own network of this family must be told."""
+        return self.config | self.family.make_stock_settings(self.args)
 
     @property
     def stock(self) -> "Shape":
-        """This shape if mlx-lm has a network of its own for it, else its nearest."""
+        """This shape if mlx-lm has a network of its own for it, else the nearest vanilla one."""
         return make_vanilla_shape(self.args) if self.family.stock is None else self
 
     @property
     def stock_differs(self) -> bool:
-        """Whether mlx-lm's own network is not quite what the config describes."""
-        stock = self.stock
-        assert stock.family.stock is not None
-        return stock is self and not stock.family.stock.expresses(self.args)
+        """Whether mlx-lm's own network computes something else than the config describes."""
+        return self.family.stock is not None and not self.family.expresses(self.args)
 
 
 def find_shape(name: str) -> Shape:
-    """The shape that a user means.
+    """Find the shape that a user names.
 
     Args:
-        name: a model of the catalogue, a part of its name or any case of it, or a config.json or
-            the folder of one; then, after a colon, a number of layers if it is not to have all.
+        name: a published model's name or a part of it, in any case, or the path of a config.json or
+            of its folder; then, after a colon, a number of layers if it is not to have all.
 
     Raises:
         UserError: if there is no such model, several, or its config cannot be read.
@@ -85,30 +86,27 @@ def find_shape(name: str) -> Shape:
     if path.is_dir():
         path = path / "config.json"
     if path.is_file() or path.suffix == ".json":
-        called = path.absolute().parent.name if path.name == "config.json" else path.stem
+        title = path.absolute().parent.name if path.name == "config.json" else path.stem
         config = read_json(path)
     else:
-        called = _in_catalogue(stem)
-        config = {**SHARED, **MODELS[called]}
+        title = _find_model(stem)
+        config = MODELS[title]
     if layers:
         if int(layers) < 1:
             raise UserError(f"--synthetic {name}: must have at least 1 layer")
-        config = _with_layers(config, int(layers))
-        called += f", {layers} layers"
-    shape = Shape(called, config)
+        config = _set_layers(config, int(layers))
+        title += f", {layers} layers"
+    shape = Shape(title, config)
     _ = shape.args  # complains about what is wrong with the config
     return shape
 
 
-def _in_catalogue(name: str) -> str:
-    """The model of the catalogue whose name contains this one; of its versions the newest."""
-
-    def plain(text: str) -> str:
-        return re.sub(r"[^a-z0-9]", "", text.lower())
-
-    wanted = plain(name)
-    found = [one for one in MODELS if plain(one) == wanted]
-    found = found or [one for one in MODELS if wanted and wanted in plain(one)]
+def _find_model(name: str) -> str:
+    """Find the published model whose name contains this one; of its versions the newest."""
+    plain = {one: re.sub(r"[^a-z0-9]", "", one.lower()) for one in (name, *MODELS)}
+    wanted = plain[name]
+    found = [one for one in MODELS if plain[one] == wanted]
+    found = found or [one for one in MODELS if wanted and wanted in plain[one]]
     versions = {re.sub(r"-v[\d.]+$", "", one) for one in found}
     if len(versions) == 1:
         return found[-1]
@@ -116,7 +114,7 @@ def _in_catalogue(name: str) -> str:
     raise UserError(f"--synthetic {name} {which} {', '.join(found or MODELS)}: give one of them")
 
 
-def _with_layers(config: Config, layers: int) -> Config:
+def _set_layers(config: Config, layers: int) -> Config:
     key = "n_layer" if "n_layer" in config else "num_hidden_layers"
     config = {**config, key: layers}
     if kinds := config.get("layer_types"):
@@ -125,50 +123,57 @@ def _with_layers(config: Config, layers: int) -> Config:
 
 
 def make_vanilla_shape(args: ModelArgs) -> Shape:
-    """The vanilla transformer of a network's sizes that mlx-lm has: its Llama, or its Mixtral.
+    """Make the shape of a vanilla transformer of a network's sizes, which mlx-lm can run.
 
-    With Q and P, norms on the stream and skips, whatever ``args`` lack.
+    It is a Llama, or with experts a Mixtral: with Q and P, norms on the stream and skips, whatever
+    ``args`` lack.
     """
     sizes = (
         "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads",
         "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings",
         "max_position_embeddings", "rms_norm_eps", "rope_theta",
     )  # fmt: skip
-    config: Config = {key: getattr(args, key) for key in sizes}
-    kind = "llama"
-    if args.num_local_experts:
-        kind = "mixtral"
-        config |= {key: getattr(args, key) for key in ("num_local_experts", "num_experts_per_tok")}
+    kind = "mixtral" if args.num_local_experts else "llama"
+    experts = ("num_local_experts", "num_experts_per_tok") if args.num_local_experts else ()
+    config: Config = {key: getattr(args, key) for key in (*sizes, *experts)}
     if {*args.layer_types} > {"sliding_attention"}:  # mlx-lm's Llama slides in some layers only
         config |= {"layer_types": args.layer_types, "sliding_window": args.sliding_window}
     return Shape(kind, config | {"model_type": kind})
 
 
 def make_random_weights(layout: Layout, prefix: str = "") -> dict[str, mx.array]:
-    """A network's tensors under canonical names, lazy, the same ones at each call.
+    """Make a network's tensors under canonical names, lazily, the same ones at each call.
 
-    Matrices are normal with a variance of 1 / inputs, which keeps any stream within bounds; gains
-    are one, biases zero.
+    Matrices are normal with a variance of 1 / inputs, which keeps any stream within bounds. The
+    weights of norms are one, biases zero.
+
+    Args:
+        layout: the network, and the number type of its tensors.
+        prefix: make only tensors whose names start with it.
     """
+
+    def make(name: str, shape: tuple[int, ...], key: mx.array) -> mx.array:
+        if len(shape) > 1:
+            return mx.random.normal(shape, scale=shape[-1] ** -0.5, key=key)
+        return mx.zeros(shape) if name.endswith(".bias") else mx.ones(shape)
+
     keys = mx.random.split(mx.random.key(SEED), len(layout.tensors))
-    found = {}
-    for key, (name, array) in zip(keys, layout.tensors.items(), strict=True):
-        if not name.startswith(prefix):
-            continue
-        if array.ndim > 1:
-            random = mx.random.normal(array.shape, scale=array.shape[-1] ** -0.5, key=key)
-        elif name.endswith(".bias"):
-            random = mx.zeros(array.shape)
-        else:
-            random = mx.ones(array.shape)
-        found[name] = random.astype(layout.dtype)
-    return found
+    return {
+        name: make(name, array.shape, key).astype(layout.dtype)
+        for key, (name, array) in zip(keys, layout.tensors.items(), strict=True)
+        if name.startswith(prefix)
+    }
 
 
 def make_stock_model(
     shape: Shape, dtype: mx.Dtype, quantization: Quantization | None = None
 ) -> nn.Module:
-    """mlx-lm's own network of a shape, its weights random and lazy.
+    """Make mlx-lm's own network of a shape, with random, lazy weights.
+
+    Args:
+        shape: one for which mlx-lm has a network.
+        dtype: the number type of weights that are not quantized.
+        quantization: how to quantize the matrices; None: not at all.
 
     Raises:
         UserError: if mlx-lm cannot build it.
@@ -179,7 +184,7 @@ def make_stock_model(
         kind, args_kind = mlx_lm.utils._get_classes(config)
         model = kind(args_kind.from_dict(config))
         weights = to_source_names(shape.family, tensors, shape.args, dtype)
-        return _filled(model, weights, quantization)
+        return _load_weights(model, weights, quantization)
     except (ValueError, TypeError) as error:
         raise UserError(
             f"mlx-lm cannot build a {config['model_type']} of this shape ({first_line(error)}): "
@@ -188,10 +193,10 @@ def make_stock_model(
 
 
 def make_skipless_plan(args: ModelArgs, remove: str, dtype: mx.Dtype, quantized: bool) -> Plan:
-    """A removal from a network, of one with skips when these are gone; by arithmetic alone.
+    """Plan what to remove from a network, by arithmetic alone; a pretrained one loses its skips.
 
     Raises:
-        UserError: if it is impossible.
+        UserError: if the removal is impossible.
     """
     skipless = args.norm == "pre" and args.skip == "both"
     return make_plan(args, remove=remove, skipless=skipless, dtype=dtype, quantized=quantized)
@@ -200,15 +205,15 @@ def make_skipless_plan(args: ModelArgs, remove: str, dtype: mx.Dtype, quantized:
 def make_skipless_model(
     args: ModelArgs, dtype: mx.Dtype, quantization: Quantization | None = None
 ) -> nn.Module:
-    """This package's network as ``convert`` writes it, its weights random and lazy."""
-    written = replace(args, fused=Layout(args, dtype, quantization).fused)
+    """Make this package's network as ``convert`` writes it, with random, lazy weights."""
+    written = replace(args, fused=Layout(args, dtype, quantization).fusable_layers)
     weights = to_source_names(
         FAMILIES["skipless"], make_random_weights(Layout(args, dtype)), written, dtype
     )
-    return _filled(Model(written), weights, quantization)
+    return _load_weights(Model(written), weights, quantization)
 
 
-def _filled(
+def _load_weights(
     model: nn.Module, weights: dict[str, mx.array], quantization: Quantization | None
 ) -> nn.Module:
     if hasattr(model, "sanitize"):
@@ -224,12 +229,18 @@ def write_checkpoint(
     out: str | Path,
     progress: Progress = lambda stage, done, total: None,
 ) -> None:
-    """Write the checkpoint whose weights ``stock_model`` has, in its family's names and layout.
+    """Write the weights of ``make_stock_model`` as a checkpoint, in its family's names and layout.
 
-    It has no tokenizer. A layer is in memory at a time, besides a shard.
+    It has no tokenizer. No more than a layer and a shard of it are in memory at a time.
+
+    Args:
+        shape: what to write.
+        dtype: the number type of all tensors.
+        out: the folder to write.
+        progress: called with (stage, done, total).
 
     Raises:
-        UserError: if the path exists, its parent does not, or the disk lacks room.
+        UserError: if the folder exists, its parent does not, or the disk lacks room.
     """
     layout = Layout(shape.args, dtype)
     layers = range(shape.args.num_hidden_layers)
@@ -247,6 +258,6 @@ def write_checkpoint(
 
 
 def evaluate_in_turn(arrays: Iterable[mx.array]) -> None:
-    """Evaluate arrays one by one, so that only one's making takes memory."""
+    """Evaluate arrays one by one, so that only one needs memory for its intermediate results."""
     for array in arrays:
         mx.eval(array)

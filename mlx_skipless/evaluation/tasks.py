@@ -6,6 +6,7 @@ lm-eval is optional: only ``harness`` imports it, and only once it is needed.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,17 @@ class TaskScore:
     """One metric of one task, before and after.
 
     Attributes:
-        task: its name, or that of a group of tasks.
-        metric: its name; its filter after a comma, if it has one.
+        task: name of the task or group of tasks.
+        metric: name of the metric; if it has a filter, a comma and the filter's name follow.
         higher_is_better: None where lm-eval does not say.
-        source: the score of the source.
-        result: the score of the result.
-        source_stderr: standard error over the task's items, None if lm-eval gives none.
-        result_stderr: likewise.
+        source, result: the scores of the two models.
+        source_stderr, result_stderr: their standard errors over the task's items; None if lm-eval
+            gives none.
         difference: ``result - source``.
-        difference_stderr: of the items' differences, where the metric is a mean over items; else
-            (groups, perplexities) as if the two had seen different items, which is too much.
-        items: how many the task has, or ``limit``.
+        difference_stderr: standard error of the items' differences, where the metric is a mean over
+            items. Groups and perplexities are no such means: theirs is computed as if the two
+            models had seen different items, which is too large.
+        items: how many were scored.
     """
 
     task: str
@@ -67,17 +68,16 @@ def evaluate(
     """Run lm-eval's tasks on two models, one after the other.
 
     Args:
-        source: a folder or Hub id that ``load`` takes.
-        result: likewise.
-        tasks: names, with wildcards if need be, of tasks, groups or tags, or .yaml files of them.
+        source, result: the models before and after: folders or Hub ids that ``load`` takes.
+        tasks: names of tasks, groups or tags, with wildcards if need be, or .yaml files of them.
         include_path: a folder with more tasks.
         num_shots: examples in the prompt; default: what the task says.
         limit: items of each task to run; default: all.
         batch_size: sequences at once.
-        apply_chat_template: default: whether the source has one.
-        seed: of the examples' choice.
-        confirm_run_unsafe_code: for tasks that run what the model wrote.
-        trust_remote_code: for models of other architectures that bring code.
+        apply_chat_template: ask in turns of a chat; default: if the source has a chat template.
+        seed: seed of the choice of examples.
+        confirm_run_unsafe_code: let tasks run what the model wrote.
+        trust_remote_code: let models of other architectures run the code that they bring.
 
     Returns:
         A score for each metric of each task.
@@ -93,36 +93,32 @@ def evaluate(
     folder = None if include_path is None else Path(include_path)
     if folder is not None and not folder.is_dir():
         raise UserError(f"--include-path {include_path}: no such folder")
+    harness = _import_harness()
+    names = harness.find_tasks(tasks, folder)
+    # Both are opened before either is run, and neither is read before its turn.
+    opened = [load(m, lazy=True, trust_remote_code=trust_remote_code) for m in (source, result)]
+    if apply_chat_template is None:
+        apply_chat_template = opened[0][1].chat_template is not None
+    run = partial(
+        harness.run_tasks, tasks=names, include_path=folder, batch_size=batch_size, seed=seed,
+        apply_chat_template=apply_chat_template, num_fewshot=num_shots, limit=limit,
+        confirm_run_unsafe_code=confirm_run_unsafe_code,
+    )  # fmt: skip
+    return list(pair_scores(*(run(*opened.pop(0)) for _ in (source, result))))
+
+
+def _import_harness() -> Any:
     try:
         from . import harness
     except ImportError as error:
         raise UserError(
             f"--tasks needs lm-eval ({first_line(error)}): pip install 'mlx-lm[evaluate]'"
         ) from error
-    names = harness.find_tasks(tasks, folder)
-    # Both are opened before either is run, and neither is read before its turn.
-    opened = [load(m, lazy=True, trust_remote_code=trust_remote_code) for m in (source, result)]
-    if apply_chat_template is None:
-        apply_chat_template = opened[0][1].chat_template is not None
-    first, second = (
-        harness.run(
-            *opened.pop(0),
-            names,
-            include_path=folder,
-            num_shots=num_shots,
-            limit=limit,
-            batch_size=batch_size,
-            apply_chat_template=apply_chat_template,
-            seed=seed,
-            confirm_run_unsafe_code=confirm_run_unsafe_code,
-        )
-        for _ in (source, result)
-    )
-    return list(pair_scores(first, second))
+    return harness
 
 
 def pair_scores(source: Results, result: Results) -> Iterator[TaskScore]:
-    """What two runs of the same tasks scored, a metric at a time."""
+    """Pair what two runs of the same tasks scored, a metric at a time."""
     before, after = ({**run["results"], **run.get("groups", {})} for run in (source, result))
     for task, metrics in before.items():
         for key, a in metrics.items():
@@ -130,10 +126,9 @@ def pair_scores(source: Results, result: Results) -> Iterator[TaskScore]:
             if not comma or metric.endswith("_stderr") or not isinstance(a, Real):
                 continue
             a, b = float(a), float(after[task][key])
-            errors = [_stderr(run[task], metric, kind) for run in (before, after)]
-            paired = _paired_stderr(
-                [_items(run, task, metric, kind) for run in (source, result)], (a, b)
-            )
+            errors = [_read_stderr(run[task], metric, kind) for run in (before, after)]
+            items = [_read_items(run, task, metric, kind) for run in (source, result)]
+            paired = _compute_paired_stderr(items, (a, b))
             if paired is None and None not in errors:
                 paired = math.hypot(*errors)  # type: ignore[arg-type]
             yield TaskScore(
@@ -150,19 +145,24 @@ def pair_scores(source: Results, result: Results) -> Iterator[TaskScore]:
             )
 
 
-def _stderr(metrics: Mapping[str, Any], metric: str, kind: str) -> float | None:
+def _read_stderr(metrics: Mapping[str, Any], metric: str, kind: str) -> float | None:
     value = metrics.get(f"{metric}_stderr,{kind}")
     return float(value) if isinstance(value, Real) else None  # "N/A" where there is none
 
 
-def _items(run: Results, task: str, metric: str, kind: str) -> dict[int, Any]:
-    """What each item of a task scored, by its number."""
+def _read_items(run: Results, task: str, metric: str, kind: str) -> dict[int, Any]:
+    """Read what each item of a task scored, by its number."""
     samples = run["samples"].get(task, [])
     return {s["doc_id"]: s[metric] for s in samples if s["filter"] == kind and metric in s}
 
 
-def _paired_stderr(runs: Sequence[Mapping[int, Any]], aggregates: Sequence[float]) -> float | None:
-    """The standard error of a mean difference; None unless the aggregates are the runs' means."""
+def _compute_paired_stderr(
+    runs: Sequence[Mapping[int, Any]], aggregates: Sequence[float]
+) -> float | None:
+    """Compute the standard error of a mean of differences, two runs' of the same items.
+
+    Returns None unless ``aggregates``, the runs' scores, are the means of their items.
+    """
     a, b = runs
     numbers = all(isinstance(value, Real) for run in runs for value in run.values())
     if len(a) < 2 or a.keys() != b.keys() or not numbers:

@@ -1,12 +1,10 @@
-"""A conversation in the terminal; `Conversation` is the part that needs no terminal."""
-
-from __future__ import annotations
+"""A conversation in the terminal; ``Conversation`` is the part that needs no terminal."""
 
 import contextlib
 import os
 import signal
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from itertools import takewhile
 from typing import Any, TextIO
 
@@ -15,8 +13,10 @@ import mlx.nn as nn
 from mlx_lm.models.cache import trim_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from . import generation
-from .generation import Answer, Stream
+from ..memory import format_bytes
+from .caches import make_cache
+from .generation import Answer, Stream, check_options, restore_first_space, stream, summarize
+from .prompts import apply_template, encode_prompt
 
 HELP = """\
 /reset  forget the conversation
@@ -35,8 +35,15 @@ class Conversation:
 
     With a chat template the history goes through it each turn. Without one the conversation is one
     text, which the user and the model take turns in writing, a user's turn on a new line.
-    `cached` are the ids in the cache, `reused` how many of them the last turn found there, and
-    `last` is its answer.
+
+    Attributes:
+        messages: what was said so far, as a chat template takes it.
+        cached: the ids in the cache.
+        reused: how many of them the last turn found there.
+        last: the last turn's answer, None before the first.
+        turns: how many there were.
+        prompt_tokens: that were processed in all turns.
+        generation_tokens: that were generated in all turns.
     """
 
     def __init__(
@@ -64,43 +71,44 @@ class Conversation:
         self._drop_cache()
 
     def ask(self, text: str, *, same_line: bool = False) -> Generator[str, None, None]:
-        """The answer's pieces, one a token. Close it to stop: what was said so far stays.
+        """Yield the answer's pieces, one a token; closed, it stops, and what was said stays.
 
-        `same_line`: it is shown right behind `text`, and opens with the space that it may need.
+        Args:
+            text: the user's turn.
+            same_line: the answer is shown right behind ``text``, and opens with the space that it
+                may need.
         """
-        ids = self._ids(text)
-        stream: Stream | None = None
+        ids = self._encode_turn(text)
+        pieces: Stream | None = None
         try:
-            new = self._reuse(ids)
-            stream = generation.stream(
+            new = self._reuse_cache(ids)
+            pieces = stream(
                 self._model, self._tokenizer, new, prompt_cache=self.cache, **self._sampling
             )
-            yield from (
-                generation.restore_first_space(stream, self._tokenizer) if same_line else stream
-            )
+            yield from restore_first_space(pieces, self._tokenizer) if same_line else pieces
         except BaseException as e:
-            if isinstance(e, GeneratorExit) and stream is not None:  # between two tokens
-                self.cached = ids + stream.tokens
+            if isinstance(e, GeneratorExit) and pieces is not None:  # between two tokens
+                self.cached = ids + pieces.tokens
             else:  # within a step: some layers may be ahead of others
                 self._drop_cache()
-            if stream is not None and stream.tokens:
-                self._remember(text, ids, stream)
+            if pieces is not None and pieces.tokens:
+                self._remember(text, ids, pieces)
             raise
-        self.cached = ids + stream.tokens
-        self._remember(text, ids, stream)
+        self.cached = ids + pieces.tokens
+        self._remember(text, ids, pieces)
 
-    def _ids(self, text: str) -> list[int]:
-        """The whole conversation, and `text` as its next turn."""
+    def _encode_turn(self, text: str) -> list[int]:
+        """Encode the whole conversation, with ``text`` as its next turn."""
         if self._tokenizer.has_chat_template:
             messages = [*self.messages, {"role": "user", "content": text}]
-            return list(generation.apply_template(self._tokenizer, messages))
+            return list(apply_template(self._tokenizer, messages))
         if not self._transcript:
-            return generation.encode_prompt(self._tokenizer, text, chat=False)
+            return encode_prompt(self._tokenizer, text, chat=False)
         more = self._tokenizer.encode("\n" + text, add_special_tokens=False)
         return [*self._transcript, *more]
 
-    def _reuse(self, ids: list[int]) -> list[int]:
-        """Cut the cache down to what it shares with `ids`; return the rest, at least one token."""
+    def _reuse_cache(self, ids: list[int]) -> list[int]:
+        """Cut the cache down to what it shares with ``ids``; return the rest, one token or more."""
         same = takewhile(lambda pair: pair[0] == pair[1], zip(self.cached, ids[:-1], strict=False))
         common = sum(1 for _ in same)
         surplus = len(self.cached) - common
@@ -111,21 +119,21 @@ class Conversation:
         self.reused = common
         return ids[common:]
 
-    def _remember(self, text: str, ids: list[int], stream: Stream) -> None:
-        self.last = stream.answer
+    def _remember(self, text: str, ids: list[int], pieces: Stream) -> None:
+        self.last = pieces.answer
         self.turns += 1
         self.prompt_tokens += self.last.prompt_tokens
         self.generation_tokens += self.last.generation_tokens
         self.messages += [
             {"role": "user", "content": text},
-            {"role": "assistant", "content": stream.text},
+            {"role": "assistant", "content": pieces.text},
         ]
-        self._transcript = ids + stream.tokens
-        if stream.tokens[-1] in self._tokenizer.eos_token_ids:
+        self._transcript = ids + pieces.tokens
+        if pieces.tokens[-1] in self._tokenizer.eos_token_ids:
             self._transcript.pop()
 
     def _drop_cache(self) -> None:
-        self.cache = generation.make_cache(self._model, **self._shape)
+        self.cache = make_cache(self._model, **self._shape)
         self.cached = []
 
 
@@ -143,13 +151,21 @@ def chat(
 ) -> None:
     """Talk with the model until Ctrl-D or /quit; for a terminal, in the main thread.
 
-    Answers go to `out` (standard output), all else to `err` (standard error). The model goes on
-    from `opening` before the first turn. `sampling` and the rest are `generation.stream`'s options;
-    `seed` holds for the whole chat.
-    Raises UserError for options that cannot be.
+    Args:
+        model: what answers.
+        tokenizer: the model's.
+        out: where answers go; None: standard output.
+        err: where all else goes; None: standard error.
+        seed: of the whole chat.
+        opening: what the model goes on from before the first turn.
+        max_kv_size, kv_bits: as ``make_cache`` takes them.
+        sampling: options of ``generation.stream``.
+
+    Raises:
+        UserError: for options that cannot be.
     """
     out, err = out or sys.stdout, err or sys.stderr
-    generation.check_options(seed=seed, **sampling)
+    check_options(seed=seed, **sampling)
     talk = Conversation(model, tokenizer, max_kv_size=max_kv_size, kv_bits=kv_bits, **sampling)
     if seed is not None:
         mx.random.seed(seed)
@@ -157,29 +173,18 @@ def chat(
         import readline  # noqa: F401  (gives input() its editing and history)
 
     def note(text: str) -> None:
-        print(_dim(text, err), file=err, flush=True)
+        print(_make_dim(text, err), file=err, flush=True)
 
     note("Write to the model; /help lists the commands, Ctrl-D leaves.")
     if opening:
         out.write(opening)
-        note(_costs(talk) if _answer(talk, opening, out, same_line=True) else "")
+        note(_describe_costs(talk) if _answer(talk, opening, out, same_line=True) else "")
     while True:
         try:
             line = input("> ").encode(errors="replace").decode().strip()
             if line == "/quit":
                 return
-            if line == "/reset":
-                talk.reset()
-                note("The conversation is forgotten.")
-            elif line == "/stats":
-                note(_stats(talk))
-            elif line == "/help":
-                note(HELP)
-            elif line.startswith("/"):
-                note(f"{line.split()[0]} is no command; /help lists them.")
-            elif line:
-                said = _answer(talk, line, out)
-                note(_costs(talk) if said else "Stopped; the message is forgotten.")
+            _handle_line(talk, line, out, note)
         except EOFError:
             note("")
             return
@@ -189,8 +194,24 @@ def chat(
             note(f"error: this terminal does not send {e.encoding}; set its encoding to that")
 
 
+def _handle_line(talk: Conversation, line: str, out: TextIO, note: Callable[[str], None]) -> None:
+    """Do a command other than /quit, or answer what else the user wrote."""
+    if line == "/reset":
+        talk.reset()
+        note("The conversation is forgotten.")
+    elif line == "/stats":
+        note(_describe_totals(talk))
+    elif line == "/help":
+        note(HELP)
+    elif line.startswith("/"):
+        note(f"{line.split()[0]} is no command; /help lists them.")
+    elif line:
+        said = _answer(talk, line, out)
+        note(_describe_costs(talk) if said else "Stopped; the message is forgotten.")
+
+
 def _answer(talk: Conversation, text: str, out: TextIO, *, same_line: bool = False) -> bool:
-    """Write the answer to `text` as it comes; Ctrl-C stops it. False if nothing came."""
+    """Write the answer to ``text`` as it comes; Ctrl-C stops it. False if nothing came."""
     begun = stopped = False
 
     def stop(*_: Any) -> None:
@@ -217,20 +238,20 @@ def _answer(talk: Conversation, text: str, out: TextIO, *, same_line: bool = Fal
     return begun
 
 
-def _costs(talk: Conversation) -> str:
+def _describe_costs(talk: Conversation) -> str:
     assert talk.last is not None, "no answer yet"
-    return generation.summarize(talk.last, reused=talk.reused)
+    return summarize(talk.last, reused=talk.reused)
 
 
-def _stats(talk: Conversation) -> str:
+def _describe_totals(talk: Conversation) -> str:
     held = sum(cache.nbytes for cache in talk.cache if not cache.empty())
     return (
         f"{talk.turns:,} turns: {talk.prompt_tokens:,} prompt tokens processed, "
         f"{talk.generation_tokens:,} generated; "
-        f"{len(talk.cached):,} tokens in the cache ({generation.format_bytes(held)})"
+        f"{len(talk.cached):,} tokens in the cache ({format_bytes(held)})"
     )
 
 
-def _dim(text: str, file: TextIO) -> str:
+def _make_dim(text: str, file: TextIO) -> str:
     colour = file.isatty() and not os.environ.get("NO_COLOR")
     return f"\033[2m{text}\033[0m" if text and colour else text

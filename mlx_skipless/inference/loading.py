@@ -1,4 +1,4 @@
-"""Loading a model to run: converted ones without trust, any other as mlx-lm does."""
+"""Loading a model to run: a converted one without trust, any other as mlx-lm does."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -12,8 +12,8 @@ from ..architectures.config import read_model_args
 from ..architectures.families import find_family
 from ..architectures.tensors import find_places
 from ..checkpoints import files, hub
-from ..checkpoints.checkpoint import SafetensorsStore
 from ..checkpoints.files import read_json
+from ..checkpoints.safetensors import SafetensorsStore
 from ..checkpoints.tokenizer import load_tokenizer
 from ..errors import UserError, first_line
 from ..network.model import Model, ModelArgs
@@ -35,10 +35,10 @@ def load(
 
     Args:
         path_or_hf_repo: a folder or a Hub id.
-        revision: of a Hub id.
-        adapter_path: LoRA adapters to apply.
+        revision: a branch, tag or commit of a Hub id.
+        adapter_path: the folder of LoRA adapters to apply.
         lazy: leave the weights on disk until they are used.
-        trust_remote_code: for models of other architectures that bring code.
+        trust_remote_code: let a model run code that it brings; a skipless one's is never run.
 
     Returns:
         The model and its tokenizer, as ``mlx_lm.load`` gives them.
@@ -64,10 +64,20 @@ def load_network(
     lazy: bool = False,
     trust_remote_code: bool = False,
 ) -> tuple[nn.Module, Path, dict[str, Any]]:
-    """Load a model without its tokenizer, which it need not have; args and errors are ``load``'s.
+    """Load a model without its tokenizer, which it need not have.
+
+    Args:
+        path_or_hf_repo: a folder or a Hub id.
+        revision: a branch, tag or commit of a Hub id.
+        adapter_path: the folder of LoRA adapters to apply.
+        lazy: leave the weights on disk until they are used.
+        trust_remote_code: let a model run code that it brings; a skipless one's is never run.
 
     Returns:
         The model, its folder and its config.
+
+    Raises:
+        UserError: if there is no such model, it is broken, or it asks for trust.
     """
     folder = hub.resolve(str(path_or_hf_repo), revision=revision, code=trust_remote_code)
     if not folder.is_dir():
@@ -90,7 +100,7 @@ def load_network(
             folder,
             lazy,
             model_config=overrides,
-            get_model_classes=_own_classes if skipless else mlx_lm.utils._get_classes,
+            get_model_classes=_get_own_classes if skipless else mlx_lm.utils._get_classes,
             trust_remote_code=trust_remote_code and not skipless,
         )
         store.check_unchanged()
@@ -102,5 +112,5 @@ def load_network(
     return model, folder, config
 
 
-def _own_classes(config: dict) -> tuple[type[nn.Module], type]:
+def _get_own_classes(config: dict) -> tuple[type[nn.Module], type]:
     return Model, ModelArgs

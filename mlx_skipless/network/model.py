@@ -25,7 +25,7 @@ from mlx_lm.models.pipeline import PipelineMixin
 from mlx_lm.models.rope_utils import initialize_rope
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
-MLX_LM_RANGE = ((0, 32), (0, 33))  # from, up to but not including
+MLX_LM_RANGE = ((0, 32), (0, 33))  # versions from the first up to, but not including, the second
 
 if (
     not MLX_LM_RANGE[0]
@@ -38,7 +38,7 @@ if (
         stacklevel=2,
     )
 
-# Matrices that read the same, as one whose rows are theirs in this order.
+# Matrices that read the same input and may be stored as one, with their rows in this order.
 FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "kv_proj": ("k_proj", "v_proj"),
@@ -74,10 +74,10 @@ class ModelArgs(BaseModelArgs):
     skip: str = "none"  # none, ffn (around the FFN only), both
     norm: str = "none"  # none, qkv (on the projections' outputs), pre (on the stream)
     final_norm: bool = False
-    norm_type: str = "rms"  # of the norms on the stream and the final one: rms, layer (LayerNorm)
+    norm_type: str = "rms"  # kind of the norms on the stream, final one too: rms, layer (LayerNorm)
     rms_norm_eps: float = 1e-5
     shared_norm: bool = False  # a parallel block's FFN reads what its attention reads
-    qk_norm: bool = False  # RMS norm of each head's q and k, with a gain that all heads share
+    qk_norm: bool = False  # RMS norm of each head's q and k, with a weight that all heads share
     hidden_act: str = "silu"
     gated: bool = True  # the FFN is down(act(gate) * up), else down(act(up))
     num_local_experts: int = 0  # FFNs of a layer, of which a router picks some; 0: one for all
@@ -98,16 +98,17 @@ class ModelArgs(BaseModelArgs):
     removed: Dict[str, List[int]] = field(default_factory=dict)
     # Which layers' matrices ("q_proj", "down_proj", ...) have a bias.
     biases: Dict[str, List[int]] = field(default_factory=dict)
-    # Norms with a learned gain: "q", "k", "v", "hidden" (qkv), "attention", "ffn" (pre), "final".
+    # Norms with a weight: "q", "k", "v", "hidden" (norm: qkv), "attention", "ffn" (pre), "final".
     gains: List[str] = field(default_factory=list)
-    # Which layers have matrices in one ("kv_proj", "gate_up_proj", ...: see FUSED).
+    # Which layers store several matrices as one ("kv_proj", "gate_up_proj", ...: see FUSED).
     fused: Dict[str, List[int]] = field(default_factory=dict)
-    shifts: List[str] = field(default_factory=list)  # LayerNorms with a learned bias
+    shifts: List[str] = field(default_factory=list)  # LayerNorms with a bias, by the same names
     gate_offset: bool = False  # (act(gate) + c) * up
     value_skip: bool = False  # attention + alpha * the token's own value
     attention_gain: bool = False  # attention times beta
     uniform_gain: bool = False  # attention - gamma * the mean of the values that it may see
-    # Layer 0's Q, K and V, in a parallel block its FFN too, are a table: the embedding's rows.
+    # The outputs of layer 0's Q, K and V, in a parallel block of its FFN too, are a table by token,
+    # which lies in the embedding's rows.
     precomputed: bool = False
     # Matrices that need more bits than the rest when quantized, and how many more.
     extra_bits: Dict[str, int] = field(default_factory=dict)
@@ -133,36 +134,36 @@ class ModelArgs(BaseModelArgs):
                 raise ValueError(f'"{key}": {value!r} is not supported; known: {", ".join(known)}')
 
     def lacks(self, part: str, layer: int) -> bool:
-        """Whether ``layer`` has no ``part``: "q", "k", "v", "p", "attention" or "ffn"."""
+        """Tell whether a layer has no ``part``: "q", "k", "v", "p", "attention" or "ffn"."""
         whole = part if part == "ffn" else "attention"
         gone = layer in self.removed.get(part, ()) or layer in self.removed.get(whole, ())
         return gone or (layer == 0 and self.reads_table(part))
 
     @property
     def ffn_readers(self) -> List[str]:
-        """The matrices that read what enters the FFN."""
+        """Names of the matrices that read what enters the FFN."""
         router = ["router"] if self.num_local_experts else []
         return [*router, *(["gate_proj"] if self.gated else []), "up_proj"]
 
     def scale_embedding(self, rows: mx.array) -> mx.array:
-        """Rows of the embedding as they enter the stream."""
+        """Scale rows of the embedding, (..., hidden), to what enters the stream."""
         return rows if self.embedding_scale == 1 else rows * self.embedding_scale
 
     def scale_logits(self, logits: mx.array) -> mx.array:
-        """The head's outputs as they leave the network."""
+        """Scale the head's outputs, (..., vocabulary), to logits."""
         return logits if self.logit_scale == 1 else logits * self.logit_scale
 
     def reads_table(self, part: str) -> bool:
-        """Whether layer 0 finds the outputs of ``part`` in the embedding's rows."""
+        """Tell whether layer 0 reads the outputs of ``part`` from the embedding's rows."""
         return self.precomputed and (
             part in ("q", "k", "v") or (part == "ffn" and self.block == "parallel")
         )
 
     def row_widths(self) -> Dict[str, int]:
-        """Widths of what lies side by side in an embedding's row.
+        """Return the widths of what lies side by side in an embedding's row, by name.
 
-        "x" is the stream; of a precomputed first layer it is what passes the attention (in a
-        parallel block with the FFN's output), if anything does, and "q", "k", "v" follow.
+        "x" is the stream. With a precomputed first layer it is what goes past the attention, if
+        anything does, in a parallel block with the FFN's output added; "q", "k" and "v" follow it.
         """
         width, kv_width = (
             n * self.head_dim for n in (self.num_attention_heads, self.num_key_value_heads)
@@ -174,32 +175,33 @@ class ModelArgs(BaseModelArgs):
         return {"x": self.hidden_size, **heads} if passes else heads
 
     def count_rows(self, name: str) -> int:
-        """Outputs of a matrix that FUSED names."""
+        """Count the outputs of a matrix that FUSED names."""
         heads = {"q_proj": self.num_attention_heads}
         heads |= dict.fromkeys(("k_proj", "v_proj"), self.num_key_value_heads)
         return heads[name] * self.head_dim if name in heads else self.intermediate_size
 
     def find_fused(self, layer: int, kind: str) -> Optional[str]:
-        """The name of a layer's matrix that holds several of those in FUSED[kind]."""
+        """Find the name of a layer's matrix that holds several of those in FUSED[kind]."""
         names = (name for name in self.fused if {*FUSED[name]} <= {*FUSED[kind]})
         return next((name for name in names if layer in self.fused[name]), None)
 
     def make_linear(self, name: str, layer: int, n_in: int, n_out: int) -> nn.Module:
+        """Make a layer's matrix with these inputs and outputs, or one such matrix per expert."""
         bias = layer in self.biases.get(FUSED.get(name, (name,))[0], ())
         if self.num_local_experts and name in ("gate_proj", "up_proj", "down_proj"):
             return SwitchLinear(n_in, n_out, self.num_local_experts, bias=bias)
         return nn.Linear(n_in, n_out, bias=bias)
 
     def make_stream_norm(self, part: str) -> nn.Module:
-        """The norm before the "attention" or the "ffn", or the "final" one."""
-        gain, shift = part in self.gains, part in self.shifts
+        """Make the norm before the "attention" or the "ffn", or the "final" one."""
+        weight, bias = part in self.gains, part in self.shifts
         if self.norm_type == "layer":
-            return LayerNorm(self.hidden_size, self.rms_norm_eps, gain, shift)
-        return RMSNorm(self.hidden_size if gain else None, self.rms_norm_eps)
+            return LayerNorm(self.hidden_size, self.rms_norm_eps, weight, bias)
+        return RMSNorm(self.hidden_size if weight else None, self.rms_norm_eps)
 
 
 class RMSNorm(nn.Module):
-    """RMS norm of the last axis; the gain, if any, covers the last axis or the last two."""
+    """RMS norm of the last axis; its weight, if any, covers the last axis or the last two."""
 
     def __init__(self, dims: Optional[int], eps: float):
         super().__init__()
@@ -208,20 +210,20 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def __call__(self, x: mx.array) -> mx.array:
-        gain = self.get("weight")
-        if gain is None or gain.size == x.shape[-1]:
-            return mx.fast.rms_norm(x, gain, self.eps)
-        return mx.fast.rms_norm(x, None, self.eps) * gain.reshape(x.shape[-2:])
+        weight = self.get("weight")
+        if weight is None or weight.size == x.shape[-1]:
+            return mx.fast.rms_norm(x, weight, self.eps)
+        return mx.fast.rms_norm(x, None, self.eps) * weight.reshape(x.shape[-2:])
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm of the last axis, with or without a learned gain and bias."""
+    """LayerNorm of the last axis, with or without a weight and a bias."""
 
-    def __init__(self, dims: int, eps: float, gain: bool, shift: bool):
+    def __init__(self, dims: int, eps: float, weight: bool, bias: bool):
         super().__init__()
-        if gain:
+        if weight:
             self.weight = mx.ones((dims,))
-        if shift:
+        if bias:
             self.bias = mx.zeros((dims,))
         self.eps = eps
 
@@ -247,12 +249,14 @@ class ShardedRMSNorm(nn.Module):
 
 
 def gather_last_axis(x: mx.array, group: mx.distributed.Group) -> mx.array:
-    """Join the last axis of ``x``, which is spread over ``group`` in rank order."""
+    """Join the last axis of ``x``, which is spread over a group of machines in rank order."""
     parts = mx.distributed.all_gather(x[None], group=group)
     return mx.concatenate([*parts], axis=-1)
 
 
 class Attention(nn.Module):
+    """A layer's attention, without the matrices that the layer lacks."""
+
     def __init__(self, args: ModelArgs, layer: int):
         super().__init__()
         self.n_heads = args.num_attention_heads
@@ -277,7 +281,7 @@ class Attention(nn.Module):
             present = not args.lacks(part, layer) and name not in self._parts
             setattr(self, name, args.make_linear(name, layer, n_in, n_out) if present else None)
 
-        # A gain for all heads alike is as wide as one of them.
+        # A weight that all heads share is as wide as one of them.
         self.shared_gains = args.qk_norm
         for name, part, dims in (
             ("q_norm", "q", args.head_dim if args.qk_norm else width),
@@ -303,10 +307,10 @@ class Attention(nn.Module):
         )
 
     def project(self, x: Union[mx.array, Sequence[mx.array]]) -> Dict[str, mx.array]:
-        """q, k and v before norms and RoPE, (batch, length, heads * head_dim).
+        """Compute q, k and v before norms and RoPE, each (batch, length, heads * head_dim).
 
-        ``x`` is the stream, (batch, length, hidden), or what a table has for all three. A matrix
-        that is not there was the identity.
+        ``x`` is the stream, (batch, length, hidden), or a table's rows for all three. A matrix that
+        is not there was the identity.
         """
         names = ("q_proj", "k_proj", "v_proj")
         found = (
@@ -323,7 +327,7 @@ class Attention(nn.Module):
         return found
 
     def split_heads(self, x: mx.array, norm, n: int) -> mx.array:
-        """(batch, length, n * head_dim) to (batch, n, length, head_dim)."""
+        """Split (batch, length, n * head_dim) into normed heads, (batch, n, length, head_dim)."""
         x = x.reshape(*x.shape[:2], n, self.head_dim)
         if norm is not None:
             x = norm(x)
@@ -335,7 +339,10 @@ class Attention(nn.Module):
         mask=None,
         cache: Optional[Any] = None,
     ) -> mx.array:
-        """``x`` is the stream, or what a table has for q, k and v."""
+        """Attend: (batch, length, hidden) of the stream, or a table's rows for q, k and v.
+
+        Gives (batch, length, hidden), or the heads side by side where the layer lacks P.
+        """
         q, k, v = self.project(x).values()
         B, L, _ = q.shape
         queries = self.split_heads(q, self.q_norm, self.n_heads)
@@ -367,6 +374,7 @@ class Attention(nn.Module):
         return out if self.group is None else gather_last_axis(out, self.group)
 
     def shard(self, group: mx.distributed.Group):
+        """Keep this machine's share of the heads."""
         N = group.size()
         if self.n_kv_heads % N:
             raise ValueError(f"{self.n_kv_heads} key-value heads cannot be split over {N} machines")
@@ -392,6 +400,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """A layer's FFN: down(act(gate) * up), or down(act(up)) without a gate."""
+
     def __init__(self, args: ModelArgs, layer: int):
         nn.Module.__init__(self)
         # Without P the FFN reads the heads themselves, wider or narrower than the stream.
@@ -423,7 +433,7 @@ class MLP(nn.Module):
         self.hidden_act = args.hidden_act
 
     def activation(self, up: mx.array, gate: Optional[mx.array]) -> mx.array:
-        """What the last matrix reads."""
+        """Compute what the last matrix reads; SwitchGLU calls it by this name."""
         if gate is None:
             hidden = ACTIVATIONS[self.hidden_act](up)
         elif "gate_offset" in self:
@@ -442,6 +452,7 @@ class MLP(nn.Module):
         return self.down_proj(self.activation(self.up_proj(x), gate))
 
     def shard(self, group: mx.distributed.Group):
+        """Keep this machine's share of the hidden numbers."""
         for name, parts in (("gate_up_proj", 2), ("gate_proj", 1), ("up_proj", 1)):
             if (linear := getattr(self, name)) is not None:
                 sharded = shard_linear(linear, "all-to-sharded", segments=parts, group=group)
@@ -450,6 +461,7 @@ class MLP(nn.Module):
         self.shard_hidden(group)
 
     def shard_hidden(self, group: mx.distributed.Group):
+        """Keep this machine's share of the vectors that act on the hidden numbers."""
         if "gate_offset" in self:
             self.gate_offset = mx.split(self.gate_offset, group.size())[group.rank()]
         if self.hidden_norm is not None:
@@ -457,7 +469,7 @@ class MLP(nn.Module):
 
 
 class Experts(MLP, SwitchGLU):
-    """Many FFNs: a router picks a few for each token and weighs what they give (Mixtral)."""
+    """Mixtral's mixture of FFNs: a router picks a few for each token and weighs their outputs."""
 
     def __init__(self, args: ModelArgs, layer: int):
         super().__init__(args, layer)
@@ -474,6 +486,7 @@ class Experts(MLP, SwitchGLU):
         return out if self.group is None else mx.distributed.all_sum(out, group=self.group)
 
     def shard(self, group: mx.distributed.Group):
+        """Keep this machine's share of each expert's hidden numbers."""
         for name in ("gate_proj", "up_proj", "down_proj"):
             linear = getattr(self, name)
             if "bias" in linear:
@@ -485,6 +498,8 @@ class Experts(MLP, SwitchGLU):
 
 
 class Block(nn.Module):
+    """A layer: attention and FFN, one after the other or side by side, as far as it has them."""
+
     def __init__(self, args: ModelArgs, layer: int):
         super().__init__()
         attention = not args.lacks("attention", layer)
@@ -507,15 +522,17 @@ class Block(nn.Module):
         self.use_sliding = args.layer_types[layer] == "sliding_attention"
 
     def norm_attention_input(self, x: mx.array) -> mx.array:
+        """Apply the norm before the attention, if there is one."""
         return x if self.input_layernorm is None else self.input_layernorm(x)
 
     def norm_ffn_input(self, x: mx.array) -> mx.array:
+        """Apply the norm before the FFN, if there is one."""
         if self.shared_norm:
             return self.norm_attention_input(x)
         return x if self.post_attention_layernorm is None else self.post_attention_layernorm(x)
 
     def read_table(self, row: mx.array, mask, cache) -> mx.array:
-        """The stream behind the attention of rows of a table, (batch, length, row)."""
+        """Compute the stream behind the attention from a table's rows, (batch, length, row)."""
         ends = [*accumulate(self._row.values())]
         parts = dict(zip(self._row, mx.split(row, ends[:-1], axis=-1), strict=True))
         h = self.self_attn([parts[name] for name in ("q", "k", "v")], mask, cache)
@@ -542,6 +559,8 @@ class Block(nn.Module):
 
 
 class SkiplessModel(PipelineMixin, nn.Module):
+    """The network without its head."""
+
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
@@ -551,9 +570,9 @@ class SkiplessModel(PipelineMixin, nn.Module):
         self.norm = args.make_stream_norm("final") if args.final_norm else None
 
     def pipeline(self, group: mx.distributed.Group, split: Optional[List[int]] = None):
-        """Keep this machine's layers; the embedding enters the first and may be a tied head."""
+        """Keep this machine's layers, and the embedding if it feeds the first or is a tied head."""
         super().pipeline(group, split)
-        # Of the weights that are loaded here; those of others may stay on the Hub.
+        # The type of a weight that is loaded here; other machines' weights may stay on the Hub.
         parts = [part.parameters() for part in (*self.pipeline_layers, self)]
         dtypes = (w.dtype for w in dict(tree_flatten(parts)).values())  # type: ignore[union-attr]
         self.stream_dtype = next((t for t in dtypes if mx.issubdtype(t, mx.floating)), mx.bfloat16)
@@ -561,7 +580,7 @@ class SkiplessModel(PipelineMixin, nn.Module):
             self.embed_tokens = None
 
     def make_masks(self, h: mx.array, caches: List[Any]) -> Dict[bool, Any]:
-        """One mask for the layers with a sliding window (True), one for those without (False)."""
+        """Make a mask for layers with a sliding window (True) and one for the others (False)."""
         made: Dict[bool, Any] = {}
         for layer, cache in zip(self.pipeline_layers, caches, strict=True):
             if layer.self_attn is not None and layer.use_sliding not in made:
@@ -570,7 +589,7 @@ class SkiplessModel(PipelineMixin, nn.Module):
         return made
 
     def align_caches(self, cache: Optional[List[Any]]) -> List[Any]:
-        """The caches of the layers with attention, at those layers; None at the others."""
+        """Give each layer with attention its cache, and None to the others."""
         layers = self.pipeline_layers
         needed = sum(layer.self_attn is not None for layer in layers)
         if cache is not None and len(cache) < needed:
@@ -581,7 +600,7 @@ class SkiplessModel(PipelineMixin, nn.Module):
         return [None if layer.self_attn is None else next(left, None) for layer in layers]
 
     def enter_stream(self, inputs: mx.array, input_embeddings: Optional[mx.array]) -> mx.array:
-        """What the first layer of this machine reads."""
+        """Return what the first layer of this machine reads, (batch, length, hidden)."""
         if input_embeddings is not None and self.args.precomputed:
             raise ValueError("the first layer is a table by token: there is no use for embeddings")
         if self.start_idx:
@@ -592,7 +611,7 @@ class SkiplessModel(PipelineMixin, nn.Module):
         return self.args.scale_embedding(h)
 
     def pass_on(self, h: mx.array, caches: List[Any]) -> mx.array:
-        """Send ``h`` to the machine with the next layers; return what the last machine has."""
+        """Send ``h`` to the machine with the next layers; return the last machine's output."""
         if self.pipeline_rank:
             h = mx.distributed.send(h, self.pipeline_rank - 1)
         # A prompt's chunks are evaluated through the caches alone, and must arrive all the same.
@@ -620,6 +639,8 @@ class SkiplessModel(PipelineMixin, nn.Module):
 
 
 class Model(nn.Module):
+    """The whole network, as mlx-lm loads it."""
+
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
@@ -634,21 +655,22 @@ class Model(nn.Module):
         cache: Optional[List[Any]] = None,
         input_embeddings: Optional[mx.array] = None,
     ) -> mx.array:
-        """Logits (batch, length, vocab_size) of token ids (batch, length)."""
+        """Compute logits (batch, length, vocabulary) of token ids (batch, length)."""
         return self.head(self.model(inputs, cache, input_embeddings))
 
     def head(self, h: mx.array) -> mx.array:
-        """Logits of what the final norm gives."""
+        """Compute logits of what the final norm gives, (..., hidden)."""
         tied = self.args.tie_word_embeddings
         return self.args.scale_logits(
             self.model.embed_tokens.as_linear(h) if tied else self.lm_head(h)
         )
 
     def sanitize(self, weights: Dict[str, mx.array]) -> Dict[str, mx.array]:
+        """Bring a checkpoint's tensors into this network's names and complete them."""
         if self.args.tie_word_embeddings:
             weights.pop("lm_head.weight", None)
         weights = self.stack_experts(weights)
-        # A layer may lack a gain (one) or a linear path (none) that others have.
+        # A layer may lack a norm's weight (then ones) or a linear path that others have.
         norms = ("q_norm.weight", "k_norm.weight", "v_norm.weight", "hidden_norm.weight")
         paths = ("gate_offset", "value_skip", "attention_gain", "uniform_gain")
         known = (w.dtype for k, w in weights.items() if k.endswith((*norms, *paths)))
@@ -659,7 +681,7 @@ class Model(nn.Module):
         return {k: v for k, v in weights.items() if "rotary_emb.inv_freq" not in k}
 
     def stack_experts(self, weights: Dict[str, mx.array]) -> Dict[str, mx.array]:
-        """Weights with all experts of a layer in one, where they are Mixtral's, one by one."""
+        """Stack the experts of each layer where a checkpoint, Mixtral's, has them one by one."""
         matrices = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
         experts: Dict[str, Dict[int, mx.array]] = {}
         out = {}
@@ -675,11 +697,11 @@ class Model(nn.Module):
 
     @property
     def layers(self):
-        """Those of this machine, in a pipeline; else all."""
+        """The layers: in a pipeline this machine's, else all."""
         return self.model.pipeline_layers
 
     def make_cache(self) -> List[Union[KVCache, RotatingKVCache]]:
-        """A cache for each of these layers that has attention."""
+        """Make a cache for each of these layers that has attention."""
         return [
             RotatingKVCache(max_size=self.args.sliding_window) if layer.use_sliding else KVCache()
             for layer in self.layers
@@ -688,14 +710,17 @@ class Model(nn.Module):
 
     @property
     def quant_predicate(self):
-        """How mlx-lm quantizes this model: matrices beside a removed one get their extra bits.
+        """What mlx-lm asks how to quantize each matrix; see ``quant_predicate`` below.
 
-        The caller's bits are not known here, so they get 8, or stay as they are.
+        The bits of the other matrices are not known here.
         """
         return quant_predicate(self.args.extra_bits)
 
     def shard(self, group: Optional[mx.distributed.Group] = None):
-        """Spread heads and FFN over ``group``; without P the heads are gathered before the FFN."""
+        """Spread heads and FFNs over a group of machines.
+
+        Without P the heads are gathered before the FFN.
+        """
         group = group or mx.distributed.init()
         for layer in self.layers:
             if layer.self_attn is not None:
@@ -705,9 +730,14 @@ class Model(nn.Module):
 
 
 def quant_predicate(extra_bits: Dict[str, int], bits: Optional[int] = None):
-    """For ``mlx_lm.utils.quantize_model``: True, False (leave it) or the matrix's own settings.
+    """Make what ``mlx_lm.utils.quantize_model`` asks how to quantize each matrix.
 
-    ``bits`` are those of the other matrices; None: unknown.
+    It answers True (like the others), False (not at all) or the matrix's own settings. A matrix
+    beside a removed one gets its extra bits, or is left as it is where no format has so many.
+
+    Args:
+        extra_bits: extra bits by module path.
+        bits: of the other matrices; None if unknown, and then at least 8 for those with extra bits.
     """
 
     def predicate(path: str, module: nn.Module, *_) -> Union[bool, Dict[str, Any]]:

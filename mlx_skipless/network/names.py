@@ -5,6 +5,7 @@ They are Hugging Face's for Llama, wherever Llama has such a tensor.
 
 from .model import ModelArgs
 
+# Module paths inside a layer, by the matrix's own name.
 PROJECTIONS = {
     "q_proj": "self_attn.q_proj",
     "k_proj": "self_attn.k_proj",
@@ -16,10 +17,11 @@ PROJECTIONS = {
     "down_proj": "mlp.down_proj",
 }
 ATTENTION, MLP = tuple(PROJECTIONS)[:4], tuple(PROJECTIONS)[4:]
-EXPERTS = ("gate_proj", "up_proj", "down_proj")  # one of each per expert, where there are some
+EXPERTS = ("gate_proj", "up_proj", "down_proj")  # a mixture has one of each per expert
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens", "lm_head", "model.norm"
-# Learned gains by the norm they belong to; the last part of a tensor's name before ".weight".
-GAINS = {
+# Module paths inside a layer of the norms that may have a weight, by the config's ``norm`` and by
+# their names in its ``gains`` and ``shifts``.
+NORMS = {
     "qkv": {
         "q": "self_attn.q_norm",
         "k": "self_attn.k_norm",
@@ -29,6 +31,7 @@ GAINS = {
     "pre": {"attention": "input_layernorm", "ffn": "post_attention_layernorm"},
     "none": {},
 }
+# Tensors' names inside a layer, by their flags in the config.
 LINEAR_PATHS = {
     "gate_offset": "mlp.gate_offset",
     "value_skip": "self_attn.value_skip",
@@ -38,29 +41,32 @@ LINEAR_PATHS = {
 
 
 def is_stream_norm_weight(name: str) -> bool:
-    """Whether a tensor is the gain of a norm on the stream, the final one included."""
+    """Tell whether a tensor is the weight of a norm on the stream, the final one included."""
     return name.endswith(
-        (*(f"{norm}.weight" for norm in GAINS["pre"].values()), f"{FINAL_NORM}.weight")
+        (*(f"{norm}.weight" for norm in NORMS["pre"].values()), f"{FINAL_NORM}.weight")
     )
 
 
 def module_path(layer: int, projection: str) -> str:
-    """The module path of a layer's projection: ``path(3, "q_proj")``."""
+    """Return the module path of a layer's matrix.
+
+    ``module_path(3, "q_proj")`` is "model.layers.3.self_attn.q_proj".
+    """
     return f"model.layers.{layer}.{PROJECTIONS[projection]}"
 
 
 def find_norms(args: ModelArgs) -> dict[str, str]:
-    """The norms of a network's layers, by the name their gains have in ``args.gains``."""
-    norms = dict(GAINS[args.norm])
+    """Find the norms of a network's layers: module paths by their names in ``args.gains``."""
+    norms = dict(NORMS[args.norm])
     if args.shared_norm:
         norms.pop("ffn", None)
     if args.qk_norm:
-        norms |= {part: GAINS["qkv"][part] for part in "qk"}
+        norms |= {part: NORMS["qkv"][part] for part in "qk"}
     return norms
 
 
 def find_readers(args: ModelArgs, norm: str) -> tuple[str, ...]:
-    """The projections that read what a norm gives."""
+    """Find the matrices that read a norm's output; ``norm`` is its name in ``args.gains``."""
     readers = {
         "attention": ATTENTION[:3],
         "ffn": MLP[:3],

@@ -1,9 +1,9 @@
 """Where the stream's basis can be chosen: the network's wiring, no weights.
 
 A decoder's stream is linear between two nonlinearities, so its basis there is free. Each such
-``Point`` has producers (matrices that write it) and consumers (matrices that read it). Choosing a
-consumer's or a producer's own matrix as the change of basis turns it into the identity, and it can
-go: one point, one basis, one matrix gone.
+``Point`` has producers (matrices that write it) and consumers (matrices that read it). A consumer's
+or a producer's own matrix, chosen as the change of basis, becomes the identity and can go. One
+point has one basis, so at most one matrix goes there.
 """
 
 from dataclasses import dataclass, field
@@ -14,14 +14,14 @@ from .names import EMBEDDING, HEAD, module_path
 LETTERS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "p": "o_proj"}  # the paper's
 
 
-def parse_layer(where: str) -> int:
-    """The layer of a module path."""
-    return int(where.split(".")[2])
+def parse_layer(path: str) -> int:
+    """Return the layer in a module path: 3 for "model.layers.3.self_attn.q_proj"."""
+    return int(path.split(".")[2])
 
 
-def parse_letter(where: str) -> str:
-    """The paper's letter of a module path: "q" for a ``q_proj``."""
-    return next(letter for letter, name in LETTERS.items() if where.endswith(name))
+def parse_letter(path: str) -> str:
+    """Return the paper's letter for a module path: "q" for a ``q_proj``, "p" for an ``o_proj``."""
+    return next(letter for letter, name in LETTERS.items() if path.endswith(name))
 
 
 @dataclass
@@ -41,62 +41,77 @@ class Point:
     head: bool = False
 
     def pin(self, why: str) -> None:
+        """Say why the basis cannot change; the first reason stays."""
         self.pinned = self.pinned or why
 
 
 def find_points(args: ModelArgs) -> list[Point]:
-    """Every point of the stream, from the embedding (first) to the head (last)."""
-    point = Point(producers=[EMBEDDING])
-    found = [point]
+    """Find every point of the stream, from the embedding (first) to the head (last)."""
+    points = [Point(producers=[EMBEDDING])]
     if args.skip == "both" or (args.skip == "ffn" and args.block == "parallel"):
-        point.pin("its skip connections make the whole stream share one basis")
-
-    def read(layer: int, part: str) -> None:
-        if layer == 0 and args.reads_table(part):
-            point.pin("a table holds what layer 0 makes of it")
-        elif part in LETTERS and args.lacks(part, layer):
-            point.pin(f"{part.upper()} of layer {layer} is gone already")
-        else:
-            point.consumers.append(module_path(layer, LETTERS.get(part, part)))
-
+        points[0].pin("its skip connections make the whole stream share one basis")
     for layer in range(args.num_hidden_layers):
-        attention, ffn = not args.lacks("attention", layer), not args.lacks("ffn", layer)
-        p = [] if args.lacks("p", layer) or not attention else [module_path(layer, "o_proj")]
-        down = [module_path(layer, "down_proj")] if ffn else []
         if args.norm == "pre":
-            point.pin("a norm acts on the stream")
-        if attention:
-            for part in "qkv":
-                read(layer, part)
-        if args.block == "serial" and attention:
-            if args.skip == "both":
-                point.producers += p
-            else:
-                point = Point(producers=p)
-                found.append(point)
-            if not p:
-                point.pin(f"P of layer {layer} is gone already")
-            if args.norm == "pre":
-                point.pin("a norm acts on the stream")
-        if ffn:
-            for part in args.ffn_readers:
-                read(layer, part)
-        writers = [*p, *down] if args.block == "parallel" else down
-        if args.skip == "none" and writers:
-            point = Point(producers=writers)
-            found.append(point)
-            if args.block == "parallel" and attention and not p:
-                point.pin(f"P of layer {layer} is gone already")
-            if layer == 0 and args.reads_table("ffn"):
-                point.pin("a table writes it")
-        else:
-            point.producers += writers
-    point.head = True
-    point.consumers.append(HEAD)
+            points[-1].pin("a norm acts on the stream")
+        _pass_attention(args, layer, points)
+        _pass_ffn(args, layer, points)
+    last = points[-1]
+    last.head = True
+    last.consumers.append(HEAD)
     if args.final_norm:
-        point.pin("the final norm acts on it")
+        last.pin("the final norm acts on it")
     if args.tie_word_embeddings:
-        for end, other in ((point, found[0]), (found[0], point)):
+        for end, other in ((last, points[0]), (points[0], last)):
             if end.pinned:
                 other.pin(f"the embedding is tied to the other end of the stream: {end.pinned}")
-    return found
+    return points
+
+
+def _pass_attention(args: ModelArgs, layer: int, points: list[Point]) -> None:
+    """Add what a layer's attention reads to the latest point, and the point that it writes."""
+    if args.lacks("attention", layer):
+        return
+    for part in "qkv":
+        _read(args, layer, part, points[-1])
+    if args.block == "parallel":
+        return  # its output joins the FFN's
+    p = _find_p(args, layer)
+    if args.skip == "both":
+        points[-1].producers += p
+    else:
+        points.append(Point(producers=p))
+    if not p:
+        points[-1].pin(f"P of layer {layer} is gone already")
+    if args.norm == "pre":
+        points[-1].pin("a norm acts on the stream")
+
+
+def _pass_ffn(args: ModelArgs, layer: int, points: list[Point]) -> None:
+    """Add what a layer's FFN reads to the latest point, and the point that the block writes."""
+    ffn, parallel = not args.lacks("ffn", layer), args.block == "parallel"
+    for part in args.ffn_readers if ffn else ():
+        _read(args, layer, part, points[-1])
+    p = _find_p(args, layer) if parallel else []
+    writers = [*p, *([module_path(layer, "down_proj")] if ffn else [])]
+    if args.skip != "none" or not writers:
+        points[-1].producers += writers
+        return
+    points.append(Point(producers=writers))
+    if parallel and not p and not args.lacks("attention", layer):
+        points[-1].pin(f"P of layer {layer} is gone already")
+    if layer == 0 and args.reads_table("ffn"):
+        points[-1].pin("a table writes it")
+
+
+def _find_p(args: ModelArgs, layer: int) -> list[str]:
+    return [] if args.lacks("p", layer) else [module_path(layer, "o_proj")]
+
+
+def _read(args: ModelArgs, layer: int, part: str, point: Point) -> None:
+    """Add a reader, "q", "k", "v" or a matrix's name, to a point, or pin it if that is gone."""
+    if layer == 0 and args.reads_table(part):
+        point.pin("a table holds what layer 0 makes of it")
+    elif part in LETTERS and args.lacks(part, layer):
+        point.pin(f"{part.upper()} of layer {layer} is gone already")
+    else:
+        point.consumers.append(module_path(layer, LETTERS.get(part, part)))

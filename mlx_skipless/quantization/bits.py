@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import UserError
+from .settings import list_bits
 
-BITS = (2, 3, 4, 5, 6, 8)
+BITS = list_bits("affine")
 # Of a measured KL, when looking for the smallest result that keeps a limit.
 CLOSE = 0.9  # near enough below the limit
 SAME_SIZE = 0.005  # share of bytes that is not worth another try

@@ -12,66 +12,21 @@ import mlx.nn as nn
 from mlx_lm.utils import quantize_model
 
 from ..checkpoints.packed import MLXScheme
-from ..errors import UserError
 from ..network.model import FUSED, Model, ModelArgs, quant_predicate
 from ..network.names import EMBEDDING, EXPERTS, HEAD, module_path
 from ..network.parts import tensors_of
 from .formats import Format
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """mlx-lm's quantization settings; None means the mode's own default.
-
-    ``own`` gives matrices, by module path, bits of their own.
-    """
-
-    bits: int | None = None
-    group_size: int | None = None
-    mode: str = "affine"
-    own: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def usual_bits(self) -> int:
-        """Bits of a matrix that has none of its own."""
-        return self.bits or (8 if self.mode == "mxfp8" else 4)
-
-    @property
-    def usual_group_size(self) -> int:
-        """Weights that share a scale."""
-        return self.group_size or {"affine": 64, "nvfp4": 16}.get(self.mode, 32)
-
-
-def make_quantization(
-    quantize: bool, bits: int | None, group_size: int | None, mode: str
-) -> Quantization | None:
-    """The settings that ``-q``, ``--q-bits``, ``--q-group-size`` and ``--q-mode`` ask for.
-
-    Raises:
-        UserError: for settings that MLX does not have.
-    """
-    if not quantize:
-        if bits is not None or group_size is not None or mode != "affine":
-            raise UserError("--q-bits, --q-group-size and --q-mode need -q")
-        return None
-    if mode not in ("affine", "mxfp4", "nvfp4", "mxfp8"):
-        raise UserError(f"--q-mode {mode}: choose affine, mxfp4, nvfp4 or mxfp8")
-    known_bits = (2, 3, 4, 5, 6, 8) if mode == "affine" else (8,) if mode == "mxfp8" else (4,)
-    known_sizes = {"affine": (32, 64, 128), "nvfp4": (16,)}.get(mode, (32,))
-    if bits not in (None, *known_bits) or group_size not in (None, *known_sizes):
-        raise UserError(
-            f"--q-mode {mode} has --q-bits {', '.join(map(str, known_bits))} and --q-group-size "
-            f"{', '.join(map(str, known_sizes))}"
-        )
-    return Quantization(bits, group_size, mode)
+from .settings import Quantization
 
 
 def quantize_nearest(
     model: nn.Module, q: Quantization, predicate: Callable[..., bool | dict[str, Any]] | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """A model quantized to nearest, lazily, and the ``quantization`` entry for its config.json.
+    """Quantize a model to nearest, lazily and in place.
 
-    ``predicate`` says which matrices and how; default: the model's own.
+    ``predicate`` tells of a module path and its module whether it is quantized, or with which
+    settings; default: the model's own predicate. Returns the model and the ``quantization`` entry
+    for its config.json.
     """
     with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints; its callers may not
         model, config = quantize_model(
@@ -84,7 +39,10 @@ def quantize_nearest(
 class Layout:
     """Names, shapes and bytes of a network's tensors as they will lie on disk; holds no weights.
 
-    ``settings`` is the ``quantization`` entry for config.json, None for dense weights.
+    Attributes:
+        args: the network.
+        dtype: the number type of dense weights, scales and biases.
+        quantization: how the matrices are quantized; None for dense ones.
     """
 
     args: ModelArgs
@@ -99,9 +57,9 @@ class Layout:
             return model, None
         q = self.quantization
         # Lazy arrays: shapes are made, weights never are.
-        return quantize_nearest(model, q, self._predicate(q))
+        return quantize_nearest(model, q, self._make_predicate(q))
 
-    def _predicate(self, q: Quantization) -> Callable[..., bool | dict[str, Any]]:
+    def _make_predicate(self, q: Quantization) -> Callable[..., bool | dict[str, Any]]:
         usual = quant_predicate(self.args.extra_bits, q.usual_bits)
 
         def predicate(path: str, module: nn.Module, *rest: Any) -> bool | dict[str, Any]:
@@ -112,79 +70,82 @@ class Layout:
         return predicate
 
     @property
-    def settings(self) -> dict[str, Any] | None:
+    def config_entry(self) -> dict[str, Any] | None:
+        """The ``quantization`` entry for config.json; None for dense weights."""
         return self._built[1]
 
     @cached_property
     def tensors(self) -> dict[str, mx.array]:
-        """Lazy placeholders: their names, shapes and types hold, their values mean nothing."""
+        """Lazy placeholders, by canonical name, of the tensors' shapes and types."""
         return tensors_of(self._built[0])
 
     @cached_property
-    def modules(self) -> dict[str, Any]:
+    def _modules(self) -> dict[str, Any]:
         return dict(self._built[0].named_modules())
 
-    def format_of(self, where: str) -> Format | None:
-        """How the matrix at a module path is packed; None if it is absent or dense."""
-        if f"{where}.scales" not in self.tensors:
+    def format_of(self, path: str) -> Format | None:
+        """The format of the matrix at a module path; None if it is absent or dense."""
+        if f"{path}.scales" not in self.tensors:
             return None
-        module = self.modules[where]
+        module = self._modules[path]
         return Format(module.bits, module.group_size, module.mode, self.dtype)
 
-    @property
-    def free(self) -> list[str]:
-        """Module paths of the matrices whose bits can be chosen: packed, without extra bits."""
+    def find_adjustable(self) -> list[str]:
+        """The module paths of the matrices whose bits can be chosen: packed, without extra bits."""
         packed = [name.removesuffix(".scales") for name in self.tensors if name.endswith(".scales")]
-        return [where for where in packed if not self.args.extra_bits.get(where)]
+        return [path for path in packed if not self.args.extra_bits.get(path)]
 
-    def scale_bytes(self, where: str) -> int:
-        """Bytes of a packed matrix's scales and biases."""
-        return self.nbytes(f"{where}.scales") + self.nbytes(f"{where}.biases")
+    def scale_bytes(self, path: str) -> int:
+        """The bytes of a packed matrix's scales and biases."""
+        return self.nbytes(f"{path}.scales") + self.nbytes(f"{path}.biases")
 
     @cached_property
-    def fused(self) -> dict[str, list[int]]:
-        """Layers whose matrices that read the same are packed alike, by the name of them in one."""
+    def fusable_layers(self) -> dict[str, list[int]]:
+        """The layers in which matrices with the same input can be stored as one matrix.
+
+        They can where they are packed alike. The keys are the fused matrices' names.
+        """
         found: dict[str, list[int]] = {}
-        modules: dict[str, set[Any]] = {}
+        packings: dict[str, set[Any]] = {}  # by module path
         for name, array in self.tensors.items():
-            module, _, part = name.rpartition(".")
+            path, _, part = name.rpartition(".")
             if array.ndim < 3:  # experts stay as they are
-                modules.setdefault(module, set()).add((part, array.shape[1:], array.dtype))
+                packings.setdefault(path, set()).add((part, array.shape[1:], array.dtype))
         for layer in range(self.args.num_hidden_layers):
             for kind in ("qkv_proj", "gate_up_proj"):
-                there = [name for name in FUSED[kind] if module_path(layer, name) in modules]
-                whole = next((name for name in FUSED if [*FUSED[name]] == there), None)
-                packed = [modules[module_path(layer, name)] for name in there]
-                if whole and packed.count(packed[0]) == len(packed):
-                    found.setdefault(whole, []).append(layer)
+                there = [name for name in FUSED[kind] if module_path(layer, name) in packings]
+                fused = next((name for name in FUSED if [*FUSED[name]] == there), None)
+                packed = [packings[module_path(layer, name)] for name in there]
+                if fused and packed.count(packed[0]) == len(packed):
+                    found.setdefault(fused, []).append(layer)
         return found
 
     @cached_property
     def weights(self) -> dict[str, int]:
-        """Weights of each dense tensor; quantization does not change them."""
+        """The number of weights of each tensor, as it is before quantization."""
         dense = self if self.quantization is None else replace(self, quantization=None)
         return {name: array.size for name, array in dense.tensors.items()}
 
     def count(self, prefix: str = "") -> int:
-        """Weights of the tensors whose name starts with ``prefix``."""
+        """The number of weights in the tensors whose names start with ``prefix``."""
         return sum(n for name, n in self.weights.items() if name.startswith(prefix))
 
     def nbytes(self, prefix: str = "") -> int:
-        """Bytes of the tensors whose name starts with ``prefix``."""
+        """The bytes of the tensors whose names start with ``prefix``."""
         return sum(array.nbytes for name, array in self.tensors.items() if name.startswith(prefix))
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """Bytes that a token adds to the KV cache."""
+        """The bytes that a token adds to the KV cache."""
         args = self.args
         layers = sum(not args.lacks("attention", i) for i in range(args.num_hidden_layers))
         return 2 * layers * args.num_key_value_heads * args.head_dim * self.dtype.size
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of weights that decoding a token reads.
+        """The bytes of weights that decoding a token reads.
 
-        Of an untied embedding that is a single row, of experts those that are picked.
+        An untied embedding counts with a single row, experts with those that a token is given to.
         """
         args = self.args
         embedding = 0 if args.tie_word_embeddings else self.nbytes(EMBEDDING)
@@ -200,18 +161,21 @@ class Layout:
 
 
 def compare_sizes(before: Layout, after: Layout) -> tuple[float, float]:
-    """What a change adds to the bytes in memory and saves of those read for a token, as shares."""
+    """By what share the bytes in memory grow, and by what share those read for a token shrink."""
     growth = after.nbytes() / before.nbytes() - 1
     return growth, 1 - after.bytes_per_token / before.bytes_per_token
 
 
 @dataclass(frozen=True)
 class PackedLayout(Layout):
-    """Of a network whose tensors stay packed as its source has them.
+    """The layout of a network whose tensors stay packed as its source has them.
 
-    ``stored`` are the source's tensors, lazy, by canonical name; ``entry`` its ``quantization``.
-    A table of the first layer is new and packed as the embedding is; a head that it unties is the
+    A table of the first layer is new, and packed as the embedding is. A head that it unties is the
     source's embedding.
+
+    Attributes:
+        stored: the source's tensors, lazy, by canonical name.
+        entry: the source's ``quantization`` in config.json.
     """
 
     stored: Mapping[str, mx.array] = field(default_factory=dict)
@@ -220,31 +184,37 @@ class PackedLayout(Layout):
     @cached_property
     def tensors(self) -> dict[str, mx.array]:
         dense = tensors_of(Model(self.args))
-        made = self._made(dense)
+        made = self._make_tensors(dense)
         modules = {name.rpartition(".")[0] for name in dense.keys() - made.keys()}
         kept = {n: array for n, array in self.stored.items() if n.rpartition(".")[0] in modules}
         return kept | made
 
-    def _made(self, dense: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    def _make_tensors(self, dense: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """The tensors that the source does not have."""
         if not self.args.precomputed:
             return {}
         rows = dense[f"{EMBEDDING}.weight"].astype(self.dtype)
-        return self.table(rows, self.stored) | (self.untied(self.stored) if self._unties else {})
+        table = self.pack_table(rows, self.stored)
+        return table | (self.untie_head(self.stored) if self._unties else {})
 
     @property
     def _unties(self) -> bool:
         return not any(name.startswith(f"{HEAD}.") for name in self.stored)
 
-    def table(self, rows: mx.array, stored: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """A table's rows (vocabulary, row) as they are stored beside the source's tensors.
+    def pack_table(self, rows: mx.array, stored: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """Pack the first layer's table as the source's embedding is packed.
 
-        The stream's part is the packed embedding itself. Where the other parts have no whole number
-        of groups, the rows stay as they are.
+        The columns that are the embedding itself are taken from the source as they are. The rows
+        stay dense if the source's embedding is, or if the other columns are no whole number of
+        groups.
+
+        Args:
+            rows: (vocabulary, row).
+            stored: the source's embedding, by canonical name.
         """
         if f"{EMBEDDING}.scales" not in stored:
             return {f"{EMBEDDING}.weight": rows}
-        group_size, bits, mode = MLXScheme(self.entry).settings(EMBEDDING)
+        group_size, bits, mode = MLXScheme(self.entry).find_settings(EMBEDDING)
         form = Format(bits, group_size, mode, self.dtype)
         widths = self.args.row_widths()
         same = widths.get("x", 0) if self.args.block == "serial" else 0
@@ -258,8 +228,8 @@ class PackedLayout(Layout):
             }
         return {f"{EMBEDDING}.{part}": array for part, array in packed.items()}
 
-    def untied(self, stored: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """The head's tensors, of the source's packed embedding."""
+    def untie_head(self, stored: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """Copy the source's packed embedding for a head of its own."""
         return {
             name.replace(EMBEDDING, HEAD): array
             for name, array in stored.items()
@@ -267,7 +237,7 @@ class PackedLayout(Layout):
         }
 
     @property
-    def settings(self) -> dict[str, Any] | None:
+    def config_entry(self) -> dict[str, Any] | None:
         if self.args.precomputed and self._unties and EMBEDDING in self.entry:
             return {**self.entry, HEAD: self.entry[EMBEDDING]}
         return dict(self.entry)
@@ -276,5 +246,5 @@ class PackedLayout(Layout):
     def weights(self) -> dict[str, int]:
         return {name: array.size for name, array in tensors_of(Model(self.args)).items()}
 
-    def format_of(self, where: str) -> Format | None:
-        return None
+    def format_of(self, path: str) -> Format | None:
+        return None  # nothing is left to be quantized

@@ -53,8 +53,8 @@ class _Around(Layout):
 
     only: Collection[str] = ()
 
-    def format_of(self, where: str) -> Format | None:
-        return super().format_of(where) if where in self.only else None
+    def format_of(self, path: str) -> Format | None:
+        return super().format_of(path) if path in self.only else None
 
 
 def measure_removals(

@@ -1,17 +1,17 @@
-"""Products of matrices: in which precision, and by what.
+"""Precision: in which types matrices are read, multiplied and stored.
 
-A product with an inverse is a solution in float64, whatever its operands: an inverse magnifies what
-rounding it meets by its condition number. Any other product runs in its operands' type, which
-``working`` picks by the type that the result is stored in: float64 for float32, float32 for 16
-bits. Vectors, which cost nothing, stay float64.
+A product with an inverse is a solution in float64, whatever its operands: an inverse magnifies the
+rounding that it meets by its condition number. Any other product runs in its operands' type, which
+``choose_working_type`` picks by the type that the result is stored in: float64 for float32, float32
+for 16 bits. Vectors cost nothing and stay float64.
 
 A float32 product's error is 1e-4 of what storing it in bfloat16 rounds away and 2e-3 of what
 float16 does, at Mistral-7B's width (``docs/conversion.md``). A GPU may round its operands to 11
-significant bits (TF32). Weights of 16 bits lose nothing by that; those that a gain was folded into
-lose an eighth of what bfloat16 rounds away, and as much as float16 does.
+significant bits (TF32). Weights of 16 bits lose nothing by that. Weights that a norm's weight was
+folded into lose an eighth of what bfloat16 rounds away, and as much as float16 does.
 
 NumPy multiplies on a CPU: its wheels bring the faster BLAS on Linux and Accelerate on a Mac. A GPU
-knows no float64, so what is left for it is float32's products.
+has no float64, so it is used for products in float32 only.
 """
 
 from dataclasses import dataclass
@@ -19,15 +19,26 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from ..errors import UserError
+from ..network.parts import dtype_name
+
+# Half the distance from 1 to the next number: the largest relative error of rounding.
+UNIT_ROUNDOFF = {mx.float32: 2.0**-24, mx.bfloat16: 2.0**-8, mx.float16: 2.0**-11}
+# Silences NumPy's warnings: what overflows is refused by name when it is stored.
+ignore_overflow = np.errstate(over="ignore", invalid="ignore")
+
 
 def choose_working_type(stored: mx.Dtype) -> type[np.floating]:
-    """The type of matrices on the way to a result that is stored in another."""
+    """Choose the NumPy type to compute matrices in that will be stored in an MLX type."""
     return np.float64 if stored == mx.float32 else np.float32
 
 
 @dataclass(frozen=True)
 class Inverse:
-    """The inverse of a square matrix, never formed: ``@`` solves, in float64."""
+    """The inverse of a square matrix, never formed: ``@`` solves a linear system in float64.
+
+    The result has the other operand's type.
+    """
 
     of: np.ndarray
     __array_ufunc__ = None  # so that NumPy leaves ``array @ inverse`` to this class
@@ -45,15 +56,89 @@ class Inverse:
 
 
 def multiply(a: np.ndarray | Inverse, b: np.ndarray | Inverse) -> np.ndarray:
-    """``a @ b``, laid out column by column, as files hold what this package calls (in, out)."""
+    """Compute ``a @ b``; at most one of the two is an ``Inverse``.
+
+    The result is laid out column by column, so that its transpose, which files hold, is contiguous.
+    """
     assert isinstance(a, np.ndarray) or isinstance(b, np.ndarray)
     if isinstance(a, Inverse) or isinstance(b, Inverse):
         return a @ b  # type: ignore[operator]
     if a.dtype == b.dtype == np.float32 and mx.default_device().type == mx.gpu:
-        return by_mlx(b.T, a.T).T
+        return multiply_with_mlx(b.T, a.T).T
     return (b.T @ a.T).T
 
 
-def by_mlx(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """``a @ b`` in float32 on MLX's default device."""
+def multiply_with_mlx(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Compute ``a @ b`` in float32 on MLX's default device."""
     return np.array(mx.array(a) @ mx.array(b))
+
+
+def multiply_rows(rows: mx.array, matrix: np.ndarray | Inverse) -> mx.array:
+    """Compute ``rows @ matrix`` in float32, rows of shape (..., n) and the matrix (n, m)."""
+    if isinstance(matrix, Inverse):
+        product = np.asarray(rows).reshape(-1, rows.shape[-1]) @ matrix
+        return mx.array(product).reshape(rows.shape)
+    return rows @ mx.array(matrix.astype(np.float32))
+
+
+def subtract_mean(values: np.ndarray) -> np.ndarray:
+    """Subtract the mean of the last axis, which is taken in float64."""
+    mean = values.mean(-1, keepdims=True, dtype=np.float64)
+    return values - mean.astype(values.dtype)
+
+
+def to_numpy(name: str, array: mx.array, kind: type[np.floating]) -> np.ndarray:
+    """Convert a tensor of a checkpoint into a NumPy array.
+
+    Raises:
+        UserError: if it holds NaN or infinity.
+    """
+    values = np.asarray(array.astype(mx.float32))
+    if not np.isfinite(values).all():
+        _refuse_not_finite(name)
+    return values.astype(kind, copy=False)
+
+
+def to_stored(name: str, values: np.ndarray, dtype: mx.Dtype) -> mx.array:
+    """Round a tensor of a result to the type that it is stored in.
+
+    Raises:
+        UserError: if it holds NaN or infinity, or numbers that the type cannot hold.
+    """
+    largest = float(max(values.max(initial=0), -values.min(initial=0)))
+    if largest > float(np.finfo(np.float32).max):
+        raise UserError(f"{name} does not fit float32 (largest value {largest:.3g})")
+    return cast_finite(name, mx.array(np.ascontiguousarray(values, dtype=np.float32)), dtype)
+
+
+def cast_finite(name: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Cast a tensor to another type.
+
+    Raises:
+        UserError: if it holds NaN or infinity, before or because the type is too narrow.
+    """
+    cast = array.astype(dtype)
+    if not _is_finite(cast):
+        if _is_finite(array):
+            wider = "bfloat16 or float32" if dtype == mx.float16 else "float32"
+            raise UserError(
+                f"{name} does not fit {dtype_name(dtype)} (largest value "
+                f"{mx.abs(array).max().item():.3g}): use --dtype {wider}"
+            )
+        _refuse_not_finite(name)
+    return cast
+
+
+def _is_finite(array: mx.array) -> bool:
+    """Whether no element is NaN or infinite; several times faster than MLX's own on a CPU.
+
+    NumPy has no bfloat16, so types of 16 bits are tested by the bits of their exponent.
+    """
+    if array.dtype == mx.float32:
+        return bool(np.isfinite(np.asarray(array)).all())
+    exponent = {mx.bfloat16: 0x7F80, mx.float16: 0x7C00}[array.dtype]
+    return bool((np.asarray(array.view(mx.uint16)) & 0x7FFF).max(initial=0) < exponent)
+
+
+def _refuse_not_finite(name: str) -> None:
+    raise UserError(f"{name} holds NaN or infinity: the checkpoint is broken, download it again")

@@ -14,8 +14,8 @@ from ..network.driver import fill_block
 from ..network.model import Block, ModelArgs
 from ..network.names import EMBEDDING, HEAD
 from ..network.parts import Merged, tensors_of
-from .merger import cast_finite
-from .plan import with_table
+from .networks import add_table
+from .products import cast_finite
 
 FIRST = "model.layers.0."
 ROWS = 4096  # of the table at a time
@@ -61,7 +61,7 @@ class FirstLayer:
 
 def measure_table(args: ModelArgs) -> FirstLayer:
     """The figures of a network's table; ``args`` is the network without it."""
-    after = with_table(args)
+    after = add_table(args)
     (matrices, vectors), (left, vectors_left) = map(_weights, (args, after))
     row = sum(after.row_widths().values())
     tied = args.tie_word_embeddings
@@ -133,7 +133,7 @@ class TabledParts:
     def layer(self, layer: int) -> dict[str, mx.array]:
         tensors = dict(self._merger.layer(layer))
         if layer == 0:
-            left = dict(tree_flatten(Block(with_table(self._args), 0).parameters()))
+            left = dict(tree_flatten(Block(add_table(self._args), 0).parameters()))
             tensors = {n: a for n, a in tensors.items() if n.removeprefix(FIRST) in left}
         return tensors
 
@@ -160,6 +160,6 @@ def _row(args: ModelArgs, block: Block, x: mx.array) -> mx.array:
     if args.block == "parallel":
         ffn = block.mlp(block.norm_ffn_input(x)) if block.mlp is not None else mx.zeros_like(x)
         parts["x"] = x + ffn if block.skip_ffn else ffn
-    row = mx.concatenate([parts[name] for name in with_table(args).row_widths()], axis=-1)
+    row = mx.concatenate([parts[name] for name in add_table(args).row_widths()], axis=-1)
     mx.eval(row)
     return row

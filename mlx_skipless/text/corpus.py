@@ -1,6 +1,6 @@
-"""Text to train on: files to documents, a tokenizer made for them, and batches of token windows.
+"""Text to train on: from files to documents, to a tokenizer made for them, to batches of windows.
 
-Knows nothing of networks.
+This module knows nothing of networks.
 """
 
 import json
@@ -27,7 +27,13 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Texts:
-    """Documents to train on and documents held out; ``chat`` if some were conversations."""
+    """Documents to train on and documents held out.
+
+    Attributes:
+        train: to train on.
+        validation: held out.
+        chat: whether some to train on were conversations.
+    """
 
     train: list[str]
     validation: list[str]
@@ -37,10 +43,10 @@ class Texts:
 def read_texts(
     files: Sequence[Path], validation: Sequence[Path] = (), *, share: float = 0.03
 ) -> Texts:
-    """The documents of ``files``.
+    """Read the documents of some files.
 
-    A .jsonl file holds a document a line: {"text"}, {"prompt", "completion"} or {"messages"} as in
-    mlx_lm.lora; any other file is one document of plain text.
+    A .jsonl file holds a document a line, as ``mlx_lm.lora`` takes them: {"text"},
+    {"prompt", "completion"} or {"messages"}. Any other file is one document of plain text.
 
     Args:
         files: what to train on.
@@ -56,18 +62,18 @@ def read_texts(
     held_out: list[str] = []
     chat = False
     for file in files:
-        lines = _lines(file)
+        lines = _read_lines(file)
         cut = len(lines) if validation else len(lines) - round(share * len(lines))
         for part, into in ((lines[:cut], train), (lines[cut:], held_out)):
-            documents, talks = _documents(file, part)
+            documents, talks = _parse_documents(file, part)
             into += documents
             chat |= talks
     for file in validation:
-        held_out += _documents(file, _lines(file))[0]
+        held_out += _parse_documents(file, _read_lines(file))[0]
     return Texts(train, held_out, chat)
 
 
-def _lines(file: Path) -> list[str]:
+def _read_lines(file: Path) -> list[str]:
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -82,7 +88,7 @@ def _lines(file: Path) -> list[str]:
     return lines
 
 
-def _documents(file: Path, lines: Sequence[str]) -> tuple[list[str], bool]:
+def _parse_documents(file: Path, lines: Sequence[str]) -> tuple[list[str], bool]:
     if file.suffix != ".jsonl":
         return (["\n".join(lines)] if lines else []), False
     documents, chat = [], False
@@ -100,22 +106,22 @@ def _documents(file: Path, lines: Sequence[str]) -> tuple[list[str], bool]:
 
 
 def read_record(record: Mapping[str, Any]) -> str:
-    """The text of a record: {"messages"}, {"text"} or {"prompt", "completion"}.
+    """Return the text of a record: {"messages"}, {"text"} or {"prompt", "completion"}.
 
     Raises:
         KeyError, TypeError, ValueError: if it is none of these.
     """
     if "messages" in record:
         return "".join(
-            f"{TURN_START}{_text(m['role'])}\n{_text(m['content'])}{TURN_END}\n"
+            f"{TURN_START}{_check_text(m['role'])}\n{_check_text(m['content'])}{TURN_END}\n"
             for m in record["messages"]
         )
     if "text" in record:
-        return _text(record["text"])
-    return _text(record["prompt"]) + _text(record["completion"])
+        return _check_text(record["text"])
+    return _check_text(record["prompt"]) + _check_text(record["completion"])
 
 
-def _text(value: Any) -> str:
+def _check_text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r:.40} is no text")
     value.encode()  # JSON allows half a surrogate pair; no tokenizer does
@@ -123,7 +129,7 @@ def _text(value: Any) -> str:
 
 
 def make_tokenizer(documents: Sequence[str], vocab_size: int, *, chat: bool) -> Any:
-    """A byte-level BPE of ``vocab_size`` entries, as a Hugging Face tokenizer.
+    """Make a byte-level BPE of ``vocab_size`` entries, as a Hugging Face tokenizer.
 
     Raises:
         UserError: if the text is too short for so many entries, or they are fewer than bytes.
@@ -162,7 +168,7 @@ def make_tokenizer(documents: Sequence[str], vocab_size: int, *, chat: bool) -> 
 
 
 def encode(documents: Sequence[str], tokenizer: Any) -> np.ndarray:
-    """The documents as one row of token ids, int32, the end token after each.
+    """Turn documents into one row of token ids (tokens,), int32, with the end token after each.
 
     Raises:
         UserError: if the tokenizer has no end token.
@@ -179,7 +185,7 @@ def encode(documents: Sequence[str], tokenizer: Any) -> np.ndarray:
 
 
 def count_characters(tokenizer: Any, tokens: np.ndarray) -> int:
-    """How many characters the tokens stand for; special tokens stand for none."""
+    """Count the characters that tokens stand for; special tokens stand for none."""
     text = tokenizer.decode(
         tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
@@ -187,7 +193,7 @@ def count_characters(tokenizer: Any, tokens: np.ndarray) -> int:
 
 
 class Batches:
-    """Batches of windows of a row of tokens; which ones depends on ``seed`` and the step alone.
+    """Batches of windows of a row of tokens, which depend on ``seed`` and the step alone.
 
     Each epoch cuts the row into windows anew, from a random offset, and takes each once.
 
@@ -195,6 +201,7 @@ class Batches:
         tokens: (n,), int32.
         length: tokens that a window predicts; it holds one more.
         batch_size: windows a step.
+        seed: of offsets and order.
 
     Raises:
         UserError: if the row is shorter than two windows.
@@ -211,14 +218,14 @@ class Batches:
         self._batch_size = batch_size
         self._windows = (len(tokens) - 1) // length - 1  # whichever the offset
         self._seed = seed
-        self._starts: Callable[[int], np.ndarray] = lru_cache(maxsize=2)(self._epoch)
+        self._starts: Callable[[int], np.ndarray] = lru_cache(maxsize=2)(self._shuffle_epoch)
 
-    def _epoch(self, epoch: int) -> np.ndarray:
+    def _shuffle_epoch(self, epoch: int) -> np.ndarray:
         rng = np.random.default_rng((self._seed, epoch))
         return rng.integers(self._length) + self._length * rng.permutation(self._windows)
 
-    def at(self, step: int) -> np.ndarray:
-        """The batch of a step, counted from 0: (batch_size, length + 1), int32."""
+    def make_batch(self, step: int) -> np.ndarray:
+        """Return the batch of a step, counted from 0: (batch_size, length + 1), int32."""
         first = step * self._batch_size
         starts = [
             self._starts(i // self._windows)[i % self._windows]
@@ -230,11 +237,19 @@ class Batches:
 def cut_windows(
     tokens: np.ndarray, length: int, batch_size: int, limit: int | None = None
 ) -> Iterator[np.ndarray]:
-    """Windows of a row in order, for validation: batches (≤ batch_size, length + 1), int32.
+    """Cut a row into windows in order, for validation.
 
-    Neighbours share one token, so that each token but the first is predicted once; the tail that
-    fills no window is left out. With ``limit`` only so many tokens are predicted, in windows spread
-    evenly over the row.
+    Neighbours share one token, so that each token but the first is predicted once. The tail that
+    fills no window is left out.
+
+    Args:
+        tokens: (n,), int32.
+        length: tokens that a window predicts; it holds one more.
+        batch_size: windows at once.
+        limit: predict only so many tokens, in windows spread evenly over the row.
+
+    Yields:
+        Batches of at most ``batch_size`` windows (windows, length + 1), int32.
     """
     count = (len(tokens) - 1) // length
     taken = count if limit is None else min(count, max(1, limit // length))

@@ -37,12 +37,6 @@ class Passages:
     origin: str
 
 
-def check_seed(seed: int) -> None:
-    """Raises UserError for what cannot seed text of a model's own."""
-    if not 0 <= seed < 2**64:
-        raise UserError(f"--seed {seed}: must be at least 0 and fit 64 bits")
-
-
 def read_text(source: str | Path) -> str:
     """The text to calibrate with.
 

@@ -8,11 +8,29 @@ from ..checkpoints import hub
 
 if TYPE_CHECKING:
     from ..network.model import ModelArgs
-    from .healing import Distance
-    from .healing import Result as HealingResult
-    from .pretraining import Result
+    from .healing import Distance, HealingResult
+    from .pretraining import TrainingResult
 
+TEMPLATE = """\
+---
+{{ card_data }}
+---
 
+# {{ name }}
+
+{{ summary }}
+{% for title, lines in sections.items() %}
+## {{ title }}
+
+{% for line in lines %}- {{ line }}
+{% endfor %}{% endfor %}
+"""
+SKIPS = {"none": "no skip", "ffn": "a skip around each FFN", "both": "both skips"}
+NORMS = {
+    "none": "no norms",
+    "qkv": "norms on the outputs of projections alone",
+    "pre": "norms on the stream",
+}
 HEALING_FAILED = (
     "So it did not help: do not use the result. Other text, more of it or another --learning-rate "
     "may do; a quantized model is better healed before it is quantized, for then its matrices need "
@@ -20,38 +38,58 @@ HEALING_FAILED = (
 )
 
 
-def write_training_card(
-    result: "Result", args: "ModelArgs", recipe: Mapping[str, Any], sources: Sequence[str]
+def _render_card(
+    name: str,
+    summary: str,
+    sections: Mapping[str, Sequence[str]],
+    *,
+    tags: Sequence[str],
+    base_model: str | None = None,
 ) -> str:
-    """The card of a model that was trained here: its text, its recipe and its figures."""
-    skips = {"none": "no skip", "ffn": "a skip around each FFN", "both": "both skips"}[args.skip]
-    norms = {
-        "none": "no norms",
-        "qkv": "norms on the outputs of projections alone",
-        "pre": "norms on the stream",
-    }[args.norm]
-    body = [
-        *("---", "library_name: mlx", "pipeline_tag: text-generation", "tags:", "- mlx"),
-        *("- mlx-skipless", "---", "", f"# {Path(result.output).name}", ""),
-        f"A {args.block} transformer with {skips} and {norms}, {result.parameters:,} weights, "
-        "trained by `mlx-skipless train`.",
-        *("", "## Figures", "", f"- {result.tokens:,} tokens seen in {result.step:,} steps"),
-        f"- training loss at the end: {result.loss:.4f} nats per token",
+    """A card, Markdown with the Hub's header; a section is a title and its list."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    data = ModelCardData(
+        base_model=base_model,
+        library_name="mlx",
+        pipeline_tag="text-generation",
+        tags=list(tags),
+    )
+    card = ModelCard.from_template(
+        data, template_str=TEMPLATE, name=name, summary=summary, sections=sections
+    )
+    return str(card).rstrip("\n") + "\n"
+
+
+def write_training_card(
+    result: "TrainingResult", args: "ModelArgs", recipe: Mapping[str, Any], sources: Sequence[str]
+) -> str:
+    """Write the card of a model that was trained here: its text, its recipe and its figures."""
+    summary = (
+        f"A {args.block} transformer with {SKIPS[args.skip]} and {NORMS[args.norm]}, "
+        f"{result.parameters:,} weights, trained by `mlx-skipless train`."
+    )
+    figures = [
+        f"{result.tokens:,} tokens seen in {result.step:,} steps",
+        f"training loss at the end: {result.loss:.4f} nats per token",
     ]
     if result.validation_loss is not None:
-        body += [
-            f"- held-out text: {result.validation_loss:.4f} nats per token, "
+        figures.append(
+            f"held-out text: {result.validation_loss:.4f} nats per token, "
             f"{result.bits_per_character:.4f} bits per character"
-        ]
-    body += ["", "## Recipe", "", *(f"- {key}: {value}" for key, value in recipe.items())]
-    body += ["", "## Text", "", *(f"- {name}" for name in sources), ""]
-    return "\n".join(body)
+        )
+    sections = {
+        "Figures": figures,
+        "Recipe": [f"{key}: {value}" for key, value in recipe.items()],
+        "Text": sources,
+    }
+    return _render_card(Path(result.output).name, summary, sections, tags=["mlx", "mlx-skipless"])
 
 
 def describe_healing(result: "HealingResult") -> list[str]:
-    """What a distillation gave, a sentence each."""
+    """Say what a distillation gave, a sentence each."""
 
-    def figures(found: "Distance") -> str:
+    def describe(found: "Distance") -> str:
         return (
             f"KL to the original {found.kl:.4f} nats per token, loss {found.loss:.4f} "
             f"(x {found.loss / found.teacher_loss:.3f}), "
@@ -61,8 +99,8 @@ def describe_healing(result: "HealingResult") -> list[str]:
     original = result.before
     worse = result.after.kl >= result.before.kl
     return [
-        f"Before: {figures(result.before)}.",
-        f"After {result.step:,} steps on {result.tokens:,} tokens: {figures(result.after)}.",
+        f"Before: {describe(result.before)}.",
+        f"After {result.step:,} steps on {result.tokens:,} tokens: {describe(result.after)}.",
         f"The original: loss {original.teacher_loss:.4f}, "
         f"{original.teacher_bits_per_character:.4f} bits per character; all on "
         f"{original.tokens:,} held-out tokens.",
@@ -71,20 +109,20 @@ def describe_healing(result: "HealingResult") -> list[str]:
 
 
 def write_healing_card(result: "HealingResult", treatment: Mapping[str, Any], teacher: str) -> str:
-    """The card of a model that learnt from the one that it was made from."""
-    origin = teacher if hub.is_id(teacher) else Path(teacher).name
-    header = ["---", "library_name: mlx", "pipeline_tag: text-generation", "tags:", "- mlx"]
-    header += [f"base_model: {teacher}"] if hub.is_id(teacher) else []
-    body = [
-        *("---", "", f"# {Path(result.output).name}", ""),
+    """Write the card of a model that learnt from the one that it was made from."""
+    base_model = teacher if hub.is_id(teacher) else None
+    origin = base_model or Path(teacher).name
+    sections = {
+        "Effect, measured on this model": describe_healing(result),
+        "Treatment": [
+            *(f"{key}: {value}" for key, value in treatment.items()),
+            f"text: {result.text}",
+        ],
+    }
+    return _render_card(
+        Path(result.output).name,
         f"A reduced model, distilled towards its original `{origin}` by `mlx-skipless heal`.",
-        *(
-            "",
-            "## Effect, measured on this model",
-            "",
-            *(f"- {s}" for s in describe_healing(result)),
-        ),
-        *("", "## Treatment", "", *(f"- {key}: {value}" for key, value in treatment.items())),
-        *(f"- text: {result.text}", ""),
-    ]
-    return "\n".join([*header, *body])
+        sections,
+        tags=["mlx"],
+        base_model=base_model,
+    )

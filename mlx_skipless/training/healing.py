@@ -9,7 +9,7 @@ import dataclasses
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,94 +20,61 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import mlx_lm.utils
 import numpy as np
-from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
+from mlx.utils import tree_map_with_path, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from ..checkpoints import files, hub
-from ..checkpoints.files import read_json
+from ..checkpoints import hub
+from ..checkpoints.files import check_links, read_json, replace_file
 from ..checkpoints.writer import check_free
 from ..errors import UserError, first_line
 from ..evaluation import perplexity
 from ..inference.loading import load
-from ..memory import peak_memory_bytes
 from ..network.parts import tensors_of
-from ..options import check_choices, flag_name, option, read_options
+from ..options import read_options
 from ..text import corpus, samples
-from ..text.corpus import Batches
-from . import card, loop
-from .loop import Event
+from .card import write_healing_card
+from .folder import Event, RunFolder, read_log
+from .loop import ResumableRun, RunResult, carry_out
+from .optimizer import make_healing_schedule
+from .recipe import Pace, Treatment
+from .tokens import TextFiles, Tokens, encode_texts, list_paths
 
 TOKENS = "tokens.safetensors"
 SPOKEN = 512  # tokens in a row that the original speaks
 HELD_OUT = 8  # of that text, one part in so many measures
 MEASURED_TOKENS = 8192  # of held-out text, before and after
 LORA_SCALE = 2.0
-LEARNING_RATES = {"lora": 1e-3, "full": 5e-5}
 
 
 @dataclass(frozen=True)
-class Treatment:
-    """How to heal: what is trained and for how long."""
+class Sources(TextFiles):
+    """The two models and the text, as ``run.json`` keeps them; no files: the original speaks.
 
-    fine_tune_type: str = option(
-        "lora", "low-rank changes to the matrices, or all weights", ("lora", "full")
-    )
-    rank: int = option(16, "of the low-rank changes")
-    steps: int = option(400, "optimizer steps")
-    batch_size: int = option(4, "windows a step")
-    context: int = option(256, "tokens of a window")
-    learning_rate: float | None = option(
-        None, "Adam's, at its highest; default: 1e-3 for lora, 5e-5 for full"
-    )
-    warmup: int = option(20, "steps of rising rate; then it falls to zero")
-    clip: float = option(1.0, "largest norm of the whole gradient")
-    sampled_tokens: int = option(65536, "text that the original speaks where no --data is given")
-    seed: int = option(0, "of that text, its order and the low-rank changes")
-
-    def __post_init__(self) -> None:
-        check_choices(self)
-        for name in ("rank", "steps", "batch_size", "context", "sampled_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{flag_name(name)} {getattr(self, name)}: must be at least 1")
-        for name, value in (("learning_rate", self.peak), ("clip", self.clip)):
-            if not 0 < value < math.inf:
-                raise UserError(f"{flag_name(name)} {value}: must be above 0")
-        if self.warmup < 0 or self.seed < 0:
-            raise UserError("--warmup and --seed must be at least 0")
-
-    @property
-    def peak(self) -> float:
-        """The highest learning rate."""
-        rate = self.learning_rate
-        return LEARNING_RATES[self.fine_tune_type] if rate is None else rate
-
-    def schedule(self, step: mx.array) -> mx.array:
-        """The learning rate at a step."""
-        up = (step + 1) / max(1, self.warmup)
-        down = (self.steps - step) / max(1, self.steps - self.warmup)
-        return self.peak * mx.clip(mx.minimum(up, down), 0.0, 1.0)
-
-
-@dataclass(frozen=True)
-class Pace(loop.Pace):
-    """How often, in steps, a run logs, evaluates and saves; 0: never."""
-
-    log_every: int = option(10, "steps from one line of the log to the next")
-    eval_every: int = option(100, "steps from one evaluation to the next")
-    save_every: int = option(100, "steps from one checkpoint to the next")
-    eval_tokens: int = option(4096, "held-out tokens of an evaluation on the way")
-
-
-@dataclass(frozen=True)
-class Sources:
-    """The two models and the text, as ``run.json`` keeps them."""
+    Attributes:
+        model: the reduced one, a folder's absolute path or a Hub id.
+        teacher: the original.
+    """
 
     model: str
     teacher: str
-    data: list[str]
-    validation: list[str]
-    validation_share: float
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides how a run goes, as ``run.json`` keeps it."""
+
+    treatment: Treatment
+    pace: Pace
+    sources: Sources
+
+
+def _read_settings(run: Mapping[str, Any]) -> Settings:
+    return Settings(
+        read_options(Treatment, "treatment", run["treatment"]),
+        Pace(**run["pace"]),
+        Sources(**run["sources"]),
+    )
 
 
 @dataclass(frozen=True)
@@ -116,8 +83,10 @@ class Distance:
 
     Attributes:
         kl: mean KL(teacher || network), nats per token.
-        loss, teacher_loss: nats per token.
-        bits_per_character, teacher_bits_per_character: of the same text.
+        loss: of the network, nats per token.
+        teacher_loss: of the teacher, nats per token.
+        bits_per_character: of the network.
+        teacher_bits_per_character: of the teacher.
         tokens: how many were predicted.
     """
 
@@ -129,38 +98,23 @@ class Distance:
     tokens: int
 
 
-@dataclass(frozen=True)
-class Result:
-    """How a run ended.
+@dataclass(frozen=True, kw_only=True)
+class HealingResult(RunResult):
+    """How a distillation ended; ``output`` is the folder of the healed model, too.
 
     Attributes:
-        output: the folder of the run and of the healed model.
         fine_tune_type: "lora" or "full".
-        step: the last one.
-        tokens: that were seen, repeated ones each time.
         trained_parameters: weights that were trained; of low-rank changes, theirs.
         text: names of the files that it learnt from, or "sampled".
         before: the distance from the original before the first step.
-        after: that of what was written.
-        seconds: of training, earlier sessions of a resumed run included.
-        tokens_per_second: over these.
-        peak_memory_bytes: the most that the process held.
+        after: the distance from the original of what was written.
     """
 
-    output: str
     fine_tune_type: str
-    step: int
-    tokens: int
     trained_parameters: int
     text: str
     before: Distance
     after: Distance
-    seconds: float
-    tokens_per_second: float
-    peak_memory_bytes: int
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def heal(
@@ -177,12 +131,12 @@ def heal(
     steps: int | None = None,
     trust_remote_code: bool = False,
     report: Callable[[Event], None] = lambda event: None,
-) -> Result:
+) -> HealingResult:
     """Distil a reduced model towards its original, or go on with such a run bit for bit.
 
     Args:
         model: the reduced model, a folder or Hub id; with ``resume`` the run's own holds.
-        teacher: the original, likewise.
+        teacher: the original, a folder or Hub id; with ``resume`` the run's own holds.
         mlx_path: folder of the run and of the healed model; must not exist, or with ``resume``
             must.
         treatment: what to train and how; with ``resume`` the run's own holds.
@@ -199,119 +153,159 @@ def heal(
         UserError: for anything the user can mend, a loss that is no number, and an interruption;
             the last good checkpoint is kept.
     """
-    out = Path(mlx_path)
+    folder = RunFolder(Path(mlx_path))
     if resume:
-        treatment, pace, sources = _read_run(out)
-        treatment = treatment if steps is None else dataclasses.replace(treatment, steps=steps)
+        settings = folder.read_settings(_read_settings)
+        if steps is not None:
+            treatment = dataclasses.replace(settings.treatment, steps=steps)
+            settings = dataclasses.replace(settings, treatment=treatment)
     else:
         if model is None or teacher is None:
             raise UserError("give the reduced --model and its original, --teacher")
-        check_free(out)
-        texts, held = ([str(Path(f).absolute()) for f in part] for part in (data or (), validation))
-        sources = Sources(_absolute(model), _absolute(teacher), texts, held, validation_share)
-    treatment = treatment or Treatment()
-    load_model = partial(load, trust_remote_code=trust_remote_code)
-    files.check_links(hub.resolve(sources.model), code=True)  # mlx-lm copies what runs, too
-    (student, tokenizer), (original, own) = load_model(sources.model), load_model(sources.teacher)
-    _check_pair(student, tokenizer, original, own)
-    with loop.hold_folder(out, resume):
-        if resume:
-            train, held_out = _read_tokens(out)
-        else:
-            train, held_out = make_tokens(sources, treatment, original, tokenizer)
-        if len(held_out):
-            perplexity.check_length(held_out, treatment.context)
-        else:
-            raise UserError("no text is held out: give --validation or a --validation-share")
-        run = Run(
-            out, treatment, pace or Pace(), sources, student, original, tokenizer, train, held_out
-        )
-        if resume:
-            run.load()
-        else:
-            run.begin()
-        with loop.catch_signals() as stopped:
-            return run.go(report, stopped)
+        check_free(folder.path)
+        paths, held_out = list_paths(data or ()), list_paths(validation)
+        pair_paths = _make_absolute(model), _make_absolute(teacher)
+        sources = Sources(paths, held_out, validation_share, *pair_paths)
+        settings = Settings(treatment or Treatment(), pace or Pace(), sources)
+    pair = load_pair(settings.sources, trust_remote_code)
+    return carry_out(folder, resume, lambda: _make_run(folder, settings, pair, resume), report)
 
 
-def _absolute(model: str | Path) -> str:
+def _make_absolute(model: str | Path) -> str:
     return str(model) if hub.is_id(str(model)) else str(Path(model).expanduser().absolute())
 
 
-class Run(loop.ResumableRun):
+@dataclass(frozen=True)
+class Pair:
+    """A reduced model and its original, which have one vocabulary."""
+
+    student: nn.Module
+    teacher: nn.Module
+    tokenizer: Any
+
+
+def load_pair(sources: Sources, trust_remote_code: bool) -> Pair:
+    """Load the two models.
+
+    Raises:
+        UserError: if one cannot be loaded, or they have other vocabularies.
+    """
+    check_links(hub.resolve(sources.model), code=True)  # mlx-lm copies what runs, too
+    student, tokenizer = load(sources.model, trust_remote_code=trust_remote_code)
+    teacher, own = load(sources.teacher, trust_remote_code=trust_remote_code)
+    probe = mx.array([[0, 1]])
+    sizes = [network(probe).shape[-1] for network in (student, teacher)]  # type: ignore[operator]
+    if sizes[0] != sizes[1] or tokenizer.get_vocab() != own.get_vocab():
+        raise UserError(
+            f"--model and --teacher have other vocabularies ({sizes[0]:,} and {sizes[1]:,} "
+            "entries): the teacher must be what the model was made from"
+        )
+    return Pair(student, teacher, tokenizer)
+
+
+def _make_run(folder: RunFolder, settings: Settings, pair: Pair, resume: bool) -> "Run":
+    if resume:
+        tokens = _read_tokens(folder, pair)
+    else:
+        tokens = make_tokens(settings.sources, settings.treatment, pair)
+    if not len(tokens.held_out):
+        raise UserError("no text is held out: give --validation or a --validation-share")
+    perplexity.check_length(tokens.held_out, settings.treatment.context)
+    return Run(folder, settings, pair, tokens)
+
+
+def make_tokens(sources: Sources, treatment: Treatment, pair: Pair) -> Tokens:
+    """Make tokens to train on and tokens to measure with.
+
+    They are the user's files, or what the teacher says at temperature 1.
+    """
+    tokenizer = pair.tokenizer._tokenizer
+    if sources.data:
+        return encode_texts(sources.read(), tokenizer)
+    sequences = -(-treatment.sampled_tokens // SPOKEN)
+    teacher: Any = pair.teacher
+    cache = make_prompt_cache(teacher)
+
+    def next_logits(fresh: mx.array) -> mx.array:
+        return teacher(fresh, cache=cache)[:, -1].astype(mx.float32)
+
+    tokens = samples.sample_tokens(
+        next_logits,
+        teacher(mx.array([[0]])).shape[-1],
+        sequences,
+        min(SPOKEN, treatment.sampled_tokens),
+        seed=treatment.seed,
+        start=pair.tokenizer.bos_token_id,
+    )
+    rows = np.array(tokens, dtype=np.int32)
+    cut = max(1, len(rows) // HELD_OUT)
+    return Tokens(tokenizer, rows[cut:].reshape(-1), rows[:cut].reshape(-1))
+
+
+def _read_tokens(folder: RunFolder, pair: Pair) -> Tokens:
+    file = folder.training / TOKENS
+    try:
+        tokens: Any = mx.load(str(file))
+        train, held_out = np.array(tokens["train"]), np.array(tokens["held_out"])
+    except (OSError, RuntimeError, KeyError) as error:
+        raise UserError(
+            f"{file} cannot be read ({first_line(error)}): start the run again"
+        ) from error
+    return Tokens(pair.tokenizer._tokenizer, train, held_out)
+
+
+class Run(ResumableRun[HealingResult]):
     """A reduced network that learns from its original."""
 
-    def __init__(
-        self,
-        out: Path,
-        treatment: Treatment,
-        pace: Pace,
-        sources: Sources,
-        student: nn.Module,
-        teacher: nn.Module,
-        tokenizer: Any,
-        train: np.ndarray,
-        held_out: np.ndarray,
-    ):
-        self._treatment, self._sources, self._teacher = treatment, sources, teacher
-        self._tokenizer, self._train, self._held_out = tokenizer, train, held_out
-        self._batches = Batches(train, treatment.context, treatment.batch_size, treatment.seed)
-        self._types = {name: array.dtype for name, array in tensors_of(student).items()}
-        teacher.freeze()
-        teacher.eval()
-        _open(student, treatment)
-        trained: Any = tree_flatten(student.trainable_parameters())
-        self.parameters = sum(array.size for _, array in trained)
-        optimizer = optim.Adam(treatment.schedule, betas=[0.9, 0.95], bias_correction=True)  # type: ignore[arg-type]
-        step_tokens = treatment.batch_size * treatment.context
-        super().__init__(out, student, optimizer, treatment.steps, step_tokens, pace)
+    def __init__(self, folder: RunFolder, settings: Settings, pair: Pair, tokens: Tokens):
+        self._settings, self._treatment = settings, settings.treatment
+        self._teacher, self._tokenizer = pair.teacher, pair.tokenizer
+        self._held_out = tokens.held_out
+        self._types = {name: array.dtype for name, array in tensors_of(pair.student).items()}
+        pair.teacher.freeze()
+        pair.teacher.eval()
+        _make_trainable(pair.student, self._treatment)
+        rate = make_healing_schedule(self._treatment)
+        optimizer = optim.Adam(rate, betas=[0.9, 0.95], bias_correction=True)  # type: ignore[arg-type]
+        super().__init__(
+            folder, tokens, self._treatment, settings.pace, pair.student, optimizer, rate
+        )
 
     def begin(self) -> None:
-        """Write what never changes during a run."""
+        """Write what never changes during a run: settings and tokens."""
         # What is trained and its two moments, twice while they are replaced, and the result.
         whole = sum(array.nbytes for array in tensors_of(self.model).values())
-        loop.check_room(self._out, 24 * self.parameters + whole)
-        folder = self._out / loop.TRAINING
-        folder.mkdir()
-        tokens = {"train": mx.array(self._train), "held_out": mx.array(self._held_out)}
-        files.replace_file(folder / TOKENS, lambda file: mx.save_safetensors(str(file), tokens))
-        run = {
-            "treatment": asdict(self._treatment),
-            "pace": asdict(self._pace),
-            "sources": asdict(self._sources),
-        }
-        files.write_json(folder / loop.RUN, run)
+        self._folder.begin(self._settings, 24 * self.parameters + whole)
+        tokens = {"train": mx.array(self._text.train), "held_out": mx.array(self._text.held_out)}
+        replace_file(
+            self._folder.training / TOKENS, lambda file: mx.save_safetensors(str(file), tokens)
+        )
 
-    def go(self, report: Callable[[Event], None], stopped: Callable[[], bool]) -> Result:
+    def go(self, report: Callable[[Event], None], stopped: Callable[[], bool]) -> HealingResult:
         """Train to the end, fuse, measure and write."""
         if self._step == 0:
-            self._note({"before": asdict(self._distance(self.model))}, report)
+            self._log({"before": asdict(self._distance(self.model))}, report)
         begun = self._seconds
         self.run(report, stopped)
-        log = loop.read_log(self._out)
+        log = read_log(self._folder.path)
         before = Distance(**next(event["before"] for event in log if "before" in event))
-        self._close()
+        self._fuse()
         after = self._distance(self.model)
         if self._seconds > begun:
-            self._note({"after": asdict(after)}, report)
-        tokens = self._step * self._step_tokens
-        result = Result(
-            output=str(self._out),
+            self._log({"after": asdict(after)}, report)
+        names = [Path(file).name for file in self._settings.sources.data]
+        result = HealingResult(
+            **self._figures(),
             fine_tune_type=self._treatment.fine_tune_type,
-            step=self._step,
-            tokens=tokens,
             trained_parameters=self.parameters,
-            text=", ".join(Path(file).name for file in self._sources.data) or "sampled",
+            text=", ".join(names) or "sampled",
             before=before,
             after=after,
-            seconds=self._seconds,
-            tokens_per_second=tokens / self._seconds if self._seconds else 0.0,
-            peak_memory_bytes=peak_memory_bytes(),
         )
         self._write(result)
         return result
 
-    def _close(self) -> None:
+    def _fuse(self) -> None:
         """Fuse what was trained into the matrices, in the types that they had."""
         fused = [(name, m.fuse()) for name, m in self.model.named_modules() if hasattr(m, "fuse")]
         self.model.update_modules(tree_unflatten(fused))
@@ -321,42 +315,31 @@ class Run(loop.ResumableRun):
         )
         mx.eval(self.model.parameters())
 
-    def _write(self, result: Result) -> None:
+    def _write(self, result: HealingResult) -> None:
         """Put the healed model beside the run's folder, its config last."""
-        partial_folder = self._out / ".partial-model"
+        out, sources = self._folder.path, self._settings.sources
+        partial_folder = out / ".partial-model"
         shutil.rmtree(partial_folder, ignore_errors=True)
-        source = hub.resolve(self._sources.model)
+        source = hub.resolve(sources.model)
         config = read_json(source / "config.json")
         try:
             mlx_lm.utils.save(
                 partial_folder, source, self.model, self._tokenizer, config, donate_model=False
             )
-            text = card.write_healing_card(result, asdict(self._treatment), self._sources.teacher)
+            text = write_healing_card(result, asdict(self._treatment), sources.teacher)
             (partial_folder / "README.md").write_text(text, encoding="utf-8")
             names = sorted(file.name for file in partial_folder.iterdir())
             for name in sorted(names, key=lambda name: name == "config.json"):
-                os.replace(partial_folder / name, self._out / name)
+                os.replace(partial_folder / name, out / name)
         except (OSError, RuntimeError) as error:
             raise UserError(
-                f"writing {self._out} failed ({first_line(error)}): is the disk full? "
-                f"{self._kept()}, --resume writes it again"
+                f"writing {out} failed ({first_line(error)}): is the disk full? "
+                f"{self._describe_saved()}, --resume writes it again"
             ) from error
         finally:
             shutil.rmtree(partial_folder, ignore_errors=True)
 
-    # What the loop asks for.
-
-    def _opening(self) -> Event:
-        return {
-            "parameters": self.parameters,
-            "train_tokens": len(self._train),
-            "validation_tokens": len(self._held_out),
-        }
-
-    def _rate(self, step: int) -> float:
-        return float(self._treatment.schedule(mx.array(step)).item())  # type: ignore[arg-type]
-
-    def _compiled_step(self) -> Callable[[int], mx.array]:
+    def _compile_step(self) -> Callable[[int], mx.array]:
         model, teacher, optimizer = self.model, self._teacher, self._optimizer
         state = [model.state, optimizer.state]
 
@@ -371,14 +354,14 @@ class Run(loop.ResumableRun):
             return loss
 
         def numbered(number: int) -> mx.array:
-            inputs = mx.array(self._batches.at(number)[:, :-1])
+            inputs = mx.array(self._batches.make_batch(number)[:, :-1])
             wanted = teacher(inputs)
             mx.eval(wanted)
             return step(inputs, wanted)
 
         return numbered
 
-    def _evaluation(self, limit: int | None) -> Event:
+    def _evaluate(self, limit: int | None) -> Event:
         if limit is None:  # what is written is measured, when it is fused
             return {}
         found = self._distance(self.model, limit)
@@ -416,8 +399,8 @@ def _total(array: mx.array) -> float:
     return float(array.sum().item())  # type: ignore[arg-type]
 
 
-def _open(student: nn.Module, treatment: Treatment) -> None:
-    """Make trainable what is to be trained.
+def _make_trainable(student: nn.Module, treatment: Treatment) -> None:
+    """Add low-rank changes that are trained alone, or make all weights trainable.
 
     Raises:
         UserError: for all weights of a quantized network.
@@ -437,62 +420,3 @@ def _open(student: nn.Module, treatment: Treatment) -> None:
     layers: Any = student.layers
     lora = {"rank": treatment.rank, "scale": LORA_SCALE, "dropout": 0.0}
     linear_to_lora_layers(student, len(layers), lora)
-
-
-def _check_pair(student: nn.Module, tokenizer: Any, teacher: nn.Module, own: Any) -> None:
-    probe = mx.array([[0, 1]])
-    sizes = [network(probe).shape[-1] for network in (student, teacher)]
-    if sizes[0] != sizes[1] or tokenizer.get_vocab() != own.get_vocab():
-        raise UserError(
-            f"--model and --teacher have other vocabularies ({sizes[0]:,} and {sizes[1]:,} "
-            "entries): the teacher must be what the model was made from"
-        )
-
-
-def make_tokens(
-    sources: Sources, treatment: Treatment, teacher: nn.Module, tokenizer: Any
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens to train on and tokens to measure with, a row of int32 each.
-
-    Of the user's files, or what the teacher says at temperature 1.
-    """
-    if sources.data:
-        files, validation = ([Path(f) for f in part] for part in (sources.data, sources.validation))
-        texts = corpus.read_texts(files, validation, share=sources.validation_share)
-        encode = partial(corpus.encode, tokenizer=tokenizer._tokenizer)
-        return encode(texts.train), encode(texts.validation)
-    sequences = -(-treatment.sampled_tokens // SPOKEN)
-    cache = make_prompt_cache(teacher)
-
-    def next_logits(fresh: mx.array) -> mx.array:
-        return teacher(fresh, cache=cache)[:, -1].astype(mx.float32)  # type: ignore[operator]
-
-    tokens = samples.sample_tokens(
-        next_logits,
-        teacher(mx.array([[0]])).shape[-1],
-        sequences,
-        min(SPOKEN, treatment.sampled_tokens),
-        seed=treatment.seed,
-        start=tokenizer.bos_token_id,
-    )
-    rows = np.array(tokens, dtype=np.int32)
-    cut = max(1, len(rows) // HELD_OUT)
-    return rows[cut:].reshape(-1), rows[:cut].reshape(-1)
-
-
-def _read_tokens(out: Path) -> tuple[np.ndarray, np.ndarray]:
-    file = out / loop.TRAINING / TOKENS
-    try:
-        tokens: Any = mx.load(str(file))
-        return np.array(tokens["train"]), np.array(tokens["held_out"])
-    except (OSError, RuntimeError, KeyError) as error:
-        raise UserError(
-            f"{file} cannot be read ({first_line(error)}): start the run again"
-        ) from error
-
-
-def _read_run(out: Path) -> tuple[Treatment, Pace, Sources]:
-    run = loop.read_run(out)
-    with loop.check_version(out):
-        treatment = read_options(Treatment, "treatment", run["treatment"])
-        return treatment, Pace(**run["pace"]), Sources(**run["sources"])

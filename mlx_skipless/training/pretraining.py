@@ -5,8 +5,7 @@ takes.
 """
 
 import dataclasses
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,93 +13,85 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
-import numpy as np
-import transformers
 from mlx.utils import tree_map
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..checkpoints import files, hub
-from ..checkpoints.files import read_json
-from ..checkpoints.tokenizer import make_tokenizer_options
+from ..checkpoints.files import replace_file, write_json
+from ..checkpoints.tokenizer import fetch_tokenizer
 from ..checkpoints.writer import check_free
-from ..errors import UserError, first_line
+from ..errors import UserError
 from ..evaluation import perplexity
-from ..inference import generation
-from ..memory import peak_memory_bytes
+from ..inference.generation import generate
 from ..network.model import Model
 from ..network.parts import tensors_of
-from ..options import option
+from ..options import read_options
 from ..text import corpus
-from ..text.corpus import Batches
-from . import card, loop
-from .loop import Event
-from .recipe import Recipe, read_recipe
+from .card import write_training_card
+from .folder import Event, RunFolder
+from .initialization import initialize, make_model_args
+from .loop import ResumableRun, RunResult, carry_out, is_due
+from .optimizer import make_optimizer, make_schedule, pull_queries
+from .recipe import Recipe, TrainingPace
+from .tokens import TextFiles, Tokens, encode_texts, list_paths
 
-SAMPLE_TOKENS = 64
+SAMPLE_PROMPT, SAMPLE_TOKENS = 8, 64
 
 
 @dataclass(frozen=True)
-class Sources:
-    """Where a run's text comes from, as ``run.json`` keeps it."""
+class TrainingText(TextFiles):
+    """Where a run's text comes from, as ``run.json`` keeps it.
 
-    data: list[str]
-    validation: list[str]
-    validation_share: float
+    Attributes:
+        tokenizer: a folder or Hub id; None: made from the text.
+    """
+
     tokenizer: str | None
 
 
 @dataclass(frozen=True)
-class Text:
-    """The text as token ids, int32 rows; ``held_out`` may be empty."""
-
-    tokenizer: Any
-    train: np.ndarray
-    held_out: np.ndarray
-
-    def fingerprint(self) -> str:
-        """A digest, to tell whether a resumed run sees the same text."""
-        digest = hashlib.sha256(self.train.tobytes())
-        digest.update(self.held_out.tobytes())
-        return digest.hexdigest()[:32]
-
-
-@dataclass(frozen=True)
-class Pace(loop.Pace):
-    """How often, in steps, a run logs, evaluates, saves and writes a sample; 0: never."""
-
-    sample_every: int = option(500, "steps from one sample to the next")
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a run ended.
+class Settings:
+    """All that decides how a run goes, as ``run.json`` keeps it.
 
     Attributes:
-        output: the run's folder.
-        step: the last one.
-        tokens: that were seen, repeated ones each time.
-        parameters: weights of the network.
-        loss: nats per token, the mean over the steps of the log's last line.
-        validation_loss: of all the held-out text, nats per token, None if there is none.
-        bits_per_character: likewise.
-        seconds: of training, earlier sessions of a resumed run included.
-        tokens_per_second: over these.
-        peak_memory_bytes: the most that the process held.
+        recipe: what is trained and how.
+        pace: how often to do what.
+        text: the files.
+        dtype: of the arithmetic, "float32" or "bfloat16".
+        fingerprint: of the text's tokens; empty until they are known.
     """
 
-    output: str
-    step: int
-    tokens: int
+    recipe: Recipe
+    pace: TrainingPace
+    text: TrainingText
+    dtype: str
+    fingerprint: str = ""
+
+
+def _read_settings(run: Mapping[str, Any]) -> Settings:
+    return Settings(
+        read_options(Recipe, "recipe", run["recipe"]),
+        TrainingPace(**run["pace"]),
+        TrainingText(**run["text"]),
+        _choose_dtype(run["dtype"]),
+        str(run["fingerprint"]),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult(RunResult):
+    """How a training run ended.
+
+    Attributes:
+        parameters: weights of the network.
+        loss: nats per token, the mean over the steps of the log's last line.
+        validation_loss: nats per token of all the held-out text, None if there is none.
+        bits_per_character: of all the held-out text, None if there is none.
+    """
+
     parameters: int
     loss: float
     validation_loss: float | None
     bits_per_character: float | None
-    seconds: float
-    tokens_per_second: float
-    peak_memory_bytes: int
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def train(
@@ -111,12 +102,12 @@ def train(
     validation: Sequence[str | Path] = (),
     validation_share: float = 0.03,
     tokenizer: str | Path | None = None,
-    pace: Pace | None = None,
+    pace: TrainingPace | None = None,
     dtype: str = "auto",
     resume: bool = False,
     steps: int | None = None,
     report: Callable[[Event], None] = lambda event: None,
-) -> Result:
+) -> TrainingResult:
     """Train a model, or go on with a run bit for bit as if it had never stopped.
 
     Args:
@@ -138,127 +129,121 @@ def train(
         UserError: for anything the user can mend, a loss that is no number, and an interruption;
             the last good checkpoint is kept.
     """
-    out = Path(mlx_path)
-    sources = Sources([], [], validation_share, None if tokenizer is None else str(tokenizer))
-    dtype, digest = _compute_type(dtype), None
+    dtype, folder = _choose_dtype(dtype), RunFolder(Path(mlx_path))
+    paths, held_out = list_paths(data or ()), list_paths(validation)
     if resume:
-        recipe, pace, sources, dtype, digest = _read_run(out)
-        recipe = recipe if steps is None else dataclasses.replace(recipe, steps=steps)
-    elif not data:
-        raise UserError("--data is missing: name text files to train on")
+        settings = folder.read_settings(_read_settings)
+        if data:
+            text = dataclasses.replace(settings.text, data=paths, validation=held_out)
+            settings = dataclasses.replace(settings, text=text)
+    elif data:
+        check_free(folder.path)
+        source = None if tokenizer is None else str(tokenizer)
+        text = TrainingText(paths, held_out, validation_share, source)
+        settings = Settings(recipe or Recipe(), pace or TrainingPace(), text, dtype)
     else:
-        check_free(out)
-    if data:
-        train_files, held_out = (
-            [str(Path(file).absolute()) for file in part] for part in (data, validation)
-        )
-        sources = dataclasses.replace(sources, data=train_files, validation=held_out)
-    text = _read_text(sources, recipe or Recipe(), out if resume else None)
-    recipe = dataclasses.replace(recipe or Recipe(), vocab_size=len(text.tokenizer))
-    if len(text.held_out):
-        perplexity.check_length(text.held_out, recipe.context)
-    if digest not in (None, text.fingerprint()):
+        raise UserError("--data is missing: name text files to train on")
+    settings, tokens = _read_tokens(settings, folder, steps if resume else None)
+    return carry_out(folder, resume, lambda: Run(folder, settings, tokens), report)
+
+
+def _read_tokens(
+    settings: Settings, folder: RunFolder, steps: int | None
+) -> tuple[Settings, Tokens]:
+    """Read the text, and complete the settings by what it says.
+
+    Raises:
+        UserError: if a resumed run's text is not what it was.
+    """
+    resumed = settings.fingerprint != ""
+    recipe = settings.recipe if steps is None else dataclasses.replace(settings.recipe, steps=steps)
+    source = str(folder.path) if resumed else settings.text.tokenizer
+    texts = settings.text.read()
+    if source is None:
+        tokenizer = corpus.make_tokenizer(texts.train, recipe.vocab_size, chat=texts.chat)
+    else:
+        tokenizer = fetch_tokenizer(source)
+    tokens = encode_texts(texts, tokenizer)
+    if len(tokens.held_out):
+        perplexity.check_length(tokens.held_out, recipe.context)
+    fingerprint = tokens.fingerprint()
+    if resumed and fingerprint != settings.fingerprint:
         raise UserError(
-            f"{out} was trained on other text than these files hold now: give the same --data"
+            f"{folder.path} was trained on other text than these files hold now: give the same "
+            "--data"
         )
-    with loop.hold_folder(out, resume):
-        run = Run(out, recipe, pace or Pace(), sources, text, dtype)
-        if resume:
-            run.load()
-        else:
-            run.begin()
-        with loop.catch_signals() as stopped:
-            return run.go(report, stopped)
+    recipe = dataclasses.replace(recipe, vocab_size=len(tokenizer))
+    return dataclasses.replace(settings, recipe=recipe, fingerprint=fingerprint), tokens
 
 
-class Run(loop.ResumableRun):
+def _choose_dtype(dtype: str) -> str:
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"--dtype {dtype}: choose auto, float32 or bfloat16")
+    if dtype == "auto":
+        return "bfloat16" if mx.default_device().type == mx.DeviceType.gpu else "float32"
+    return dtype
+
+
+class Run(ResumableRun[TrainingResult]):
     """The training of a whole network to predict text."""
 
-    def __init__(
-        self,
-        out: Path,
-        recipe: Recipe,
-        pace: Pace,
-        sources: Sources,
-        text: Text,
-        dtype: str,
-    ):
-        self._recipe, self._sources, self._text, self._dtype = recipe, sources, text, dtype
-        self._sample_every = pace.sample_every
-        self._batches = Batches(text.train, recipe.context, recipe.batch_size, recipe.seed)
-        model = Model(recipe.model_args())
-        self.parameters = sum(w.size for w in tensors_of(model).values())
-        recipe.initialise(model)
-        step_tokens = recipe.batch_size * recipe.context
-        super().__init__(out, model, recipe.optimizer(), recipe.steps, step_tokens, pace)
-
-    def begin(self) -> None:
-        """Write what never changes during a run."""
-        # Weights twice, Muon's or Adam's moments, and all of it once more while it is replaced.
-        loop.check_room(self._out, 32 * self.parameters)
-        (self._out / loop.TRAINING).mkdir()
-        self._text.tokenizer.save_pretrained(str(self._out))
-        run = {
-            "recipe": asdict(self._recipe),
-            "pace": asdict(self._pace),
-            "text": asdict(self._sources),
-            "dtype": self._dtype,
-            "fingerprint": self._text.fingerprint(),
-        }
-        files.write_json(self._out / loop.TRAINING / loop.RUN, run)
-        config = {k: v for k, v in asdict(self.model.args).items() if v is not None}
-        config |= {"eos_token_id": self._text.tokenizer.eos_token_id, "torch_dtype": "float32"}
-        config |= {"architectures": ["SkiplessForCausalLM"]}
-        files.write_json(self._out / "config.json", dict(sorted(config.items())))
-
-    def _write_model(self) -> None:
-        weights = tensors_of(self.model)
-        files.replace_file(
-            self._out / "model.safetensors",
-            lambda file: mx.save_safetensors(str(file), weights, {"format": "mlx"}),
+    def __init__(self, folder: RunFolder, settings: Settings, tokens: Tokens):
+        self._settings, self._recipe = settings, settings.recipe
+        model = Model(make_model_args(self._recipe))
+        initialize(model, self._recipe)
+        super().__init__(
+            folder,
+            tokens,
+            self._recipe,
+            settings.pace,
+            model,
+            make_optimizer(self._recipe),
+            make_schedule(self._recipe, self._recipe.learning_rate),
         )
 
-    def go(self, report: Callable[[Event], None], stopped: Callable[[], bool]) -> Result:
-        """Train to the end."""
-        recipe, final = self._recipe, self.run(report, stopped)
-        tokens = self._step * self._step_tokens
-        result = Result(
-            output=str(self._out),
-            step=self._step,
-            tokens=tokens,
+    def begin(self) -> None:
+        """Write what never changes during a run: settings, tokenizer and config."""
+        # Weights twice, Muon's or Adam's moments, and all of it once more while it is replaced.
+        self._folder.begin(self._settings, 32 * self.parameters)
+        tokenizer = self._text.tokenizer
+        tokenizer.save_pretrained(str(self._folder.path))
+        config = {k: v for k, v in asdict(self.model.args).items() if v is not None}
+        config |= {"eos_token_id": tokenizer.eos_token_id, "torch_dtype": "float32"}
+        config |= {"architectures": ["SkiplessForCausalLM"]}
+        write_json(self._folder.path / "config.json", dict(sorted(config.items())))
+
+    def go(self, report: Callable[[Event], None], stopped: Callable[[], bool]) -> TrainingResult:
+        """Train to the end and write the card."""
+        final = self.run(report, stopped)
+        result = TrainingResult(
+            **self._figures(),
             parameters=self.parameters,
             loss=self._loss,
             validation_loss=final.get("validation_loss"),
             bits_per_character=final.get("bits_per_character"),
-            seconds=self._seconds,
-            tokens_per_second=tokens / self._seconds if self._seconds else 0.0,
-            peak_memory_bytes=peak_memory_bytes(),
         )
-        text = card.write_training_card(
-            result, self.model.args, asdict(recipe), [Path(f).name for f in self._sources.data]
-        )
-        files.replace_file(
-            self._out / "README.md", lambda file: file.write_text(text, encoding="utf-8")
+        names = [Path(file).name for file in self._settings.text.data]
+        text = write_training_card(result, self.model.args, asdict(self._recipe), names)
+        replace_file(
+            self._folder.path / "README.md", lambda file: file.write_text(text, encoding="utf-8")
         )
         return result
 
-    def _opening(self) -> Event:
-        return {
-            "parameters": self.parameters,
-            "train_tokens": len(self._text.train),
-            "validation_tokens": len(self._text.held_out),
-        }
+    def _write_model(self) -> None:
+        weights = tensors_of(self.model)
+        replace_file(
+            self._folder.path / "model.safetensors",
+            lambda file: mx.save_safetensors(str(file), weights, {"format": "mlx"}),
+        )
 
-    def _rate(self, step: int) -> float:
-        return self._recipe.rate(step)
-
-    def _extra(self) -> Event:
-        if self._step == self._steps or loop.is_due(self._step, self._sample_every):
+    def _observe(self) -> Event:
+        every = self._settings.pace.sample_every
+        if self._step == self._steps or is_due(self._step, every):
             self._check_weights()
             return {"sample": self._sample()}
         return {}
 
-    def _compiled_step(self) -> Callable[[int], mx.array]:
+    def _compile_step(self) -> Callable[[int], mx.array]:
         optimizer, recipe = self._optimizer, self._recipe
         model: Any = self.model
         state = [model.state, optimizer.state]
@@ -274,21 +259,21 @@ class Run(loop.ResumableRun):
             model.update(weights)  # in float32 again
             before = optimizer.state["states"][0]["step"]
             optimizer.update(model, gradients)
-            recipe.condition(model, before)
+            pull_queries(model, recipe, before)
             return loss
 
-        return lambda number: step(mx.array(self._batches.at(number)))
+        return lambda number: step(mx.array(self._batches.make_batch(number)))
 
     def _nll(self, weights: dict[str, Any], batch: mx.array) -> mx.array:
-        """``evaluation.nll`` with these weights in the type of the arithmetic."""
-        if self._dtype != "float32":
-            dtype = getattr(mx, self._dtype)
+        """The batch's summed NLL, with these weights in the type of the arithmetic."""
+        if self._settings.dtype != "float32":
+            dtype = getattr(mx, self._settings.dtype)
             weights = tree_map(lambda w: w.astype(dtype), weights)
         self.model.update(weights)
         return perplexity.sum_nll(self.model, batch)
 
-    def _evaluation(self, limit: int | None) -> Event:
-        """Loss of the held-out text, or of windows spread over it of ``limit`` tokens in all."""
+    def _evaluate(self, limit: int | None) -> Event:
+        """Score the held-out text, or windows spread over it of ``limit`` tokens in all."""
         if not len(self._text.held_out):
             return {}
         weights = self.model.parameters()
@@ -308,63 +293,10 @@ class Run(loop.ResumableRun):
         }
 
     def _sample(self) -> str:
+        """Let the network go on from the first tokens of the held-out text."""
         source = self._text.held_out if len(self._text.held_out) else self._text.train
-        prompt = source[:8].tolist()
+        prompt = source[:SAMPLE_PROMPT].tolist()
         tokenizer = TokenizerWrapper(self._text.tokenizer)
-        stream = generation.stream(
-            self.model,
-            tokenizer,
-            prompt,
-            max_tokens=SAMPLE_TOKENS,
-            temp=0.8,
-            seed=self._recipe.seed,
-        )
-        for _ in stream:
-            pass
-        return self._text.tokenizer.decode(prompt) + stream.text
-
-
-def _read_run(out: Path) -> tuple[Recipe, Pace, Sources, str, str]:
-    """What ``Run.begin`` wrote: recipe, pace, text, type of the arithmetic, digest of the text."""
-    run = loop.read_run(out)
-    with loop.check_version(out):
-        recipe, pace = read_recipe(run["recipe"]), Pace(**run["pace"])
-        sources, dtype = Sources(**run["text"]), _compute_type(run["dtype"])
-        return recipe, pace, sources, dtype, str(run["fingerprint"])
-
-
-def _read_text(sources: Sources, recipe: Recipe, run: Path | None) -> Text:
-    files, validation = ([Path(f) for f in part] for part in (sources.data, sources.validation))
-    texts = corpus.read_texts(files, validation, share=sources.validation_share)
-    source = sources.tokenizer if run is None else str(run)
-    if source is None:
-        tokenizer = corpus.make_tokenizer(texts.train, recipe.vocab_size, chat=texts.chat)
-    else:
-        tokenizer = _read_tokenizer(source)
-    return Text(
-        tokenizer,
-        corpus.encode(texts.train, tokenizer),
-        corpus.encode(texts.validation, tokenizer),
-    )
-
-
-def _read_tokenizer(source: str) -> Any:
-    folder = hub.resolve(source, config_only=True)
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    try:
-        return transformers.AutoTokenizer.from_pretrained(
-            str(folder), **make_tokenizer_options(config, trust_remote_code=False)
-        )
-    except Exception as error:  # transformers and tokenizers raise whatever their parsers do
-        raise UserError(
-            f"the tokenizer of {source} cannot be read ({first_line(error)}): give a folder or "
-            "Hub id with a Hugging Face tokenizer"
-        ) from error
-
-
-def _compute_type(dtype: str) -> str:
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise UserError(f"--dtype {dtype}: choose auto, float32 or bfloat16")
-    if dtype == "auto":
-        return "bfloat16" if mx.default_device().type == mx.DeviceType.gpu else "float32"
-    return dtype
+        options = {"max_tokens": SAMPLE_TOKENS, "temp": 0.8, "seed": self._recipe.seed}
+        answer = generate(self.model, tokenizer, prompt, **options)
+        return self._text.tokenizer.decode(prompt) + answer.text

@@ -27,7 +27,7 @@ from mlx_skipless.evaluation.analysis import analyze
 from mlx_skipless.network.model import Model
 from mlx_skipless.text import samples
 from mlx_skipless.training import healing
-from mlx_skipless.training.healing import Treatment
+from mlx_skipless.training.recipe import Treatment
 
 LAYER_NORMS = ["gpt_neox", "gpt_neox, serial", "gptj", "phi"]
 FUSED = ["gpt_neox", "gpt_neox, serial"]
@@ -402,6 +402,17 @@ def test_experts_of_several_shapes(tmp_path: Path) -> None:
     retensored(tmp_path / "s", lambda tensors: tensors.update({name: tensors[name][1:]}))
     with pytest.raises(mlx_skipless.UserError, match=r"experts\.1\.w1\.weight has shape"):
         convert(tmp_path / "s", tmp_path / "o")
+
+
+def test_a_linear_path_in_a_pretrained_model(tmp_path: Path) -> None:
+    """mlx-lm's own network has none, so the result brings its code."""
+    make(tmp_path / "s", "llama")
+    name = "model.layers.0.self_attn.value_skip"
+    retensored(tmp_path / "s", lambda tensors: tensors.update({name: mx.ones((4,))}))
+    report = convert(tmp_path / "s", tmp_path / "o")
+    assert not report.stock and report.verification is not None
+    assert report.verification.kl < 1e-9
+    logits(tmp_path / "o", text())
 
 
 ALIASES = {

@@ -1,6 +1,7 @@
 """What configs of other architectures mean: as published, in today's keys, and spoilt."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from architectures import ARCHITECTURES
 
 from mlx_skipless import UserError
 from mlx_skipless.architectures.config import read_model_args
+from mlx_skipless.architectures.families import find_family
 from mlx_skipless.cli.main import main
+from mlx_skipless.network.names import ATTENTION, EXPERTS
 from mlx_skipless.quantization.layout import Layout
 
 LLAMA3: dict[str, Any] = {
@@ -180,6 +183,71 @@ def test_what_is_silent(name: str, changes: dict[str, Any], facts: dict[str, Any
     """As in transformers, which reads no other architecture's keys."""
     args = read_model_args(of(name, **changes))
     assert {key: getattr(args, key) for key in facts} == facts
+
+
+LACKING: list[tuple[str, dict[str, Any]]] = [
+    (name, change)
+    for name, kind in ARCHITECTURES.items()
+    if kind.stock
+    for change in (
+        {"hidden_act": "relu"},
+        {"head_bias": name not in ("gptj", "phi")},
+        {"biases": {"q_proj": [0]}},
+        {"biases": {"q_proj": [0, 1, 2]}},
+        {"biases": {"router": [0, 1, 2]}},
+        {"layer_types": ["sliding_attention"] * 3, "sliding_window": 4},
+        {"value_skip": True},
+    )
+] + [
+    *((name, {"rope": {"rope_type": "linear", "factor": 2.0}})
+      for name in ("mixtral", "gemma", "gpt_neox", "gptj", "phi", "cohere")),
+    *((name, {"tie_word_embeddings": True}) for name in ("gpt_neox", "gptj", "phi")),
+    *((name, {"tie_word_embeddings": False}) for name in ("gemma", "cohere")),
+    *((name, {"head_dim": 8})
+      for name in ("mixtral", "gpt_neox", "gptj", "phi", "cohere", "qwen2")),
+    *((name, {"intermediate_size": 96}) for name in ("gpt_neox", "gptj")),
+    *((name, {"layer_types": ["full_attention", *["sliding_attention"] * 2], "sliding_window": 4})
+      for name in ("mixtral", "qwen2", "qwen3")),
+    ("llama", {"biases": {part: [0] for part in ATTENTION}}),
+    ("qwen2", {"biases": {part: [0, 2] for part in ATTENTION[:3]}}),
+    *((name, {"biases": {}}) for name in ("qwen2", "gpt_neox", "gptj", "phi")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "change"), LACKING)
+def test_what_mlx_lms_own_network_lacks(name: str, change: dict[str, Any]) -> None:
+    """A network is mlx-lm's own only as long as nothing is in it that mlx-lm's has not."""
+    family, args = find_family(of(name)), read_model_args(of(name))
+    assert family.expresses(args)
+    assert not family.expresses(replace(args, **change))
+
+
+def biased(names: tuple[str, ...]) -> dict[str, list[int]]:
+    return {name: [0, 1, 2] for name in names}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        ("llama", {"biases": biased(ATTENTION)}, {"attention_bias": True}),
+        ("llama", {"biases": biased(EXPERTS)}, {"mlp_bias": True}),
+        ("llama", {"rope": {"rope_type": "linear", "factor": 2.0}}, {"rope_scaling": ...}),
+        ("llama", {"head_dim": 8}, {"head_dim": 8}),
+        ("cohere", {"biases": biased(ATTENTION)}, {"attention_bias": True}),
+        ("gpt_neox", {"block": "serial"}, {"use_parallel_residual": False}),
+        ("gpt_neox", {"rms_norm_eps": 0.5}, {"layer_norm_eps": 0.5}),
+        ("gptj", {"rotary_dim": 4, "max_position_embeddings": 7}, {"n_positions": 7}),
+        ("phi", {"rotary_dim": 4}, {"partial_rotary_factor": 0.25}),
+    ],
+)
+def test_what_mlx_lms_own_network_is_told(
+    name: str, change: dict[str, Any], told: dict[str, Any]
+) -> None:
+    family, args = find_family(of(name)), replace(read_model_args(of(name)), **change)
+    assert family.expresses(args)
+    settings = family.make_stock_settings(args)
+    for key, value in told.items():
+        assert settings[key] == (change["rope"] if value is ... else value)
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}

@@ -18,8 +18,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from factory import make_checkpoint, make_llama
-from test_gguf import add_byte_tokenizer
-from test_gguf import write as write_gguf
+from gguf_maker import add_byte_tokenizer, write_gguf
 
 from mlx_skipless import UserError, convert, load
 from mlx_skipless.checkpoints import files
@@ -42,7 +41,6 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
 
 
 def read_all(checkpoint: Checkpoint) -> dict[str, mx.array]:
-    assert checkpoint.store is not None
     return checkpoint.read(checkpoint.store.shapes)
 
 
@@ -204,6 +202,6 @@ def test_reading_ahead_reads_the_spans_and_no_more_than_may_be_kept(
             return count
 
     monkeypatch.setattr(Path, "open", lambda path, *arguments, **options: Noting(str(path)))
-    files._pass_over([(tmp_path / "a", 100, 700), (tmp_path / "a", 0, 1000)])
+    files._read_spans([(tmp_path / "a", 100, 700), (tmp_path / "a", 0, 1000)])
     assert read[:3] == [(100, 300), (400, 300), (700, 100)]
     assert read[3:] == [(0, 300), (300, 300), (600, 200)]

@@ -20,6 +20,18 @@ import pytest
 import sentencepiece
 from factory import CHAT_TEMPLATE, make_llama
 from gguf import GGMLQuantizationType as Type
+from gguf_maker import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    USER_DEFINED,
+    add_byte_tokenizer,
+    gguf_name,
+    rotary_heads,
+    side_by_side,
+    write_gguf,
+)
 from reference import Config, Weights
 from tokenizers import (
     Regex,
@@ -39,109 +51,9 @@ from mlx_skipless.checkpoints.tokenizer import carry_tokenizer
 from mlx_skipless.conversion.convert import convert
 from mlx_skipless.errors import UserError
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-
-
-# Writing a model as llama.cpp does
-
-
-def gguf_name(name: str) -> str:
-    path, _, kind = name.rpartition(".")
-    if path.startswith("model.layers."):
-        _, _, layer, module = path.split(".", 3)
-        return f"blk.{layer}.{NAMES[module]}.{kind}"
-    return f"{NAMES[path]}.{kind}"
-
-
-def side_by_side(rows: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's order of q and k: channels i and i + half of a head next to each other."""
-    half = len(rows) // heads // 2
-    order = [
-        h * 2 * half + i + part * half for h in range(heads) for i in range(half) for part in (0, 1)
-    ]
-    return rows[order]
-
-
-def rotary_heads(name: str, config: Config) -> int | None:
-    if ".q_proj." in name:
-        return config["num_attention_heads"]
-    return config["num_key_value_heads"] if ".k_proj." in name else None
-
-
-def write(
-    file: Path,
-    config: Config,
-    weights: Weights,
-    *,
-    kind: Type = Type.F32,
-    raw: dict[str, np.ndarray] | None = None,
-    architecture: str = "llama",
-    describe: Callable[[gguf.GGUFWriter], Any] = lambda writer: None,
-    extra: dict[str, np.ndarray] | None = None,
-) -> None:
-    """A GGUF file of a Llama.
-
-    Its matrices but the embedding are of the type ``kind``; with ``raw`` those in it are, and these
-    are their blocks (rows, bytes). The rest is float32.
-    """
-    writer = gguf.GGUFWriter(file, architecture)
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_rope_dimension_count(config["head_dim"])
-    writer.add_vocab_size(config["vocab_size"])
-    describe(writer)
-    for name, values in weights.items():
-        if raw is not None and name in raw:
-            writer.add_tensor(gguf_name(name), raw[name], raw_dtype=kind)
-            continue
-        heads = rotary_heads(name, config)
-        values = values if heads is None else side_by_side(values, heads)
-        values = np.ascontiguousarray(values, dtype=np.float32)
-        plain = raw is not None or values.ndim == 1 or "embed_tokens" in name
-        packed = Type.F32 if plain else kind
-        writer.add_tensor(gguf_name(name), gguf.quants.quantize(values, packed), raw_dtype=packed)
-    for name, values in (extra or {}).items():
-        writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def add_byte_tokenizer(writer: gguf.GGUFWriter) -> None:
-    """The factory's tokenizer: 256 bytes, <s>, </s>."""
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s>", "</s>"])
-    writer.add_token_types([NORMAL] * 256 + [CONTROL] * 2)
-    writer.add_bos_token_id(256)
-    writer.add_eos_token_id(257)
-    writer.add_chat_template(CHAT_TEMPLATE)
-
 
 def read_all(source: Path) -> dict[str, np.ndarray]:
     checkpoint = open_checkpoint(source)
-    assert checkpoint.store is not None
     arrays = checkpoint.read(checkpoint.store.shapes)
     return {name: np.array(array.astype(mx.float32)) for name, array in arrays.items()}
 
@@ -161,7 +73,7 @@ def read_all(source: Path) -> dict[str, np.ndarray]:
 )
 def test_a_llama_reads_back_as_it_was(tmp_path: Path, kind: Type, dtype: str, tolerance: float):
     config, weights = make_llama(tmp_path / "hf", attention_bias=True)
-    write(tmp_path / "model.gguf", config, weights, kind=kind)
+    write_gguf(tmp_path / "model.gguf", config, weights, kind=kind)
 
     read = read_all(tmp_path / "model.gguf")
 
@@ -275,7 +187,7 @@ def test_any_block_reads_as_the_format_defines(tmp_path: Path, wide, kind: Type)
                 numbers = rng.uniform(-1, 1, (len(blocks[name]), 1)).astype(np.float16)
                 blocks[name][:, at : at + 2] = numbers.view(np.uint8)
     raw = {name: b.reshape(len(weights[name]), -1) for name, b in blocks.items()}
-    write(tmp_path / "model.gguf", config, weights, kind=kind, raw=raw)
+    write_gguf(tmp_path / "model.gguf", config, weights, kind=kind, raw=raw)
 
     read = read_all(tmp_path / "model.gguf")
 
@@ -296,7 +208,7 @@ def test_types_that_only_gguf_decodes(tmp_path: Path, wide, kind: Type):
     rows, columns = weights[name].shape
     bytes_of_row = columns // size * length
     blocks = np.random.default_rng(0).integers(0, 60, (rows, bytes_of_row), dtype=np.uint8)
-    write(tmp_path / "model.gguf", config, weights, kind=kind, raw={name: blocks})
+    write_gguf(tmp_path / "model.gguf", config, weights, kind=kind, raw={name: blocks})
 
     read = read_all(tmp_path / "model.gguf")
 
@@ -325,7 +237,7 @@ def llama3_factors(head_dim: int, theta: float, factor: float) -> np.ndarray:
 def test_llama_3_scaling_is_known_by_its_table(tmp_path: Path, factor: float):
     config, weights = make_llama(tmp_path / "hf", rope_theta=500000.0)
     factors = llama3_factors(config["head_dim"], config["rope_theta"], factor)
-    write(tmp_path / "model.gguf", config, weights, extra={"rope_freqs.weight": factors})
+    write_gguf(tmp_path / "model.gguf", config, weights, extra={"rope_freqs.weight": factors})
 
     checkpoint = open_checkpoint(tmp_path / "model.gguf")
 
@@ -342,7 +254,7 @@ def test_a_scaling_of_another_table_is_refused(tmp_path: Path):
     config, weights = make_llama(tmp_path / "hf", rope_theta=500000.0)
     factors = llama3_factors(config["head_dim"], config["rope_theta"], 8.0)
     factors[1] = 3.0
-    write(tmp_path / "model.gguf", config, weights, extra={"rope_freqs.weight": factors})
+    write_gguf(tmp_path / "model.gguf", config, weights, extra={"rope_freqs.weight": factors})
     with pytest.raises(UserError, match="not Llama 3's"):
         open_checkpoint(tmp_path / "model.gguf")
 
@@ -374,7 +286,7 @@ def yarn(writer: gguf.GGUFWriter) -> None:
 )
 def test_rope_scaling(tmp_path: Path, describe: Callable, scaling: Config | None):
     config, weights = make_llama(tmp_path / "hf")
-    write(tmp_path / "model.gguf", config, weights, describe=describe)
+    write_gguf(tmp_path / "model.gguf", config, weights, describe=describe)
     assert open_checkpoint(tmp_path / "model.gguf").config.get("rope_scaling") == scaling
 
 
@@ -385,7 +297,7 @@ def test_a_tied_head_and_a_head_width_of_its_own(tmp_path: Path):
         writer.add_key_length(24)
         writer.add_value_length(24)
 
-    write(tmp_path / "model.gguf", config, weights, describe=describe)
+    write_gguf(tmp_path / "model.gguf", config, weights, describe=describe)
     args = open_checkpoint(tmp_path / "model.gguf").args
     assert args.tie_word_embeddings and args.head_dim == 24
 
@@ -395,7 +307,7 @@ def test_a_tied_head_and_a_head_width_of_its_own(tmp_path: Path):
 
 def test_a_conversion_equals_that_of_the_hugging_face_folder(tmp_path: Path):
     config, weights = make_llama(tmp_path / "hf")
-    write(tmp_path / "model.gguf", config, weights, describe=add_byte_tokenizer)
+    write_gguf(tmp_path / "model.gguf", config, weights, describe=add_byte_tokenizer)
     reports = {}
     for source, out in (("hf", "from_hf"), ("model.gguf", "from_gguf")):
         reports[out] = convert(tmp_path / source, tmp_path / out, skipless=True, remove="p", seed=1)
@@ -421,7 +333,7 @@ def test_a_conversion_equals_that_of_the_hugging_face_folder(tmp_path: Path):
 
 def test_a_packed_file_converts_and_says_so(tmp_path: Path):
     config, weights = make_llama(tmp_path / "hf")
-    write(tmp_path / "model.gguf", config, weights, kind=Type.Q8_0)
+    write_gguf(tmp_path / "model.gguf", config, weights, kind=Type.Q8_0)
     report = convert(tmp_path / "model.gguf", tmp_path / "out", fold_norms=True, dtype="float32")
     assert report.packing == "GGUF Q8_0" and report.stock
     assert report.verification is not None and report.verification.max_rel_logit_error < 1e-4
@@ -437,7 +349,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config, Weigh
     config, weights = make_llama(
         folder / "hf", hidden_size=32, intermediate_size=32, num_hidden_layers=1, head_dim=8
     )
-    write(folder / "model.gguf", config, weights, describe=add_byte_tokenizer)
+    write_gguf(folder / "model.gguf", config, weights, describe=add_byte_tokenizer)
     return folder / "model.gguf", config, weights
 
 
@@ -462,7 +374,6 @@ def test_a_damaged_header_is_refused_or_harmless(tmp_path: Path, small):
         file.write_bytes(content[:at] + bytes([value]) + content[at + 1 :])
         try:
             checkpoint = open_checkpoint(file)
-            assert checkpoint.store is not None
             checkpoint.read(checkpoint.store.shapes)
             carry_tokenizer(checkpoint, tmp_path, stock=False, trust_remote_code=False)
         except UserError as error:
@@ -481,7 +392,7 @@ def test_the_other_byte_order_is_refused(tmp_path: Path, small):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gguf, "GGUFWriter", swapped)
-        write(tmp_path / "model.gguf", config, weights)
+        write_gguf(tmp_path / "model.gguf", config, weights)
     with pytest.raises(UserError, match="byte order"):
         open_checkpoint(tmp_path / "model.gguf")
 
@@ -492,7 +403,7 @@ def test_absurd_amounts_of_metadata(tmp_path: Path, small, monkeypatch: pytest.M
     def nested(writer: gguf.GGUFWriter) -> None:
         writer.add_uint32("deep", 0)
 
-    write(tmp_path / "model.gguf", config, weights, describe=nested)
+    write_gguf(tmp_path / "model.gguf", config, weights, describe=nested)
     content = (tmp_path / "model.gguf").read_bytes()
     before, after = content.split(b"deep")
     array = struct.pack("<IQ", 9, 1)  # of one, an array of one, ...
@@ -552,7 +463,7 @@ def test_what_is_no_llama_is_refused(
     tmp_path: Path, small, options: dict[str, Any], complaint: str
 ):
     _, config, weights = small
-    write(tmp_path / "model.gguf", config, weights, **options)
+    write_gguf(tmp_path / "model.gguf", config, weights, **options)
     with pytest.raises(UserError, match=complaint):
         open_checkpoint(tmp_path / "model.gguf")
 
@@ -562,7 +473,7 @@ def test_what_is_no_llama_is_refused(
 )
 def test_a_missing_tensor_is_named(tmp_path: Path, small, lost: str):
     _, config, weights = small
-    write(tmp_path / "model.gguf", config, {n: w for n, w in weights.items() if n != lost})
+    write_gguf(tmp_path / "model.gguf", config, {n: w for n, w in weights.items() if n != lost})
     with pytest.raises(UserError, match=f"{gguf_name(lost)}|{lost}"):
         open_checkpoint(tmp_path / "model.gguf")
 
@@ -571,7 +482,7 @@ def test_a_number_type_that_cannot_be_read_is_named(tmp_path: Path, small):
     _, config, weights = small
     name = "model.layers.0.self_attn.v_proj.weight"
     others = {n: w for n, w in weights.items() if n != name}
-    write(tmp_path / "model.gguf", config, others, extra={gguf_name(name): weights[name]})
+    write_gguf(tmp_path / "model.gguf", config, others, extra={gguf_name(name): weights[name]})
     with pytest.raises(UserError, match="F64"):
         read_all(tmp_path / "model.gguf")
 
@@ -588,7 +499,7 @@ def tokenizer_of(
     rows = np.zeros((2000, config["hidden_size"]), np.float32)
     weights["model.embed_tokens.weight"] = weights["lm_head.weight"] = rows
     config = config | {"vocab_size": len(rows)}
-    write(tmp_path / "model.gguf", config, weights, describe=describe)
+    write_gguf(tmp_path / "model.gguf", config, weights, describe=describe)
     checkpoint = open_checkpoint(tmp_path / "model.gguf")
     folder = tmp_path / "tokenizer"
     folder.mkdir()
@@ -875,7 +786,7 @@ def test_a_tokenizer_that_is_unknown_or_broken_is_refused(
             if value is not None:
                 add(f"tokenizer.ggml.{key}", value)
 
-    write(tmp_path / "model.gguf", config, weights, describe=describe)
+    write_gguf(tmp_path / "model.gguf", config, weights, describe=describe)
     checkpoint = open_checkpoint(tmp_path / "model.gguf")
     with pytest.raises(UserError, match=complaint):
         carry_tokenizer(checkpoint, tmp_path, stock=True, trust_remote_code=False)
@@ -884,5 +795,5 @@ def test_a_tokenizer_that_is_unknown_or_broken_is_refused(
 def test_a_file_without_a_tokenizer_has_none(tmp_path: Path, small):
     _, config, weights = small
     for describe in (lambda w: None, lambda w: w.add_tokenizer_model("no_vocab")):
-        write(tmp_path / "model.gguf", config, weights, describe=describe)
+        write_gguf(tmp_path / "model.gguf", config, weights, describe=describe)
         assert GGUFStore(tmp_path / "model.gguf").tokenizer() is None

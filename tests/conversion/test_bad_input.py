@@ -26,6 +26,7 @@ from mlx_skipless import UserError, convert
 from mlx_skipless.checkpoints import files
 from mlx_skipless.cli.main import main
 from mlx_skipless.removal.merger import Merger
+from mlx_skipless.removal.source import SourceReader
 
 # Warnings go to stderr as well, beside the error; pytest would hide them.
 pytestmark = [
@@ -1207,14 +1208,22 @@ def test_options_that_only_python_can_give(place: Path, options: dict[str, Any],
 # Interruptions
 
 
-@pytest.mark.parametrize("where", ["embedding", "layer", "head", "conditioning"])
+@pytest.mark.parametrize(
+    ("owner", "method"),
+    [
+        (Merger, "embedding"),
+        (Merger, "layer"),
+        (Merger, "head"),
+        (SourceReader, "measure_conditioning"),
+    ],
+)
 def test_an_interrupt_leaves_nothing(
-    refused: Refused, place: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    refused: Refused, place: Path, monkeypatch: pytest.MonkeyPatch, owner: type, method: str
 ):
     def interrupt(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Merger, where, interrupt)
+    monkeypatch.setattr(owner, method, interrupt)
     assert "interrupted" in refused(code=1)
 
 

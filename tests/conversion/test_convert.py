@@ -20,6 +20,7 @@ from mlx_skipless.checkpoints import writer
 from mlx_skipless.checkpoints.checkpoint import open_checkpoint
 from mlx_skipless.cli import convert as convert_command
 from mlx_skipless.conversion import convert as conversion
+from mlx_skipless.conversion.report import add_check
 
 SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "norm": "qkv"}
 
@@ -320,7 +321,7 @@ def test_what_16_bits_cost_is_no_alarm(tmp_path: Path, dtype: str, kl: float, wa
     report = mlx_skipless.convert(tmp_path / "s", tmp_path / "out", dtype=dtype)
     assert report.verification is not None
     before = replace(report, notes=(), warnings=(), verification=None)
-    told = before.verified(replace(report.verification, kl=kl))
+    told = add_check(before, replace(report.verification, kl=kl))
     assert any("more than rounding explains" in w for w in told.warnings) == (
         warned or (dtype == "float32" and kl > 0.02)
     )
@@ -341,11 +342,12 @@ def test_calibration_text(ending: str, tmp_path: Path) -> None:
 def test_the_check_sees_a_wrong_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A merge that forgets one matrix is caught by the figures that convert prints."""
     from mlx_skipless.removal import merger
+    from mlx_skipless.removal.algebra import Linear
 
     make_checkpoint(tmp_path / "s", **SIZES)
     right = merger.change_basis
 
-    def wrong(linear: merger.Linear, **bases: Any) -> merger.Linear:
+    def wrong(linear: Linear, **bases: Any) -> Linear:
         return right(linear, **bases) if bases.get("writes") else linear
 
     monkeypatch.setattr(merger, "change_basis", wrong)

@@ -19,9 +19,10 @@ from mlx_lm.models import cache as caches
 import mlx_skipless
 from mlx_skipless.checkpoints import writer
 from mlx_skipless.checkpoints.checkpoint import open_checkpoint
+from mlx_skipless.cli.bench_tables import format_spread
 from mlx_skipless.cli.main import main
-from mlx_skipless.evaluation import bench_view, benchmark, synthetic
-from mlx_skipless.evaluation.benchmark import Case, Run, Spread
+from mlx_skipless.evaluation import benchmark, synthetic
+from mlx_skipless.evaluation.benchmark import Case, Spread, Timing
 from mlx_skipless.evaluation.synthetic import (
     Shape,
     find_shape,
@@ -150,13 +151,13 @@ def test_a_state_stays_and_a_strange_cache_is_refused(monkeypatch: pytest.Monkey
     model = make_stock_model(Shape("", LLAMA), mx.float32)
     state = caches.ArraysCache(2)
     state[0] = mx.ones((1, 3))
-    monkeypatch.setattr(benchmark, "_begun_cache", lambda model, batch_size: [state])
+    monkeypatch.setattr(benchmark, "_begin_cache", lambda model, batch_size: [state])
     monkeypatch.setattr(benchmark, "make_prompt_cache", lambda model: [caches.ArraysCache(2)])
     assert (
         benchmark.fill_cache(model, 1, 9) == [state] and benchmark.count_cache_bytes(model, 9) == 0
     )
     chunked = caches.ChunkedKVCache(8)
-    monkeypatch.setattr(benchmark, "_begun_cache", lambda model, batch_size: [chunked])
+    monkeypatch.setattr(benchmark, "_begin_cache", lambda model, batch_size: [chunked])
     with pytest.raises(mlx_skipless.UserError, match="ChunkedKVCache"):
         benchmark.fill_cache(model, 1, 9)
 
@@ -176,28 +177,28 @@ def recorded(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[mx.array
 
 
 @pytest.mark.parametrize("length", [1, 4, 5, 9, 10])
-def test_a_run_decodes_as_mlx_lm_does(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timing_decodes_as_mlx_lm_does(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same calls with the same tokens, chunk by chunk."""
     monkeypatch.setattr(benchmark, "PROMPT_CHUNK", 4)
     model = make_stock_model(Shape("", LLAMA), mx.float32)
     calls = recorded(model, monkeypatch)
-    run = benchmark._run(model, Case(length, 1), 3)
+    timing = benchmark.time_model(model, Case(length, 1), 3)
     own = [call.tolist() for call in calls]
     prompt = mx.array([token for (row,) in own[:-3] for token in row])
-    assert prompt.size == length and run.first_token > 0 and run.decode > 0
+    assert prompt.size == length and timing.first_token > 0 and timing.decode > 0
     calls.clear()
     for _ in generate_step(prompt, model, max_tokens=3, prefill_step_size=4):
         pass
     assert own == [call.tolist() for call in calls]
 
 
-def test_a_run_behind_a_cache_reads_no_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timing_behind_a_cache_reads_no_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_stock_model(Shape("", LLAMA), mx.float32)
     calls = recorded(model, monkeypatch)
-    run = benchmark._run(model, Case(500, 3, decode_only=True), 4)
+    timing = benchmark.time_model(model, Case(500, 3, decode_only=True), 4)
     shapes = [call.shape for call in calls]
     assert shapes == [(3, 1)] * 6  # to see a cache's shapes, to make it grow, and four
-    assert run.peak_memory_bytes > benchmark.weight_bytes(model)
+    assert timing.peak_memory_bytes > benchmark.weight_bytes(model)
 
 
 def test_the_models_take_turns() -> None:
@@ -222,11 +223,11 @@ def test_ratios_are_of_the_same_round() -> None:
             mx.float32,
         ),
     }
-    runs = {
-        "theirs": [Run(1.0, 2.0, 10**7), Run(2.0, 4.0, 10**7), Run(4.0, 2.0, 10**7)],
-        "ours": [Run(0.5, 1.0, 10**7), Run(1.0, 1.0, 2 * 10**7), Run(1.0, 2.0, 10**7)],
+    timings = {
+        "theirs": [Timing(1.0, 2.0, 10**7), Timing(2.0, 4.0, 10**7), Timing(4.0, 2.0, 10**7)],
+        "ours": [Timing(0.5, 1.0, 10**7), Timing(1.0, 1.0, 2 * 10**7), Timing(1.0, 2.0, 10**7)],
     }
-    theirs, ours = benchmark.compare_runs(models, Case(100, 2), 8, runs, bandwidth=1e6)
+    theirs, ours = benchmark.compare_timings(models, Case(100, 2), 8, timings, bandwidth=1e6)
     assert theirs.prompt_ratio is None and theirs.decode_ratio is None
     assert ours.prompt_ratio == Spread(2, 2, 4) and ours.decode_ratio == Spread(2, 1, 4)
     assert theirs.prompt_tps == Spread(100, 50, 200) and theirs.decode_tps == Spread(8, 4, 8)
@@ -237,7 +238,9 @@ def test_ratios_are_of_the_same_round() -> None:
     cache = 2 * 4 * 2 * LAYERS * KV_WIDTH * (100 + 4.5)
     read = 4 * (WITHOUT_QP - UNREAD + HIDDEN) + cache
     assert ours.limit_share == pytest.approx(read * 8 / 1e6)
-    only = benchmark.compare_runs(models, Case(100, 2, decode_only=True), 8, runs, bandwidth=1e6)
+    only = benchmark.compare_timings(
+        models, Case(100, 2, decode_only=True), 8, timings, bandwidth=1e6
+    )
     assert only[1].prompt_tps is None and only[1].first_token_seconds is None
     assert only[1].prompt_ratio is None and only[1].decode_ratio == Spread(2, 1, 4)
 
@@ -266,7 +269,7 @@ def test_a_skipless_model_is_measured_against_a_llama_of_its_sizes(tmp_path: Pat
 def test_a_skipless_mixture_of_experts_is_measured_against_mixtral() -> None:
     shape = architecture("mixtral")
     plan = synthetic.make_skipless_plan(shape.args, "qp", mx.float32, False)
-    model = benchmark._vanilla(make_skipless_model(plan.after, mx.float32))
+    model = benchmark._make_vanilla(make_skipless_model(plan.after, mx.float32))
     theirs = make_stock_model(shape, mx.float32)
     assert benchmark.describe_network(model) == "mlx-lm mixtral"
     assert {n: a.shape for n, a in params(model).items()} == {
@@ -380,7 +383,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
             if line.startswith(f"| {where} {case['batch_size']} | {one['label']} |")
         )
         assert f"{one['limit_share']:.0%}" in row
-        assert bench_view._spread(Spread(**speed)) in row and row.split(" | ")[2] in printed
+        assert format_spread(Spread(**speed)) in row and row.split(" | ")[2] in printed
         assert (one["decode_ratio"] is None) == (one["label"] == told["baseline"])
     picture = matplotlib.image.imread(files["png"])
     assert picture.shape[1] > 1.5 * picture.shape[0]  # two panels side by side
@@ -389,7 +392,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_speeds_are_shown_to_three_digits() -> None:
     shown = [Spread(1234.4, 1, 2000), Spread(43.21, 9, 50), Spread(1.234, 1, 2)]
-    assert [bench_view._spread(one) for one in shown] == [
+    assert [format_spread(one) for one in shown] == [
         "1,234 (1..2,000)", "43.2 (9.0..50.0)", "1.23 (1.00..2.00)"
     ]  # fmt: skip
 

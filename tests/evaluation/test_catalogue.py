@@ -9,6 +9,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_skipless.architectures.families import FAMILIES
+from mlx_skipless.architectures.shapes import MODELS
 from mlx_skipless.cli.main import main
 from mlx_skipless.evaluation import catalogue
 from mlx_skipless.evaluation.analysis import BATCHES, analyze, measure_removal
@@ -39,7 +40,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs/architectures.md"
 
 def test_every_family_is_there() -> None:
     """Every one but this package's own format."""
-    there = {config["model_type"] for config in catalogue.MODELS.values()}
+    there = {config["model_type"] for config in MODELS.values()}
     assert there == FAMILIES.keys() - {"skipless"}
 
 
@@ -59,7 +60,7 @@ def test_the_table_of_kv_weights_are_all_you_need(
         assert round(100 * found.share) == share and round(found.speedup, 2) == speedup
     else:  # the paper's figures, and what exact merges leave of them
         assert found.obstacle is not None
-        (tmp_path / "config.json").write_text(json.dumps(catalogue.MODELS[name]))
+        (tmp_path / "config.json").write_text(json.dumps(MODELS[name]))
         (note,) = [n for n in analyze(tmp_path / "config.json").notes if "trained without" in n]
         left, fewer, times = re.findall(r"([\d,.]+)(?: weights|% fewer| times)", note)
         assert round(int(left.replace(",", "")) / 1e9, 1) == gone
@@ -121,7 +122,7 @@ def test_what_a_dry_run_says_of_it(
 ) -> None:
     """Every figure is whole, and the command that it suggests is not refused."""
     source = tmp_path / "config.json"
-    source.write_text(json.dumps(catalogue.MODELS[name]))
+    source.write_text(json.dumps(MODELS[name]))
     assert main(["convert", "--model", str(source), "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "…" not in printed and f"{PUBLISHED[name]:,} weights before" in printed

@@ -88,7 +88,7 @@ def test_the_command_is_the_function(tmp_path: Path, capsys: pytest.CaptureFixtu
     make("skipless", model)
     text.write_text(TEXT)
     score = mlx_skipless.measure_perplexity(model, [text], context=32, validation_share=0.4)
-    arguments = ["evaluate", "--model", model, "--data", text, "--context", 32, "--json", report]
+    arguments = ["perplexity", "--model", model, "--data", text, "--context", 32, "--json", report]
     assert cli.main([*map(str, arguments), "--validation-share", "0.4"]) == 0
     assert json.loads(report.read_text()) == score.as_dict()
     printed = capsys.readouterr().out
@@ -124,5 +124,5 @@ def test_what_cannot_be_scored(tmp_path: Path, options: dict[str, Any], says: st
 
 
 def test_the_command_without_text(capsys: pytest.CaptureFixture[str]):
-    assert cli.main(["evaluate", "--model", "none"]) == 1
+    assert cli.main(["perplexity", "--model", "none"]) == 1
     assert "no text: give --data" in capsys.readouterr().err

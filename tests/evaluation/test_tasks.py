@@ -111,7 +111,7 @@ def test_without_lm_eval_one_line_says_how_to_get_it(
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.delattr(mlx_skipless, "harness", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    assert cli.main(["verify", "a", "b", "--tasks", "arc_easy"]) == 1
+    assert cli.main(["evaluate", "a", "b", "--tasks", "arc_easy"]) == 1
     out, error = capsys.readouterr()
     assert out == "" and error.startswith("error: --tasks needs lm-eval (")
     assert error.endswith("): pip install 'mlx-lm[evaluate]'\n") and error.count("\n") == 1
@@ -170,7 +170,7 @@ def test_scores_are_those_of_both_networks(
     (tmp_path / "out" / "model.py").write_text("raise RuntimeError('run')")
     models = [str(tmp_path / name) for name in ("s", "out")]
     out = str(tmp_path / "scores.json")
-    base = ["verify", *models, "--include-path", str(folder), "--json", out]
+    base = ["evaluate", *models, "--include-path", str(folder), "--json", out]
     runs: list[tuple[str, list[str], int, bool, int]] = [
         ("answ*", [], 0, True, QUESTIONS),
         ("answers", ["--no-apply-chat-template", "--num-shots", "1"], 1, False, QUESTIONS),

@@ -42,11 +42,15 @@ QKV = ("q_proj", "k_proj", "v_proj")
 
 @dataclass(frozen=True)
 class Architecture:
-    """One family, small.
+    """A small network of one family.
 
-    `config` is a Hugging Face config; `mapped` what it means in `reference`'s terms, `biased` which
-    matrices have biases and `theirs` the tensors as files have them, of canonical ones. `stock`:
-    mlx-lm has a network of its own for it. `gain_offset`: what gains are stored less.
+    Attributes:
+        config: its Hugging Face config.
+        mapped: turns that into `reference`'s terms.
+        biased: the matrices that have biases.
+        theirs: turns canonical tensors into those of the family's files.
+        stock: whether mlx-lm has a network of its own for it.
+        gain_offset: what files subtract from the weights of norms.
     """
 
     config: Config
@@ -62,30 +66,30 @@ def text(seed: int = 0) -> np.ndarray:
 
 
 def logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
-    """mlx-lm's own."""
+    """What mlx-lm computes with a checkpoint, in float32."""
     model, _ = mlx_lm.load(str(folder), trust_remote_code=True)  # type: ignore[misc]
     return np.array(model(mx.array(tokens)).astype(mx.float32))
 
 
-def _llama(config: Config) -> Config:
+def _map_llama(config: Config) -> Config:
     return config | PRENORM | {"sliding_window": None}
 
 
-def _windowed(config: Config) -> Config:
+def _map_mistral(config: Config) -> Config:
     return config | PRENORM
 
 
-def _gemma(config: Config) -> Config:
+def _map_gemma(config: Config) -> Config:
     scale = math.sqrt(config["hidden_size"])
     act = config["hidden_activation"] or "gelu_pytorch_tanh"
     return config | PRENORM | {"hidden_act": act, "embedding_scale": scale}
 
 
-def _qwen3(config: Config) -> Config:
-    return _llama(config) | {"qk_norm": True}
+def _map_qwen3(config: Config) -> Config:
+    return _map_llama(config) | {"qk_norm": True}
 
 
-def _neox(config: Config) -> Config:
+def _map_neox(config: Config) -> Config:
     width = config["hidden_size"] // config["num_attention_heads"]
     return config | PARALLEL | {
         "block": "parallel" if config["use_parallel_residual"] else "serial",
@@ -96,7 +100,7 @@ def _neox(config: Config) -> Config:
     }  # fmt: skip
 
 
-def _neox_tensors(config: Config, weights: Weights) -> Weights:
+def _name_as_neox(config: Config, weights: Weights) -> Weights:
     heads, out = config["num_attention_heads"], {}
     left = dict(weights)
     for layer in range(config["num_hidden_layers"]):
@@ -117,10 +121,10 @@ def _neox_tensors(config: Config, weights: Weights) -> Weights:
         "up_proj": "dense_h_to_4h",
         "down_proj": "dense_4h_to_h",
     }
-    return out | _renamed(left, renamed)
+    return out | _rename(left, renamed)
 
 
-def _gptj(config: Config) -> Config:
+def _map_gptj(config: Config) -> Config:
     return config | PARALLEL | {
         "shared_norm": True,
         "gated": False,
@@ -135,7 +139,7 @@ def _gptj(config: Config) -> Config:
     }  # fmt: skip
 
 
-def _gptj_tensors(config: Config, weights: Weights) -> Weights:
+def _name_as_gptj(config: Config, weights: Weights) -> Weights:
     renamed = {
         "model.embed_tokens": "transformer.wte",
         "model.layers": "transformer.h",
@@ -146,10 +150,10 @@ def _gptj_tensors(config: Config, weights: Weights) -> Weights:
         "up_proj": "fc_in",
         "down_proj": "fc_out",
     }
-    return _renamed(weights, renamed)
+    return _rename(weights, renamed)
 
 
-def _phi(config: Config) -> Config:
+def _map_phi(config: Config) -> Config:
     width = config["hidden_size"] // config["num_attention_heads"]
     return config | PARALLEL | {
         "shared_norm": True,
@@ -159,17 +163,17 @@ def _phi(config: Config) -> Config:
     }  # fmt: skip
 
 
-def _phi_tensors(config: Config, weights: Weights) -> Weights:
+def _name_as_phi(config: Config, weights: Weights) -> Weights:
     renamed = {
         "model.norm": "model.final_layernorm",
         "o_proj": "dense",
         "up_proj": "fc1",
         "down_proj": "fc2",
     }
-    return _renamed(weights, renamed)
+    return _rename(weights, renamed)
 
 
-def _cohere(config: Config) -> Config:
+def _map_cohere(config: Config) -> Config:
     return config | PARALLEL | {
         "shared_norm": True,
         "rms_norm_eps": config["layer_norm_eps"],
@@ -178,7 +182,7 @@ def _cohere(config: Config) -> Config:
     }  # fmt: skip
 
 
-def _mixtral_tensors(config: Config, weights: Weights) -> Weights:
+def _name_as_mixtral(config: Config, weights: Weights) -> Weights:
     out = {}
     letters = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
     for name, tensor in weights.items():
@@ -194,7 +198,7 @@ def _mixtral_tensors(config: Config, weights: Weights) -> Weights:
     return out
 
 
-def _renamed(weights: Weights, names: dict[str, str]) -> Weights:
+def _rename(weights: Weights, names: dict[str, str]) -> Weights:
     out = {}
     for name, tensor in weights.items():
         for ours, theirs in names.items():
@@ -240,49 +244,49 @@ _COHERE = {k: v for k, v in LLAMA.items() if k not in ("rms_norm_eps", "tie_word
 }
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture(LLAMA, _llama),
-    "mistral": Architecture(LLAMA | {"sliding_window": 5}, _windowed, stock=False),
-    "mistral, Nemo's heads": Architecture(LLAMA | {"head_dim": 8}, _llama),
+    "llama": Architecture(LLAMA, _map_llama),
+    "mistral": Architecture(LLAMA | {"sliding_window": 5}, _map_mistral, stock=False),
+    "mistral, Nemo's heads": Architecture(LLAMA | {"head_dim": 8}, _map_llama),
     "ministral": Architecture(
         LLAMA
         | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
         | {"sliding_window": 5, "head_dim": 16},
-        _windowed,
+        _map_mistral,
         stock=False,
     ),
     "mixtral": Architecture(
         LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2},
-        _llama,
-        theirs=_mixtral_tensors,
+        _map_llama,
+        theirs=_name_as_mixtral,
     ),
     "gemma": Architecture(
         LLAMA
         | {"num_key_value_heads": 1, "hidden_act": "gelu", "hidden_activation": None}
         | {"tie_word_embeddings": True, "head_dim": 16},
-        _gemma,
+        _map_gemma,
         gain_offset=1.0,
     ),
-    "gpt_neox": Architecture(_NEOX, _neox, _NEOX_BIASED, _neox_tensors),
+    "gpt_neox": Architecture(_NEOX, _map_neox, _NEOX_BIASED, _name_as_neox),
     "gpt_neox, serial": Architecture(
         _NEOX | {"use_parallel_residual": False, "rotary_pct": 1.0},
-        _neox,
+        _map_neox,
         _NEOX_BIASED,
-        _neox_tensors,
+        _name_as_neox,
     ),
-    "gptj": Architecture(_GPTJ, _gptj, ("up_proj", "down_proj", "lm_head"), _gptj_tensors),
-    "phi": Architecture(_PHI, _phi, (*_NEOX_BIASED, "lm_head"), _phi_tensors),
-    "cohere": Architecture(_COHERE, _cohere),
-    "qwen2": Architecture(_QWEN, _llama, QKV),
-    "qwen3": Architecture(LLAMA | {"head_dim": 16, "attention_bias": False}, _qwen3),
+    "gptj": Architecture(_GPTJ, _map_gptj, ("up_proj", "down_proj", "lm_head"), _name_as_gptj),
+    "phi": Architecture(_PHI, _map_phi, (*_NEOX_BIASED, "lm_head"), _name_as_phi),
+    "cohere": Architecture(_COHERE, _map_cohere),
+    "qwen2": Architecture(_QWEN, _map_llama, QKV),
+    "qwen3": Architecture(LLAMA | {"head_dim": 16, "attention_bias": False}, _map_qwen3),
 }
 
 
 def make(
     folder: Path, name: str, *, seed: int = 0, dtype: str = "float32", **changes: Any
 ) -> tuple[Config, Weights]:
-    """Write a random checkpoint of a family (what stands behind a comma is a variant of it).
+    """Write a random checkpoint of a family; what stands behind a comma in its name is a variant.
 
-    Returns `reference`'s config and weights of the same function, gains as they act.
+    Returns `reference`'s config and weights of the same function, norms' weights with their offset.
     """
     kind = ARCHITECTURES[name]
     config = kind.config | changes | {"model_type": name.split(",")[0], "torch_dtype": dtype}

@@ -18,9 +18,9 @@ class ExactMerger(Merger):
         super().__init__(*arguments)
         self.exact: dict[str, list[np.ndarray]] = {}
 
-    def _stored(self, name: str, values: np.ndarray) -> mx.array:
+    def _store(self, name: str, values: np.ndarray) -> mx.array:
         self.exact.setdefault(name, []).append(values)
-        return super()._stored(name, values)
+        return super()._store(name, values)
 
 
 def exact_tensors(folder: Path, **plan: Any) -> dict[str, np.ndarray]:

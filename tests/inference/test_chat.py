@@ -23,7 +23,7 @@ from factory import EOS, make_checkpoint, make_llama
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_skipless.errors import UserError
-from mlx_skipless.inference import generation
+from mlx_skipless.inference import generation, prompts
 from mlx_skipless.inference.chat import _VISIBLE, Conversation, chat
 from mlx_skipless.inference.loading import load
 
@@ -442,7 +442,7 @@ def test_ctrl_c_while_the_prompt_is_read_forgets_it(
     chat(*llama, max_tokens=3)
     assert signal.getsignal(signal.SIGINT) is before
     err = capsys.readouterr().err
-    length = len(generation.encode_prompt(llama[1], "Hi"))
+    length = len(prompts.encode_prompt(llama[1], "Hi"))
     assert "Stopped; the message is forgotten." in err
     assert f"prompt {length} tokens at" in err
     assert f"1 turns: {length} prompt tokens processed, 3 generated" in err

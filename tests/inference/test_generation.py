@@ -25,7 +25,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_skipless import cli
 from mlx_skipless.conversion import convert
 from mlx_skipless.errors import UserError
-from mlx_skipless.inference import chat, generation
+from mlx_skipless.inference import caches, chat, comparison, generation, prompts
 from mlx_skipless.inference.loading import load
 
 Loaded = tuple[nn.Module, TokenizerWrapper]
@@ -163,10 +163,10 @@ def test_a_folder_serves_as_model(folder: Path, llama: Loaded):
 
 def test_text_goes_through_the_chat_template_unless_told(llama: Loaded):
     _, tokenizer = llama
-    chat = generation.encode_prompt(tokenizer, "Hi")
+    chat = prompts.encode_prompt(tokenizer, "Hi")
     assert tokenizer.decode(chat) == "<s>user: Hi\n<s>assistant: "
-    assert generation.encode_prompt(tokenizer, "Hi", chat=True) == chat
-    plain = generation.encode_prompt(tokenizer, "Hi", chat=False)
+    assert prompts.encode_prompt(tokenizer, "Hi", chat=True) == chat
+    plain = prompts.encode_prompt(tokenizer, "Hi", chat=False)
     assert plain == tokenizer.encode("Hi") != chat
     assert run(llama, "Hi", max_tokens=5) == run(llama, chat, max_tokens=5)
 
@@ -177,14 +177,14 @@ def test_without_a_template_text_is_plain_and_chat_is_refused(folder: Path):
         if file.name != "chat_template.jinja":
             (bare / file.name).write_bytes(file.read_bytes())
     _, tokenizer = load(bare)
-    assert generation.encode_prompt(tokenizer, "Hi") == tokenizer.encode("Hi")
+    assert prompts.encode_prompt(tokenizer, "Hi") == tokenizer.encode("Hi")
     with pytest.raises(UserError, match="no chat template"):
-        generation.encode_prompt(tokenizer, "Hi", chat=True)
+        prompts.encode_prompt(tokenizer, "Hi", chat=True)
 
 
 @pytest.mark.parametrize("size", [5, 16])
 def test_a_bounded_cache_stays_bounded(llama: Loaded, size: int):
-    cache = generation.make_cache(llama[0], max_kv_size=size)
+    cache = caches.make_cache(llama[0], max_kv_size=size)
     run(llama, max_tokens=40, prompt_cache=cache)
     assert [c.keys.shape[2] for c in cache] == [size] * 3
     assert all(c.offset == len(PROMPT) + 40 for c in cache)
@@ -198,7 +198,7 @@ def test_a_bound_changes_what_is_said_only_when_reached(llama: Loaded):
 
 def test_a_sliding_layer_keeps_the_smaller_window(sliding: Loaded):
     def sizes(size: int) -> list[tuple[int, int]]:
-        cache = generation.make_cache(sliding[0], max_kv_size=size)
+        cache = caches.make_cache(sliding[0], max_kv_size=size)
         run(sliding, max_tokens=20, prompt_cache=cache)
         return [(c.max_size, c.keys.shape[2]) for c in cache]
 
@@ -208,7 +208,7 @@ def test_a_sliding_layer_keeps_the_smaller_window(sliding: Loaded):
 
 def test_a_quantized_cache_is_smaller_and_close(llama: Loaded):
     def fill(**options: Any) -> tuple[int, mx.array]:
-        cache = generation.make_cache(llama[0], **options)
+        cache = caches.make_cache(llama[0], **options)
         logits = [llama[0](mx.array([part]), cache=cache) for part in (PROMPT[:9], PROMPT[9:])]
         return sum(c.nbytes for c in cache), mx.concatenate(logits, axis=1)
 
@@ -230,7 +230,7 @@ def test_every_width_quantizes_to_all_bits(tmp_path: Path, head_dim: int, bits: 
     config = {"num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 1}
     make_llama(tmp_path, head_dim=head_dim, **config)
     loaded = load(tmp_path)
-    cache = generation.make_cache(loaded[0], kv_bits=bits)
+    cache = caches.make_cache(loaded[0], kv_bits=bits)
     run(loaded, max_tokens=3, prompt_cache=cache)
     assert cache[0].keys[0].shape[-1] == head_dim * bits // 32
     assert cache[0].group_size == (32 if head_dim % 64 else 64)
@@ -271,13 +271,13 @@ def test_text_that_is_not_unicode_is_refused(llama: Loaded):
 
 def test_a_sliding_window_cannot_be_quantized(sliding: Loaded):
     with pytest.raises(UserError, match=r"sliding window.*drop --kv-bits"):
-        generation.make_cache(sliding[0], kv_bits=8)
+        caches.make_cache(sliding[0], kv_bits=8)
 
 
 def test_narrow_heads_cannot_be_quantized(tmp_path: Path):
     make_llama(tmp_path, head_dim=16)
     with pytest.raises(UserError, match=r"heads of 16 values.*drop --kv-bits"):
-        generation.make_cache(load(tmp_path)[0], kv_bits=8)
+        caches.make_cache(load(tmp_path)[0], kv_bits=8)
 
 
 @pytest.mark.parametrize("options", [{"kv_bits": 8}, {"max_kv_size": 64}])
@@ -287,11 +287,11 @@ def test_a_cache_of_another_kind_is_refused(options: dict[str, int]):
             return [CacheList(KVCache(), RotatingKVCache(8))]
 
     with pytest.raises(UserError, match="CacheList"):
-        generation.make_cache(Other(), **options)
+        caches.make_cache(Other(), **options)
 
 
 def test_cache_options_with_a_given_cache_are_refused(llama: Loaded):
-    cache = generation.make_cache(llama[0])
+    cache = caches.make_cache(llama[0])
     with pytest.raises(UserError, match="make_cache"):
         generation.stream(*llama, PROMPT, prompt_cache=cache, max_kv_size=64)
 
@@ -309,7 +309,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_comparison_runs_both_and_says_which_is_faster(folder: Path, large: Path):
-    result = generation.compare([folder, str(large)], PROMPT, max_tokens=10)
+    result = comparison.compare([folder, str(large)], PROMPT, max_tokens=10)
     assert result.generation_tps_ratio == pytest.approx(
         result.first.generation_tps / result.second.generation_tps
     )
@@ -333,7 +333,7 @@ def test_a_comparison_takes_turns_and_medians(llama: Loaded, monkeypatch: pytest
 
     monkeypatch.setattr(generation, "generate", fake)
     a, b = nn.Module(), nn.Module()
-    result = generation.compare([(a, llama[1]), (b, llama[1])], PROMPT, max_tokens=50)
+    result = comparison.compare([(a, llama[1]), (b, llama[1])], PROMPT, max_tokens=50)
     assert asked == [(a, 8), (b, 8)] + [(a, 50), (b, 50)] * 3
     assert (result.first.generation_tps, result.second.generation_tps) == (5, 20)
     assert result.prompt_tps_ratio == 0.25
@@ -345,22 +345,22 @@ def test_a_comparison_counts_each_models_memory_alone(folder: Path, large: Path)
 
     gc.collect()
     base = mx.get_active_memory()
-    result = generation.compare([folder, large], PROMPT, max_tokens=3, repeats=1)
+    result = comparison.compare([folder, large], PROMPT, max_tokens=3, repeats=1)
     assert size(folder) < result.first.peak_memory_bytes - base < size(large)
     assert size(large) < result.second.peak_memory_bytes - base
 
 
 def test_a_comparison_of_single_tokens_has_no_decoding_ratio(folder: Path):
-    result = generation.compare([folder, folder], PROMPT, max_tokens=1, repeats=1)
+    result = comparison.compare([folder, folder], PROMPT, max_tokens=1, repeats=1)
     assert result.generation_tps_ratio is None
     assert result.prompt_tps_ratio is not None
 
 
 def test_a_comparison_takes_two_models(llama: Loaded):
     with pytest.raises(UserError, match="two models, not 1"):
-        generation.compare([llama], PROMPT)
+        comparison.compare([llama], PROMPT)
     with pytest.raises(UserError, match="not one twice"):
-        generation.compare([llama, llama], PROMPT)
+        comparison.compare([llama, llama], PROMPT)
 
 
 @pytest.mark.parametrize("template", [True, False])
@@ -371,13 +371,13 @@ def test_prompt_cache_of_mlx_lm(template: bool, folder: Path, tmp_path: Path) ->
         tokenizer._tokenizer.chat_template = None
         tokenizer.has_chat_template = False
     first, second = "The quick brown fox", " jumps over the lazy dog."
-    whole = generation.encode_prompt(tokenizer, first + second)
-    end = generation.encode_prompt(tokenizer, second, continued=True)
+    whole = prompts.encode_prompt(tokenizer, first + second)
+    end = prompts.encode_prompt(tokenizer, second, continued=True)
     assert whole[-len(end) :] == end
-    cache = generation.make_cache(model)
+    cache = caches.make_cache(model)
     model(mx.array([whole[: -len(end)]]), cache)
     save_prompt_cache(str(tmp_path / "cache.safetensors"), cache)
-    loaded = generation.load_cache(tmp_path / "cache.safetensors", model)
+    loaded = caches.load_cache(tmp_path / "cache.safetensors", model)
     continued = generation.generate(model, tokenizer, end, prompt_cache=loaded, max_tokens=6)
     at_once = generation.generate(model, tokenizer, whole, max_tokens=6)
     assert continued.text == at_once.text
@@ -388,17 +388,17 @@ def test_a_prompt_cache_of_another_model_is_refused(
     folder: Path, sliding: Loaded, tmp_path: Path
 ) -> None:
     model, _ = load(folder)
-    cache = generation.make_cache(model)
+    cache = caches.make_cache(model)
     model(mx.array([[1, 2]]), cache)
     save_prompt_cache(str(tmp_path / "cache.safetensors"), cache)
     with pytest.raises(UserError, match="another model"):
-        generation.load_cache(tmp_path / "cache.safetensors", sliding[0])
+        caches.load_cache(tmp_path / "cache.safetensors", sliding[0])
     make_llama(tmp_path / "narrow", head_dim=16)
     with pytest.raises(UserError, match="another model"):
-        generation.load_cache(tmp_path / "cache.safetensors", load(tmp_path / "narrow")[0])
+        caches.load_cache(tmp_path / "cache.safetensors", load(tmp_path / "narrow")[0])
     (tmp_path / "text.safetensors").write_text("no cache")
     with pytest.raises(UserError, match="no prompt cache"):
-        generation.load_cache(tmp_path / "text.safetensors", model)
+        caches.load_cache(tmp_path / "text.safetensors", model)
 
 
 # The command without a model, or without a prompt
@@ -442,7 +442,7 @@ def command(
 
 def said(folder: Path, prompt: str, *, chat: bool | None = None, **options: Any) -> str:
     model, tokenizer = load(folder)
-    ids = generation.encode_prompt(tokenizer, prompt, chat=chat)
+    ids = prompts.encode_prompt(tokenizer, prompt, chat=chat)
     return generation.generate(model, tokenizer, ids, **options).text
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_skipless.errors import UserError
-from mlx_skipless.memory import parse_bytes
+from mlx_skipless.options import parse_bytes
 from mlx_skipless.quantization import bits as budget
 from mlx_skipless.quantization.bits import BITS, Mixture, Raises
 

@@ -15,8 +15,10 @@ from mlx_skipless.network.wiring import find_points
 from mlx_skipless.quantization import sensitivity
 from mlx_skipless.quantization.formats import Format
 from mlx_skipless.quantization.layout import Layout, Quantization
+from mlx_skipless.removal.candidates import find_mixed
+from mlx_skipless.removal.choices import RemovalCost
 from mlx_skipless.removal.merger import Merger
-from mlx_skipless.removal.plan import RemovalCost, find_mixed, isolate_removal, make_plan
+from mlx_skipless.removal.plan import isolate_removal, make_plan
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "norm": "qkv",
@@ -58,8 +60,8 @@ def test_rounding_costs(config: Config, bits: int, tmp_path: Path) -> None:
     layout = Layout(plan.after, mx.float32, Quantization(bits, 32))
     tokens = np.random.default_rng(0).integers(0, 256, (4, 12))
     got = sensitivity.measure_rounding(
-        plan.after, Merger(checkpoint, plan, mx.float32), layout.free, layout.format_of,
-        mx.array(tokens),
+        plan.after, Merger(checkpoint, plan, mx.float32), layout.find_adjustable(),
+        layout.format_of, mx.array(tokens),
     )  # fmt: skip
     matrices = {name.removesuffix(".weight") for name, w in source[1].items() if w.ndim == 2}
     assert set(got) == matrices

@@ -13,7 +13,7 @@ from factory import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, make_checkpoint, mak
 from grids import pairs, product, thin
 
 import mlx_skipless
-from mlx_skipless.checkpoints.checkpoint import SafetensorsStore
+from mlx_skipless.checkpoints.safetensors import SafetensorsStore
 from mlx_skipless.conversion.convert import convert
 
 TOLERANCE = 5e-4  # worst token's relative logit error, float32

@@ -16,17 +16,19 @@ from hypothesis import strategies as st
 
 from mlx_skipless.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mlx_skipless.network.wiring import parse_layer
-from mlx_skipless.removal.merger import (
+from mlx_skipless.removal import merger as merger_module
+from mlx_skipless.removal.algebra import (
     Linear,
-    Merger,
     basis_without_reader,
     basis_without_writer,
     centre,
     change_basis,
     fold_norm,
+    measure_condition_number,
     measure_conditioning,
     transpose_basis,
 )
+from mlx_skipless.removal.merger import Merger
 from mlx_skipless.removal.plan import make_plan
 
 
@@ -142,6 +144,14 @@ def test_conditioning_of_special_matrices() -> None:
     assert measure_conditioning(np.zeros((4, 4))).condition == np.inf
 
 
+@pytest.mark.parametrize("shape", [(5, 5), (5, 9), (9, 5)])
+def test_condition_number_of_any_shape(shape: tuple[int, int]) -> None:
+    matrix = np.random.default_rng(0).standard_normal(shape)
+    assert measure_condition_number(matrix) == pytest.approx(np.linalg.cond(matrix), rel=0.02)
+    matrix[:, 1:] = matrix[:, :1]
+    assert measure_condition_number(matrix) > 1e12
+
+
 @pytest.mark.parametrize("spread", [0.3, 2.0])
 @pytest.mark.parametrize("remove", ["qp", "kp", "vp"])
 def test_float64_is_exact(remove: str, spread: float, tmp_path: Path) -> None:
@@ -171,7 +181,7 @@ class Recorder(Checkpoint):
         return found
 
     def read_ahead(self, names: Iterable[str]) -> None:
-        ahead.extend(self._wanted(names))
+        ahead.extend(self._find_wanted(names))
 
 
 noted: list[str] = []
@@ -216,3 +226,27 @@ def test_layers_out_of_order_are_not_read_ahead(tmp_path: Path) -> None:
         merger.layer(layer)
     assert ahead == []
     assert {parse_layer(name) for name in noted} == {0, 1}
+
+
+@pytest.mark.parametrize("skipless", [True, False])
+def test_an_embedding_and_a_head_in_parts(
+    skipless: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut into rows or not, they are the same: Phi's, whose final norm and head have biases."""
+    make_architecture(tmp_path, "phi")
+    checkpoint = open_checkpoint(tmp_path)
+    remove = "q" if skipless else "none"
+    plan = make_plan(checkpoint.args, remove=remove, skipless=skipless, fold_norms=True)
+    assert "final" in plan.folded and plan.centred != skipless
+
+    def make_ends() -> dict[str, mx.array]:
+        merger = Merger(checkpoint, plan, mx.float32)
+        return merger.embedding() | merger.head()
+
+    whole = make_ends()
+    assert "lm_head.bias" in whole
+    monkeypatch.setattr(merger_module, "ROWS", 100)
+    parts = make_ends()
+    assert parts.keys() == whole.keys()
+    for name, array in parts.items():
+        np.testing.assert_allclose(np.array(array), np.array(whole[name]), rtol=1e-6, atol=1e-6)

@@ -12,13 +12,10 @@ from mlx_skipless.errors import UserError
 from mlx_skipless.network.model import ModelArgs, quant_predicate
 from mlx_skipless.network.wiring import find_points
 from mlx_skipless.quantization.layout import Layout, Quantization
-from mlx_skipless.removal.plan import (
-    Conditioning,
-    RemovalCost,
-    find_measurable,
-    isolate_removal,
-    make_plan,
-)
+from mlx_skipless.removal.algebra import Conditioning
+from mlx_skipless.removal.candidates import find_measurable
+from mlx_skipless.removal.choices import RemovalCost
+from mlx_skipless.removal.plan import isolate_removal, make_plan
 
 BASE = ModelArgs(
     "skipless", hidden_size=64, num_hidden_layers=3, intermediate_size=96, num_attention_heads=4,
@@ -219,7 +216,7 @@ def test_bits_under_protection(extra: int, bits: int | None, expected: int | boo
 
 def test_mxfp8_has_eight_bits_of_its_own() -> None:
     args = replace(BASE, extra_bits={"model.layers.0.self_attn.k_proj": 1})
-    settings = Layout(args, mx.float32, Quantization(mode="mxfp8")).settings
+    settings = Layout(args, mx.float32, Quantization(mode="mxfp8")).config_entry
     assert settings is not None and "model.layers.0.self_attn.k_proj" not in settings
 
 

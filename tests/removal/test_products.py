@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from mlx_skipless.checkpoints.checkpoint import open_checkpoint
 from mlx_skipless.network.parts import dtype_name
 from mlx_skipless.removal import products
-from mlx_skipless.removal.merger import Linear, Merger, basis_without_reader, change_basis
-from mlx_skipless.removal.plan import UNIT_ROUNDOFF, make_plan
-from mlx_skipless.removal.products import Inverse, choose_working_type, multiply
+from mlx_skipless.removal.algebra import Linear, basis_without_reader, change_basis
+from mlx_skipless.removal.merger import Merger
+from mlx_skipless.removal.plan import make_plan
+from mlx_skipless.removal.products import UNIT_ROUNDOFF, Inverse, choose_working_type, multiply
 
 NARROW = [mx.bfloat16, mx.float16]
 
@@ -86,13 +87,13 @@ def test_a_gpu_multiplies_float32_and_nothing_else(monkeypatch: pytest.MonkeyPat
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((5, 8)), rng.standard_normal((8, 3))
     taken = []
-    real: Callable[..., np.ndarray] = products.by_mlx
+    real: Callable[..., np.ndarray] = products.multiply_with_mlx
 
-    def by_mlx(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    def multiply_with_mlx(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         taken.append(x.dtype)
         return real(x, y)
 
-    monkeypatch.setattr(products, "by_mlx", by_mlx)
+    monkeypatch.setattr(products, "multiply_with_mlx", multiply_with_mlx)
     multiply(a.astype(np.float32), b.astype(np.float32))
     assert taken == []
     gpu = SimpleNamespace(type=mx.gpu)

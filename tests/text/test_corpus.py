@@ -280,7 +280,7 @@ def test_each_epoch_takes_each_window_once(sizes: tuple[int, int, int], seed: in
     batches = corpus.Batches(tokens, length, batch_size, seed)
     count = (2 * length + more) // length - 1
     steps = -(-3 * count // batch_size)
-    stacked = [batches.at(step) for step in range(steps)]
+    stacked = [batches.make_batch(step) for step in range(steps)]
     assert all(b.shape == (batch_size, length + 1) and b.dtype == np.int32 for b in stacked)
     rows = np.concatenate(stacked)
     assert (np.diff(rows, axis=1) == 1).all()
@@ -290,13 +290,13 @@ def test_each_epoch_takes_each_window_once(sizes: tuple[int, int, int], seed: in
         assert (np.diff(starts) == length).all()
     again = corpus.Batches(tokens, length, batch_size, seed)
     for step in reversed(range(steps)):
-        assert np.array_equal(again.at(step), stacked[step])
+        assert np.array_equal(again.make_batch(step), stacked[step])
 
 
 def test_windows_move_from_epoch_to_epoch():
     tokens = np.arange(401, dtype=np.int32)
     batches = corpus.Batches(tokens, 8, 49, seed=3)
-    epochs = [batches.at(step)[:, 0] for step in range(64)]
+    epochs = [batches.make_batch(step)[:, 0] for step in range(64)]
     assert {int(starts[0]) % 8 for starts in epochs} == set(range(8))
     assert len({tuple(np.argsort(starts)) for starts in epochs}) == 64
     assert all(np.any(np.diff(starts) < 0) for starts in epochs)
@@ -304,14 +304,14 @@ def test_windows_move_from_epoch_to_epoch():
 
 def test_another_seed_takes_another_order():
     tokens = np.arange(401, dtype=np.int32)
-    orders = {corpus.Batches(tokens, 8, 16, seed).at(0).tobytes() for seed in range(50)}
+    orders = {corpus.Batches(tokens, 8, 16, seed).make_batch(0).tobytes() for seed in range(50)}
     assert len(orders) == 50
 
 
 @pytest.mark.parametrize("length", [1, 5, 16])
 def test_a_text_shorter_than_two_windows(length: int):
     tokens = np.zeros(2 * length + 1, np.int32)
-    assert corpus.Batches(tokens, length, 2, 0).at(5).shape == (2, length + 1)
+    assert corpus.Batches(tokens, length, 2, 0).make_batch(5).shape == (2, length + 1)
     with pytest.raises(UserError, match=f"{2 * length} tokens, too few for a context of {length}"):
         corpus.Batches(tokens[1:], length, 2, 0)
 

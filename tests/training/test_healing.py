@@ -26,8 +26,10 @@ from mlx_skipless.cli import events
 from mlx_skipless.cli.main import main
 from mlx_skipless.text import corpus, samples
 from mlx_skipless.training import healing
-from mlx_skipless.training.healing import Pace, Result, Treatment
-from mlx_skipless.training.loop import Event, read_log
+from mlx_skipless.training.folder import Event, read_log
+from mlx_skipless.training.healing import HealingResult as Result
+from mlx_skipless.training.healing import Pair
+from mlx_skipless.training.recipe import Pace, Treatment
 
 SMALL = Treatment(steps=8, batch_size=2, context=24, sampled_tokens=1024, warmup=2, rank=4)
 SHORT = dataclasses.replace(SMALL, steps=2, sampled_tokens=512)
@@ -161,7 +163,7 @@ def test_the_first_step_follows_the_gradient_of_kl(
         pace=dataclasses.replace(PACE, log_every=1),
     )  # fmt: skip
     tokens: Any = mx.load(str(tmp_path / "h/training/tokens.safetensors"))
-    batch = corpus.Batches(np.array(tokens["train"]), 24, 2, treatment.seed).at(0)[:, :-1]
+    batch = corpus.Batches(np.array(tokens["train"]), 24, 2, treatment.seed).make_batch(0)[:, :-1]
     wanted = reference.logits(config, weights, batch)
     before, after = stock_weights(folder / "r"), stock_weights(tmp_path / "h")
 
@@ -344,11 +346,12 @@ def test_sampled_text_is_the_originals(pair: tuple[Path, Config, Weights]) -> No
     """As likely to the original as its entropy says, and it depends on the seed."""
     folder, config, weights = pair
     model, tokenizer = mlx_skipless.load(folder / "s")
-    sources = healing.Sources("", "", [], [], 0.0)
+    sources = healing.Sources([], [], 0.0, "", "")
     found = []
     for seed in (1, 1, 2):
         treatment = dataclasses.replace(SMALL, seed=seed)
-        train, judge = healing.make_tokens(sources, treatment, model, tokenizer)
+        tokens = healing.make_tokens(sources, treatment, Pair(model, model, tokenizer))
+        train, judge = tokens.train, tokens.held_out
         assert train.dtype == judge.dtype == np.int32 and len(train) + len(judge) == 1024
         found.append(train)
     assert np.array_equal(found[0], found[1]) and not np.array_equal(found[0], found[2])

@@ -28,10 +28,12 @@ from transformers import PreTrainedTokenizerFast
 import mlx_skipless
 from mlx_skipless import UserError, cli
 from mlx_skipless.cli import events
-from mlx_skipless.training import pretraining
-from mlx_skipless.training.loop import Event, read_log
-from mlx_skipless.training.pretraining import Pace, Result
+from mlx_skipless.training import optimizer, pretraining
+from mlx_skipless.training.folder import Event, read_log
+from mlx_skipless.training.optimizer import Schedule
+from mlx_skipless.training.pretraining import TrainingResult as Result
 from mlx_skipless.training.recipe import Recipe
+from mlx_skipless.training.recipe import TrainingPace as Pace
 
 SMALL = Recipe(
     hidden_size=16, intermediate_size=32, layers=2, heads=2, kv_heads=1, vocab_size=300,
@@ -652,13 +654,13 @@ def test_resuming_takes_no_other_recipe(
 
 def poison(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """An endless learning rate at one step, counted from 0, leaves no number in the weights."""
-    sane = Recipe.schedule
+    sane = optimizer.make_schedule
 
-    def schedule(self: Recipe, peak: float) -> Callable[[mx.array], mx.array]:
-        rate = sane(self, peak)
+    def make_schedule(recipe: Recipe, peak: float) -> Schedule:
+        rate = sane(recipe, peak)
         return lambda step: mx.where(step == at, mx.array(math.inf), rate(step))
 
-    monkeypatch.setattr(Recipe, "schedule", schedule)
+    monkeypatch.setattr(optimizer, "make_schedule", make_schedule)
 
 
 @pytest.mark.parametrize(
@@ -702,7 +704,7 @@ def test_an_absurd_learning_rate(text: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError, OSError, ZeroDivisionError])
-@pytest.mark.parametrize("where", ["begin", "go", "_log", "_evaluation"])
+@pytest.mark.parametrize("where", ["begin", "go", "_log", "_evaluate"])
 def test_a_failure_before_the_first_checkpoint_leaves_nothing(
     text: Path,
     tmp_path: Path,

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,8 +19,17 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 from mlx_skipless import UserError
+from mlx_skipless.network.model import ACTIVATIONS as NETWORK_ACTIVATIONS
 from mlx_skipless.network.model import Model
-from mlx_skipless.training.recipe import Recipe, make_orthogonal, orthogonal_factor, read_recipe
+from mlx_skipless.options import read_options
+from mlx_skipless.training.initialization import initialize, make_model_args, make_orthogonal
+from mlx_skipless.training.optimizer import (
+    make_optimizer,
+    make_schedule,
+    orthogonalize,
+    pull_queries,
+)
+from mlx_skipless.training.recipe import ACTIVATIONS, Recipe
 
 SMALL: dict[str, Any] = {
     "hidden_size": 16,
@@ -41,10 +52,14 @@ ONE = np.ones(1)
 TOKENS = np.random.default_rng(0).integers(0, 300, (2, 8))
 
 
+def read_recipe(options: Mapping[Any, Any]) -> Recipe:
+    return read_options(Recipe, "recipe", options)
+
+
 def made(**options: Any) -> tuple[Recipe, Model]:
     recipe = Recipe(**SMALL | options)
-    model = Model(recipe.model_args())
-    recipe.initialise(model)
+    model = Model(make_model_args(recipe))
+    initialize(model, recipe)
     return recipe, model
 
 
@@ -133,7 +148,7 @@ def test_a_final_norm_as_asked(norm: str, final_norm: bool):
 )
 def test_simplified_blocks(name: str, block: str, skip: str):
     options = SMALL | {"block": name, "skip": "both", "norm": "none", "without": "k", "layers": 3}
-    args = Recipe(**options).model_args()
+    args = make_model_args(Recipe(**options))
     assert (args.block, args.skip, args.norm, args.final_norm) == (block, skip, "pre", True)
     assert args.removed == {"v": [0, 1, 2], "p": [0, 1, 2]}
     assert args.num_key_value_heads == args.num_attention_heads == 4
@@ -321,14 +336,13 @@ def formula(step: int, peak: float, steps: int, warmup: int, decay: float) -> fl
 @pytest.mark.parametrize("peak", [0.02, 3.0])
 def test_rates_rise_stay_and_fall(steps: int, warmup: int, decay: float, peak: float):
     recipe = Recipe(steps=steps, warmup=warmup, decay=decay, learning_rate=peak)
-    schedule = recipe.schedule(peak)
+    schedule = make_schedule(recipe, peak)
     for step in range(steps):
         expected = formula(step, peak, steps, warmup, decay)
         assert schedule(mx.array(step)).item() == pytest.approx(expected, rel=1e-5)
-        assert recipe.rate(step) == pytest.approx(expected, rel=1e-5)
-    assert min(recipe.rate(step) for step in range(steps)) > 0
+    assert min(schedule(mx.array(step)).item() for step in range(steps)) > 0
     if decay == 1:
-        assert recipe.rate(steps) == 0
+        assert schedule(mx.array(steps)).item() == 0
 
 
 # The optimizer
@@ -340,7 +354,7 @@ def test_rates_rise_stay_and_fall(steps: int, warmup: int, decay: float, peak: f
 )
 def test_muon_gets_the_projections_and_adam_the_rest(options: dict[str, Any]):
     _, model = made(**options)
-    optimizer = Recipe(**SMALL | options).optimizer()
+    optimizer = make_optimizer(Recipe(**SMALL | options))
     parameters = model.trainable_parameters()
     optimizer.init(parameters)
     muon, adam = (
@@ -358,7 +372,7 @@ def test_muon_gets_the_projections_and_adam_the_rest(options: dict[str, Any]):
 def test_a_step_of_the_optimizer():
     """Muon moves a matrix by its rate along an orthogonal one; AdamW moves all else by its own."""
     recipe, model = made(learning_rate=0.5, adam_learning_rate=0.25, warmup=4, steps=100, decay=0.0)
-    optimizer = recipe.optimizer()
+    optimizer = make_optimizer(recipe)
     optimizer.init(model.trainable_parameters())
     before = weights_of(model)
 
@@ -393,7 +407,7 @@ def test_orthogonal_factors(n: int, condition: float, scale: float, seed: int):
     u, v = (np.linalg.qr(rng.standard_normal((n, n)))[0] for _ in range(2))
     values = np.geomspace(1, condition, n)
     x = mx.array((scale * (u * values) @ v.T).astype(np.float32))
-    factor = u.T @ np.array(orthogonal_factor(x), np.float64) @ v
+    factor = u.T @ np.array(orthogonalize(x), np.float64) @ v
     assert np.allclose(factor, np.diag(np.diag(factor)), atol=1e-3)
     assert np.diag(factor).min() > 0.65 and np.diag(factor).max() < 1.25
 
@@ -406,7 +420,7 @@ def test_queries_are_pulled_towards_their_factor(step: int, pull: float):
     for layer in model.layers:
         layer.self_attn.q_proj.weight = mx.array(rng.standard_normal((16, 16)).astype(np.float32))
     before = weights_of(model)
-    recipe.condition(model, mx.array(step))
+    pull_queries(model, recipe, mx.array(step))
     rate = formula(step, pull, 10, 4, 0.5)
     for name, after in weights_of(model).items():
         if "q_proj" not in name:
@@ -426,11 +440,25 @@ def test_queries_are_pulled_towards_their_factor(step: int, pull: float):
 def test_other_queries_are_left(options: dict[str, Any]):
     recipe, model = made(**options)
     before = weights_of(model)
-    recipe.condition(model, mx.array(10))
+    pull_queries(model, recipe, mx.array(10))
     assert all(np.array_equal(w, before[name]) for name, w in weights_of(model).items())
 
 
 # Recipes as data
+
+
+def test_the_activations_are_the_networks():
+    assert tuple(NETWORK_ACTIVATIONS) == ACTIVATIONS
+
+
+def test_what_flags_are_made_of_needs_no_mlx():
+    """So ``train --help`` and ``heal --help`` are quick."""
+    code = (
+        "import sys; from mlx_skipless.training import recipe; "
+        "print({'mlx', 'mlx_lm', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "set()\n", done.stderr
 
 
 def test_a_recipe_goes_through_json():
@@ -493,5 +521,5 @@ def test_options_that_cannot_be(options: dict[Any, Any], says: str):
 )  # fmt: skip
 def test_sizes_that_fit_no_network(options: dict[str, Any]):
     with pytest.raises(UserError, match="these sizes make no network") as refusal:
-        Recipe(**SMALL | options).model_args()
+        make_model_args(Recipe(**SMALL | options))
     assert "\n" not in str(refusal.value)

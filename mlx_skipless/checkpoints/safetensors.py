@@ -1,0 +1,200 @@
+"""Safetensors files: what their headers say, and their tensors when these are asked for.
+
+Every header is checked before any weight is read. Nothing is unpickled or mapped into memory.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeGuard
+
+import mlx.core as mx
+from safetensors import SafetensorError, safe_open
+
+from ..errors import UserError
+from . import files
+
+FLOATS = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}
+TYPES = FLOATS | {
+    "U8": mx.uint8, "U16": mx.uint16, "U32": mx.uint32, "U64": mx.uint64,
+    "I8": mx.int8, "I16": mx.int16, "I32": mx.int32, "I64": mx.int64, "BOOL": mx.bool_,
+}  # fmt: skip
+INDEX = "model.safetensors.index.json"
+LARGEST = 1 << 31  # MLX's sizes along an axis are 32-bit
+
+Shape = tuple[int, ...]
+
+
+class Store(Protocol):
+    """Named tensors on disk.
+
+    ``shapes`` and ``dtypes`` are known before anything is read; a dtype is None if MLX has no such
+    number type. ``packing`` says how the tensors are quantized on disk, None if they are not.
+    ``read`` returns tensors, and ``read_ahead`` asks the system to fetch them early.
+    """
+
+    @property
+    def packing(self) -> str | None: ...
+    @property
+    def shapes(self) -> Mapping[str, Shape]: ...
+    @property
+    def dtypes(self) -> Mapping[str, mx.Dtype | None]: ...
+    def read(self, names: Iterable[str]) -> dict[str, mx.array]: ...
+    def read_ahead(self, names: Iterable[str]) -> None: ...
+
+
+def is_float(dtype: mx.Dtype | None) -> TypeGuard[mx.Dtype]:
+    """Whether a tensor's number type is one that weights may have."""
+    return dtype is not None and dtype in FLOATS.values()
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """Where a file has a tensor; ``dtype`` is None if MLX has no such number type."""
+
+    file: Path
+    offset: int
+    nbytes: int
+    shape: Shape
+    dtype: mx.Dtype | None
+
+    def read(self, name: str) -> mx.array:
+        """The tensor's values. MLX's own reader reports no error when a read fails."""
+        if self.dtype is None:
+            raise UserError(f"{name} in {self.file} has a number type that is not read")
+        if self.nbytes == 0:
+            return mx.zeros(self.shape, self.dtype)
+        *rows, last = self.shape or (1,)
+        array = mx.zeros((*rows, last * self.dtype.size), mx.uint8)
+        mx.eval(array)
+        files.fill(self.file, self.offset, array)
+        return array.view(self.dtype).reshape(self.shape)
+
+
+class SafetensorsStore:
+    """The tensors of a folder's safetensors files.
+
+    Raises:
+        UserError: if there are no such files, if one is missing, truncated, corrupt or outside the
+            folder, or if two have tensors of the same name.
+    """
+
+    packing = None
+
+    def __init__(self, folder: Path):
+        self._tensors: dict[str, _Tensor] = {}
+        for file in _find_weight_files(folder):
+            for name, tensor in _read_header(file).items():
+                if name in self._tensors:
+                    raise UserError(
+                        f"{name} is in {file} and in {self._tensors[name].file.name}: "
+                        "download the checkpoint again, into a new folder"
+                    )
+                self._tensors[name] = tensor
+        self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in self._tensors.items()}
+        self._state = self._stat_files()
+
+    def _stat_files(self) -> dict[Path, tuple[int, int]]:
+        found = {tensor.file: tensor.file.stat() for tensor in self._tensors.values()}
+        return {file: (state.st_size, state.st_mtime_ns) for file, state in found.items()}
+
+    def check_unchanged(self) -> None:
+        """Check that no file has changed since it was opened.
+
+        A caller that lets MLX read the files calls this afterwards, because MLX reports no error
+        when a read fails.
+
+        Raises:
+            UserError: if one has changed.
+        """
+        for file, state in self._stat_files().items():
+            if state != self._state[file]:
+                raise UserError(f"{file} changed while it was read: try again")
+
+    def read(self, names: Iterable[str]) -> dict[str, mx.array]:
+        """Read the tensors of these names.
+
+        Raises:
+            UserError: if one cannot be read.
+        """
+        return {name: self._tensors[name].read(name) for name in names}
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Have the system fetch these tensors in the background."""
+        found = (self._tensors[name] for name in names)
+        files.read_ahead((tensor.file, tensor.offset, tensor.nbytes) for tensor in found)
+
+
+def _read_header(file: Path) -> dict[str, _Tensor]:
+    """The tensors that the header of a safetensors file lists.
+
+    The safetensors library checks the header, except for names that occur twice: parsers differ in
+    which of the two they take.
+
+    Raises:
+        UserError: if the file is missing or its header contradicts itself or the file.
+    """
+    if not files.is_there(file):
+        raise UserError(f"no {file.name} in {file.parent}: download the checkpoint again")
+    try:
+        with safe_open(str(file), framework="numpy"):
+            pass
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length), object_pairs_hook=_refuse_duplicates)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{file} is truncated or corrupt ({error}): download or copy it again"
+        ) from error
+    header.pop("__metadata__", None)
+    if any(size >= LARGEST for entry in header.values() for size in entry["shape"]):
+        raise UserError(f"{file} has a tensor of an absurd shape: download or copy it again")
+    found = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        dtype = TYPES.get(entry["dtype"])
+        found[name] = _Tensor(file, 8 + length + start, end - start, tuple(entry["shape"]), dtype)
+    return found
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("its header names something twice")
+    return found
+
+
+def _find_weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model's folder: those that its index names, if it has one.
+
+    Every tensor in them belongs to the model, also one that the index does not list: transformers
+    and mlx-lm read them in this way, too.
+    """
+    index = folder / INDEX
+    if files.is_there(index):
+        return _read_index(index)
+    found = sorted(folder.glob("model*.safetensors"))
+    if not found:
+        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
+        why = " (pickled .bin and .pt files are never read)" if pickled else ""
+        raise UserError(f"no model*.safetensors in {folder}{why}: give a safetensors checkpoint")
+    return found
+
+
+def _read_index(index: Path) -> list[Path]:
+    """The files that an index names; all of them exist and lie in its folder."""
+    names = files.read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+        raise UserError(f'{index} has no "weight_map": download the checkpoint again')
+    found = sorted(set(names.values()))
+    for name in found:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{index} names {name!r}, which is not a file of its folder: refused")
+    for name in found:
+        if not files.is_there(index.parent / name):
+            raise UserError(
+                f"{index.parent} lacks {name}, which its index names: download it again"
+            )
+    return [index.parent / name for name in found]

@@ -1,0 +1,17 @@
+"""What can be chosen by name, for flags, configs and files alike.
+
+Imports no library, so that a command's help does not wait for MLX.
+"""
+
+import re
+
+REMOVALS = ("auto", "qp", "kp", "vp", "q", "k", "v", "p", "none")
+FLOAT_NAMES = ("float16", "bfloat16", "float32")
+# MLX's quantization modes: group sizes and bits, its own choice first.
+MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "affine": ((64, 32, 128), (4, 1, 2, 3, 5, 6, 8)),
+    "mxfp4": ((32,), (4,)),
+    "nvfp4": ((16,), (4,)),
+    "mxfp8": ((32,), (8,)),
+}
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

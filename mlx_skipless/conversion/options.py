@@ -1,0 +1,226 @@
+"""What a user can ask of a conversion; its fields are the flags of ``mlx-skipless convert``.
+
+Knows no model. Imports neither MLX nor mlx-lm, so that ``--help`` does not wait for them.
+"""
+
+# ruff: noqa: RUF009  (what it takes for calls in defaults make fields)
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from ..constants import FLOAT_NAMES, HUB_ID, MODES, REMOVALS
+from ..errors import UserError
+from ..options import check_seed, option, parse_bytes, parse_count, parse_share
+from ..quantization.settings import Quantization, make_quantization
+
+DEFAULT_LOSS = 0.01  # share by which "auto" drops may raise the loss
+CHECK = "check and report"
+
+source = partial(option, group="source and result")
+exact = partial(option, group="exact")
+approximate = partial(option, group="approximate")
+quantizing = partial(option, group="quantize")
+checking = partial(option, group=CHECK)
+
+LOSES = (
+    "so many layers lose their {}, the least important; auto: as many as --max-loss allows "
+    "(approximate; needs skip connections)"
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """All that can be asked of a conversion.
+
+    Raises:
+        UserError: for values that are none or do not go together.
+    """
+
+    model: str | Path | None = source(
+        None,
+        "Hub id, Hugging Face folder or .gguf file; with --dry-run a config.json will do "
+        "(default: the bundled model)",
+        flags=("--hf-path", "--model"),
+        metavar="SRC",
+    )
+    mlx_path: str | Path = source("mlx_model", "folder to write; must not exist", metavar="OUT")
+    dry_run: bool = source(False, "show the plan, write nothing", const=True)
+    dtype: str | None = source(
+        None, "type of the weights that are not quantized (default: the source's)", FLOAT_NAMES
+    )
+    revision: str | None = source(None, "branch, tag or commit of a Hub id", metavar="REVISION")
+    upload_repo: str | None = source(None, "Hub repository to upload the result to", metavar="REPO")
+    trust_remote_code: bool = source(False, "let the source's tokenizer run its code", const=True)
+
+    remove: str = exact(
+        "auto", "matrices to merge into their neighbours; auto: all that pays", REMOVALS
+    )
+    fold_norms: bool = exact(
+        False,
+        "put every norm's gain into the matrices behind it (exact); --remove auto does that to a "
+        "pretrained model unasked, unless it is to be quantized",
+        const=True,
+    )
+    precompute_first_layer: str | None = exact(
+        None,
+        "make the first layer's projections a table by token, where that pays or by force "
+        "(exact; more memory, fewer bytes read)",
+        ("auto", "force"),
+        const="auto",
+    )
+
+    drop_attention: int | str | None = approximate(
+        None, LOSES.format("attention"), parse=parse_count, metavar="N"
+    )
+    drop_ffn: int | str | None = approximate(
+        None, LOSES.format("FFN"), parse=parse_count, metavar="N"
+    )
+    drop_block: int | str | None = approximate(
+        None, LOSES.format("attention and FFN"), parse=parse_count, metavar="N"
+    )
+    max_loss: float | None = approximate(
+        None,
+        "by how much auto may raise the loss, nats per token (default: 1%)",
+        parse=parse_share,
+        metavar="SHARE",
+    )
+    greedy: bool = approximate(False, "measure again after each drop: better, slower", const=True)
+    skipless: bool = approximate(
+        False,
+        "first make the skipless network of a pretrained model; it needs training to speak",
+        const=True,
+    )
+
+    quantize: bool = quantizing(
+        False, "quantize the result", flags=("-q", "--quantize"), const=True
+    )
+    q_bits: int | None = quantizing(
+        None, "bits per weight (default: the mode's own)", parse=int, metavar="Q_BITS"
+    )
+    q_group_size: int | None = quantizing(
+        None,
+        "weights that share a scale (default: the mode's own)",
+        parse=int,
+        metavar="Q_GROUP_SIZE",
+    )
+    q_mode: str = quantizing("affine", "quantization mode", tuple(MODES))
+    calibration: str | Path | None = quantizing(
+        None,
+        "file, or data set of the Hub as OWNER/NAME[:SUBSET[:SPLIT]], to quantize against, its end "
+        "for the check (default: sampled from the model)",
+        metavar="TEXT",
+    )
+    target_bytes: int | None = quantizing(
+        None,
+        "quantize to the best mixture of bits of this size, for instance 1.6MB or 4GB",
+        parse=parse_bytes,
+        metavar="SIZE",
+    )
+    target_kl: float | None = quantizing(
+        None,
+        "quantize to the smallest mixture of bits that is so close to the source, in nats per "
+        "token; tries several",
+        parse=float,
+        metavar="NATS",
+    )
+    distill: int = quantizing(
+        0,
+        "train the scales and biases of the quantized result towards the source, for instance 200 "
+        "steps; holds both in memory",
+        metavar="STEPS",
+    )
+
+    verify: bool = checking(
+        True,
+        "whether to compare source and result at the end (default); --no-verify leaves that out",
+        flags=("--no-verify",),
+        const=False,
+    )
+    seed: int = checking(0, "of the sampled text", metavar="SEED")
+
+    def __post_init__(self) -> None:
+        _check_target(self)
+        _check_quantization(self)
+        _check_drops(self)
+        _check_values(self)
+
+    @property
+    def drops(self) -> dict[str, int | str]:
+        """How many layers shall lose their "attention", "ffn" or "block" (both): a number, "auto".
+
+        Empty if none shall.
+        """
+        asked = {"attention": self.drop_attention, "ffn": self.drop_ffn, "block": self.drop_block}
+        return {kind: count for kind, count in asked.items() if count is not None}
+
+    @property
+    def allowed_loss(self) -> float:
+        """The share by which "auto" drops may raise the loss."""
+        return DEFAULT_LOSS if self.max_loss is None else self.max_loss
+
+    @property
+    def mixes_bits(self) -> bool:
+        """Whether each matrix is to get bits of its own, for a size or a distance."""
+        return self.target_bytes is not None or self.target_kl is not None
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How to quantize the result; None: not at all."""
+        wanted = self.quantize or self.mixes_bits
+        return make_quantization(wanted, self.q_bits, self.q_group_size, self.q_mode)
+
+
+def _check_target(options: Options) -> None:
+    if not options.mixes_bits:
+        return
+    kl = options.target_kl
+    if options.target_bytes is not None and kl is not None:
+        raise UserError("--target-bytes and --target-kl are two ends of one trade: drop one")
+    if options.q_bits is not None or options.q_mode != "affine":
+        raise UserError(
+            "--target-bytes and --target-kl choose the bits, of affine mode: drop --q-bits and "
+            "--q-mode"
+        )
+    if kl is not None and not 0 < kl < math.inf:
+        raise UserError(f"--target-kl {kl}: must be a positive number of nats per token")
+    if kl is not None and not options.verify:
+        raise UserError("--target-kl measures the result: drop --no-verify")
+
+
+def _check_quantization(options: Options) -> None:
+    quantization = options.quantization  # refused here, if MLX does not have it
+    if options.distill < 0:
+        raise UserError(f"--distill {options.distill}: must be a number of steps, 0 or more")
+    if options.distill and (quantization is None or quantization.mode != "affine"):
+        raise UserError("--distill trains scales and biases: it needs -q in affine mode")
+
+
+def _check_drops(options: Options) -> None:
+    for kind, count in options.drops.items():
+        if count != "auto" and not isinstance(count, int):
+            raise UserError(f"--drop-{kind} {count}: give a number of layers, or auto")
+    share = options.max_loss
+    if share is not None and "auto" not in options.drops.values():
+        raise UserError("--max-loss is for --drop-attention auto, --drop-ffn auto or -block auto")
+    if share is not None and not 0 < share < math.inf:
+        raise UserError(f"--max-loss {share}: must be a positive share, for instance 1%")
+    if options.greedy and not options.drops:
+        raise UserError("--greedy is for --drop-attention, --drop-ffn and --drop-block")
+    if options.skipless and options.drops:
+        raise UserError("--skipless drops every skip connection: drop it to drop sub-layers")
+
+
+def _check_values(options: Options) -> None:
+    if options.precompute_first_layer not in (None, "auto", "force"):
+        raise UserError(
+            f"--precompute-first-layer {options.precompute_first_layer}: give nothing or force"
+        )
+    if options.remove not in REMOVALS:
+        raise UserError(f"--remove {options.remove}: choose one of {', '.join(REMOVALS)}")
+    if options.dtype not in (None, *FLOAT_NAMES):
+        raise UserError(f"--dtype {options.dtype}: choose one of {', '.join(FLOAT_NAMES)}")
+    check_seed(options.seed)
+    if options.upload_repo is not None and not HUB_ID.fullmatch(options.upload_repo):
+        raise UserError(f"--upload-repo {options.upload_repo}: a repository is called owner/name")

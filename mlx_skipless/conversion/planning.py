@@ -1,0 +1,127 @@
+"""The second step of a conversion: what goes and in which form the result is stored.
+
+Reads no text. Weights are read to measure condition numbers, where they are at hand.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from ..checkpoints.checkpoint import Checkpoint
+from ..errors import UserError
+from ..progress import Progress
+from ..quantization.layout import compare_sizes
+from ..removal import sublayers
+from ..removal.algebra import Conditioning
+from ..removal.candidates import find_measurable
+from ..removal.source import SourceReader
+from ..removal.table import explain_price, find_needed, find_obstacle
+from .job import Form, Job, find_inverses
+from .options import Options
+
+STOCK_CANNOT = (
+    "no network of mlx-lm's own is the same function (they may not know this activation, width, "
+    "window or these biases): the result carries one that is"
+)
+NO_STOCK_DROPS = (
+    "mlx-lm has no network of this architecture without some attentions or FFNs: the result "
+    "carries one"
+)
+NO_STOCK_TABLE = (
+    "mlx-lm's own network computes its first layer: the result carries one that reads it"
+)
+SKIPLESS_NETWORK = (
+    "for the speed and size of its skipless network (no language model until it is trained): {}"
+)
+
+
+def plan(job: Job, progress: Progress) -> Job:
+    """Choose the form of the result, and measure what decides on exact removals.
+
+    Raises:
+        UserError: for what cannot be done to this network.
+    """
+    _check_wishes(job)
+    job = replace(job, form=choose_form(job))
+    if isinstance(job.checkpoint, Checkpoint):
+        job = job.learn(conditioning=_measure_conditioning(job, progress))
+    options = job.options
+    calibrated = options.quantization is not None and (
+        job.text is not None
+        or options.mixes_bits
+        or options.distill > 0
+        or bool(find_inverses(job.plan))
+    )
+    return replace(job, calibrated=calibrated)
+
+
+def list_wishes(options: Options) -> list[sublayers.Wish]:
+    """The sub-layers that shall go, by kind."""
+    return [
+        sublayers.Wish(kind, None if count == "auto" else int(count))
+        for kind, count in options.drops.items()
+    ]
+
+
+def _check_wishes(job: Job) -> None:
+    options, args = job.options, job.checkpoint.args
+    if options.distill and args.num_local_experts:
+        raise UserError("--distill is not for models with experts: drop it")
+    if options.drops:
+        spared = find_needed(args) if options.precompute_first_layer is not None else {}
+        sublayers.check_wishes(args, list_wishes(options), spared)
+    if options.precompute_first_layer is not None and (reason := find_obstacle(args)) is not None:
+        raise UserError(f"--precompute-first-layer: {reason}")
+
+
+def choose_form(job: Job) -> Form:
+    """Choose the form of a job's result, by its options and its source's config."""
+    options, checkpoint = job.options, job.checkpoint
+    form = Form(packed=_can_stay_packed(job))
+    declined = None
+    if options.precompute_first_layer == "auto":
+        forms = (form, replace(form, table=True))
+        declined = explain_price(*compare_sizes(*(replace(job, form=f).layout for f in forms)))
+    table = options.precompute_first_layer is not None and declined is None
+    family, args = checkpoint.family, checkpoint.args
+    known = family.stock is not None and not options.skipless
+    express = family.expresses_without_sublayers if options.drops else family.expresses
+    expressed = known and express(args)
+    # What one matrix holds has bits of its own only as a whole.
+    split = options.mixes_bits and bool(family.fused)
+    notes = []
+    if known and not expressed:
+        notes.append(NO_STOCK_DROPS if family.expresses(args) else STOCK_CANNOT)
+    if expressed and table:
+        notes.append(NO_STOCK_TABLE)
+    stock = expressed and not table and not split
+    if stock and (letters := "".join(_plan_skipless(job))):
+        name = checkpoint.name
+        notes.append(SKIPLESS_NETWORK.format(f"--model {name} --skipless --remove {letters}"))
+    if declined is not None:
+        notes.append(f"the first layer stays computed: {declined} (--precompute-first-layer force)")
+    return replace(form, table=table, stock=stock, notes=tuple(notes))
+
+
+def _can_stay_packed(job: Job) -> bool:
+    """Whether what nothing touches can stay packed as it is."""
+    options = job.options
+    in_place = bool(options.drops) or options.precompute_first_layer is not None
+    changed = options.dtype or options.fold_norms or options.skipless or options.quantization
+    packed = isinstance(job.checkpoint, Checkpoint) and job.checkpoint.packed_by_mlx
+    return in_place and packed and not changed and not job.plan.eliminated
+
+
+def _plan_skipless(job: Job) -> list[str]:
+    """The letters of what could go from the skipless network of a source."""
+    return [*replace(job, options=Options(skipless=True), form=Form()).plan.gone]
+
+
+def _measure_conditioning(job: Job, progress: Progress) -> Mapping[str, Conditioning]:
+    wanted = find_measurable(job.plan.before, job.options.remove)
+    reader = SourceReader(job.opened, job.plan.folded)
+    measured = {}
+    for done, path in enumerate(wanted):
+        progress("measuring", done, len(wanted))
+        measured[path] = reader.measure_conditioning(path)
+    progress("measuring", len(wanted), len(wanted))
+    return measured

@@ -1,0 +1,160 @@
+"""Key-value caches: whole, bounded or quantized, for one model or for two, or from a file.
+
+mlx-lm's caches do the work. Ours is what chooses them for each layer, and says why one cannot be.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import (
+    ArraysCache,
+    ChunkedKVCache,
+    KVCache,
+    QuantizedKVCache,
+    RotatingKVCache,
+    load_prompt_cache,
+    make_prompt_cache,
+)
+
+from ..errors import UserError, first_line
+
+KV_BITS = (2, 3, 4, 6, 8)
+KEEP = 4  # a rotating cache never drops the first tokens: attention leans on them
+
+
+def make_cache(
+    model: nn.Module, *, max_kv_size: int | None = None, kv_bits: int | None = None
+) -> list[Any]:
+    """Make a fresh cache for a model, a bounded or quantized one too.
+
+    A bounded cache keeps the first 4 tokens and drops the oldest after them. A layer with a smaller
+    sliding window keeps its own size. While a prompt is read, each chunk of it (2,048 tokens) is
+    held on top. mlx-lm's ``make_prompt_cache`` ignores ``max_kv_size`` for models that define
+    ``make_cache``; this does not.
+
+    Args:
+        model: whose layers the caches are for.
+        max_kv_size: tokens that a layer keeps at most; None: all.
+        kv_bits: bits a value, one of ``KV_BITS``; None: as computed.
+
+    Raises:
+        UserError: for sizes that cannot be, for both at once, and for layers that cannot have them.
+    """
+    cache = make_prompt_cache(model)
+    if max_kv_size is not None:
+        if max_kv_size <= KEEP:
+            raise UserError(
+                f"--max-kv-size {max_kv_size}: must exceed {KEEP}, as the first {KEEP} tokens stay"
+            )
+        cache = [_bound(c, max_kv_size) for c in cache]
+    if kv_bits is not None:
+        if kv_bits not in KV_BITS:
+            raise UserError(f"--kv-bits {kv_bits}: must be one of {', '.join(map(str, KV_BITS))}")
+        if max_kv_size is not None:
+            raise UserError(
+                "--kv-bits with --max-kv-size: mlx-lm cannot quantize a bounded cache; drop one"
+            )
+        group_size = _find_group_size(model)
+        cache = [_quantize(c, kv_bits, group_size) for c in cache]
+    return cache
+
+
+def make_draft_caches(
+    model: nn.Module, draft_model: nn.Module, tokens: int, kv_bits: int | None
+) -> list[Any]:
+    """Make the caches of a model and of its draft, in one list as mlx-lm wants them.
+
+    Raises:
+        UserError: if one cannot take back some of so many tokens.
+    """
+    own, draft = (make_cache(m, kv_bits=kv_bits) for m in (model, draft_model))
+    for cache in (*own, *draft):
+        # mlx-lm goes on without a word when it cannot take back what the model rejects.
+        if not cache.is_trimmable() or tokens >= getattr(cache, "max_size", math.inf):
+            raise UserError(
+                f"--draft-model: the prompt and --max-tokens make {tokens:,} tokens, which a "
+                f"{type(cache).__name__} of this model cannot take back; ask for fewer, or drop "
+                "--draft-model"
+            )
+    # It parts the list by the number of layers, of which some may have no cache.
+    unused = [KVCache() for _ in model.layers[len(own) :]]
+    return [*own, *unused, *draft]
+
+
+def load_cache(file: str | Path, model: nn.Module) -> list[Any]:
+    """Load a prompt cache that ``mlx_lm.cache_prompt`` wrote for this model.
+
+    Raises:
+        UserError: if there is none, or it is another model's.
+    """
+    try:
+        cache = load_prompt_cache(str(file))
+    except (OSError, RuntimeError, ValueError, KeyError) as e:
+        raise UserError(
+            f"{file} is no prompt cache ({first_line(e)}): `mlx_lm.cache_prompt` makes one"
+        ) from e
+    fresh = make_prompt_cache(model)
+    other = UserError(f"{file} is the cache of another model: make one with this model")
+    if [type(c) for c in cache] != [type(c) for c in fresh]:
+        raise other
+    model(mx.array([[0]]), fresh)
+    for stored, own in zip(cache, fresh, strict=True):
+        if stored.keys.shape[1] != own.keys.shape[1] or stored.keys.shape[-1] != own.keys.shape[-1]:
+            raise other
+    return cache
+
+
+def _bound(cache: Any, size: int) -> Any:
+    if type(cache) is KVCache:
+        return RotatingKVCache(max_size=size, keep=KEEP)
+    if isinstance(cache, RotatingKVCache):
+        return RotatingKVCache(max_size=min(size, cache.max_size), keep=cache.keep)
+    if isinstance(cache, ArraysCache | ChunkedKVCache):  # do not grow
+        return cache
+    raise UserError(
+        f"--max-kv-size: a {type(cache).__name__} cannot be bounded; drop --max-kv-size"
+    )
+
+
+def _quantize(cache: Any, bits: int, group_size: int) -> Any:
+    if type(cache) is KVCache:
+        return _QuantizedKVCache(group_size=group_size, bits=bits)
+    if isinstance(cache, ArraysCache):  # a state, no keys and values
+        return cache
+    if isinstance(cache, RotatingKVCache):
+        raise UserError(
+            "--kv-bits: mlx-lm cannot quantize a sliding window's cache, which this model has; "
+            "drop --kv-bits"
+        )
+    raise UserError(f"--kv-bits: a {type(cache).__name__} cannot be quantized; drop --kv-bits")
+
+
+def _find_group_size(model: nn.Module) -> int:
+    """The values along a head that share a scale; where its size is unknown MLX decides."""
+    args = getattr(model, "args", None)
+    hidden, heads = (getattr(args, key, 0) for key in ("hidden_size", "num_attention_heads"))
+    head_dim = getattr(args, "head_dim", None) or (hidden // heads if heads else 0)
+    for size in (64, 32):
+        if head_dim % size == 0:
+            return size
+    raise UserError(
+        f"--kv-bits: heads of {head_dim} values cannot be quantized in groups of 64 or 32; "
+        "drop --kv-bits"
+    )
+
+
+class _QuantizedKVCache(QuantizedKVCache):
+    """mlx-lm's, starting from rows of the right width: its own are too wide for some bits.
+
+    head_dim // (32 // bits) words a row is one too many for 6 bits and a head_dim of 128.
+    """
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
+        if self.keys is None:
+            width, bits = self.group_size, self.bits
+            self.keys = mx.quantize(keys[..., :0, :], width, bits)  # type: ignore[assignment]
+            self.values = mx.quantize(values[..., :0, :], width, bits)  # type: ignore[assignment]
+        return super().update_and_fetch(keys, values)

@@ -1,0 +1,80 @@
+"""From a user's words to token ids, through a model's chat template or plain."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..errors import UserError, first_line
+
+
+def encode_prompt(
+    tokenizer: TokenizerWrapper, text: str, *, chat: bool | None = None, continued: bool = False
+) -> list[int]:
+    """Turn a prompt into token ids, through the chat template or plain with the start token.
+
+    Args:
+        tokenizer: the model's.
+        text: what the user says.
+        chat: whether to use the template; None: where the tokenizer has one.
+        continued: the beginning of the user's message is in a cache already, as
+            ``mlx_lm.cache_prompt`` leaves it, and ``text`` ends it.
+
+    Raises:
+        UserError: for an empty prompt, for text that is not Unicode, and for ``chat`` True without
+            a template.
+    """
+    if not text.strip():
+        raise UserError("the prompt is empty: give some text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise UserError(f"the prompt is not valid Unicode at character {e.start}") from None
+    if chat and not tokenizer.has_chat_template:
+        raise UserError(
+            "this model's tokenizer has no chat template: send the prompt as plain text"
+        )
+    if chat or (chat is None and tokenizer.has_chat_template):
+        message = {"role": "user", "content": text}
+        if continued:
+            return _encode_end(tokenizer, message)
+        return list(apply_template(tokenizer, [message]))
+    if continued:
+        return list(tokenizer.encode(text, add_special_tokens=False))
+    start = tokenizer.bos_token
+    return list(
+        tokenizer.encode(text, add_special_tokens=start is None or not text.startswith(start))
+    )
+
+
+def apply_template(
+    tokenizer: TokenizerWrapper, messages: Sequence[dict[str, str]], **options: Any
+) -> Any:
+    """Put messages through the model's chat template, up to the answer.
+
+    Raises:
+        UserError: if the template fails: it is a program, the checkpoint's own, and transformers
+            runs it in a sandbox.
+    """
+    try:
+        found = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, **options)
+    except Exception as error:  # jinja2's, and what a template does to Python's own types
+        raise UserError(
+            f"the model's chat template fails ({first_line(error)}): correct it or download the "
+            "model again"
+        ) from error
+    if not found:
+        raise UserError("the model's chat template leaves the message out: correct it")
+    return found
+
+
+def _encode_end(tokenizer: TokenizerWrapper, message: dict[str, str]) -> list[int]:
+    """Encode a templated message from its content on, and the opening of the answer."""
+    marker = "<content>"
+    texts = [
+        apply_template(tokenizer, [{**message, "content": content}], tokenize=False)
+        for content in (message["content"], marker)
+    ]
+    if marker not in texts[1]:
+        raise UserError("the model's chat template leaves the message out: correct it")
+    return list(tokenizer.encode(texts[0][texts[1].index(marker) :], add_special_tokens=False))

@@ -1,0 +1,116 @@
+"""Which matrices could become the identity at a point of the stream, and why others cannot."""
+
+from ..network.model import ModelArgs
+from ..network.names import HEAD
+from ..network.wiring import LETTERS, Point, find_points, parse_layer
+
+
+def find_candidates(point: Point) -> dict[str, str]:
+    """Find what could become the identity at a point: module paths by the paper's letter."""
+    sides = {"q": point.consumers, "k": point.consumers, "v": point.consumers, "p": point.producers}
+    return {x: path for x, paths in sides.items() for path in paths if path.endswith(LETTERS[x])}
+
+
+def find_measurable(args: ModelArgs, remove: str) -> list[str]:
+    """Find the matrices whose inverse a removal may need, in the order of the stream.
+
+    Args:
+        args: the network.
+        remove: "auto", "none" or the letters to remove.
+    """
+    letters = "" if remove == "none" else "qkvp" if remove == "auto" else remove
+    return [
+        path
+        for point in find_points(args)
+        for letter, path in find_candidates(point).items()
+        if letter in letters
+        and point.pinned is None
+        and point.producers != [path]  # P alone needs no inverse
+        and explain_shape(args, letter) is None
+    ]
+
+
+def find_mixed(args: ModelArgs, points: list[Point], index: int, path: str) -> list[str]:
+    """Find the matrices whose values a removal mixes through an inverse.
+
+    There are none if P goes where it alone writes the point.
+
+    Args:
+        args: the network.
+        points: its points.
+        index: the point whose basis changes.
+        path: the matrix that becomes the identity there.
+    """
+    if points[index].producers == [path] and not is_tied_end(args, points, index):
+        return []
+    touched = [points[0], points[-1]] if is_tied_end(args, points, index) else [points[index]]
+    matrices = [m for point in touched for m in (*point.producers, *point.consumers) if m != path]
+    return [m for m in matrices if m != HEAD or not args.tie_word_embeddings]
+
+
+def is_tied_end(args: ModelArgs, points: list[Point], index: int) -> bool:
+    """Tell whether a point is one end of the stream and the embedding is tied to the head."""
+    return args.tie_word_embeddings and index in (0, len(points) - 1)
+
+
+def explain_obstacle(args: ModelArgs, points: list[Point], index: int, path: str) -> str | None:
+    """Explain why the matrix at a path cannot become the identity at a point; None if it can."""
+    point = points[index]
+    if point.pinned:
+        return point.pinned
+    if parse_layer(path) in args.biases.get(path.rpartition(".")[2], ()):
+        if point.head:
+            return "its bias would need a bias on the head"
+        if args.tie_word_embeddings and index == 0:
+            return "its bias would reach the head through the tied embedding"
+    return None
+
+
+def explain_shape(args: ModelArgs, letter: str) -> str | None:
+    """Explain why the shape of Q, K, V or P forbids its removal; None if it does not."""
+    name, d = letter.upper(), args.hidden_size
+    width = args.num_attention_heads * args.head_dim
+    kv_width = args.num_key_value_heads * args.head_dim
+    if letter in "kv" and kv_width != d:
+        return (
+            f"{name} maps {d} to {kv_width} and has no inverse ({args.num_key_value_heads} "
+            f"key-value heads, {args.num_attention_heads} query heads)"
+        )
+    if letter == "q" and width < d:
+        return f"Q narrows the stream from {d} to {width} and K and V need what it drops"
+    if letter == "q" and width > d:
+        return (
+            f"Q widens the stream from {d} to {width}, so the matrices that feed it would grow by "
+            "more than Q weighs"
+        )
+    if letter == "p" and width != d and (args.block == "parallel" or args.skip == "ffn"):
+        return f"P maps {width} to {d} and has no inverse, which this block needs"
+    return None
+
+
+def suggest_removals(args: ModelArgs) -> str:
+    """Suggest what can go from a network of which something else cannot."""
+    ways = _find_ways(args)
+    if not ways:
+        return "nothing can go"
+    together = len(ways[0]) > 1
+    what = " or ".join(way[0].upper() for way in ways) + (" and P" if together else "")
+    first = "--skipless " if args.skip == "both" and args.norm == "pre" else ""
+    return f"only {what} can go, {first}--remove {' or --remove '.join(ways)}"
+
+
+def _find_ways(args: ModelArgs) -> list[str]:
+    """Find the largest sets of letters that can go by their shapes, from a skipless network."""
+    free = [letter for letter in "qkvp" if explain_shape(args, letter) is None]
+    readers = ["q"] if "q" in free else [letter for letter in free if letter != "p"]
+    writers = ["p"] if "p" in free and (not readers or count_saved_by_p(args) > 0) else []
+    if readers and writers and args.block == "serial" and args.skip != "ffn":
+        return [f"{reader}p" for reader in readers]
+    return [*readers, *writers]
+
+
+def count_saved_by_p(args: ModelArgs) -> int:
+    """Count the weights that removing one layer's P saves; negative if it costs some."""
+    width = args.num_attention_heads * args.head_dim
+    inner = max(args.num_local_experts, 1) * args.intermediate_size * (2 if args.gated else 1)
+    return width * args.hidden_size - (width - args.hidden_size) * (inner + args.num_local_experts)

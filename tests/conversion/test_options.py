@@ -1,0 +1,93 @@
+"""What can be asked of a conversion: the same in Python and on the command line."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from factory import make_checkpoint
+
+import mlx_skipless
+from mlx_skipless import UserError, cli
+from mlx_skipless.conversion.options import Options
+
+GROUPS = ["options", "source and result", "exact", "approximate", "quantize", "check and report"]
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+
+
+def test_options_do_not_wait_for_mlx() -> None:
+    """So neither does a command's help."""
+    code = "import sys, mlx_skipless.conversion.options; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in run.stdout.split()}
+    assert "mlx_skipless" in loaded
+    assert not loaded & {"mlx", "mlx_lm", "numpy", "transformers", "huggingface_hub"}
+
+
+def test_the_help_shows_every_field_in_its_group(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["convert", "--help"])
+    shown = capsys.readouterr().out
+    assert re.findall(r"^([a-z ]+):(?! \S)", shown, re.MULTILINE) == [*GROUPS, "examples"]
+    for field in dataclasses.fields(Options):
+        flags = field.metadata["flags"] or [f"--{field.name.replace('_', '-')}"]
+        start = shown.index(f"\n{field.metadata['group']}:")
+        assert all(flag in shown[start:] for flag in flags), field.name
+
+
+def test_what_flags_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kind of flag arrives as the value that Python would give."""
+    taken: list[Options] = []
+
+    def convert(*, options: Options, progress: object) -> None:
+        taken.append(options)
+        raise UserError("enough")
+
+    monkeypatch.setattr("mlx_skipless.conversion.convert.convert", convert)
+    for flags, fields in (
+        ("", {}),
+        ("--model a/b --mlx-path c", {"model": "a/b", "mlx_path": "c"}),
+        ("--hf-path a/b", {"model": "a/b"}),
+        ("--no-verify --seed 3 --dry-run", {"verify": False, "seed": 3, "dry_run": True}),
+        ("--precompute-first-layer", {"precompute_first_layer": "auto"}),
+        ("--precompute-first-layer force", {"precompute_first_layer": "force"}),
+        ("--drop-ffn 2 --greedy", {"drop_ffn": 2, "greedy": True}),
+        ("--drop-block auto --max-loss 2%", {"drop_block": "auto", "max_loss": 0.02}),
+        ("--drop-block auto --max-loss 0.02", {"drop_block": "auto", "max_loss": 0.02}),
+        ("--target-bytes 1.5MB", {"target_bytes": 1_500_000}),
+        ("--target-kl 0.1", {"target_kl": 0.1}),
+        ("-q --q-bits 3 --q-group-size 32", {"quantize": True, "q_bits": 3, "q_group_size": 32}),
+        ("--quantize --distill 20", {"quantize": True, "distill": 20}),
+    ):
+        assert cli.main(["convert", *flags.split()]) == 1
+        assert taken.pop() == Options(**fields)
+
+
+def test_options_as_one(tmp_path: Path) -> None:
+    """Keywords go before the fields of the options that are given."""
+    make_checkpoint(tmp_path / "s", norm="qkv", **SIZES)
+    options = Options(tmp_path / "s", tmp_path / "out", remove="q", dry_run=True)
+    assert [*mlx_skipless.convert(options=options).removed] == ["q"]
+    assert [*mlx_skipless.convert(options=options, remove="p").removed] == ["p"]
+    assert mlx_skipless.convert(options=options, dry_run=False, verify=False).output == str(
+        tmp_path / "out"
+    )
+    with pytest.raises(UserError, match="exists already"):
+        mlx_skipless.convert(options=options, dry_run=False)
+    with pytest.raises(TypeError, match="removes"):
+        mlx_skipless.convert(tmp_path / "s", removes="p")
+
+
+def test_the_card_tells_no_folder(tmp_path: Path) -> None:
+    """Neither that of the model nor that of the text, which notes and figures name."""
+    make_checkpoint(tmp_path / "s", norm="qkv", **SIZES)
+    (tmp_path / "tale.txt").write_text("Once upon a time there was a miller. " * 900)
+    report = mlx_skipless.convert(
+        tmp_path / "s", tmp_path / "out", remove="p", quantize=True, q_group_size=32,
+        calibration=tmp_path / "tale.txt",
+    )  # fmt: skip
+    assert any(str(tmp_path) in note for note in report.notes)
+    card = (tmp_path / "out/README.md").read_text()
+    assert "tokens (tale.txt)" in card and "from `s`" in card and str(tmp_path) not in card
