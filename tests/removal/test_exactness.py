@@ -15,6 +15,7 @@ from grids import pairs, product, thin
 import mlx_skipless
 from mlx_skipless.checkpoints.safetensors import SafetensorsStore
 from mlx_skipless.conversion.convert import convert
+from mlx_skipless.removal import merger
 
 TOLERANCE = 5e-4  # worst token's relative logit error, float32
 HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}
@@ -211,6 +212,21 @@ def test_a_model_trained_without_p(how: dict[str, Any], block: str, tmp_path: Pa
     (tmp_path / "s/config.json").write_text(json.dumps(config | removed))
     convert(tmp_path / "s", tmp_path / "out", verify=False, **how)
     check_same_function((config, weights), tmp_path / "out", 0)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("remove", ["none", "q"])
+def test_gains_of_projections_fold(
+    remove: str, heads: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the values as their query heads meet them; and embedding and head in parts."""
+    monkeypatch.setattr(merger, "ROWS", 100)
+    source = make_checkpoint(
+        tmp_path / "s", norm="qkv", gains=True, num_key_value_heads=HEADS[heads]
+    )
+    report = convert(tmp_path / "s", tmp_path / "out", remove=remove, fold_norms=True, verify=False)
+    assert {"v", "hidden", "final"} <= {*report.folded}
+    check_same_function(source, tmp_path / "out", 0)
 
 
 def test_gains_and_paths_of_some_layers(tmp_path: Path) -> None:
