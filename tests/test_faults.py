@@ -10,17 +10,17 @@ import pytest
 
 SCRIPT = Path(__file__).parents[1] / "tools/faults.py"
 TRIES = {
-    "SIGINT": 6,
-    "SIGTERM": 4,
-    "SIGKILL": 6,
-    "disk-full": 4,
-    "file-too-large": 4,
-    "source-cut-short": 4,
+    "SIGINT": 4,
+    "SIGTERM": 3,
+    "SIGKILL": 4,
+    "disk-full": 3,
+    "file-too-large": 3,
+    "source-cut-short": 3,
     "three-at-once": 1,
     "other-file-system": 2,
     "training-killed": 1,
 }
-MORE = 5  # times as many, thoroughly
+MORE = 6  # times as many, thoroughly
 
 
 def mounts() -> bool:

@@ -113,12 +113,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("plan", "NOISE_LIMIT = 0.02", "NOISE_LIMIT = 20.0", "tests/removal/test_plan.py"),
     ("plan", "HOPELESS = 1e12", "HOPELESS = 1e300", f"{BAD} singular"),
     ("plan", "biases[name].discard(layer)", "pass", PLAN),
-    (
-        "plan",
-        "if request.args.tie_word_embeddings and {0, request.last} <= eliminated.keys():",
-        "if False:",
-        PLAN,
-    ),
+    ("plan", "index == request.last and 0 in eliminated", "False", PLAN),
     ("plan", 'if letter in "kv" and kv_width != d', 'if letter in "k" and kv_width != d', PLAN),
     (
         "plan",
