@@ -32,7 +32,7 @@ from mlx_skipless.training.healing import Pair
 from mlx_skipless.training.recipe import Pace, Treatment
 
 SMALL = Treatment(steps=8, batch_size=2, context=24, sampled_tokens=1024, warmup=2, rank=4)
-SHORT = dataclasses.replace(SMALL, steps=2, sampled_tokens=512)
+SHORT = dataclasses.replace(SMALL, steps=2)
 PACE = Pace(log_every=2, eval_every=4, save_every=4, eval_tokens=96)
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3}
 
