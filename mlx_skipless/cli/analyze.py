@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import UserError
 from .figures import open_figure
-from .shared import open_output, output_arguments
+from .shared import add_output_arguments, open_output
 from .tables import Grid
 
 EXAMPLES = (
@@ -19,7 +19,7 @@ EXAMPLES = (
 )
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="SRC",
         help="Hub id, Hugging Face folder, .gguf file, or a config.json alone (a folder's too)",
@@ -40,7 +40,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plot", metavar="FILE", help="draw what was measured there, as .png, .pdf or .svg"
     )
-    output_arguments(parser, "every figure")
+    add_output_arguments(parser, "every figure")
 
 
 def run(options: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from ..evaluation.catalogue import Entry, list_entries
-from .shared import open_output, output_arguments
+from .shared import add_output_arguments, open_output
 from .tables import Grid
 
 EXAMPLES = (
@@ -24,8 +24,8 @@ TITLES = (
 )
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    output_arguments(parser, "every figure")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_output_arguments(parser, "every figure")
 
 
 def run(options: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from ..constants import REMOVALS
 from ..errors import UserError
 from .figures import open_figure
-from .shared import open_output, output_arguments, output_file, quantization_arguments
+from .shared import add_output_arguments, add_quantization_arguments, open_output, open_output_file
 
 EXAMPLES = (
     ("OUT SRC", "two models side by side, and plain mlx-lm"),
@@ -23,7 +23,7 @@ EXAMPLES = (
 )
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "models", nargs="*", metavar="MODEL",
         help="model folders or Hub ids; the first that runs in mlx-lm's own code is the baseline, "
@@ -42,7 +42,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=["float16", "bfloat16", "float32"],
         help="of the synthetic weights (default: the config's, else bfloat16)",
     )  # fmt: skip
-    quantization_arguments(parser, "quantize the synthetic networks")
+    add_quantization_arguments(parser, "quantize the synthetic networks")
     parser.add_argument(
         "--save", metavar="DIR",
         help="write the synthetic shape's checkpoint there, dense and without a tokenizer, for "
@@ -69,7 +69,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--plot", metavar="FILE", help="draw the speeds there, as .png, .pdf or .svg"
     )
     parser.add_argument("--markdown", metavar="FILE", help="write the tables there")
-    output_arguments(parser, "every figure")
+    add_output_arguments(parser, "every figure")
 
 
 def run(options: dict[str, Any]) -> None:
@@ -85,7 +85,7 @@ def run(options: dict[str, Any]) -> None:
         raise UserError("--plot draws speeds: give --prompt-lengths or --contexts")
     with (
         open_output(options) as shown,
-        output_file("--markdown", text) as write,
+        open_output_file("--markdown", text) as write,
         open_figure("--plot", figure) as draw,
     ):
         with shown.progress() as progress:

@@ -3,14 +3,12 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from rich.measure import Measurement
-from rich.table import Table
-
 from ..conversion.options import CHECK, Options
-from .shared import Output, field_groups, open_output, output_arguments, take_fields
+from .shared import Output, add_fields, add_output_arguments, open_output, take_fields
+from .tables import Grid
 
 if TYPE_CHECKING:
-    from ..conversion.report import Report
+    from ..conversion.report import LayerRow, Report
 
 EXAMPLES = (
     ("", "make mlx_model of the bundled model, without its Q and P"),
@@ -35,9 +33,9 @@ EXAMPLES = (
 LONG = 10  # seconds that make one ask where they went
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    groups = field_groups(parser, ("", Options))
-    output_arguments(groups[CHECK], "the report")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    groups = add_fields(parser, ("", Options))
+    add_output_arguments(groups[CHECK], "the report")
 
 
 def run(options: dict[str, Any]) -> None:
@@ -56,27 +54,14 @@ def _show(report: "Report", shown: Output) -> None:
     from ..conversion.card import describe_effect
     from ..memory import format_bytes
 
-    console = shown.console
     if report.packing:
         again = "" if report.quantization else ", and not quantized again: -q does that"
         done = "and stays as it is" if report.kept_packed else f"dequantized first{again}"
         shown.say(f"the source is quantized ({report.packing}): {done}")
-    table = Table("part", "goes", box=None, pad_edge=False)
-    measured = any(row.cost for row in report.rows)
-    costs = ("KL without", "KL with") if measured else ()
-    for title in ("weights", "after", "MB", "after", "condition", *costs):
-        table.add_column(title, justify="right")
-    for row in report.rows:
-        condition = "" if row.condition is None else f"{row.condition:.1e}"
-        table.add_row(
-            row.name, row.goes, f"{row.weights_before:,}", f"{row.weights_after:,}",
-            f"{row.bytes_before / 1e6:.2f}", f"{row.bytes_after / 1e6:.2f}", condition,
-            *((f"{row.cost.removed:.1e}", f"{row.cost.rounded:.1e}") if row.cost else ()),
-        )  # fmt: skip
-    # No figure is cut short: a narrow terminal wraps the lines.
-    wide = console.options.update(max_width=1000)
-    console.width = max(console.width, Measurement.get(console, wide, table).maximum)
-    console.print(table)
+    titles = ["part", "goes", "weights", "after", "MB", "after", "condition"]
+    titles += ["KL without", "KL with"] if any(row.cost for row in report.rows) else []
+    rows = [_list_cells(row)[: len(titles)] for row in report.rows]
+    Grid(titles, rows, words=2).show(shown.console)
     lines = [f"note: {note}" for note in report.notes]
     if report.stock:
         done = "norm gains folded, exactly" if report.folded else "matrices as they were"
@@ -88,11 +73,22 @@ def _show(report: "Report", shown: Output) -> None:
         shown.warn(warning)
     where = f"wrote {report.output}" if report.output else "dry run: nothing written"
     memory = format_bytes(report.peak_memory_bytes)
-    time = f"{report.seconds:.1f} s{_stages(report)}"
+    time = f"{report.seconds:.1f} s{_describe_stages(report)}"
     shown.say(f"{where}; {time}, peak memory {memory}")
 
 
-def _stages(report: "Report") -> str:
+def _list_cells(row: "LayerRow") -> tuple[str, ...]:
+    condition = "" if row.condition is None else f"{row.condition:.1e}"
+    costs = ("", "")
+    if row.cost is not None:
+        costs = (f"{row.cost.removed:.1e}", f"{row.cost.rounded:.1e}")
+    return (
+        row.name, row.goes, f"{row.weights_before:,}", f"{row.weights_after:,}",
+        f"{row.bytes_before / 1e6:.2f}", f"{row.bytes_after / 1e6:.2f}", condition, *costs,
+    )  # fmt: skip
+
+
+def _describe_stages(report: "Report") -> str:
     """Where the time went, if it was long."""
     if report.seconds < LONG:
         return ""

@@ -9,7 +9,7 @@ from .figures import open_figure
 EXAMPLES = (("trial trained_model", "two runs in loss.png"),)
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that train wrote")
     parser.add_argument(
         "--output", default="loss.png", metavar="FILE",

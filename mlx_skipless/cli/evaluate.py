@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from .shared import open_output, output_arguments
+from .shared import add_output_arguments, open_output
 from .tables import Grid
 
 EXAMPLES = (
@@ -14,7 +14,7 @@ EXAMPLES = (
 )
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="A", help="model folder or Hub id, before")
     parser.add_argument("result", metavar="B", help="model folder or Hub id, after")
     parser.add_argument(
@@ -42,7 +42,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="let a model of another kind run its code"
     )
-    output_arguments(parser, "the scores")
+    add_output_arguments(parser, "the scores")
 
 
 def run(options: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..memory import format_bytes
-from ..training.loop import RunResult
+from ..training.results import RunResult
 
 
 def describe_event(event: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .shared import output_file
+from .shared import open_output_file
 
 FORMATS = ("png", "pdf", "svg")
 Draw = Callable[[Callable[[Any, Path, str], None], Any], None]
@@ -26,5 +26,5 @@ def open_figure(flag: str, name: str | None) -> Iterator[Draw]:
     form = "" if name is None else Path(name).suffix.lower().removeprefix(".")
     if name is not None and form not in FORMATS:
         raise UserError(f"{flag} {name}: give a name that ends in .png, .pdf or .svg")
-    with output_file(flag, name) as put:
+    with open_output_file(flag, name) as put:
         yield lambda plot, content: put(lambda file: plot(content, file, form))

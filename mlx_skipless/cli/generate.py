@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .shared import DEFAULT_MODEL, Output, open_output, output_arguments
+from .shared import DEFAULT_MODEL, Output, add_output_arguments, open_output
 from .tables import Grid
 
 EXAMPLES = (
@@ -22,7 +22,7 @@ EXAMPLES = (
 )
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", default=DEFAULT_MODEL, metavar="DIR_OR_REPO",
         help="model folder or Hub id (default: %(default)s, made from the bundled model if there "
@@ -57,7 +57,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="let a model of another kind run its code"
     )
-    output_arguments(parser, "text and measurements")
+    add_output_arguments(parser, "text and measurements")
 
 
 def run(options: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from ..errors import UserError
 from ..options import read_options
 from ..training.recipe import Pace, Treatment
-from .shared import field_groups, held_out_arguments, open_output, run_arguments, take_fields
+from .shared import add_fields, add_held_out_arguments, add_run_arguments, open_output, take_fields
 
 EXAMPLES = (
     ("--model REDUCED --teacher SRC", "distil on text that the original speaks"),
@@ -15,17 +15,17 @@ EXAMPLES = (
 )
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="DIR_OR_REPO", help="the reduced model: what convert wrote"
     )
     parser.add_argument("--teacher", metavar="DIR_OR_REPO", help="the model that it was made from")
-    held_out_arguments(parser)
-    run_arguments(parser, "healed_model", "the run and of the healed model")
+    add_held_out_arguments(parser)
+    add_run_arguments(parser, "healed_model", "the run and of the healed model")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="let a model of another kind run its code"
     )
-    field_groups(parser, ("pace (0: never)", Pace), ("treatment", Treatment))
+    add_fields(parser, ("pace (0: never)", Pace), ("treatment", Treatment))
 
 
 def run(options: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from .. import __version__
 from ..errors import UserError, first_line
-from .shared import stderr
+from .shared import make_stderr
 
 SUMMARY = "Makes language models smaller and faster by removing weights, inside mlx-lm."
 HELP = {
@@ -34,7 +34,7 @@ HELP = {
 
 
 class Commands(Mapping[str, Any]):
-    """The commands' modules by name; each has ``EXAMPLES``, ``arguments`` and ``run``."""
+    """The commands' modules by name; each has ``EXAMPLES``, ``add_arguments`` and ``run``."""
 
     def __getitem__(self, name: str) -> Any:
         if name not in HELP:
@@ -93,7 +93,7 @@ def _explain(parser: argparse.ArgumentParser, name: str) -> None:
         f"  {f'{parser.prog} {line}'.strip()}\n      {what}" for line, what in module.EXAMPLES
     )
     parser.epilog = "\n".join(["examples:", *examples])
-    module.arguments(parser)
+    module.add_arguments(parser)
 
 
 def _exit_code(run: Callable[[], None]) -> int:
@@ -126,4 +126,4 @@ def _exit_code(run: Callable[[], None]) -> int:
 
 def _complain(error: UserError) -> None:
     """Print one line on stderr, red on a terminal."""
-    stderr().print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
+    make_stderr().print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from ..errors import UserError
-from .shared import DEFAULT_MODEL, held_out_arguments, open_output, output_arguments
+from .shared import DEFAULT_MODEL, add_held_out_arguments, add_output_arguments, open_output
 
 EXAMPLES = (
     (
@@ -14,12 +14,12 @@ EXAMPLES = (
 )
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", default=DEFAULT_MODEL, metavar="DIR_OR_REPO",
         help="model folder or Hub id (default: %(default)s)",
     )  # fmt: skip
-    held_out_arguments(parser)
+    add_held_out_arguments(parser)
     parser.add_argument(
         "--context", type=int, metavar="N",
         help="tokens of a window (default: what the model was made for, at most 512)",
@@ -28,7 +28,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="let a model of another kind run its code"
     )
-    output_arguments(parser, "the score")
+    add_output_arguments(parser, "the score")
 
 
 def run(options: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ DEFAULT_MODEL = "mlx_model"
 
 
 @contextlib.contextmanager
-def output_file(flag: str, name: str | None, out: str | None = None) -> Iterator[Any]:
+def open_output_file(flag: str, name: str | None, out: str | None = None) -> Iterator[Any]:
     """A function that has another write a file; an impossible path is refused before the work.
 
     ``out`` is a folder that the work itself makes.
@@ -53,7 +53,7 @@ def output_file(flag: str, name: str | None, out: str | None = None) -> Iterator
     yield put
 
 
-def output_arguments(parser: argparse._ActionsContainer, what: str) -> None:
+def add_output_arguments(parser: argparse._ActionsContainer, what: str) -> None:
     parser.add_argument(
         "--json", metavar="FILE",
         help=f"write {what} there; - is standard output, with nothing else on it",
@@ -84,12 +84,12 @@ class Output:
             print(line, flush=True)
 
     def warn(self, line: str) -> None:
-        stderr().print(f"WARNING: {line}", style="bold red", soft_wrap=True)
+        make_stderr().print(f"WARNING: {line}", style="bold red", soft_wrap=True)
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Progress]:
         """A bar a stage, if stderr is a terminal."""
-        console = stderr()
+        console = make_stderr()
         columns = (
             bars.TextColumn("{task.description:>10}"), bars.BarColumn(),
             bars.MofNCompleteColumn(), bars.TimeElapsedColumn(),
@@ -106,25 +106,25 @@ class Output:
             yield show
 
 
-def stderr() -> Console:
+def make_stderr() -> Console:
     return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 @contextlib.contextmanager
 def open_output(options: dict[str, Any], out: str | None = None) -> Iterator[Output]:
-    """Takes what ``output_arguments`` added; ``out`` is a folder that the command makes."""
+    """Takes what ``add_output_arguments`` added; ``out`` is a folder that the command makes."""
     name, quiet = options.pop("json"), options.pop("quiet")
     to_stdout = name == "-"
     quiet = quiet or to_stdout
     console = Console(highlight=False, markup=False, emoji=False, quiet=quiet)
 
     def text(content: Any) -> str:
-        return json.dumps(_plain(content), indent=2) + "\n"
+        return json.dumps(_replace_infinities(content), indent=2) + "\n"
 
     if to_stdout:
         yield Output(console, quiet, True, lambda content: print(text(content), end=""))
         return
-    with output_file("--json", name, out) as put:
+    with open_output_file("--json", name, out) as put:
         yield Output(
             console,
             quiet,
@@ -133,16 +133,16 @@ def open_output(options: dict[str, Any], out: str | None = None) -> Iterator[Out
         )
 
 
-def _plain(content: Any) -> Any:
+def _replace_infinities(content: Any) -> Any:
     """What JSON can hold: null for an infinity or what is no number."""
     if isinstance(content, dict):
-        return {key: _plain(value) for key, value in content.items()}
+        return {key: _replace_infinities(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_plain(value) for value in content]
+        return [_replace_infinities(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-def quantization_arguments(parser: argparse.ArgumentParser, what: str) -> None:
+def add_quantization_arguments(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("-q", "--quantize", action="store_true", help=what)
     parser.add_argument("--q-bits", type=int, help="bits per weight (default: the mode's own)")
     parser.add_argument("--q-group-size", type=int, help="weights that share a scale")
@@ -152,7 +152,7 @@ def quantization_arguments(parser: argparse.ArgumentParser, what: str) -> None:
     )  # fmt: skip
 
 
-def held_out_arguments(parser: argparse.ArgumentParser) -> None:
+def add_held_out_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", nargs="+", metavar="FILE",
         help='text: .jsonl with "text", "prompt" and "completion" or "messages", else plain',
@@ -167,7 +167,7 @@ def held_out_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def run_arguments(parser: argparse.ArgumentParser, default: str, what: str) -> None:
+def add_run_arguments(parser: argparse.ArgumentParser, default: str, what: str) -> None:
     """Of a command whose work is a run that can be resumed, in a folder that holds ``what``."""
     parser.add_argument(
         "--mlx-path", default=default, metavar="OUT",
@@ -177,10 +177,10 @@ def run_arguments(parser: argparse.ArgumentParser, default: str, what: str) -> N
         "--resume", action="store_true",
         help="go on with the run in OUT, bit for bit; only --steps may change",
     )  # fmt: skip
-    output_arguments(parser, "the outcome")
+    add_output_arguments(parser, "the outcome")
 
 
-def field_groups(parser: argparse.ArgumentParser, *groups: tuple[str, type]) -> dict[str, Any]:
+def add_fields(parser: argparse.ArgumentParser, *groups: tuple[str, type]) -> dict[str, Any]:
     """Add the flags of dataclasses' fields, under a title each or where a field names its group.
 
     Returns:
@@ -206,7 +206,7 @@ def _add_flag(group: Any, field: Field[Any]) -> None:
     elif bool in kinds:
         how, default = {"action": "store_const", "const": const}, None
     else:
-        how = _value(field, kinds)
+        how = _describe_value(field, kinds)
         how |= {} if const is None else {"nargs": "?", "const": const}
     told = "" if default in (None, "") else f" (default: {default})"
     group.add_argument(
@@ -215,7 +215,7 @@ def _add_flag(group: Any, field: Field[Any]) -> None:
     )  # fmt: skip
 
 
-def _value(field: Field[Any], kinds: tuple[Any, ...]) -> dict[str, Any]:
+def _describe_value(field: Field[Any], kinds: tuple[Any, ...]) -> dict[str, Any]:
     """How argparse reads the value of a field's flag."""
     facts = field.metadata
     if choices := [choice for choice in facts["choices"] if choice]:

@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import UserError, first_line
 from ..options import read_options
 from ..training.recipe import Recipe, TrainingPace
-from .shared import field_groups, held_out_arguments, open_output, run_arguments, take_fields
+from .shared import add_fields, add_held_out_arguments, add_run_arguments, open_output, take_fields
 
 EXAMPLES = (
     ("--data tales/*.txt", "a skipless model of the bundled one's recipe"),
@@ -16,13 +16,13 @@ EXAMPLES = (
 )
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    held_out_arguments(parser)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_held_out_arguments(parser)
     parser.add_argument(
         "--tokenizer", metavar="DIR_OR_REPO",
         help="use this Hugging Face tokenizer (default: make a byte-level BPE from the text)",
     )  # fmt: skip
-    run_arguments(parser, "trained_model", "the run")
+    add_run_arguments(parser, "trained_model", "the run")
     parser.add_argument(
         "-c", "--config", metavar="YAML", help="file with the recipe below; flags come first"
     )
@@ -30,7 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
         help="of the arithmetic (default: bfloat16 on a GPU, float32 on a CPU)",
     )  # fmt: skip
-    field_groups(parser, ("pace (0: never)", TrainingPace), ("recipe", Recipe))
+    add_fields(parser, ("pace (0: never)", TrainingPace), ("recipe", Recipe))
 
 
 def run(options: dict[str, Any]) -> None:

@@ -2,29 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..checkpoints import hub
+from ..conversion.card import name_source, render_card
+from ..network.model import ModelArgs
+from .results import Distance, HealingResult, TrainingResult
 
-if TYPE_CHECKING:
-    from ..network.model import ModelArgs
-    from .healing import Distance, HealingResult
-    from .pretraining import TrainingResult
-
-TEMPLATE = """\
----
-{{ card_data }}
----
-
-# {{ name }}
-
-{{ summary }}
-{% for title, lines in sections.items() %}
-## {{ title }}
-
-{% for line in lines %}- {{ line }}
-{% endfor %}{% endfor %}
-"""
 SKIPS = {"none": "no skip", "ffn": "a skip around each FFN", "both": "both skips"}
 NORMS = {
     "none": "no norms",
@@ -38,31 +21,8 @@ HEALING_FAILED = (
 )
 
 
-def _render_card(
-    name: str,
-    summary: str,
-    sections: Mapping[str, Sequence[str]],
-    *,
-    tags: Sequence[str],
-    base_model: str | None = None,
-) -> str:
-    """A card, Markdown with the Hub's header; a section is a title and its list."""
-    from huggingface_hub import ModelCard, ModelCardData
-
-    data = ModelCardData(
-        base_model=base_model,
-        library_name="mlx",
-        pipeline_tag="text-generation",
-        tags=list(tags),
-    )
-    card = ModelCard.from_template(
-        data, template_str=TEMPLATE, name=name, summary=summary, sections=sections
-    )
-    return str(card).rstrip("\n") + "\n"
-
-
 def write_training_card(
-    result: "TrainingResult", args: "ModelArgs", recipe: Mapping[str, Any], sources: Sequence[str]
+    result: TrainingResult, args: ModelArgs, recipe: Mapping[str, Any], sources: Sequence[str]
 ) -> str:
     """Write the card of a model that was trained here: its text, its recipe and its figures."""
     summary = (
@@ -83,13 +43,14 @@ def write_training_card(
         "Recipe": [f"{key}: {value}" for key, value in recipe.items()],
         "Text": sources,
     }
-    return _render_card(Path(result.output).name, summary, sections, tags=["mlx", "mlx-skipless"])
+    name = Path(result.output).name
+    return render_card(name, [summary], sections, tags=("mlx", "mlx-skipless"))
 
 
-def describe_healing(result: "HealingResult") -> list[str]:
+def describe_healing(result: HealingResult) -> list[str]:
     """Say what a distillation gave, a sentence each."""
 
-    def describe(found: "Distance") -> str:
+    def describe(found: Distance) -> str:
         return (
             f"KL to the original {found.kl:.4f} nats per token, loss {found.loss:.4f} "
             f"(x {found.loss / found.teacher_loss:.3f}), "
@@ -108,10 +69,12 @@ def describe_healing(result: "HealingResult") -> list[str]:
     ]
 
 
-def write_healing_card(result: "HealingResult", treatment: Mapping[str, Any], teacher: str) -> str:
+def write_healing_card(result: HealingResult, treatment: Mapping[str, Any], teacher: str) -> str:
     """Write the card of a model that learnt from the one that it was made from."""
-    base_model = teacher if hub.is_id(teacher) else None
-    origin = base_model or Path(teacher).name
+    summary = (
+        f"A reduced model, distilled towards its original `{name_source(teacher)}` by "
+        "`mlx-skipless heal`."
+    )
     sections = {
         "Effect, measured on this model": describe_healing(result),
         "Treatment": [
@@ -119,10 +82,4 @@ def write_healing_card(result: "HealingResult", treatment: Mapping[str, Any], te
             f"text: {result.text}",
         ],
     }
-    return _render_card(
-        Path(result.output).name,
-        f"A reduced model, distilled towards its original `{origin}` by `mlx-skipless heal`.",
-        sections,
-        tags=["mlx"],
-        base_model=base_model,
-    )
+    return render_card(Path(result.output).name, [summary], sections, base_model=teacher)

@@ -35,9 +35,10 @@ from ..options import read_options
 from ..text import corpus, samples
 from .card import write_healing_card
 from .folder import Event, RunFolder, read_log
-from .loop import ResumableRun, RunResult, carry_out
+from .loop import ResumableRun, carry_out
 from .optimizer import make_healing_schedule
 from .recipe import Pace, Treatment
+from .results import Distance, HealingResult
 from .tokens import TextFiles, Tokens, encode_texts, list_paths
 
 TOKENS = "tokens.safetensors"
@@ -75,46 +76,6 @@ def _read_settings(run: Mapping[str, Any]) -> Settings:
         Pace(**run["pace"]),
         Sources(**run["sources"]),
     )
-
-
-@dataclass(frozen=True)
-class Distance:
-    """How far a network is from its teacher, on held-out text.
-
-    Attributes:
-        kl: mean KL(teacher || network), nats per token.
-        loss: of the network, nats per token.
-        teacher_loss: of the teacher, nats per token.
-        bits_per_character: of the network.
-        teacher_bits_per_character: of the teacher.
-        tokens: how many were predicted.
-    """
-
-    kl: float
-    loss: float
-    teacher_loss: float
-    bits_per_character: float
-    teacher_bits_per_character: float
-    tokens: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class HealingResult(RunResult):
-    """How a distillation ended; ``output`` is the folder of the healed model, too.
-
-    Attributes:
-        fine_tune_type: "lora" or "full".
-        trained_parameters: weights that were trained; of low-rank changes, theirs.
-        text: names of the files that it learnt from, or "sampled".
-        before: the distance from the original before the first step.
-        after: the distance from the original of what was written.
-    """
-
-    fine_tune_type: str
-    trained_parameters: int
-    text: str
-    before: Distance
-    after: Distance
 
 
 def heal(

@@ -10,7 +10,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from typing import Any, Generic, TypeVar
 
 import mlx.core as mx
@@ -25,33 +24,8 @@ from ..text.corpus import Batches
 from .folder import Event, RunFolder
 from .optimizer import Schedule
 from .recipe import Pace, Recipe, Treatment
+from .results import RunResult
 from .tokens import Tokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunResult:
-    """How a run ended.
-
-    Attributes:
-        output: the run's folder.
-        step: the last one.
-        tokens: how many were seen, repeated ones each time.
-        seconds: of training, earlier sessions of a resumed run included.
-        tokens_per_second: over these seconds.
-        peak_memory_bytes: the most that the process held.
-    """
-
-    output: str
-    step: int
-    tokens: int
-    seconds: float
-    tokens_per_second: float
-    peak_memory_bytes: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the result as JSON can hold it."""
-        return asdict(self)
-
 
 Result = TypeVar("Result", bound=RunResult)
 

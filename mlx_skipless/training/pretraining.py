@@ -29,9 +29,10 @@ from ..text import corpus
 from .card import write_training_card
 from .folder import Event, RunFolder
 from .initialization import initialize, make_model_args
-from .loop import ResumableRun, RunResult, carry_out, is_due
+from .loop import ResumableRun, carry_out, is_due
 from .optimizer import make_optimizer, make_schedule, pull_queries
 from .recipe import Recipe, TrainingPace
+from .results import TrainingResult
 from .tokens import TextFiles, Tokens, encode_texts, list_paths
 
 SAMPLE_PROMPT, SAMPLE_TOKENS = 8, 64
@@ -75,23 +76,6 @@ def _read_settings(run: Mapping[str, Any]) -> Settings:
         _choose_dtype(run["dtype"]),
         str(run["fingerprint"]),
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingResult(RunResult):
-    """How a training run ended.
-
-    Attributes:
-        parameters: weights of the network.
-        loss: nats per token, the mean over the steps of the log's last line.
-        validation_loss: nats per token of all the held-out text, None if there is none.
-        bits_per_character: of all the held-out text, None if there is none.
-    """
-
-    parameters: int
-    loss: float
-    validation_loss: float | None
-    bits_per_character: float | None
 
 
 def train(

@@ -59,7 +59,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_examples_are_commands(name: str) -> None:
     module = cli.COMMANDS[name]
     parser = argparse.ArgumentParser()
-    module.arguments(parser)
+    module.add_arguments(parser)
     assert module.EXAMPLES
     for line, what in module.EXAMPLES:
         parser.parse_args(shlex.split(line.partition(" < ")[0]))
@@ -180,6 +180,6 @@ def test_an_interrupt_of_the_arguments_is_one_line_too(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(signal, "signal", lambda *ignored: None)
-    monkeypatch.setattr(cli.COMMANDS["analyze"], "arguments", interrupt)
+    monkeypatch.setattr(cli.COMMANDS["analyze"], "add_arguments", interrupt)
     assert cli.main(["analyze", "model"]) == 1
     assert capsys.readouterr() == ("", "error: interrupted\n")

@@ -27,9 +27,9 @@ from mlx_skipless.cli.main import main
 from mlx_skipless.text import corpus, samples
 from mlx_skipless.training import healing
 from mlx_skipless.training.folder import Event, read_log
-from mlx_skipless.training.healing import HealingResult as Result
 from mlx_skipless.training.healing import Pair
 from mlx_skipless.training.recipe import Pace, Treatment
+from mlx_skipless.training.results import HealingResult as Result
 
 SMALL = Treatment(steps=8, batch_size=2, context=24, sampled_tokens=1024, warmup=2, rank=4)
 SHORT = dataclasses.replace(SMALL, steps=2)

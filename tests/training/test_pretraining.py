@@ -31,9 +31,9 @@ from mlx_skipless.cli import events
 from mlx_skipless.training import optimizer, pretraining
 from mlx_skipless.training.folder import Event, read_log
 from mlx_skipless.training.optimizer import Schedule
-from mlx_skipless.training.pretraining import TrainingResult as Result
 from mlx_skipless.training.recipe import Recipe
 from mlx_skipless.training.recipe import TrainingPace as Pace
+from mlx_skipless.training.results import TrainingResult as Result
 
 SMALL = Recipe(
     hidden_size=16, intermediate_size=32, layers=2, heads=2, kv_heads=1, vocab_size=300,
