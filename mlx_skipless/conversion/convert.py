@@ -19,14 +19,15 @@ from ..errors import UserError
 from ..inference.loading import BUNDLED
 from ..memory import machine_memory_bytes, peak_memory_bytes
 from ..network import model as model_module
-from ..network.driver import RESIDENT_BYTES, StreamedNetwork
+from ..network.driver import RESIDENT_BYTES, Driver, StreamedNetwork
 from ..network.model import Model, ModelArgs
 from ..network.names import HEAD
 from ..network.parts import Parts
 from ..progress import Progress, Stopwatch
 from ..quantization import bits as budget
-from ..quantization.calibration import CalibratedParts, NearestParts, estimate_memory
+from ..quantization.calibration import CalibratedParts, NearestParts
 from ..quantization.distillation import LOGITS_BYTES, distill
+from ..quantization.fitting import estimate_memory
 from ..quantization.layout import Layout, PackedLayout, compare_sizes, make_quantization
 from ..removal import sublayers
 from ..removal import table as first_layer
@@ -463,7 +464,8 @@ def _result_parts(job: Job, calibration: mx.array | None) -> Parts:
         return PackedParts(job.checkpoint, job.layout, table, job.family.gain_offset)
     if calibration is None:
         return NearestParts(dense, job.layout)
-    return CalibratedParts(job.plan.before, job.source_parts(), dense, job.layout, calibration)
+    source = StreamedNetwork(job.plan.before, job.source_parts())
+    return CalibratedParts(source, dense, job.layout, calibration)
 
 
 def _source_network(job: Job) -> StreamedNetwork:
@@ -521,9 +523,9 @@ def _small_buffer_cache() -> Iterator[None]:
 def _verify(job: Job, folder: Path, found: samples.Passages, progress: Progress) -> Verification:
     # The source runs in float32 from the weights it has; the result as it will run.
     progress("checking", 0, 1)
-    result: verification.Network
+    result: Driver
     if job.stock:
-        result = verification.StockNetwork(folder, job.layout.args, job.family)
+        result = verification.StockNetwork(folder)
     else:
         parts = verification.WrittenParts(folder, job.layout.args, job.family)
         result = StreamedNetwork(job.layout.args, parts, job.layout.settings)

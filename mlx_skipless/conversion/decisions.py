@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
+from ..network.driver import StreamedNetwork
 from ..network.names import EMBEDDING, HEAD
 from ..network.wiring import find_points
 from ..progress import Progress
@@ -38,8 +39,7 @@ class Drops:
 def choose_sublayers(job: Job, drops: Drops, tokens: mx.array, progress: Progress) -> Job:
     """The job without the sub-layers that matter least on the text."""
     layers, path = sublayers.choose_drops(
-        job.plan.before,
-        job.source_parts(),
+        StreamedNetwork(job.plan.before, job.source_parts()),
         tokens,
         drops.wishes,
         greedy=drops.greedy,
@@ -85,8 +85,7 @@ def choose_removals(job: Job, tokens: mx.array, progress: Progress) -> Job:
     if not trials:
         return job
     costs = sensitivity.measure_removals(
-        plan.before,
-        job.source_parts(),
+        StreamedNetwork(plan.before, job.source_parts()),
         trials,
         job.unremoved().format_of,
         tokens,
@@ -107,8 +106,7 @@ def choose_bits(
     unremoved = job.unremoved()
     free = [where for where in job.layout.free if unremoved.format_of(where) is not None]
     costs = sensitivity.measure_rounding(
-        job.plan.before,
-        job.source_parts(),
+        StreamedNetwork(job.plan.before, job.source_parts()),
         free,
         unremoved.format_of,
         tokens,

@@ -364,7 +364,8 @@ def _measured(
         return lambda done, total: progress(stage, done, total)
 
     layers = range(args.num_hidden_layers)
-    importance = sublayers.measure_importance(args, parts, tokens, progress=at("importance"))
+    network = StreamedNetwork(args, parts)
+    importance = sublayers.measure_importance(network, tokens, progress=at("importance"))
     alone = [
         (layer, part) for layer in layers for part in sublayers.PARTS if not args.lacks(part, layer)
     ]
@@ -374,7 +375,7 @@ def _measured(
     variants: list[sublayers.Drops] = [{part: [layer]} for layer, part in alone]
     variants += [{"attention": prefix} for prefix in prefixes]
     rows = limit_tokens(tokens[::JUDGES], len(variants), args.hidden_size)
-    losses = sublayers.measure_losses(args, parts, rows, variants, at("losses"))
+    losses = sublayers.measure_losses(network, rows, variants, at("losses"))
     curve = losses[len(alone) :]
     costs: list[dict[str, float]] = [{} for _ in layers]
     for (layer, part), loss in zip(alone, losses, strict=False):
