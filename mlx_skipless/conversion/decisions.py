@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 
+from ..network.driver import StreamedNetwork
 from ..network.names import EMBEDDING, HEAD
 from ..progress import Progress
 from ..quantization import bits, sensitivity
@@ -102,8 +103,7 @@ def _choose_sublayers(job: Job, tokens: mx.array, progress: Progress) -> Job:
     """Drop the sub-layers that matter least on the text."""
     args, options = job.plan.before, job.options
     dropped, path = choose_drops(
-        args,
-        job.source_parts(),
+        job.source_network(),
         tokens,
         list_wishes(options),
         greedy=options.greedy,
@@ -132,8 +132,7 @@ def _choose_removals(job: Job, tokens: mx.array, progress: Progress) -> Job:
     if not trials:
         return job
     costs = sensitivity.measure_removals(
-        plan.before,
-        job.source_parts(),
+        StreamedNetwork(plan.before, job.source_parts()),
         trials,
         job.whole_layout.format_of,
         tokens,
@@ -148,8 +147,7 @@ def _measure_mixtures(job: Job, tokens: mx.array, progress: Progress) -> bits.Ra
     assert layout.quantization is not None
     free = [path for path in layout.find_adjustable() if whole.format_of(path) is not None]
     costs = sensitivity.measure_rounding(
-        job.plan.before,
-        job.source_parts(),
+        StreamedNetwork(job.plan.before, job.source_parts()),
         free,
         whole.format_of,
         tokens,
