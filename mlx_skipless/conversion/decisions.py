@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from ..network.driver import StreamedNetwork
 from ..network.names import EMBEDDING, HEAD
 from ..progress import Progress
 from ..quantization import bits, sensitivity
@@ -132,7 +131,7 @@ def _choose_removals(job: Job, tokens: mx.array, progress: Progress) -> Job:
     if not trials:
         return job
     costs = sensitivity.measure_removals(
-        StreamedNetwork(plan.before, job.source_parts()),
+        job.source_network(),
         trials,
         job.whole_layout.format_of,
         tokens,
@@ -147,7 +146,7 @@ def _measure_mixtures(job: Job, tokens: mx.array, progress: Progress) -> bits.Ra
     assert layout.quantization is not None
     free = [path for path in layout.find_adjustable() if whole.format_of(path) is not None]
     costs = sensitivity.measure_rounding(
-        StreamedNetwork(job.plan.before, job.source_parts()),
+        job.source_network(),
         free,
         whole.format_of,
         tokens,
