@@ -14,6 +14,7 @@ Nothing here may know an architecture, but for ``StreamedNetwork``: our own netw
 ``Parts``.
 """
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
@@ -61,6 +62,9 @@ class _StandIn(nn.Module):
         self._number, self._hook = number, hook
 
     def __call__(self, *args: Any, **options: Any) -> Any:
+        if not args:  # some architectures name what they pass; the stream is what comes first
+            first = next(iter(inspect.signature(self.__dict__["_layer"].__call__).parameters))
+            args = (options.pop(first),)
         return self._hook.visit(self._number, *args, **options)
 
     def __getattr__(self, name: str) -> Any:

@@ -36,6 +36,8 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     ("qwen3", {}),
     ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     ("minicpm", {"dim_model_base": 16, "scale_depth": 1.4, "scale_emb": 3.0}),  # other scales
+    ("gptj", {"n_embd": 32, "n_head": 4, "n_inner": 48, "n_layer": 4, "n_positions": 64,
+              "rotary_dim": 4, "layer_norm_epsilon": 1e-5}),  # names what it passes
     ("mamba", {"state_size": 8, "conv_kernel": 4, "use_bias": False, "use_conv_bias": True,
                "time_step_rank": 4}),  # no attention, another kind of cache
 ]  # fmt: skip
