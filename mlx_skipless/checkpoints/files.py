@@ -127,7 +127,10 @@ def read_ahead(spans: Iterable[tuple[Path, int, int]]) -> None:
 
 
 def _read_spans(spans: list[tuple[Path, int, int]]) -> None:
-    buffer, most = memoryview(bytearray(AT_ONCE)), AHEAD_BYTES
+    buffer, most = (
+        memoryview(bytearray(min(AT_ONCE, max((span[2] for span in spans), default=0)))),
+        AHEAD_BYTES,
+    )
     for path, offset, left in spans:
         try:
             with path.open("rb", buffering=0) as file:
