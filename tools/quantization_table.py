@@ -96,7 +96,7 @@ class Bench:
         layout, merger = Layout(plan.after, mx.float32, how), self.merger(plan)
         parts: Any = NearestParts(merger, layout)
         if against_text:
-            parts = CalibratedParts(self.args, self._dense, merger, layout, self._calibration)
+            parts = CalibratedParts(self._source, merger, layout, self._calibration)
             parts = InOrder(parts, self.args.num_hidden_layers)
         return layout.nbytes(), self.kl(StreamedNetwork(plan.after, parts, layout.config_entry))
 

@@ -20,16 +20,17 @@ from ..errors import UserError
 from ..inference.loading import BUNDLED
 from ..memory import machine_memory_bytes, peak_memory_bytes
 from ..network import model as model_module
-from ..network.driver import RESIDENT_BYTES, StreamedNetwork
+from ..network.driver import RESIDENT_BYTES, Driver, StreamedNetwork
 from ..progress import Progress, Stopwatch
 from ..quantization import bits
-from ..quantization.calibration import NearestParts, estimate_memory
+from ..quantization.calibration import NearestParts
 from ..quantization.distillation import LOGITS_BYTES
+from ..quantization.fitting import estimate_memory
 from ..quantization.layout import Layout
 from ..text import samples
 from ..text.samples import Passages
 from .card import write_card
-from .check import Network, StockNetwork, Verification, WrittenParts, compare_networks
+from .check import StockNetwork, Verification, WrittenParts, compare_networks
 from .decisions import decide, search_bits
 from .job import Job
 from .options import Options
@@ -135,9 +136,9 @@ def check(
     return found.beside(*alone) if alone else found
 
 
-def _load_result(job: Job, folder: Path) -> Network:
+def _load_result(job: Job, folder: Path) -> Driver:
     if job.form.stock:
-        return StockNetwork(folder, job.layout.args, job.family)
+        return StockNetwork(folder)
     parts = WrittenParts(folder, job.layout.args, job.family)
     return StreamedNetwork(job.layout.args, parts, job.layout.config_entry)
 
@@ -145,7 +146,7 @@ def _load_result(job: Job, folder: Path) -> Network:
 def _load_source(job: Job) -> StreamedNetwork:
     args = job.plan.before
     resident = Layout(args, mx.float32).nbytes() <= RESIDENT_BYTES
-    return StreamedNetwork(args, job.source_parts(), resident=resident)
+    return job.source_network(resident=resident)
 
 
 @contextmanager

@@ -102,8 +102,7 @@ def _choose_sublayers(job: Job, tokens: mx.array, progress: Progress) -> Job:
     """Drop the sub-layers that matter least on the text."""
     args, options = job.plan.before, job.options
     dropped, path = choose_drops(
-        args,
-        job.source_parts(),
+        job.source_network(),
         tokens,
         list_wishes(options),
         greedy=options.greedy,
@@ -132,8 +131,7 @@ def _choose_removals(job: Job, tokens: mx.array, progress: Progress) -> Job:
     if not trials:
         return job
     costs = sensitivity.measure_removals(
-        plan.before,
-        job.source_parts(),
+        job.source_network(),
         trials,
         job.whole_layout.format_of,
         tokens,
@@ -148,8 +146,7 @@ def _measure_mixtures(job: Job, tokens: mx.array, progress: Progress) -> bits.Ra
     assert layout.quantization is not None
     free = [path for path in layout.find_adjustable() if whole.format_of(path) is not None]
     costs = sensitivity.measure_rounding(
-        job.plan.before,
-        job.source_parts(),
+        job.source_network(),
         free,
         whole.format_of,
         tokens,

@@ -10,6 +10,7 @@ import mlx.core as mx
 from ..architectures.families import FAMILIES
 from ..architectures.family import Family
 from ..checkpoints.checkpoint import Blueprint, Checkpoint
+from ..network.driver import StreamedNetwork
 from ..network.model import ModelArgs
 from ..network.names import HEAD
 from ..network.wiring import find_points
@@ -150,6 +151,10 @@ class Job:
         stripped = tuple(gain for gain in plan.folded if gain not in plan.before.gains)
         start = replace(plan, table=False, eliminated={}, folded=stripped, merged=plan.before)
         return Merger(self.opened, start, dtype)
+
+    def source_network(self, *, resident: bool = False) -> StreamedNetwork:
+        """The network that the removals start from, to run in float32."""
+        return StreamedNetwork(self.plan.before, self.source_parts(), resident=resident)
 
     @property
     def opened(self) -> Checkpoint:

@@ -90,7 +90,7 @@ def _make_parts(job: Job, tokens: mx.array | None) -> Parts:
         table = dense if job.plan.table else None
         return PackedParts(job.opened, job.layout, table, job.family.gain_offset)
     if job.calibrated and tokens is not None:
-        return CalibratedParts(job.plan.before, job.source_parts(), dense, job.layout, tokens)
+        return CalibratedParts(job.source_network(), dense, job.layout, tokens)
     return NearestParts(dense, job.layout)
 
 

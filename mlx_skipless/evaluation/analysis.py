@@ -338,7 +338,7 @@ def _measure(
     else:
         tokens, origin = _encode_rows(args, text.name, text.content, tokenizer), text.name
     importance = sublayers.measure_importance(
-        args, parts, tokens, progress=partial(progress, "importance")
+        StreamedNetwork(args, parts), tokens, progress=partial(progress, "importance")
     )
     costs, drops = _measure_drops(
         args, checkpoint.dtype, parts, tokens, importance["attention"], partial(progress, "losses")
@@ -421,7 +421,7 @@ def _measure_drops(
     variants: list[sublayers.Drops] = [{part: [layer]} for layer, part in alone]
     variants += [{"attention": prefix} for prefix in prefixes]
     rows = limit_tokens(tokens[::JUDGES], len(variants), args.hidden_size)
-    losses = sublayers.measure_losses(args, parts, rows, variants, progress)
+    losses = sublayers.measure_losses(StreamedNetwork(args, parts), rows, variants, progress)
     curve = losses[len(alone) :]
     costs: list[dict[str, float]] = [{} for _ in layers]
     for (layer, part), loss in zip(alone, losses, strict=False):

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..inference.loading import load
+from ..network.metrics import measure_nll
 from ..text import corpus
 
 CONTEXT = 512  # for models that say nothing, or allow more
@@ -95,8 +96,7 @@ def check_length(tokens: np.ndarray, length: int) -> None:
 
 def sum_nll(network: nn.Module, batch: mx.array) -> mx.array:
     """The negative log likelihood of the tokens after the first, summed; batch (n, length + 1)."""
-    logits = network(batch[:, :-1]).astype(mx.float32)
-    return nn.losses.cross_entropy(logits, batch[:, 1:], reduction="sum")
+    return measure_nll(network(batch[:, :-1]), batch[:, 1:]).sum()
 
 
 def score_tokens(

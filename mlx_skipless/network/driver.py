@@ -1,39 +1,227 @@
-"""Runs networks a layer at a time, so that no network has to fit in memory."""
+"""Runs a model's own forward with code of ours at each of its layers.
 
-from collections.abc import Callable, Mapping
+Every model of mlx-lm calls the modules of ``model.layers`` one after another. A ``Driver`` puts a
+stand-in in the place of each. Whoever then calls the model reaches the driver at each layer,
+together with whatever that architecture passes to its layers: masks, caches, positions. There the
+driver loads the layer's tensors, runs it, has it watched, and lets the tensors go again, so that no
+network has to fit in memory. What stands before the layers (the embedding and its scale) and behind
+them (the final norm, the head) is the model's own code as well.
+
+A forward can also begin and end at any layer. So many texts, and changed copies of their streams,
+can pass a layer before the next one is loaded: see ``Driver.run`` and ``Streams``.
+
+Nothing here may know an architecture, but for ``StreamedNetwork``: our own network, filled from
+``Parts``.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.base import create_attention_mask
-from mlx_lm.models.cache import KVCache
+from mlx.utils import tree_map, tree_unflatten
+from mlx_lm.models.switch_layers import SwitchLinear
 
+from ..progress import Steps
 from .magnitudes import Watch
-from .model import Block, ModelArgs
+from .model import Block, Model, ModelArgs
 from .names import EMBEDDING, FINAL_NORM, HEAD
-from .parts import Arrays, Parts
+from .parts import Arrays, Parts, replace_at
 
 RESIDENT_BYTES = 2 << 30  # of float32 weights that may stay in memory
+BATCH_TOKENS = 2048
+HELD_OUT = 8  # one batch in so many judges fits, the others are fitted
+
+Changes = Mapping[str, Any]  # tensors or modules by their path in a model
 
 
-def widen_experts(arrays: Arrays) -> Arrays:
-    """A layer's tensors such that it runs: on a CPU, MLX multiplies dense experts in float32 only.
+class _Hook:
+    """What stand-ins call during a forward: ``visit(layer, stream, ...)``."""
 
-    The same numbers, in a wider type; nothing else has three axes.
+    visit: Callable[..., Any]
+
+
+class _Reached(Exception):
+    """Ends a forward as soon as the wanted value is known."""
+
+    def __init__(self, value: Any):
+        super().__init__()
+        self.value = value
+
+
+class _StandIn(nn.Module):
+    """Stands in a layer's place: calling it calls the hook; any attribute is the layer's."""
+
+    def __init__(self, layer: nn.Module, number: int, hook: _Hook):
+        super().__init__()
+        # Not as an item of the module: so the layer's tensors are no longer among the model's.
+        self.__dict__["_layer"] = layer
+        self._number, self._hook = number, hook
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self._hook.visit(self._number, *args, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # copy asks for these before there is a layer
+            raise AttributeError(name)
+        return getattr(self.__dict__["_layer"], name)
+
+
+class Driver:
+    """Runs a model, or any single layer of it, inside the model's own forward.
+
+    ``embed``, ``run`` and ``logits`` need layers that return the stream alone.
+
+    Args:
+        model: a model of mlx-lm, or one made like them. Its layers are replaced by stand-ins.
+        resident: keep loaded layers in memory, for many passes.
+
+    Attributes:
+        model: that model, with stand-ins as layers.
+        paths: each layer's module path in the model.
     """
-    if mx.default_device() != mx.cpu:
-        return arrays
-    halves = (mx.float16, mx.bfloat16)
-    return {
-        name: a.astype(mx.float32)
-        if a.ndim == 3 and a.dtype in halves and name.endswith(".weight")
-        else a
-        for name, a in arrays.items()
-    }
+
+    def __init__(self, model: Any, *, resident: bool = True):
+        self.model, self.resident = model, resident
+        self._hook = _Hook()
+        self._own = [*model.layers]
+        self._kept: dict[int, nn.Module] = {}
+        names = {id(module): name for name, module in model.named_modules()}
+        self.paths = [names[id(layer)] for layer in self._own]
+        stand_ins = [_StandIn(layer, i, self._hook) for i, layer in enumerate(self._own)]
+        model.update_modules(tree_unflatten([*zip(self.paths, stand_ins, strict=True)]))
+
+    # What a network that is read in parts overrides.
+
+    def load_layer(self, layer: int) -> nn.Module:
+        """Return a layer with its tensors; here the model's own."""
+        return self._own[layer]
+
+    def load_embedding(self) -> None:
+        """Give the model what it needs before its layers; here it has it."""
+
+    def load_head(self) -> None:
+        """Give the model what it needs behind its layers; here it has it."""
+
+    def release(self) -> None:
+        """Let go what ``load_embedding`` and ``load_head`` loaded; a later call loads it again."""
+
+    # What all share.
+
+    def layer(self, layer: int) -> nn.Module:
+        """Load a layer, or return the one that was kept."""
+        if layer in self._kept:
+            return self._kept[layer]
+        module = widen_experts(self.load_layer(layer))
+        if self.resident:
+            self._kept[layer] = module
+        return module
+
+    def walk(self, progress: Steps = lambda done, total: None) -> Iterator[tuple[int, nn.Module]]:
+        """Load one layer after another; gives each with its number."""
+        self.release()
+        total = len(self.paths)
+        for layer in range(total):
+            progress(layer, total)
+            yield layer, self.layer(layer)
+        progress(total, total)
+
+    def embed(self, tokens: mx.array, changes: Changes | None = None) -> mx.array:
+        """Return what enters the first layer, (batch, length, width), of tokens (batch, length).
+
+        Args:
+            tokens: (batch, length).
+            changes: tensors or modules, by path, that stand in for the model's own.
+        """
+        self.load_embedding()
+
+        def visit(layer: int, x: mx.array, *args: Any, **options: Any) -> mx.array:
+            raise _Reached(x)
+
+        return self._forward(visit, tokens, changes)
+
+    def run(
+        self, layer: int, h: mx.array, tokens: mx.array, module: nn.Module | None = None
+    ) -> mx.array:
+        """Run one layer on a stream, with what the model's forward passes to it for the tokens.
+
+        Args:
+            layer: its number.
+            h: the stream, (batch, length, width).
+            tokens: that the stream is of, (batch, length).
+            module: runs instead of the layer's own.
+        """
+        running = self.layer(layer) if module is None else module
+
+        def visit(at: int, x: mx.array, *args: Any, **options: Any) -> mx.array:
+            if at < layer:
+                return x
+            raise _Reached(running(h, *args, **options))
+
+        return self._forward(visit, tokens)
+
+    def hidden(
+        self, tokens: mx.array, caches: list[Any] | None = None, watch: Watch | None = None
+    ) -> mx.array:
+        """Return what the last layer gives, (batch, length, hidden).
+
+        Args:
+            tokens: (batch, length).
+            caches: as mlx-lm's ``make_prompt_cache`` makes them; they grow by the tokens.
+            watch: looks at each layer's numbers.
+        """
+        self.load_embedding()
+
+        def visit(at: int, x: mx.array, *args: Any, **options: Any) -> Any:
+            layer: Any = self.layer(at)
+            if watch is not None:
+                layer = partial(watch.run, self.paths[at], layer)
+            out = layer(x, *args, **options)
+            mx.eval(out)
+            if at == len(self.paths) - 1:
+                raise _Reached(out)
+            return out
+
+        h = self._forward(visit, tokens, cache=caches)
+        if not self.resident:
+            mx.clear_cache()
+        return h
+
+    def logits(self, h: mx.array, changes: Changes | None = None) -> mx.array:
+        """Return float32 logits (batch, length, vocabulary) of what the last layer gave.
+
+        Args:
+            h: (batch, length, hidden).
+            changes: tensors or modules, by path, that stand in for the model's own.
+        """
+        self.load_head()
+        tokens = mx.zeros(h.shape[:2], mx.int32)  # no matter which: the layers' output is h
+        logits = self._forward(lambda layer, x, *args, **options: h, tokens, changes)
+        return logits.astype(mx.float32)
+
+    def _forward(
+        self,
+        visit: Callable[..., Any],
+        tokens: mx.array,
+        changes: Changes | None = None,
+        **options: Any,
+    ) -> Any:
+        model = self.model
+        for path, value in (changes or {}).items():
+            model = replace_at(model, path, value)
+        self._hook.visit = visit
+        try:
+            return model(tokens, **options)
+        except _Reached as reached:
+            return reached.value
+        finally:
+            del self._hook.visit
 
 
-class StreamedNetwork:
-    """A network that reads each layer when it runs and lets it go after.
+class StreamedNetwork(Driver):
+    """This package's own network, which reads each layer when it runs and lets it go after.
 
     Args:
         args: the network.
@@ -50,112 +238,167 @@ class StreamedNetwork:
         *,
         resident: bool = False,
     ):
-        self.args, self._parts, self._settings = args, parts, settings
-        self.resident = resident
-        self._kept: dict[int, Block] = {}
-        self._embedding = nn.Embedding(args.vocab_size, sum(args.row_widths().values()))
-        self._embedding = self._filled(self._embedding, EMBEDDING, parts.embedding())
-        head = parts.head()
-        self._norm = None
-        if args.final_norm:
-            self._norm = self._filled(args.make_stream_norm("final"), FINAL_NORM, head)
-        self._head: Callable[[mx.array], mx.array] = self._embedding.as_linear
-        if not args.tie_word_embeddings:
-            linear = nn.Linear(args.hidden_size, args.vocab_size, bias=args.head_bias)
-            self._head = self._filled(linear, HEAD, head)
+        super().__init__(Model(args), resident=resident)
+        self.args, self.parts, self._settings = args, parts, settings
+        self._loaded: set[str] = set()
 
-    def _filled(self, module: Any, prefix: str, arrays: Arrays) -> Any:
-        own = {n.removeprefix(f"{prefix}."): a for n, a in arrays.items() if n.startswith(prefix)}
-        if (settings := self._settings) is not None:
-            root = nn.Module()
-            root.part = module
-            nn.quantize(
-                root,
-                settings["group_size"],
-                settings["bits"],
-                mode=settings.get("mode", "affine"),
-                class_predicate=lambda where, m: (
-                    f"{where}.scales".removeprefix("part.") in own
-                    and settings.get(where.replace("part", prefix, 1), True)
-                ),
-            )
-            module = root.part
-        module.load_weights(list(own.items()))
-        return module
+    def load_layer(self, layer: int) -> nn.Module:
+        """Read a layer's tensors."""
+        return load_block(self.args, layer, self.parts.layer(layer), self._settings)
 
-    def _block(self, layer: int) -> Block:
-        if layer in self._kept:
-            return self._kept[layer]
-        prefix = f"model.layers.{layer}"
-        block = self._filled(
-            Block(self.args, layer), prefix, widen_experts(self._parts.layer(layer))
-        )
-        if self.resident:
-            self._kept[layer] = block
-        return block
+    def load_embedding(self) -> None:
+        """Read the embedding, unless it is there."""
+        if "embedding" not in self._loaded:
+            self._fill(self.parts.embedding(), (EMBEDDING,))
+            self._loaded.add("embedding")
 
-    def hidden(
-        self,
-        tokens: mx.array,
-        caches: list[KVCache] | None = None,
-        watch: Watch | None = None,
-    ) -> mx.array:
-        """The stream before the final norm, (batch, length, hidden), of tokens (batch, length)."""
-        h = self.args.scale_embedding(self._embedding(tokens))
-        for layer in range(self.args.num_hidden_layers):
-            block = self._block(layer)
-            cache = caches[layer] if caches is not None else None
-            window = self.args.sliding_window if block.use_sliding else None
-            mask = create_attention_mask(h, cache, window_size=window)
-            if watch is None:
-                h = block(h, mask, cache)
-                mx.eval(h)
-            else:
-                h = watch.run(f"model.layers.{layer}", block, h, mask, cache)
-        if not self.resident:
-            mx.clear_cache()
-        return h
+    def load_head(self) -> None:
+        """Read the final norm and the head, which may be the embedding, unless they are there."""
+        if self.args.tie_word_embeddings:
+            self.load_embedding()
+        if "head" not in self._loaded:
+            self._fill(self.parts.head(), (FINAL_NORM, HEAD))
+            self._loaded.add("head")
 
-    def logits(self, hidden: mx.array) -> mx.array:
-        """float32 logits (batch, length, vocabulary) of the stream before the final norm."""
-        h = hidden if self._norm is None else self._norm(hidden)
-        return self.args.scale_logits(self._head(h)).astype(mx.float32)
+    def release(self) -> None:
+        """Let go the embedding, the final norm and the head, unless layers are kept as well."""
+        if self._loaded and not self.resident:
+            self.model.update(tree_map(mx.zeros_like, self.model.parameters()))  # never evaluated
+            self._loaded.clear()
+
+    def _fill(self, tensors: Arrays, paths: Sequence[str]) -> None:
+        for path in paths:
+            own = {name: a for name, a in tensors.items() if name.startswith(f"{path}.")}
+            quantize_as(self.model, own, self._settings)
+            module = dict(self.model.named_modules()).get(path)
+            if module is not None:
+                module.load_weights([(n.removeprefix(f"{path}."), a) for n, a in own.items()])
 
 
-def apply_final_norm(args: ModelArgs, h: mx.array, tensors: Mapping[str, mx.array]) -> mx.array:
-    """The stream behind the final norm, if there is one, whose tensors are among those given."""
-    if not args.final_norm:
-        return h
-    norm, prefix = args.make_stream_norm("final"), f"{FINAL_NORM}."
-    own = [
-        (n.removeprefix(prefix), a.astype(mx.float32))
-        for n, a in tensors.items()
-        if n.startswith(prefix)
-    ]
-    return norm.load_weights(own)(h)
+def load_block(
+    args: ModelArgs, layer: int, tensors: Arrays, settings: Mapping[str, Any] | None = None
+) -> Block:
+    """Build one layer of this package's network from its tensors.
 
-
-def run_block(args: ModelArgs, block: Block, h: mx.array) -> mx.array:
-    """One block on whole sequences (rows, length, hidden)."""
-    window = args.sliding_window if block.use_sliding else None
-    return block(h, create_attention_mask(h, None, window_size=window))
-
-
-def fill_block(block: Block, tensors: Mapping[str, mx.array], prefix: str) -> Block:
-    """The block with its tensors, in float32."""
-    own = [(name.removeprefix(prefix), a.astype(mx.float32)) for name, a in tensors.items()]
-    block.load_weights(own)
+    Args:
+        args: the network.
+        layer: the layer's number.
+        tensors: all of the layer's, by canonical name.
+        settings: the ``quantization`` entry of the network's config, None for dense weights.
+    """
+    prefix = f"model.layers.{layer}."
+    own = {name.removeprefix(prefix): array for name, array in tensors.items()}
+    block = Block(args, layer)
+    quantize_as(block, own, settings, prefix)
+    block.load_weights([*own.items()])
     return block
 
 
-BATCH_TOKENS = 2048
+def quantize_as(
+    module: nn.Module, tensors: Arrays, settings: Mapping[str, Any] | None, prefix: str = ""
+) -> None:
+    """Make those parts of a module quantized ones whose tensors are packed.
+
+    Args:
+        module: holds the parts.
+        tensors: the parts' tensors by their name in the module; packed ones have "scales".
+        settings: the ``quantization`` entry of a config, None for dense weights.
+        prefix: what goes before a part's name in the settings.
+    """
+    if settings is None:
+        return
+
+    def choose(path: str, part: nn.Module) -> Any:
+        packed = f"{path}.scales" in tensors and hasattr(part, "to_quantized")
+        return packed and settings.get(prefix + path, True)
+
+    mode = settings.get("mode", "affine")
+    nn.quantize(module, settings["group_size"], settings["bits"], mode=mode, class_predicate=choose)
 
 
-HELD_OUT = 8  # every so manyth batch judges, the others are fitted
+def widen_experts(layer: nn.Module) -> nn.Module:
+    """Make a layer's dense experts float32 where MLX multiplies no other type: on a CPU.
+
+    The numbers stay the same.
+    """
+    if mx.default_device() == mx.cpu:
+        for module in layer.modules():
+            if isinstance(module, SwitchLinear) and module.weight.dtype in (
+                mx.float16,
+                mx.bfloat16,
+            ):
+                module.weight = module.weight.astype(mx.float32)
+    return layer
+
+
+class Recorder(nn.Module):
+    """A linear layer or an embedding that keeps its latest input ``x`` and output ``y``."""
+
+    def __init__(self, inner: Any):
+        super().__init__()
+        self.inner = inner
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self.x, self.y = x, self.inner(x)
+        return self.y
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """Apply an embedding as a tied head does."""
+        self.x, self.y = x, self.inner.as_linear(x)
+        return self.y
+
+
+class Streams(dict[Hashable, list[mx.array]]):
+    """Copies of a text's stream that pass through a network's layers side by side, by name.
+
+    A copy can run another module than the layer's own. Copies that have met the same so far are one
+    list: they are computed once and lie in memory once.
+
+    Args:
+        network: runs the layers.
+        batches: the text's tokens, (rows, length) each.
+        names: of the copies; all begin with what the network's embedding gives.
+    """
+
+    def __init__(self, network: Driver, batches: Sequence[mx.array], names: Sequence[Hashable]):
+        start = [network.embed(tokens) for tokens in batches]
+        mx.eval(start)
+        super().__init__(dict.fromkeys(names, start))
+        self._network, self._batches = network, batches
+
+    def advance(
+        self,
+        layer: int,
+        module: nn.Module,
+        variants: Mapping[Any, Hashable] | None = None,
+        make: Callable[[Any], nn.Module] | None = None,
+    ) -> None:
+        """Run every copy through one layer.
+
+        Args:
+            layer: its number.
+            module: the layer; ``Driver.walk`` gives both.
+            variants: for copies that run another module, by their name, which one.
+            make: makes the module of a variant when its turn comes.
+        """
+        variants = variants or {}
+        groups: dict[tuple[int, Hashable], list[Hashable]] = {}
+        for name, stream in self.items():
+            groups.setdefault((id(stream), variants.get(name)), []).append(name)
+        waiting = Counter(number for number, _ in groups)
+        for (number, variant), names in groups.items():
+            waiting[number] -= 1
+            # A list that no one else needs any more is overwritten, a batch at a time.
+            held = [*self[names[0]]] if waiting[number] else self[names[0]]
+            running = module if variant is None or make is None else make(variant)
+            for i, tokens in enumerate(self._batches):
+                held[i] = self._network.run(layer, held[i], tokens, running)
+                mx.eval(held[i])
+            self.update(dict.fromkeys(names, held))
 
 
 def split_batches(tokens: mx.array) -> list[mx.array]:
-    """Text, tokens (sequences, length), in the batches that calibration takes it in."""
+    """Split text, tokens (sequences, length), into the batches that calibration takes it in."""
     rows = max(1, min(BATCH_TOKENS // tokens.shape[1], tokens.shape[0] // HELD_OUT))
     return [tokens[i : i + rows] for i in range(0, tokens.shape[0], rows)]
 

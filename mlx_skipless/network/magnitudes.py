@@ -1,4 +1,4 @@
-"""How large numbers become on their way through a network, and where the first is none.
+"""Finds how large numbers become on their way through a network, and the first that is none.
 
 A stream without norms grows or shrinks as its layers please, and a number type ends somewhere:
 float16 at 65,504. So the check at the end of a conversion looks at what enters and leaves every
@@ -6,8 +6,6 @@ module, a layer at a time.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,18 +13,18 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .parts import dtype_name
+from .parts import dtype_name, replace_at
 
 
 @dataclass(frozen=True)
 class Magnitude:
-    """A largest absolute value.
+    """The largest absolute value that was seen.
 
     Attributes:
         where: a module and its side, "model.layers.3.mlp.down_proj's input".
-        value: NaN or infinite if a number there is.
-        dtype: that holds it.
-        share: of the largest number that the type holds.
+        value: the number; NaN or infinite if one of those was seen.
+        dtype: the type that holds it.
+        share: the number as a share of the largest that the type holds.
     """
 
     where: str
@@ -53,16 +51,16 @@ class Watch:
     def __init__(self) -> None:
         self.layers: list[Magnitude] = []
 
-    def run(self, name: str, layer: nn.Module, *inputs: Any) -> mx.array:
-        """What a layer of that name gives, evaluated.
+    def run(self, name: str, layer: nn.Module, *inputs: Any, **options: Any) -> Any:
+        """Run a layer of that name, and evaluate what it gives.
 
         Raises:
-            NotFinite: if a number on the way is none.
+            NotFinite: for NaN or infinity in what enters or leaves one of its modules.
         """
         seen: list[tuple[str, mx.array]] = []
-        with _probed(layer, seen):
-            out = layer(*inputs)
-        seen.append(("", out))
+        out = _add_probes(layer, seen)(*inputs, **options)
+        given: Any = tree_flatten([out])
+        seen += [("", array) for _, array in given if isinstance(array, mx.array)]
         largest = [mx.abs(array).max().astype(mx.float32) for _, array in seen]
         mx.eval(out, largest)
         found = [
@@ -81,34 +79,24 @@ def _magnitude(where: str, dtype: mx.Dtype, value: Any) -> Magnitude:
 
 
 class _Probe(nn.Module):
-    """A module that tells what enters and leaves it."""
+    """Stands in a module's place and appends what enters and leaves it to ``seen``."""
 
     def __init__(self, inner: nn.Module, name: str, seen: list[tuple[str, mx.array]]):
         super().__init__()
-        self.inner, self._name, self._seen = inner, name, seen
+        self.inner, self._name = inner, name
+        self.__dict__["_seen"] = seen  # beside the module's items, which are tensors
 
     def __call__(self, x: Any, *others: Any, **options: Any) -> Any:
         arrays = [x] if isinstance(x, mx.array) else x  # an attention reads several of a table
-        self._seen += [(f"{self._name}'s input", array) for array in arrays]
+        self._seen.extend((f"{self._name}'s input", array) for array in arrays)
         out = self.inner(x, *others, **options)
         self._seen.append((f"{self._name}'s output", out))
         return out
 
 
-@contextmanager
-def _probed(layer: nn.Module, seen: list[tuple[str, mx.array]]) -> Iterator[None]:
-    """Within, every module of a layer that has no others in it appends to ``seen``."""
+def _add_probes(layer: nn.Module, seen: list[tuple[str, mx.array]]) -> nn.Module:
+    """Return a copy of a layer whose modules, those without others in them, tell ``seen``."""
     leaves: Any = tree_flatten(layer.leaf_modules(), is_leaf=nn.Module.is_module)
-    owners = []
     for path, module in leaves:
-        *parents, last = path.split(".")
-        owner: Any = layer
-        for parent in parents:
-            owner = owner[parent]
-        owners.append((owner, last, module))
-        owner[last] = _Probe(module, path, seen)
-    try:
-        yield
-    finally:
-        for owner, last, module in owners:
-            owner[last] = module
+        layer = replace_at(layer, path, _Probe(module, path, seen))
+    return layer

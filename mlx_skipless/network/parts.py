@@ -1,7 +1,8 @@
-"""A network's tensors, a part at a time: what gives them, and what they are called and made of."""
+"""A network's tensors, a part at a time: what gives them, and how modules take them."""
 
+import copy
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,13 +12,35 @@ Arrays = Mapping[str, mx.array]
 
 
 def dtype_name(dtype: mx.Dtype) -> str:
-    """ "bfloat16" for ``mx.bfloat16``."""
+    """Return MLX's name of a number type, for instance "bfloat16" for ``mx.bfloat16``."""
     return str(dtype).removeprefix("mlx.core.")
 
 
 def tensors_of(module: nn.Module) -> dict[str, mx.array]:
-    """A module's parameters by name."""
+    """Return a module's parameters by name."""
     return dict(tree_flatten(module.parameters()))  # type: ignore[arg-type]
+
+
+def replace_at(root: Any, path: str, value: Any) -> Any:
+    """Return a copy of a module with another tensor or module at one path.
+
+    Everything beside that path is shared with the original, which does not change.
+
+    Args:
+        root: a module, or a list or dict in one.
+        path: in dots, as ``named_modules`` and ``parameters`` give it: "self_attn.q_proj.weight".
+        value: what the copy holds there; None for a sub-module that is gone.
+    """
+    if not path:
+        return value
+    name, _, rest = path.partition(".")
+    other = copy.copy(root)
+    if isinstance(root, nn.Module):
+        setattr(other, name, replace_at(getattr(root, name), rest, value))
+    else:
+        key: Any = int(name) if isinstance(root, list) else name
+        other[key] = replace_at(root[key], rest, value)
+    return other
 
 
 class Parts(Protocol):
@@ -29,6 +52,6 @@ class Parts(Protocol):
 
 
 class Merged(Parts, Protocol):
-    """A result's dense tensors; ``rewritten`` as in ``Merger``."""
+    """A result's dense tensors; ``Merger.rewrite`` explains ``rewrite``."""
 
     def rewrite(self, where: str, outputs: mx.array) -> mx.array: ...

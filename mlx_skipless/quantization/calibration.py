@@ -1,43 +1,39 @@
-"""Quantizing a result against text, so that what a removal magnifies is made up for.
+"""Quantizes a result against text, so that what a removal magnifies is made up for.
 
 Rounding the stream in a removed matrix's basis adds noise that its neighbours' inverses magnify.
 So the layers are gone through in order, with the text as the layers quantized so far bring it.
 Each matrix is fitted again, by least squares, so that from these inputs it gives the outputs that
-the source gives from its own, and is then rounded with error feedback. Only the source's outputs
-are asked for, so it does not matter that an inverse stands between the two. Experts, which see few
-of the text's tokens each, are rounded to nearest.
+the source gives from its own. Then it is rounded with error feedback. Only the source's outputs are
+asked for, so it does not matter that an inverse stands between the two. Experts, which see few of
+the text's tokens each, are rounded to nearest.
 
 Two streams of activations (tokens, hidden) lie in memory, and for one matrix at a time the second
 moments of its inputs (in, in) and their products with its outputs (in, out).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from ..errors import UserError
 from ..network.driver import (
-    BATCH_TOKENS,
-    apply_final_norm,
-    fill_block,
+    Driver,
+    Recorder,
+    StreamedNetwork,
+    Streams,
     is_held_out,
-    run_block,
+    load_block,
     split_batches,
 )
-from ..network.model import Block, ModelArgs
-from ..network.names import EMBEDDING, EXPERTS, HEAD, module_path
-from ..network.parts import Merged, Parts
-from .formats import Format, Packed, plus_diagonal
+from ..network.model import Block, Model
+from ..network.names import EMBEDDING, EXPERTS, FINAL_NORM, HEAD, module_path
+from ..network.parts import Merged, Parts, replace_at
+from .fitting import Moments, fit_weight, to_float64
+from .formats import Packed
 from .layout import Layout
 
-WIDE = 4096  # inputs whose second moments are kept in float64
-JUDGED = 512  # outputs, spread over all, that choose the ridge
-# Tried as the ridge, a share of the inputs' mean square.
-RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 # Matrices that read the same place, in the order in which a block runs them.
 READERS = (
     ("q_proj", "k_proj", "v_proj"),
@@ -45,92 +41,13 @@ READERS = (
     ("router", "gate_proj", "up_proj"),
     ("down_proj",),
 )
+SOURCE, RESULT = "source", "result"  # the two streams
+OVERFLOWS = (
+    "activations overflow float32 at {} on the text to quantize against: the stream has no norms "
+    "to hold it. --remove none and --remove p need no text"
+)
 
 Arrays = dict[str, mx.array]
-
-
-@dataclass
-class Moments:
-    """Of inputs X (tokens, in) and the outputs Y (tokens, out) that matrices shall give from them.
-
-    ``gram`` is X^T X; ``cross`` X^T Y and ``energy`` |y|^2 of each output, by the matrix's name.
-    """
-
-    gram: np.ndarray = field(default_factory=lambda: np.zeros((1, 1), dtype=np.float32))
-    cross: dict[str, np.ndarray] = field(default_factory=dict)
-    energy: dict[str, np.ndarray] = field(default_factory=dict)
-
-    def add(self, x: mx.array, targets: Mapping[str, mx.array]) -> None:
-        """Take in inputs (batch, length, in) and outputs (batch, length, out)."""
-        x = x.reshape(-1, x.shape[-1]).astype(mx.float32)
-        # In float32 where float64 would take gigabytes; what comes of it is judged in any case.
-        kind = np.float64 if x.shape[-1] <= WIDE else np.float32
-        self.gram = self.gram + np.array(x.T @ x).astype(kind, copy=False)
-        for name, y in targets.items():
-            y = y.reshape(-1, y.shape[-1])
-            self.cross[name] = self.cross.get(name, 0) + np.array(x.T @ y).astype(kind, copy=False)
-            self.energy[name] = self.energy.get(name, 0) + _float64(y.square().sum(0))
-
-    def error(self, name: str, weight: np.ndarray, outputs: Any = slice(None)) -> float:
-        """|X W - Y|^2 / |Y|^2 for a weight (in, out), or those of its outputs alone."""
-        weight = weight.astype(self.gram.dtype, copy=False)
-        cross, energy = self.cross[name][:, outputs], self.energy[name][outputs].sum()
-        spread = np.vdot(weight, self.gram @ weight) - 2 * np.vdot(weight, cross)
-        return float(1 + spread / max(energy, np.finfo(np.float64).tiny))
-
-
-def estimate_memory(args: ModelArgs) -> int:
-    """About the most memory that calibrating takes, beside a layer's weights."""
-    hidden, width = args.hidden_size, args.num_attention_heads * args.head_dim
-    widest = max(hidden, args.intermediate_size, width)
-    moments = 6 * widest**2 + 20 * widest * hidden  # with a solver's and a rounding's copies
-    return moments * (8 if widest <= WIDE else 4) + 8 * 4 * BATCH_TOKENS * widest
-
-
-def fit_weight(
-    seen: Moments, judge: Moments, name: str, prior: np.ndarray, form: Format
-) -> np.ndarray:
-    """The weight (in, out) that gives the wanted outputs best once it is rounded.
-
-    Of ridge regressions on ``seen``, with several ridges, towards zero and towards ``prior``
-    (in, out), and ``prior`` as it is, that which on ``judge`` errs least when rounded to nearest.
-    """
-    gram, cross = seen.gram, seen.cross[name]
-    size = np.mean(np.diag(gram))
-    some = np.unique(np.linspace(0, prior.shape[1] - 1, JUDGED).astype(int))
-    best, least = None, judge.error(name, _rounded(prior[:, some], form), some)
-    for ridge in RIDGES if size else ():
-        added = ridge * size
-        towards = (added * prior[:, some]).astype(gram.dtype)
-        both = np.linalg.solve(plus_diagonal(gram, added), np.hstack([cross[:, some], towards]))
-        to_zero, share = np.hsplit(both, 2)
-        for candidate, pull in ((to_zero, 0.0), (to_zero + share, added)):
-            error = judge.error(name, _rounded(candidate, form), some)
-            if error < least:
-                best, least = (added, pull), error
-    if best is None:
-        return prior
-    added, pull = best
-    wanted = cross + (pull * prior).astype(gram.dtype)
-    return np.linalg.solve(plus_diagonal(gram, added), wanted)
-
-
-def _rounded(weight: np.ndarray, form: Format) -> np.ndarray:
-    stored = mx.array(np.ascontiguousarray(weight.T, dtype=np.float32))
-    return np.array(form.dense(form.nearest(stored))).T
-
-
-class _Recorder(nn.Module):
-    """A linear layer that keeps its latest inputs and outputs."""
-
-    def __init__(self, inner: nn.Module):
-        super().__init__()
-        self.inner = inner
-
-    def __call__(self, x: mx.array) -> mx.array:
-        self.x = x
-        self.y = self.inner(x)
-        return self.y
 
 
 class NearestParts:
@@ -140,20 +57,23 @@ class NearestParts:
         self._dense, self._layout = dense, layout
 
     def embedding(self) -> Arrays:
-        return self._packed(self._dense.embedding())
+        """Return the embedding, rounded."""
+        return self._pack(self._dense.embedding())
 
     def layer(self, layer: int) -> Arrays:
-        return self._packed(self._dense.layer(layer))
+        """Return the tensors of a layer, its matrices rounded."""
+        return self._pack(self._dense.layer(layer))
 
     def head(self) -> Arrays:
-        return self._packed(self._dense.head())
+        """Return the final norm and the head, rounded."""
+        return self._pack(self._dense.head())
 
-    def _packed(self, tensors: Mapping[str, mx.array]) -> Arrays:
+    def _pack(self, tensors: Mapping[str, mx.array]) -> Arrays:
         out: Arrays = {}
         for name, array in tensors.items():
             where = name.removesuffix(".weight")
             form = self._layout.format_of(where)
-            out |= {name: array} if form is None else _named(where, form.nearest(array))
+            out |= {name: array} if form is None else _name_parts(where, form.nearest(array))
         mx.eval(out)
         return out
 
@@ -162,212 +82,202 @@ class CalibratedParts:
     """A result's tensors, quantized against text; to be asked for in the order of the stream.
 
     Args:
-        before: the network that the removals start from.
-        source: its tensors, in float32.
+        source: the network that the removals start from, in float32.
         merger: makes the result's dense tensors.
         layout: how the result's tensors lie on disk.
         tokens: (sequences, length) of text.
     """
 
-    def __init__(
-        self,
-        before: ModelArgs,
-        source: Parts,
-        merger: Merged,
-        layout: Layout,
-        tokens: mx.array,
-    ):
-        self._before, self._source = before, source
-        self._merger, self._layout = merger, layout
+    def __init__(self, source: StreamedNetwork, merger: Merged, layout: Layout, tokens: mx.array):
+        self._source, self._merger, self._layout = source, merger, layout
+        self._result = Driver(Model(layout.args))  # what it needs around its layers is passed to it
         self._tokens = split_batches(tokens)
-        self._wanted: list[mx.array] = []  # the source's stream, a batch each
-        self._actual: list[mx.array] = []  # the result's
+        self._streams = Streams(source, self._tokens, ())
 
     @property
     def streams(self) -> list[mx.array]:
-        """What the result's layers so far made of ``split``'s batches, (rows, length, hidden)."""
-        return self._actual
+        """What the result's layers so far made of ``split_batches``'s batches, a stream each."""
+        return self._streams[RESULT]
 
     def enter(self, streams: Sequence[mx.array]) -> None:
         """Begin behind some layers, with the source's streams in the source's basis."""
-        self._wanted, self._actual = [*streams], [*streams]
+        self._streams.update({SOURCE: [*streams], RESULT: [*streams]})
 
     def embedding(self) -> Arrays:
-        name = f"{EMBEDDING}.weight"
-        wanted = self._source.embedding()[name]
+        """Quantize the embedding, and let the text enter both networks."""
         out = dict(self._merger.embedding())
+        name = f"{EMBEDDING}.weight"
         actual = out[name]
         if (form := self._layout.format_of(EMBEDDING)) is not None:
-            gram = self._embedding_gram(actual)
+            gram = weigh_embedding(self._source, self._merger, self._layout, actual, self._tokens)
             packed = form.nearest(actual)
             if gram is not None:
                 packed = form.with_feedback(np.array(actual.astype(mx.float32)), gram)
-            actual, out = form.dense(packed), _named(EMBEDDING, packed)
-        after = self._layout.args
-        self._wanted = [self._before.scale_embedding(wanted[tokens]) for tokens in self._tokens]
-        self._actual = [
-            after.scale_embedding(actual[tokens].astype(mx.float32)) for tokens in self._tokens
-        ]
+            actual, out = form.dense(packed), _name_parts(EMBEDDING, packed)
+        changed = {name: actual.astype(mx.float32)}
+        self._streams[SOURCE] = [self._source.embed(tokens) for tokens in self._tokens]
+        self._streams[RESULT] = [self._result.embed(tokens, changed) for tokens in self._tokens]
+        mx.eval(dict(self._streams))
+        self._source.release()
         return out
 
-    def _embedding_gram(self, embedding: mx.array) -> np.ndarray | None:
-        """How much errors in an embedding's row matter (hidden, hidden).
-
-        By what the first block's matrices make of them, relative to what they make of the text,
-        and at a tied head by the streams that rows are multiplied with there. None where the
-        embedding is read by more than these, or is a table.
-        """
-        if self._before.norm == "pre" or self._before.skip != "none":
-            return None
-        if self._layout.args.precomputed:
-            return None
-        rows = _float64(embedding[self._tokens_in_a_row()])
-        seen = rows.T @ rows
-        merged, readers = self._merger.layer(0), [*READERS[0]]
-        if self._before.block == "parallel":
-            readers += READERS[2]
-        gram = np.zeros_like(seen)
-        for name in readers:
-            stored = merged.get(f"{module_path(0, name)}.weight")  # none: it is the identity
-            weight = np.eye(len(seen)) if stored is None else _float64(stored).T
-            gram += weight @ weight.T / np.sum(weight * (seen @ weight))
-        gram /= np.trace(gram)
-        if self._before.tie_word_embeddings:
-            last = self._last_streams()
-            gram += last.T @ last / np.sum(last**2)
-        return gram
-
-    def _tokens_in_a_row(self) -> mx.array:
-        return mx.concatenate([tokens.reshape(-1) for tokens in self._tokens])
-
-    def _last_streams(self) -> np.ndarray:
-        """What the source's head reads on the text, in the result's basis, (tokens, hidden)."""
-        rows = self._source.embedding()[f"{EMBEDDING}.weight"]
-        streams = [self._before.scale_embedding(rows[t]) for t in self._tokens]
-        for layer in range(self._before.num_hidden_layers):
-            prefix = f"model.layers.{layer}."
-            block = fill_block(Block(self._before, layer), self._source.layer(layer), prefix)
-            streams = [run_block(self._before, block, h) for h in streams]
-            mx.eval(streams)
-        writer = module_path(self._before.num_hidden_layers - 1, "down_proj")
-        head = self._source.head()
-        streams = [
-            self._merger.rewrite(writer, apply_final_norm(self._before, h, head)) for h in streams
-        ]
-        return np.concatenate([_float64(h.reshape(-1, h.shape[-1])) for h in streams])
-
     def layer(self, layer: int) -> Arrays:
-        """Every tensor of a layer; call it once for each, first to last."""
-        prefix = f"model.layers.{layer}."
+        """Quantize every tensor of a layer; to be called once for each, first to last."""
         out = dict(self._merger.layer(layer))
-        source = fill_block(Block(self._before, layer), self._source.layer(layer), prefix)
-        result = fill_block(Block(self._layout.args, layer), out, prefix)
+        source: Any = self._source.layer(layer)
+        dense = {name: array.astype(mx.float32) for name, array in out.items()}
+        result = load_block(self._layout.args, layer, dense)
         for readers in READERS:
             places = [module_path(layer, name) for name in readers]
             places = [where for where in places if self._layout.format_of(where) is not None]
             places = [where for where in places if out[f"{where}.weight"].ndim == 2]
             if not places:
                 continue
-            seen, judge = self._observe(places, source, result, out)
+            seen, judge = self._observe(layer, places, source, result, out)
             for where in places:
-                packed, dense = self._fitted(where, seen, judge, out.pop(f"{where}.weight"))
+                packed, weight = self._fit(where, seen, judge, out.pop(f"{where}.weight"))
                 out |= packed
-                _owner(result, where.removeprefix(prefix)).weight = dense
-        experts = EXPERTS if self._before.num_local_experts else ()
+                # What comes behind is fitted to what this matrix gives from now on.
+                result = replace_at(result, f"{_shorten(where)}.weight", weight)
+        experts = EXPERTS if self._layout.args.num_local_experts else ()
         for where in (module_path(layer, name) for name in experts):
             form = self._layout.format_of(where)
             if f"{where}.weight" in out and form is not None:
                 nearest = form.nearest(out.pop(f"{where}.weight"))
-                out |= _named(where, nearest)
-                _owner(result, where.removeprefix(prefix)).weight = form.dense(nearest)
-        for block, stream in ((source, self._wanted), (result, self._actual)):
-            for i, h in enumerate(stream):
-                stream[i] = run_block(self._before, block, h)
-                mx.eval(stream[i])
+                out |= _name_parts(where, nearest)
+                result = replace_at(result, f"{_shorten(where)}.weight", form.dense(nearest))
+        self._streams.advance(layer, source, {RESULT: RESULT}, lambda name: result)
         return out
 
     def head(self) -> Arrays:
+        """Quantize the head, if the result has one of its own."""
         out = dict(self._merger.head())
         if self._layout.format_of(HEAD) is None:
             return out
-        source = dict(self._source.head())
-        if self._before.tie_word_embeddings:
-            source[f"{HEAD}.weight"] = self._source.embedding()[f"{EMBEDDING}.weight"]
         moments = Moments(), Moments()
-        for i, (wanted, actual) in enumerate(zip(self._wanted, self._actual, strict=True)):
-            y = apply_final_norm(self._before, wanted, source) @ source[f"{HEAD}.weight"].T
-            y = y + source.get(f"{HEAD}.bias", 0) - out.get(f"{HEAD}.bias", 0)
-            x = apply_final_norm(self._layout.args, actual, out)
-            moments[is_held_out(i)].add(x, {HEAD: y})
-        packed, _ = self._fitted(HEAD, *moments, out.pop(f"{HEAD}.weight"))
+        norm = {n: a.astype(mx.float32) for n, a in out.items() if n.startswith(FINAL_NORM)}
+        for i, wanted in enumerate(self._streams[SOURCE]):
+            y = _record_head(self._source, wanted).y - out.get(f"{HEAD}.bias", 0)
+            read = _record_head(self._result, self.streams[i], norm)
+            moments[is_held_out(i)].add(read.x, {HEAD: y})
+        packed, _ = self._fit(HEAD, *moments, out.pop(f"{HEAD}.weight"))
         return out | packed
 
     def _observe(
-        self, places: Sequence[str], source: Block, result: Block, merged: Arrays
+        self, layer: int, places: Sequence[str], source: Block, result: Block, merged: Arrays
     ) -> tuple[Moments, Moments]:
-        """What reaches the matrices at ``places`` and what they should make of it."""
-        names = [where.split(".", 3)[3] for where in places]
-        wanted = [_record(source, name) for name in names]
-        reader = _record(result, names[0])
+        """Run the text; collect what reaches the matrices at ``places`` and what they should give.
+
+        The second moments are those of the batches that judge.
+        """
+        recorders: dict[str, Recorder] = {}
+        for where in places:
+            source, recorders[where] = _record(source, _shorten(where))
+        result, reader = _record(result, _shorten(places[0]))  # they all read the same
         moments = Moments(), Moments()
-        for i, (exact, actual) in enumerate(zip(self._wanted, self._actual, strict=True)):
-            run_block(self._before, source, exact)
-            run_block(self._before, result, actual)
+        for i, tokens in enumerate(self._tokens):
+            self._source.run(layer, self._streams[SOURCE][i], tokens, source)
+            self._source.run(layer, self.streams[i], tokens, result)
             targets = {
-                where: self._in_new_basis(where, recorder.y, merged)
-                for where, recorder in zip(places, wanted, strict=True)
+                where: self._rewrite(where, recorder.y, merged)
+                for where, recorder in recorders.items()
             }
             moments[is_held_out(i)].add(reader.x, targets)
-        for found in moments:
-            if not all(np.isfinite(m).all() for m in (found.gram, *found.cross.values())):
-                raise UserError(
-                    f"activations overflow float32 at {places[0]} on the text to quantize against: "
-                    "the stream has no norms to hold it. --remove none and --remove p need no text"
-                )
-        for block, name, recorder in (
-            *((source, name, recorder) for name, recorder in zip(names, wanted, strict=True)),
-            (result, names[0], reader),
-        ):
-            _replace(block, name, recorder.inner)
+        if not all(found.finite for found in moments):
+            raise UserError(OVERFLOWS.format(places[0]))
         return moments
 
-    def _fitted(
+    def _fit(
         self, where: str, seen: Moments, judge: Moments, merged: mx.array
     ) -> tuple[Arrays, mx.array]:
-        """A matrix fitted and rounded: its packed parts by name, and what they stand for."""
+        """Fit and round a matrix; return its packed parts by name, and what they stand for."""
         form = self._layout.format_of(where)
         assert form is not None
-        weight = fit_weight(seen, judge, where, _float64(merged).T, form)
+        weight = fit_weight(seen, judge, where, to_float64(merged).T, form)
         packed = form.with_feedback(weight.T, seen.gram + judge.gram)
-        return _named(where, packed), form.dense(packed)
+        return _name_parts(where, packed), form.dense(packed)
 
-    def _in_new_basis(self, where: str, y: mx.array, merged: Arrays) -> mx.array:
+    def _rewrite(self, where: str, y: mx.array, merged: Arrays) -> mx.array:
         """What a matrix writes in the source, as x @ weight should be in the result."""
         y = self._merger.rewrite(where, y)
         bias = merged.get(f"{where}.bias")
         return y if bias is None else y - bias
 
 
-def _named(where: str, packed: Packed) -> Arrays:
-    return {f"{where}.{part}": array for part, array in packed.items()}
+def weigh_embedding(
+    source: StreamedNetwork,
+    merger: Merged,
+    layout: Layout,
+    embedding: mx.array,
+    batches: Sequence[mx.array],
+) -> np.ndarray | None:
+    """Measure how much errors in an embedding's row matter, as a gram (hidden, hidden).
+
+    An error e costs e G e^T with G = sum of W W^T / |X W|^2 over the matrices W that read the first
+    block's input X: what W makes of the error, relative to what it makes of the text. Where the
+    head is tied, X^T X / |X|^2 of the streams X that the rows are multiplied with there is added.
+
+    Args:
+        source: the network that the removals start from.
+        merger: makes the result's dense tensors.
+        layout: the result's.
+        embedding: the result's, (vocabulary, hidden).
+        batches: the text's tokens.
+
+    Returns:
+        The gram; None where more than these reads the embedding, or it is a table.
+    """
+    before = source.args
+    if before.norm == "pre" or before.skip != "none" or layout.args.precomputed:
+        return None
+    rows = to_float64(embedding[mx.concatenate([tokens.reshape(-1) for tokens in batches])])
+    seen = rows.T @ rows
+    gram = np.zeros_like(seen)
+    merged, readers = merger.layer(0), [*READERS[0]]
+    if before.block == "parallel":
+        readers += READERS[2]
+    for name in readers:
+        stored = merged.get(f"{module_path(0, name)}.weight")  # none: it is the identity
+        weight = np.eye(len(seen)) if stored is None else to_float64(stored).T
+        # |X W|^2 = tr(W^T X^T X W)
+        gram += weight @ weight.T / np.sum(weight * (seen @ weight))
+    gram /= np.trace(gram)
+    if before.tie_word_embeddings:
+        last = _read_head(source, merger, batches)
+        gram += last.T @ last / np.sum(last**2)
+    return gram
 
 
-def _owner(block: Block, name: str) -> Any:
-    """The linear layer at a path inside a block."""
-    parent, _, last = name.rpartition(".")
-    return getattr(getattr(block, parent), last)
+def _read_head(source: StreamedNetwork, merger: Merged, batches: Sequence[mx.array]) -> np.ndarray:
+    """What the source's head reads on the text, in the result's basis, (tokens, hidden)."""
+    streams = Streams(source, batches, (SOURCE,))
+    for layer, block in source.walk():
+        streams.advance(layer, block)
+    writer = module_path(source.args.num_hidden_layers - 1, "down_proj")
+    read = [merger.rewrite(writer, _record_head(source, h).x) for h in streams[SOURCE]]
+    return np.concatenate([to_float64(h.reshape(-1, h.shape[-1])) for h in read])
 
 
-def _replace(block: Block, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(getattr(block, parent), last, module)
-
-
-def _record(block: Block, name: str) -> _Recorder:
-    recorder = _Recorder(_owner(block, name))
-    _replace(block, name, recorder)
+def _record_head(
+    network: Driver, h: mx.array, changes: Mapping[str, mx.array] | None = None
+) -> Recorder:
+    """Run what is behind the layers on a stream; record what the head reads and gives."""
+    path = EMBEDDING if network.model.args.tie_word_embeddings else HEAD
+    recorder = Recorder(dict(network.model.named_modules())[path])
+    network.logits(h, {**(changes or {}), path: recorder})
     return recorder
 
 
-def _float64(array: mx.array) -> np.ndarray:
-    return np.array(array.astype(mx.float32)).astype(np.float64)
+def _record(block: Block, path: str) -> tuple[Block, Recorder]:
+    """Return a copy of a block that records what one of its matrices reads and gives."""
+    recorder = Recorder(dict(block.named_modules())[path])
+    return replace_at(block, path, recorder), recorder
+
+
+def _name_parts(where: str, packed: Packed) -> Arrays:
+    return {f"{where}.{part}": array for part, array in packed.items()}
+
+
+def _shorten(where: str) -> str:
+    """A module's path inside its layer."""
+    return where.split(".", 3)[3]

@@ -4,7 +4,7 @@ A matrix here is as files hold it, (out, in); groups of weights that share a sca
 inputs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,11 +19,16 @@ WIDE = 128  # inputs, a whole number of groups, that MLX unpacks in every mode
 UNIT_SCALE = {"mxfp4": 127, "mxfp8": 127, "nvfp4": 0x38}
 
 Packed = dict[str, mx.array]  # "weight", "scales" and, in affine mode, "biases"
+# Gives the codes and the values of weights.
+Rounder = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
 class Format:
-    """One of MLX's quantized formats; ``dtype`` is that of affine scales and biases."""
+    """One of MLX's quantized formats.
+
+    ``dtype`` is the number type of affine mode's scales and biases.
+    """
 
     bits: int
     group_size: int
@@ -31,12 +36,12 @@ class Format:
     dtype: mx.Dtype = mx.float32
 
     def nearest(self, weight: mx.array) -> Packed:
-        """The matrix (out, in) with each weight rounded to nearest, as ``mx.quantize`` does it."""
+        """Round each weight of a matrix (out, in) to nearest, as ``mx.quantize`` does."""
         parts = mx.quantize(weight.astype(self.dtype), self.group_size, self.bits, mode=self.mode)
         return dict(zip(("weight", "scales", "biases"), parts, strict=False))
 
     def dense(self, packed: Mapping[str, mx.array]) -> mx.array:
-        """What a packed matrix stands for, (out, in), float32."""
+        """Return what a packed matrix stands for, (out, in), in float32."""
         scales, biases = packed["scales"], packed.get("biases")
         if biases is not None:
             scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
@@ -46,10 +51,10 @@ class Format:
         )  # fmt: skip
 
     def with_feedback(self, weight: np.ndarray, gram: np.ndarray, damping: float = 0.01) -> Packed:
-        """The matrix rounded so that its outputs stay, rather than its weights.
+        """Round the matrix so that its outputs stay, rather than its weights.
 
-        Inputs are rounded one after another; each one's error is made up for, as far as inputs
-        are correlated, by those that follow (GPTQ: Frantar et al., arXiv 2210.17323, section 3). A
+        Inputs are rounded one after another. Each one's error is made up for by those that follow,
+        as far as inputs are correlated (GPTQ: Frantar et al., arXiv 2210.17323, section 3). A
         group's scale is set when its turn comes.
 
         Args:
@@ -58,38 +63,38 @@ class Format:
             damping: added to the diagonal, as a share of its mean.
         """
         n_in = weight.shape[1]
-        follows = _feedback(gram, damping)
+        follows = _solve_feedback(gram, damping)
         target = np.ascontiguousarray(weight.T, dtype=np.float32)  # (in, out)
         error = np.zeros_like(target)
         codes = np.empty(target.shape, dtype=np.uint8)
-        scales: list[mx.array] = []
-        biases: list[mx.array] = []
+        groups: list[Packed] = []
         for start in range(0, n_in, max(BLOCK, self.group_size)):
             end = min(start + max(BLOCK, self.group_size), n_in)
-            # What earlier blocks left to make up for, then what this block adds to it.
+            # What this block's inputs have to make up for, due = F E (the paper's lazy batches,
+            # step 2): here the errors of earlier blocks, in one product; then each new error.
             due = follows[start:end, :start] @ error[:start]
             within = follows[start:end, start:end]
             for i in range(start, end):
                 if (i - start) % self.group_size == 0:
-                    # What the group would be, could it make up for all that came before it.
+                    # The scale is that of the weights the group is about to have: those that
+                    # follow in it will make up for errors, its first ones for all before it.
                     inner = slice(i - start, i - start + self.group_size)
                     change = np.linalg.solve(within[inner, inner], due[inner])
                     wanted = target[i : i + self.group_size] - change
-                    parts = self.nearest(mx.array(np.ascontiguousarray(wanted.T)))
-                    scales.append(parts["scales"])
-                    biases += [parts["biases"]] if "biases" in parts else []
-                    rounder = self._rounder(parts)
+                    groups.append(self.nearest(mx.array(np.ascontiguousarray(wanted.T))))
+                    rounder = self._make_rounder(groups[-1])
+                # quant(w - due), and its error beyond what the weight was to be (equation 2).
                 codes[i], value = rounder(target[i] - due[i - start])
                 error[i] = value - target[i]
+                # The rest of the block learns of it (equation 3).
                 due[i - start + 1 :] += within[i - start + 1 :, i - start, None] * error[i]
         packed = {"weight": mx.array(_pack(codes.T, self.bits))}
-        packed["scales"] = mx.concatenate(scales, axis=1)
-        if biases:
-            packed["biases"] = mx.concatenate(biases, axis=1)
+        for part in groups[0].keys() - packed.keys():
+            packed[part] = mx.concatenate([group[part] for group in groups], axis=1)
         return packed
 
-    def _rounder(self, parts: Packed):
-        """For one group's scales, a function of weights (out,) to their codes and values."""
+    def _make_rounder(self, parts: Packed) -> Rounder:
+        """Make the function that rounds weights (out,) with one group's scales."""
         if self.mode == "affine":
             scale, bias = (
                 np.array(parts[name].astype(mx.float32))[:, 0] for name in ("scales", "biases")
@@ -104,7 +109,7 @@ class Format:
             return affine
         codes, values = self._levels
         between = (values[1:] + values[:-1]) / 2
-        scale = self._decoded(parts["scales"])
+        scale = self._decode(parts["scales"])
         step = np.where(scale == 0, np.float32(1), scale)
 
         def floating(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -126,34 +131,37 @@ class Format:
         order = [i for i in order if values[i] != 0 or i == 0]
         return codes[order], values[order]
 
-    def _decoded(self, scales: mx.array) -> np.ndarray:
-        """A floating format's scales (out, 1) as numbers (out,)."""
+    def _decode(self, scales: mx.array) -> np.ndarray:
+        """Return a floating format's scales (out, 1) as numbers (out,)."""
         scales = mx.tile(scales, (1, WIDE // self.group_size))
         ones = np.full((scales.shape[0], WIDE), ONE[self.bits], dtype=np.uint8)
         packed = {"weight": mx.array(_pack(ones, self.bits)), "scales": scales}
         return np.array(self.dense(packed))[:, 0]
 
 
-def plus_diagonal(gram: np.ndarray, added: float) -> np.ndarray:
-    """A copy of a square matrix with a number added to its diagonal."""
+def add_to_diagonal(gram: np.ndarray, added: float) -> np.ndarray:
+    """Return a copy of a square matrix with a number added to its diagonal."""
     out = gram.copy()
     np.einsum("ii->i", out)[:] += added
     return out
 
 
-def _feedback(gram: np.ndarray, damping: float) -> np.ndarray:
-    """How much each input (row) makes up for the error of each earlier one (column).
+def _solve_feedback(gram: np.ndarray, damping: float) -> np.ndarray:
+    """How much each input (row) makes up for the error of each earlier one (column): F (in, in).
 
-    |D X^T|_F^2 = |D R|_F^2 for gram = R R^T with R upper triangular: column j of D R holds the
-    error of input j and of those before it, and vanishes but for rounding if j makes up for them.
+    Errors D = W' - W (out, in) of the weights cost |D X^T|^2 = |D R|^2 for X^T X = R R^T with R
+    upper triangular. Column j of D R is sum_{i <= j} d_i R_ij, the error of input j and of those
+    before it. It vanishes if d_j = -sum_{i < j} d_i R_ij / R_jj, so F_ji = R_ij / R_jj. The paper
+    finds the same numbers in the Cholesky factor of (X^T X)^-1 (section 3, step 3).
     """
-    damped = plus_diagonal(gram, damping * np.mean(np.diag(gram)) or 1.0)
+    damped = add_to_diagonal(gram, damping * np.mean(np.diag(gram)) or 1.0)
+    # Cholesky's factor is lower triangular: of the reversed matrix it is R, reversed.
     upper = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
     return np.ascontiguousarray((upper / np.diag(upper)).T, dtype=np.float32)
 
 
 def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes (out, in) as MLX stores them, (out, in * bits / 32): a row's bits, low ones first."""
+    """Pack codes (out, in) as MLX does, (out, in * bits / 32): a row's bits, low ones first."""
     rows = []
     for start in range(0, len(codes), ROWS):
         spread = codes[start : start + ROWS, :, None] >> np.arange(bits, dtype=np.uint8) & 1

@@ -1,25 +1,26 @@
 """Which sub-layers a network with skip connections can do without.
 
 A sub-layer with a skip adds to the stream; one that changes its direction little matters little
-(He et al., *What Matters in Transformers?*, arXiv 2406.15786, section 3.2). That is measured in one
-pass over a text, and in another the loss decides among the least important: without each of them
-alone, or in the greedy search again after each drop.
+(He et al., *What Matters in Transformers?*, arXiv 2406.15786, section 3.2). One pass over a text
+measures that. Another measures the loss without each of the least important ones, which decides. A
+greedy search does both again after each drop.
 """
 
-import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from ..errors import UserError
-from ..network.driver import StreamedNetwork, fill_block, run_block, split_batches
-from ..network.model import Block, ModelArgs
-from ..network.names import EMBEDDING
-from ..network.parts import Parts
+from ..network.driver import Driver, StreamedNetwork, Streams, split_batches
+from ..network.metrics import measure_nll
+from ..network.model import ModelArgs
+from ..network.parts import replace_at
 from ..progress import Steps
 
-PARTS = ("attention", "ffn")
+PARTS = {"attention": "self_attn", "ffn": "mlp"}  # and what a block calls them
 KINDS = ("attention", "ffn", "block")  # what can be asked for; a block is both
 SHORTLIST = 2  # times as many as shall go, the least important, are tried alone
 CANDIDATES = 6  # the least important of each kind, tried at each step of the greedy search
@@ -30,7 +31,10 @@ Drops = Mapping[str, Collection[int]]  # layers by part
 
 @dataclass(frozen=True)
 class Wish:
-    """How many sub-layers of one kind shall go: ``count``, or with None as many as ``max_loss``."""
+    """How many sub-layers of one kind shall go.
+
+    ``count`` is their number; None means as many as a limit on the loss allows.
+    """
 
     kind: str
     count: int | None
@@ -38,9 +42,9 @@ class Wish:
 
 @dataclass(frozen=True)
 class Step:
-    """Of a greedy search: the loss, nats per token, once ``layer`` has lost its ``kind``.
+    """A step of a greedy search: the loss, nats per token, once ``layer`` has lost its ``kind``.
 
-    Before the first drop both are None.
+    The first step is the whole network: ``kind`` and ``layer`` are None.
     """
 
     loss: float
@@ -54,7 +58,7 @@ class Step:
 
 
 def explain_undroppable(args: ModelArgs) -> str | None:
-    """Why no sub-layer of a network can go; None if they can."""
+    """Say why no sub-layer of a network can go; return None if some can."""
     if args.precomputed:
         return "the first layer is a table; drop from the model that it is of"
     if args.skip != "both" and not (args.skip == "ffn" and args.block == "parallel"):
@@ -66,7 +70,16 @@ def explain_undroppable(args: ModelArgs) -> str | None:
 
 
 def check_wishes(args: ModelArgs, wishes: Sequence[Wish], spared: Drops) -> None:
-    """Raises UserError if what is asked for cannot be; ``spared`` sub-layers must stay."""
+    """Check that a network has as many sub-layers to lose as are asked for.
+
+    Args:
+        args: the network.
+        wishes: how many of each kind shall go.
+        spared: sub-layers that must stay.
+
+    Raises:
+        UserError: if it has not.
+    """
     reason = explain_undroppable(args)
     layers = args.num_hidden_layers
     for wish in wishes:
@@ -79,39 +92,39 @@ def check_wishes(args: ModelArgs, wishes: Sequence[Wish], spared: Drops) -> None
 
 
 def measure_importance(
-    args: ModelArgs,
-    source: Parts,
+    network: StreamedNetwork,
     tokens: mx.array,
     dropped: Drops | None = None,
     progress: Steps = lambda done, total: None,
 ) -> dict[str, list[float]]:
-    """1 - cosine of the stream before and after each sub-layer and each block, mean over tokens.
+    """Measure how much each sub-layer and each block turns the stream.
+
+    That is 1 - cosine of the stream before and after it, the mean over tokens.
 
     Args:
-        args: the network.
-        source: its tensors.
+        network: runs the layers.
         tokens: (sequences, length) of text.
         dropped: sub-layers that are gone already; theirs is 0.
+        progress: called with (layers done, all layers).
 
     Returns:
         A number a layer for "attention", "ffn" and "block".
     """
     found: dict[str, list[float]] = {kind: [] for kind in KINDS}
     batches = split_batches(tokens)
-    streams = _embedded(args, source, batches)
-    for layer in range(args.num_hidden_layers):
-        progress(layer, args.num_hidden_layers)
-        block = _block(args, source, layer)
-        gone = _gone(dropped or {}, layer)
-        attention, ffn = _without(block, {"ffn"} | gone), _without(block, {"attention"} | gone)
+    streams = [network.embed(batch) for batch in batches]
+    mx.eval(streams)
+    for layer, block in network.walk(progress):
+        gone = _find_gone(dropped or {}, layer)
+        attention, ffn = _drop(block, {"ffn"} | gone), _drop(block, {"attention"} | gone)
         sums = dict.fromkeys(KINDS, 0.0)
-        for i, x in enumerate(streams):
-            middle = run_block(args, attention, x)
-            if args.block == "parallel":  # both read the block's input
-                before, behind = x, run_block(args, ffn, x)
+        for i, (x, batch) in enumerate(zip(streams, batches, strict=True)):
+            middle = network.run(layer, x, batch, attention)
+            if network.args.block == "parallel":  # both read the block's input
+                before, behind = x, network.run(layer, x, batch, ffn)
                 out = middle + behind - x
             else:
-                before, behind = middle, run_block(args, ffn, middle)
+                before, behind = middle, network.run(layer, middle, batch, ffn)
                 out = behind
             for kind, a, b in (
                 ("attention", x, middle), ("ffn", before, behind), ("block", x, out),
@@ -121,46 +134,32 @@ def measure_importance(
             mx.eval(out)
         for kind in KINDS:
             found[kind].append(sums[kind] / tokens.size)
-    progress(args.num_hidden_layers, args.num_hidden_layers)
     return found
 
 
 def measure_losses(
-    args: ModelArgs,
-    source: Parts,
+    network: Driver,
     tokens: mx.array,
     variants: Sequence[Drops],
     progress: Steps = lambda done, total: None,
 ) -> list[float]:
-    """The loss of the network with each set of drops, nats per token, in one pass.
+    """Measure the loss of a network with each set of drops, nats per token, in one pass.
 
     As long as two sets agree, one stream serves both.
     """
     batches = split_batches(tokens)
-    shared: dict[tuple, list[mx.array]] = {(): _embedded(args, source, batches)}
-    paths: list[tuple] = [()] * len(variants)
-    for layer in range(args.num_hidden_layers):
-        progress(layer, args.num_hidden_layers)
-        block = _block(args, source, layer)
-        after: dict[tuple, list[mx.array]] = {}
-        for i, variant in enumerate(variants):
-            gone = _gone(variant, layer)
-            path = (*paths[i], tuple(sorted(gone)))
-            if path not in after:
-                mine = _without(block, gone)
-                after[path] = [run_block(args, mine, h) for h in shared[paths[i]]]
-                mx.eval(after[path])
-            paths[i] = path
-        shared = after
-    progress(args.num_hidden_layers, args.num_hidden_layers)
-    head = StreamedNetwork(args, source)
-    known = {path: _loss(head, streams, batches) for path, streams in shared.items()}
-    return [known[path] for path in paths]
+    streams = Streams(network, batches, range(len(variants)))
+    for layer, block in network.walk(progress):
+        gone = {i: _find_gone(variant, layer) for i, variant in enumerate(variants)}
+        lacking = {i: parts for i, parts in gone.items() if parts}
+        streams.advance(layer, block, lacking, partial(_drop, block))
+    distinct = {id(stream): stream for stream in streams.values()}
+    losses = {key: _measure_loss(network, stream, batches) for key, stream in distinct.items()}
+    return [losses[id(streams[i])] for i in range(len(variants))]
 
 
 def choose_drops(
-    args: ModelArgs,
-    source: Parts,
+    network: StreamedNetwork,
     tokens: mx.array,
     wishes: Sequence[Wish],
     *,
@@ -169,118 +168,131 @@ def choose_drops(
     spared: Drops | None = None,
     progress: Steps = lambda done, total: None,
 ) -> tuple[dict[str, list[int]], list[Step]]:
-    """The sub-layers that go.
+    """Choose the sub-layers that go.
 
     Args:
-        args: the network; see ``droppable``.
-        source: its tensors.
+        network: one whose sub-layers can go: see ``explain_undroppable``.
         tokens: (sequences, length) of text.
         wishes: how many of each kind; a count of None goes on until ``max_loss``.
         greedy: measure again after each drop even where a count is given.
         max_loss: the share by which the loss, nats per token, may grow where no count is given.
         spared: sub-layers that must stay.
+        progress: called with (done, total).
 
     Returns:
         The layers by part, and the steps of a greedy search.
     """
-    dropped: dict[str, set[int]] = {part: set() for part in PARTS}
-    spared = spared or {}
     rows = max(1, SEARCH_TOKENS // tokens.shape[1])
     judged = tokens[:: max(1, tokens.shape[0] // rows)][:rows]
-    if not greedy and all(wish.count is not None for wish in wishes):
-        measured = measure_importance(args, source, tokens, progress=progress)
-        for wish in sorted(wishes, key=lambda wish: KINDS.index(wish.kind), reverse=True):
-            assert wish.count is not None
-            there = _least(measured[wish.kind], wish.kind, dropped, spared)
-            there = there[: SHORTLIST * wish.count]
-            found = measure_losses(
-                args, source, judged, [_with({}, wish.kind, layer) for layer in there], progress
-            )
-            by_loss = sorted(zip(found, there, strict=True))
-            for _, layer in by_loss[: wish.count]:
-                dropped = _with(dropped, wish.kind, layer)
-        return _sorted(dropped), []
-    path = [Step(measure_losses(args, source, judged, [{}])[0])]
-    left = {wish.kind: wish.count for wish in wishes}
-    taken = 0
-    while any(count is None or count > 0 for count in left.values()):
-        measured = measure_importance(args, source, judged, dropped)
-        candidates = [
+    if greedy or any(wish.count is None for wish in wishes):
+        search = _Search(network, judged, spared or {}, max_loss)
+        return search.run({wish.kind: wish.count for wish in wishes}, progress)
+    measured = measure_importance(network, tokens, progress=progress)
+    dropped: Drops = {}
+    for wish in sorted(wishes, key=lambda wish: KINDS.index(wish.kind), reverse=True):
+        assert wish.count is not None
+        there = _rank(measured[wish.kind], wish.kind, dropped, spared or {})
+        there = there[: SHORTLIST * wish.count]
+        alone = [_add({}, wish.kind, layer) for layer in there]
+        by_loss = sorted(zip(measure_losses(network, judged, alone, progress), there, strict=True))
+        for _, layer in by_loss[: wish.count]:
+            dropped = _add(dropped, wish.kind, layer)
+    return _sort(dropped), []
+
+
+class _Search:
+    """A greedy search: drops the cheapest sub-layer, measures all again, and so on.
+
+    Args:
+        network: runs the layers.
+        tokens: (sequences, length) of text that judges.
+        spared: sub-layers that must stay.
+        max_loss: the share by which the loss may grow where no number of drops is given.
+    """
+
+    def __init__(self, network: StreamedNetwork, tokens: mx.array, spared: Drops, max_loss: float):
+        self._network, self._tokens = network, tokens
+        self._spared, self._max_loss = spared, max_loss
+        self._dropped: Drops = {}
+
+    def run(
+        self, left: dict[str, int | None], progress: Steps
+    ) -> tuple[dict[str, list[int]], list[Step]]:
+        """Drop as many of each kind as ``left`` says; None: as many as ``max_loss`` allows."""
+        whole = Step(measure_losses(self._network, self._tokens, [{}])[0])
+        steps = [whole]
+        while candidates := self._find_candidates([k for k, n in left.items() if n != 0]):
+            best = self._choose(candidates, steps[-1].loss)
+            assert best.kind is not None and best.layer is not None
+            count = left[best.kind]
+            if count is None and best.loss > whole.loss * (1 + self._max_loss):
+                del left[best.kind]  # the others may still have some to go
+                continue
+            self._dropped = _add(self._dropped, best.kind, best.layer)
+            steps.append(best)
+            left[best.kind] = None if count is None else count - 1
+            taken = len(steps) - 1
+            progress(taken, taken + sum(1 if n is None else n for n in left.values()))
+        return _sort(self._dropped), steps
+
+    def _find_candidates(self, kinds: Sequence[str]) -> list[tuple[str, int]]:
+        """The least important sub-layers of each kind that are left."""
+        if not kinds:
+            return []
+        measured = measure_importance(self._network, self._tokens, self._dropped)
+        return [
             (kind, layer)
-            for kind, count in left.items()
-            if count is None or count > 0
-            for layer in _least(measured[kind], kind, dropped, spared)[:CANDIDATES]
+            for kind in kinds
+            for layer in _rank(measured[kind], kind, self._dropped, self._spared)[:CANDIDATES]
         ]
-        if not candidates:
-            break
-        variants = [_with(dropped, kind, layer) for kind, layer in candidates]
-        found = measure_losses(args, source, judged, variants)
-        # By what each weight that goes costs.
-        price = [
-            (loss - path[-1].loss) / _weights(args, kind)
-            for (kind, _), loss in zip(candidates, found, strict=True)
-        ]
-        best = min(range(len(price)), key=price.__getitem__)
-        kind, layer = candidates[best]
-        if left[kind] is None and found[best] > path[0].loss * (1 + max_loss):
-            del left[kind]  # the others may still have some to go
-            continue
-        dropped = variants[best]
-        path.append(Step(found[best], kind, layer))
-        left[kind] = None if left[kind] is None else left[kind] - 1  # type: ignore[operator]
-        taken += 1
-        progress(taken, taken + sum(count or 1 for count in left.values()))
-    return _sorted(dropped), path
+
+    def _choose(self, candidates: Sequence[tuple[str, int]], loss: float) -> Step:
+        """The candidate that costs least by the weights that go with it; ``loss`` is without it."""
+        variants = [_add(self._dropped, kind, layer) for kind, layer in candidates]
+        losses = measure_losses(self._network, self._tokens, variants)
+        steps = [Step(after, *which) for after, which in zip(losses, candidates, strict=True)]
+        args = self._network.args
+        return min(steps, key=lambda step: (step.loss - loss) / _count_weights(args, step.kind))
 
 
-def _weights(args: ModelArgs, kind: str) -> int:
+def _count_weights(args: ModelArgs, kind: str | None) -> int:
     """Weights of one sub-layer's matrices."""
     query, key = args.num_attention_heads, args.num_key_value_heads
     attention = 2 * args.hidden_size * (query + key) * args.head_dim
     experts = max(args.num_local_experts, 1)
     ffn = (3 if args.gated else 2) * experts * args.hidden_size * args.intermediate_size
-    return {"attention": attention, "ffn": ffn, "block": attention + ffn}[kind]
+    return {"attention": attention, "ffn": ffn, "block": attention + ffn}[kind or "block"]
 
 
-def _least(measured: Sequence[float], kind: str, *kept_out: Drops) -> list[int]:
+def _list_parts(kind: str) -> tuple[str, ...]:
+    return tuple(PARTS) if kind == "block" else (kind,)
+
+
+def _rank(measured: Sequence[float], kind: str, *kept_out: Drops) -> list[int]:
     """Layers with nothing of a kind kept out, the least important first."""
-    parts = PARTS if kind == "block" else (kind,)
-    out = {layer for drops in kept_out for part in parts for layer in drops.get(part, ())}
+    out = {layer for drops in kept_out for p in _list_parts(kind) for layer in drops.get(p, ())}
     there = [layer for layer in range(len(measured)) if layer not in out]
     return sorted(there, key=lambda layer: measured[layer])
 
 
-def _with(dropped: Drops, kind: str, layer: int) -> dict[str, set[int]]:
-    """The drops and one more."""
-    more = PARTS if kind == "block" else (kind,)
-    return {p: {*dropped.get(p, ()), *([layer] if p in more else ())} for p in PARTS}
+def _add(dropped: Drops, kind: str, layer: int) -> Drops:
+    """Return the drops and one more."""
+    return {**dropped, **{part: {*dropped.get(part, ()), layer} for part in _list_parts(kind)}}
 
 
-def _sorted(dropped: Drops) -> dict[str, list[int]]:
-    return {part: sorted(layers) for part, layers in dropped.items() if layers}
+def _sort(dropped: Drops) -> dict[str, list[int]]:
+    return {part: sorted(dropped[part]) for part in PARTS if dropped.get(part)}
 
 
-def _gone(dropped: Drops, layer: int) -> set[str]:
-    return {part for part, layers in dropped.items() if layer in layers}
+def _find_gone(dropped: Drops, layer: int) -> frozenset[str]:
+    return frozenset(part for part, layers in dropped.items() if layer in layers)
 
 
-def _without(block: Block, parts: Collection[str]) -> Block:
-    """The block without its attention, its FFN or both; the weights are shared."""
-    other = copy.copy(block)
-    if "attention" in parts:
-        other.self_attn = None
-    if "ffn" in parts:
-        other.mlp = None
-    return other
-
-
-def _block(args: ModelArgs, source: Parts, layer: int) -> Block:
-    return fill_block(Block(args, layer), source.layer(layer), f"model.layers.{layer}.")
-
-
-def _embedded(args: ModelArgs, source: Parts, batches: Sequence[mx.array]) -> list[mx.array]:
-    embedding = source.embedding()[f"{EMBEDDING}.weight"].astype(mx.float32)
-    return [args.scale_embedding(embedding[tokens]) for tokens in batches]
+def _drop(block: nn.Module, parts: Collection[str]) -> nn.Module:
+    """Return the block without its attention, its FFN or both; the weights are shared."""
+    for part in parts:
+        block = replace_at(block, PARTS[part], None)
+    return block
 
 
 def _cosine(a: mx.array, b: mx.array) -> mx.array:
@@ -288,27 +300,22 @@ def _cosine(a: mx.array, b: mx.array) -> mx.array:
     return (a * b).sum(-1) / mx.maximum(lengths, 1e-30)
 
 
-def _loss(head: StreamedNetwork, streams: Sequence[mx.array], batches: Sequence[mx.array]) -> float:
-    """Mean -log p of each token but a sequence's first, of streams before the final norm."""
+def _measure_loss(
+    network: Driver, streams: Sequence[mx.array], batches: Sequence[mx.array]
+) -> float:
+    """Mean -log p of each token but a sequence's first, of streams behind the last layer."""
     total = count = 0.0
-    for h, tokens in _rows(streams, batches):
-        logits = head.logits(h[None, :-1])[0]
-        chosen = mx.take_along_axis(logits, tokens[1:, None], axis=-1)[:, 0]
-        total += float((mx.logsumexp(logits, axis=-1) - chosen).sum().item())  # type: ignore[arg-type]
-        count += tokens.size - 1
+    for stream, tokens in zip(streams, batches, strict=True):
+        for h, row in zip(stream, tokens, strict=True):  # one sequence's logits at a time
+            nll = measure_nll(network.logits(h[None, :-1])[0], row[1:])
+            total += float(nll.sum().item())  # type: ignore[arg-type]
+            count += nll.size
     return total / count
 
 
-def _rows(
-    streams: Sequence[mx.array], batches: Sequence[mx.array]
-) -> Iterator[tuple[mx.array, mx.array]]:
-    for h, tokens in zip(streams, batches, strict=True):
-        yield from zip(h, tokens, strict=True)
-
-
 def describe_wishes(args: ModelArgs, wishes: Sequence[Wish]) -> str:
-    """What will go, as far as it is known before anything is measured."""
+    """Say what will go, as far as it is known before anything is measured."""
     known = [(wish.kind, wish.count) for wish in wishes if wish.count is not None]
-    weights = sum(count * _weights(args, kind) for kind, count in known)
+    weights = sum(count * _count_weights(args, kind) for kind, count in known)
     what = " and ".join(f"{count} x {kind}" for kind, count in known) or "what --max-loss allows"
     return f"which layers lose it is measured when converting: {what}, {weights:,} weights or more"

@@ -6,11 +6,11 @@ layer*, arXiv 2402.13388). The table takes the embedding's place, a row a token.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
-from ..network.driver import fill_block
+from ..network.driver import StreamedNetwork
 from ..network.model import Block, ModelArgs
 from ..network.names import EMBEDDING, HEAD
 from ..network.parts import Merged, tensors_of
@@ -25,7 +25,7 @@ WORTH = 10
 
 @dataclass(frozen=True)
 class FirstLayer:
-    """What a table saves and costs, in numbers; see section 1 of the paper.
+    """What a table saves and costs, in numbers (arXiv 2402.13388, section 1).
 
     Attributes:
         matrices: weights of the projections that it takes the place of.
@@ -44,11 +44,11 @@ class FirstLayer:
     untied: bool
 
     def reads_before(self, batch: int = 1) -> int:
-        """Numbers that the projections read to decode a token for each of a batch."""
+        """Numbers that are read to decode a token for each of a batch, with the projections."""
         return self.matrices + batch * self.hidden_size
 
     def reads_after(self, batch: int = 1) -> int:
-        """Likewise of the table."""
+        """Numbers that are read to decode a token for each of a batch, from the table."""
         return batch * self.row
 
     @property
@@ -62,22 +62,22 @@ class FirstLayer:
 def measure_table(args: ModelArgs) -> FirstLayer:
     """The figures of a network's table; ``args`` is the network without it."""
     after = add_table(args)
-    (matrices, vectors), (left, vectors_left) = map(_weights, (args, after))
+    (matrices, vectors), (left, vectors_left) = map(_count_weights, (args, after))
     row = sum(after.row_widths().values())
     tied = args.tie_word_embeddings
     gone = matrices - left, vectors - vectors_left
     return FirstLayer(*gone, args.hidden_size, row, args.vocab_size, tied)
 
 
-def _weights(args: ModelArgs) -> tuple[int, int]:
-    """Numbers in layer 0: of its matrices, of all else."""
+def _count_weights(args: ModelArgs) -> tuple[int, int]:
+    """Count the numbers in layer 0: those of its matrices, and all others."""
     arrays = tensors_of(Block(args, 0)).values()
     matrices = sum(array.size for array in arrays if array.ndim > 1)
     return matrices, sum(array.size for array in arrays) - matrices
 
 
 def find_obstacle(args: ModelArgs) -> str | None:
-    """Why a network cannot have a table; None if it can."""
+    """Say why a network cannot have a table; return None if it can."""
     if args.precomputed:
         return "the first layer is a table already"
     if args.lacks("attention", 0):
@@ -86,13 +86,13 @@ def find_obstacle(args: ModelArgs) -> str | None:
 
 
 def find_needed(args: ModelArgs) -> dict[str, list[int]]:
-    """The sub-layers, layers by part, whose outputs or inputs are in the table."""
+    """List the sub-layers that a table needs, layers by part: it holds what they read or give."""
     parts = ("attention", "ffn") if args.block == "parallel" else ("attention",)
     return {part: [0] for part in parts}
 
 
 def explain_price(growth: float, saved: float) -> str | None:
-    """Why a table does not pay; None if it does.
+    """Say why a table does not pay; return None if it does.
 
     Args:
         growth: share by which it adds to the weights in memory.
@@ -110,45 +110,49 @@ class TabledParts:
     """A network's tensors with the table in the place of layer 0's projections.
 
     Args:
-        merger: makes the tensors of the network without it, in the result's type.
-        exact: likewise in float32; the table is computed from these.
-        args: that network.
-        dtype: of the table.
+        merger: makes the tensors of the network without the table, in the result's type.
+        exact: makes them in float32; the table is computed from these.
+        args: the network without the table.
+        dtype: the table's number type.
     """
 
     def __init__(self, merger: Merged, exact: Merged, args: ModelArgs, dtype: mx.Dtype):
         self._merger, self._exact, self._args, self._dtype = merger, exact, args, dtype
 
     def embedding(self) -> dict[str, mx.array]:
+        """The table, (vocabulary, row): what the first layer's projections make of each token."""
         name = f"{EMBEDDING}.weight"
-        block = fill_block(Block(self._args, 0), self._exact.layer(0), FIRST)
-        rows = self._exact.embedding()[name]
+        network = StreamedNetwork(self._args, self._exact)
+        block = network.layer(0)
         made = []
-        for start in range(0, rows.shape[0], ROWS):
-            x = self._args.scale_embedding(rows[start : start + ROWS].astype(mx.float32))
-            row = _row(self._args, block, x)
+        for start in range(0, self._args.vocab_size, ROWS):
+            tokens = mx.arange(start, min(start + ROWS, self._args.vocab_size))
+            row = _make_rows(self._args, block, network.embed(tokens[None])[0])
             made.append(cast_finite(name, row, self._dtype))
         return {name: mx.concatenate(made)}
 
     def layer(self, layer: int) -> dict[str, mx.array]:
+        """Every tensor of a layer; layer 0 lacks those that the table replaces."""
         tensors = dict(self._merger.layer(layer))
         if layer == 0:
-            left = dict(tree_flatten(Block(add_table(self._args), 0).parameters()))
+            left = tensors_of(Block(add_table(self._args), 0))
             tensors = {n: a for n, a in tensors.items() if n.removeprefix(FIRST) in left}
         return tensors
 
     def head(self) -> dict[str, mx.array]:
+        """The final norm and the head, which the table unties."""
         tensors = dict(self._merger.head())
         if self._args.tie_word_embeddings:
             tensors[f"{HEAD}.weight"] = self._merger.embedding()[f"{EMBEDDING}.weight"]
         return tensors
 
     def rewrite(self, where: str, outputs: mx.array) -> mx.array:
+        """What a matrix wrote before, in the result's basis: see ``Merger.rewrite``."""
         return self._merger.rewrite(where, outputs)
 
 
-def _row(args: ModelArgs, block: Block, x: mx.array) -> mx.array:
-    """The table's rows (tokens, row) of what enters the stream (tokens, hidden)."""
+def _make_rows(args: ModelArgs, block: Any, x: mx.array) -> mx.array:
+    """Compute the table's rows (tokens, row) of what enters the stream (tokens, hidden)."""
     attention = block.self_attn
     read = block.norm_attention_input(x)
     parts = {

@@ -1,4 +1,4 @@
-"""Text to calibrate and to check with: a user's file, or the source model's own words."""
+"""Text to calibrate and to check with: a user's, or sampled from the source model."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache
+from mlx_lm.models.cache import make_prompt_cache
 
 from ..checkpoints import hub
 from ..errors import UserError
@@ -29,7 +29,7 @@ PIECE = 2048  # characters of a file in a row to calibrate with
 class Passages:
     """Tokens (sequences, length) to check a result with and, if it needs them, to calibrate it.
 
-    ``origin`` says where they come from.
+    ``origin`` says where the text comes from.
     """
 
     check: mx.array
@@ -38,7 +38,7 @@ class Passages:
 
 
 def read_text(source: str | Path) -> str:
-    """The text to calibrate with.
+    """Read the text to calibrate with.
 
     Args:
         source: a plain file, all of it; a .jsonl file, its documents; or a data set of the Hub,
@@ -83,10 +83,10 @@ def cut_passages(
     long_check: bool = False,
     longest: int | None = None,
 ) -> Passages:
-    """Passages of a text called ``name``: its end to check, places all over the rest to calibrate.
+    """Cut a text into passages: its end to check with, places all over the rest to calibrate with.
 
     Args:
-        name: what errors call it.
+        name: what errors call the text.
         text: of any length.
         encode: text to tokens.
         calibrating: whether calibration is wanted.
@@ -133,7 +133,15 @@ def sample_passages(
     calibrating: bool,
     long_check: bool = False,
 ) -> Passages:
-    """Text that the network itself speaks; see ``sample``."""
+    """Sample the text to check with and, if asked for, to calibrate with, from the source itself.
+
+    Args:
+        network: the source; where its layers are not resident, the text has fewer steps.
+        seed: of the text.
+        start: the token that opens a text, if there is one.
+        calibrating: whether calibration is wanted.
+        long_check: whether to check more than usual.
+    """
     check = (LONG_CHECK if long_check else CHECK) if network.resident else STREAMED_CHECK
     longest = network.args.max_position_embeddings or CALIBRATION[1]
     calibration = None
@@ -148,8 +156,8 @@ def sample_passages(
 def sample_text(
     network: StreamedNetwork, sequences: int, length: int, *, seed: int, start: int | None
 ) -> mx.array:
-    """Text of the network's own; see ``spoken``."""
-    caches = [KVCache() for _ in range(network.args.num_hidden_layers)]
+    """Sample text from a network, tokens (sequences, length): see ``sample_tokens``."""
+    caches = make_prompt_cache(network.model)
     for cache in caches:
         cache.step = length  # room for no more: many short sequences would fill gigabytes
 
@@ -170,13 +178,18 @@ def sample_tokens(
     seed: int,
     start: int | None,
 ) -> mx.array:
-    """Text of a network's own, tokens (sequences, length) at temperature 1.
+    """Sample text from a network at temperature 1, tokens (sequences, length).
 
-    Each sequence opens with ``start`` if given and a random token.
+    Each sequence begins with ``start``, if there is one, and a random token.
 
     Args:
         next_logits: takes the tokens (sequences, new) that follow those it took before, and gives
             logits (sequences, vocab_size) of the next one.
+        vocab_size: the number of tokens that there are.
+        sequences: how many to sample.
+        length: tokens of each.
+        seed: of the random numbers.
+        start: the token that opens a text, if there is one.
     """
     key = mx.random.key(seed)
     key, first = mx.random.split(key)

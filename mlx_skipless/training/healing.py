@@ -30,6 +30,7 @@ from ..checkpoints.writer import check_free
 from ..errors import UserError, first_line
 from ..evaluation import perplexity
 from ..inference.loading import load
+from ..network.metrics import measure_kl, measure_nll
 from ..network.parts import tensors_of
 from ..options import read_options
 from ..text import corpus, samples
@@ -337,23 +338,14 @@ class Run(ResumableRun[HealingResult]):
             inputs, targets = mx.array(batch[:, :-1]), mx.array(batch[:, 1:])
             wanted, got = self._teacher(inputs), network(inputs)
             kl += _total(measure_kl(wanted, got))
-            for logits, add in ((wanted, True), (got, False)):
-                nll = nn.losses.cross_entropy(logits.astype(mx.float32), targets, reduction="sum")
-                teacher_loss += _total(nll) if add else 0.0
-                loss += 0.0 if add else _total(nll)
+            teacher_loss += _total(measure_nll(wanted, targets))
+            loss += _total(measure_nll(got, targets))
             count += targets.size
             characters += sum(corpus.count_characters(self._tokenizer, row) for row in batch[:, 1:])
         bits = 1 / (math.log(2) * max(1, characters))
         return Distance(
             kl / count, loss / count, teacher_loss / count, loss * bits, teacher_loss * bits, count
         )
-
-
-def measure_kl(wanted: mx.array, got: mx.array) -> mx.array:
-    """KL(p || q) of logits (..., vocabulary), nats, (...), in float32."""
-    p = nn.log_softmax(wanted.astype(mx.float32), axis=-1)
-    q = nn.log_softmax(got.astype(mx.float32), axis=-1)
-    return (mx.exp(p) * (p - q)).sum(-1)
 
 
 def _total(array: mx.array) -> float:

@@ -34,6 +34,12 @@ class TrainingResult(RunResult):
     """How a training run ended.
 
     Attributes:
+        output: the run's folder.
+        step: the last one.
+        tokens: how many were seen, repeated ones each time.
+        seconds: of training, earlier sessions of a resumed run included.
+        tokens_per_second: over these seconds.
+        peak_memory_bytes: the most that the process held.
         parameters: weights of the network.
         loss: nats per token, the mean over the steps of the log's last line.
         validation_loss: nats per token of all the held-out text, None if there is none.
@@ -69,9 +75,15 @@ class Distance:
 
 @dataclass(frozen=True, kw_only=True)
 class HealingResult(RunResult):
-    """How a distillation ended; ``output`` is the folder of the healed model, too.
+    """How a distillation ended.
 
     Attributes:
+        output: the run's folder and of the healed model.
+        step: the last one.
+        tokens: how many were seen, repeated ones each time.
+        seconds: of training, earlier sessions of a resumed run included.
+        tokens_per_second: over these seconds.
+        peak_memory_bytes: the most that the process held.
         fine_tune_type: "lora" or "full".
         trained_parameters: weights that were trained; of low-rank changes, theirs.
         text: names of the files that it learnt from, or "sampled".

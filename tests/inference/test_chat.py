@@ -505,7 +505,7 @@ def test_control_characters_of_an_answer_do_not_reach_the_terminal(
     type_lines(monkeypatch, "Hello")
     pieces = (piece for piece in ("a\x1b[2J\x07\tb\n",))
     monkeypatch.setattr(Conversation, "ask", lambda *_, **__: pieces)
-    monkeypatch.setattr("mlx_skipless.inference.chat._costs", lambda _: "costs")
+    monkeypatch.setattr("mlx_skipless.inference.chat._describe_costs", lambda _: "costs")
     chat(*llama)
     out, err = capsys.readouterr()
     assert out == "a\ufffd[2J\ufffd\tb\n\n"

@@ -214,7 +214,7 @@ def test_a_quantized_cache_is_smaller_and_close(llama: Loaded):
 
     exact_size, exact = fill()
     last = 0.0
-    for bits in reversed(generation.KV_BITS):
+    for bits in reversed(caches.KV_BITS):
         size, logits = fill(kv_bits=bits)
         assert size == exact_size * (bits + 2) // 32  # and per group of 32 a scale and a bias
         error = mx.abs(logits - exact).max().item()
@@ -225,7 +225,7 @@ def test_a_quantized_cache_is_smaller_and_close(llama: Loaded):
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
-@pytest.mark.parametrize("bits", generation.KV_BITS)
+@pytest.mark.parametrize("bits", caches.KV_BITS)
 def test_every_width_quantizes_to_all_bits(tmp_path: Path, head_dim: int, bits: int):
     config = {"num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 1}
     make_llama(tmp_path, head_dim=head_dim, **config)
@@ -331,7 +331,7 @@ def test_a_comparison_takes_turns_and_medians(llama: Loaded, monkeypatch: pytest
         speed = next(speeds)
         return generation.Answer("", 1, speed, 2, speed, 100, "length")
 
-    monkeypatch.setattr(generation, "generate", fake)
+    monkeypatch.setattr(comparison, "generate", fake)
     a, b = nn.Module(), nn.Module()
     result = comparison.compare([(a, llama[1]), (b, llama[1])], PROMPT, max_tokens=50)
     assert asked == [(a, 8), (b, 8)] + [(a, 50), (b, 50)] * 3

@@ -14,9 +14,11 @@ from grids import only, thin, thorough
 
 import mlx_skipless
 from mlx_skipless.checkpoints.checkpoint import open_checkpoint
+from mlx_skipless.network.driver import StreamedNetwork
 from mlx_skipless.network.model import Model
 from mlx_skipless.quantization import bits as budget
-from mlx_skipless.quantization.calibration import CalibratedParts, Moments, fit_weight
+from mlx_skipless.quantization.calibration import CalibratedParts
+from mlx_skipless.quantization.fitting import Moments, fit_weight
 from mlx_skipless.quantization.formats import Format
 from mlx_skipless.quantization.layout import Layout, Quantization
 from mlx_skipless.removal.merger import Merger
@@ -201,9 +203,9 @@ def test_without_rounding_the_function_stays(
     source = ill_conditioned(tmp_path / "s", spread=1.5, **config)
     checkpoint = open_checkpoint(tmp_path / "s")
     plan = make_plan(checkpoint.args, remove=case["remove"], quantized=True)
+    none = make_plan(checkpoint.args, remove="none")
     parts = CalibratedParts(
-        plan.before,
-        Merger(checkpoint, make_plan(checkpoint.args, remove="none"), mx.float32),
+        StreamedNetwork(plan.before, Merger(checkpoint, none, mx.float32)),
         Merger(checkpoint, plan, mx.float32),
         Layout(plan.after, mx.float32, Quantization()),
         mx.array(tokens_of(prose(2500, seed=1), tmp_path / "s")[:64]),

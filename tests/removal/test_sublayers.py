@@ -50,10 +50,11 @@ def made(folder: Path, **config: Any) -> tuple[Config, Weights]:
     return source[0], {name: np.array(a).astype(np.float64) for name, a in arrays.items()}
 
 
-def opened(folder: Path) -> tuple[Any, Merger]:
+def opened(folder: Path, *, resident: bool = False) -> StreamedNetwork:
     checkpoint = open_checkpoint(folder)
     plan = make_plan(checkpoint.args, remove="none")
-    return checkpoint.args, Merger(checkpoint, plan, mx.float32)
+    merger = Merger(checkpoint, plan, mx.float32)
+    return StreamedNetwork(checkpoint.args, merger, resident=resident)
 
 
 def without(weights: Weights, dropped: dict[str, Any]) -> Weights:
@@ -86,7 +87,7 @@ def test_importance(config: Config, dropped: dict[str, list[int]], tmp_path: Pat
     """1 - cosine, written out with the reference's own sub-layers."""
     source, weights = made(tmp_path, **config)
     tokens = text()
-    got = sublayers.measure_importance(*opened(tmp_path), mx.array(tokens), dropped)
+    got = sublayers.measure_importance(opened(tmp_path), mx.array(tokens), dropped)
     x = weights["model.embed_tokens.weight"][tokens]
 
     def far(a: np.ndarray, b: np.ndarray) -> float:
@@ -115,7 +116,7 @@ def test_losses(config: Config, tmp_path: Path) -> None:
     variants: list[dict[str, Any]] = [
         {}, {"attention": [3]}, {"attention": [0, 3]}, {"ffn": {3}}, {"attention": [2], "ffn": [2]},
     ]  # fmt: skip
-    got = sublayers.measure_losses(*opened(tmp_path), mx.array(tokens), variants)
+    got = sublayers.measure_losses(opened(tmp_path), mx.array(tokens), variants)
     assert got == pytest.approx([loss(source, v, tokens) for v in variants], rel=1e-5)
 
 
@@ -124,14 +125,14 @@ def test_losses(config: Config, tmp_path: Path) -> None:
 def test_one_shot_takes_what_costs_least_alone(kind: str, count: int, tmp_path: Path) -> None:
     """Among twice as many, the least important; by the reference's losses."""
     source = made(tmp_path, num_hidden_layers=6)
-    args, parts = opened(tmp_path)
+    network = opened(tmp_path)
     tokens = text()
     names = ["attention", "ffn"] if kind == "block" else [kind]
-    measured = sublayers.measure_importance(args, parts, mx.array(tokens))[kind]
+    measured = sublayers.measure_importance(network, mx.array(tokens))[kind]
     short = np.argsort(measured)[: 2 * count].tolist()
     costs = {layer: loss(source, {name: [layer] for name in names}, tokens) for layer in short}
     got, path = sublayers.choose_drops(
-        args, parts, mx.array(tokens), [Wish(kind, count)], greedy=False, max_loss=0.0
+        network, mx.array(tokens), [Wish(kind, count)], greedy=False, max_loss=0.0
     )
     least = sorted(sorted(short, key=costs.__getitem__)[:count])
     assert got == dict.fromkeys(names, least) and not path
@@ -144,7 +145,7 @@ def test_greedy_takes_what_costs_least_each_time(kind: str, tmp_path: Path) -> N
     source = made(tmp_path)
     tokens = text()
     got, path = sublayers.choose_drops(
-        *opened(tmp_path), mx.array(tokens), [Wish(kind, 3)], greedy=True, max_loss=0.0
+        opened(tmp_path), mx.array(tokens), [Wish(kind, 3)], greedy=True, max_loss=0.0
     )
     dropped: list[int] = []
     losses = [loss(source, {}, tokens)]
@@ -186,7 +187,7 @@ def test_auto_stops_before_the_limit(max_loss: float, tmp_path: Path) -> None:
     tokens = text()
     wishes = [Wish("attention", None)]
     got, path = sublayers.choose_drops(
-        *opened(tmp_path), mx.array(tokens), wishes, greedy=False, max_loss=max_loss
+        opened(tmp_path), mx.array(tokens), wishes, greedy=False, max_loss=max_loss
     )
     dropped = got.get("attention", [])
     limit = (1 + max_loss) * loss(source, {}, tokens)
@@ -200,20 +201,18 @@ def test_auto_stops_before_the_limit(max_loss: float, tmp_path: Path) -> None:
 def test_the_limit_is_of_the_whole_loss(tmp_path: Path) -> None:
     """Not of each drop's share of it."""
     made(tmp_path)
-    args, parts = opened(tmp_path)
-    spoken = StreamedNetwork(args, parts, resident=True)
+    network = opened(tmp_path)
+    spoken = opened(tmp_path, resident=True)
     tokens = samples.sample_text(spoken, 16, 64, seed=0, start=None)  # so that drops cost something
     wishes = [Wish("attention", None)]
-    _, steps = sublayers.choose_drops(args, parts, tokens, wishes, greedy=False, max_loss=10.0)
+    _, steps = sublayers.choose_drops(network, tokens, wishes, greedy=False, max_loss=10.0)
     path = [step.loss for step in steps]
     known = False
     for i in range(2, len(path)):
         least = max([path[i - 1] / path[0], path[i] / path[i - 1]])
         if least < path[i] / path[0]:
             limit = (least + path[i] / path[0]) / 2 - 1
-            got, _ = sublayers.choose_drops(
-                args, parts, tokens, wishes, greedy=False, max_loss=limit
-            )
+            got, _ = sublayers.choose_drops(network, tokens, wishes, greedy=False, max_loss=limit)
             assert len(got["attention"]) == i - 1
             known = True
     assert known

@@ -1,0 +1,64 @@
+"""KL and negative log likelihood against NumPy's in float64, also where they are very small."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import reference
+
+from mlx_skipless.network.metrics import measure_kl, measure_nll
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-2, 1.0])
+def test_kl_of_small_differences(scale: float) -> None:
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((40, 300)).astype(np.float32) * 4
+    b = (a + scale * rng.standard_normal(a.shape) + 5).astype(np.float32)
+    expected = reference.softmax_kl(a[None], b[None])
+    got = measure_kl(mx.array(a), mx.array(b)).mean().item()
+    assert got == pytest.approx(expected, rel=2e-3, abs=1e-10)
+    exact = measure_kl(a.astype(np.float64), b.astype(np.float64)).mean()
+    assert exact == pytest.approx(expected, rel=1e-7)  # the sum there cancels in part
+
+
+@pytest.mark.parametrize("far", [30.0, 1e3, 1e5])
+def test_kl_of_networks_that_have_nothing_in_common(far: float) -> None:
+    """No overflow, neither of the value nor of its gradient, which is q - p."""
+    a, b = mx.array([[far, 0.0, 1.0]]), mx.array([[0.0, far, 2.0]])
+    assert measure_kl(a, b).item() == pytest.approx(far, rel=0.01)
+    gradient = mx.grad(lambda q: measure_kl(a, q).sum())(b)
+    assert mx.allclose(gradient, mx.softmax(b) - mx.softmax(a), atol=1e-6).item()
+    assert measure_kl(np.array(a), np.array(b)).item() == pytest.approx(far, rel=0.01)
+
+
+def test_the_gradient_of_kl_is_the_difference_of_the_probabilities() -> None:
+    rng = np.random.default_rng(1)
+    a, b = (mx.array(rng.normal(0, 4, (3, 5, 50)).astype(np.float32)) for _ in range(2))
+    gradient = mx.grad(lambda q: measure_kl(a, q).sum())(b)
+    expected = mx.softmax(b, axis=-1) - mx.softmax(a, axis=-1)
+    assert mx.allclose(gradient, expected, atol=1e-5).item()
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 50)])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_nll(shape: tuple[int, ...], dtype: mx.Dtype) -> None:
+    rng = np.random.default_rng(2)
+    logits = mx.array(rng.normal(0, 4, shape).astype(np.float32)).astype(dtype)
+    wide = np.array(logits.astype(mx.float32)).astype(np.float64)
+    tokens = rng.integers(0, shape[-1], shape[:-1])
+    p = np.exp(wide) / np.exp(wide).sum(-1, keepdims=True)
+    expected = -np.log(np.take_along_axis(p, np.asarray(tokens)[..., None], axis=-1))[..., 0]
+    got = measure_nll(logits, mx.array(tokens))
+    assert got.dtype == mx.float32 and got.shape == shape[:-1]
+    assert np.allclose(np.array(got), expected, rtol=1e-5)
+    assert np.allclose(measure_nll(wide, np.asarray(tokens)), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 4, 11)])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_divergence(shape: tuple[int, ...], dtype: mx.Dtype) -> None:
+    rng = np.random.default_rng(len(shape))
+    a, b = (mx.array(rng.normal(0, 4, shape).astype(np.float32)).astype(dtype) for _ in range(2))
+    got = measure_kl(a, b)
+    assert got.shape == shape[:-1] and got.dtype == mx.float32
+    a64, b64 = (np.array(x.astype(mx.float32)).astype(np.float64) for x in (a, b))
+    assert float(got.mean().item()) == pytest.approx(reference.softmax_kl(a64, b64), rel=1e-5)
