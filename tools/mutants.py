@@ -532,7 +532,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
         "inference",
         "2 * layers * args.num_key_value_heads",
         "layers * args.num_key_value_heads",
-        "tests/evaluation/test_analysis.py tests/conversion/test_convert.py",
+        "tests/removal/test_sublayers.py -k converted",
     ),
 ]
 

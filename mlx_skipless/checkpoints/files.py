@@ -127,7 +127,8 @@ def read_ahead(spans: Iterable[tuple[Path, int, int]]) -> None:
 
 
 def _read_spans(spans: list[tuple[Path, int, int]]) -> None:
-    buffer, most = memoryview(bytearray(AT_ONCE)), AHEAD_BYTES
+    longest = max((length for _, _, length in spans), default=0)
+    buffer, most = memoryview(bytearray(min(AT_ONCE, longest))), AHEAD_BYTES
     for path, offset, left in spans:
         try:
             with path.open("rb", buffering=0) as file:

@@ -40,6 +40,15 @@ def test_shards_are_whole_and_in_order(tmp_path: Path) -> None:
         assert stored[0] == expected[0] and np.array_equal(stored[1], expected[1])
 
 
+def test_a_result_may_be_read_as_any_new_folder(tmp_path: Path) -> None:
+    """It is private only until it is whole."""
+    with Writer(tmp_path / "out", 0) as writing:
+        assert writing.folder.stat().st_mode & 0o777 == 0o700
+        writing.commit()
+    (tmp_path / "other").mkdir()
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_a_shard_is_written_while_the_next_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ The processes are real and speak over the loopback ring.
 import json
 from pathlib import Path
 
+import pytest
 from converted import MODELS, made
 from launch import launch, needs_launch
 
@@ -14,10 +15,14 @@ TIED = ("tied", "cohere")
 OF_THREE = ("qp", "tied", "no attention 1", "no attention 1, 2")
 
 
+@pytest.mark.examples
 @needs_launch
-def test_several_processes_compute_what_one_does(tmp_path: Path) -> None:
+def test_several_processes_compute_what_one_does(
+    tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
     folders = {name: made(tmp_path, name) for name in MODELS}
-    for processes, names in ((2, MODELS), (3, OF_THREE)):
+    of_three = OF_THREE if pytestconfig.getoption("--thorough") else OF_THREE[-1:]
+    for processes, names in ((2, MODELS), (3, of_three)):
         out = tmp_path / f"of {processes}"
         out.mkdir()
         printed = launch(processes, WORKER, out, *(folders[name] for name in names))

@@ -152,7 +152,7 @@ OPTIONS = ("remove", "q_bits", "q_mode", "dtype")
 
 @pytest.mark.parametrize(
     "case",
-    only([CASES[i] for i in (0, 3, 4, 6, 8)], CASES),
+    only([CASES[i] for i in (0, 3, 6)], CASES),
     ids=lambda c: "-".join(str(v) for v in c.values()),
 )
 def test_removal_survives_quantization(case: dict[str, Any], tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_removal_survives_quantization(case: dict[str, Any], tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     "case",
-    only([CASES[i] for i in (0, 5, 7, 8, 9, 10)], CASES),
+    only([CASES[i] for i in (0, 4, 5, 7, 8, 9, 10)], CASES),
     ids=lambda c: "-".join(str(v) for v in c.values()),
 )
 def test_without_rounding_the_function_stays(

@@ -262,6 +262,8 @@ def test_converted(config: Config, options: dict[str, Any], stock: bool, tmp_pat
     attention = 4 - len(dropped.get("attention", []))
     assert len(make_prompt_cache(model)) == attention
     assert report.cache_bytes_after * 4 == report.cache_bytes_before * attention
+    width = source[0]["num_key_value_heads"] * reference.head_dim(source[0])
+    assert report.cache_bytes_before == 2 * 4 * width * 4  # keys and values, layers, float32
     prompt = tokens[0, :5].tolist()
     whole = list(prompt)
     for _ in range(6):  # without a cache
