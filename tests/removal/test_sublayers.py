@@ -164,9 +164,10 @@ def test_greedy_takes_what_costs_least_each_time(kind: str, tmp_path: Path) -> N
 def test_greedy_weighs_what_a_drop_costs_by_what_goes(tmp_path: Path) -> None:
     """What costs least here is an FFN, which is a quarter of an attention."""
     source = made(tmp_path, intermediate_size=16, seed=1)
-    args, parts = opened(tmp_path)
-    spoken = StreamedNetwork(args, parts, resident=True)
-    tokens = samples.sample_text(spoken, 16, 64, seed=0, start=None)  # so that drops cost something
+    network = opened(tmp_path, resident=True)
+    tokens = samples.sample_text(
+        network, 16, 64, seed=0, start=None
+    )  # so that drops cost something
     kinds = {"attention": 2 * 64 * (4 + 2) * 16, "ffn": 3 * 64 * 16}
     whole = loss(source, {}, np.array(tokens))
     costs = {
@@ -177,7 +178,7 @@ def test_greedy_weighs_what_a_drop_costs_by_what_goes(tmp_path: Path) -> None:
     best = min(costs, key=lambda one: costs[one] / kinds[one[0]])
     assert best[0] == "attention" != min(costs, key=costs.__getitem__)[0]
     wishes = [Wish(kind, 1) for kind in kinds]
-    _, path = sublayers.choose_drops(args, parts, tokens, wishes, greedy=True, max_loss=0.0)
+    _, path = sublayers.choose_drops(network, tokens, wishes, greedy=True, max_loss=0.0)
     assert (path[1].kind, path[1].layer) == best
 
 
