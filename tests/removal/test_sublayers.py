@@ -165,6 +165,7 @@ def test_greedy_weighs_what_a_drop_costs_by_what_goes(tmp_path: Path) -> None:
     """What costs least here is an FFN, which is a quarter of an attention."""
     source = made(tmp_path, intermediate_size=16, seed=1)
     network = opened(tmp_path, resident=True)
+    # So that drops cost something.
     tokens = samples.sample_text(
         network, 16, 64, seed=0, start=None
     )  # so that drops cost something
