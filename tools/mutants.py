@@ -237,14 +237,14 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ),
     (
         "removal",
-        "path[0].loss * (1 + max_loss)",
-        "path[-1].loss * (1 + max_loss)",
+        "best.loss > whole.loss * (1 + self._max_loss)",
+        "best.loss > steps[-1].loss * (1 + self._max_loss)",
         "tests/removal/test_sublayers.py -k limit",
     ),
     (
         "removal",
-        "(loss - path[-1].loss) / _weights(args, kind)",
-        "(loss - path[-1].loss)",
+        "(step.loss - loss) / _count_weights(args, step.kind)",
+        "(step.loss - loss)",
         "tests/removal/test_sublayers.py",
     ),
     # Quantization.
@@ -303,7 +303,19 @@ MUTANTS: list[tuple[str, str, str, str]] = [
         "crosses = offset + bits > 64",
         "tests/checkpoints/test_packed.py",
     ),
-    # The closing check and what is told of it.
+    # Measures, the closing check and what is told of it.
+    (
+        "metrics",
+        "return (difference - p * log_ratio).sum(-1)",
+        "return (difference + p * log_ratio).sum(-1)",
+        "tests/network/test_metrics.py",
+    ),
+    (
+        "metrics",
+        "largest + np.log(np.exp(logits - largest).sum(-1, keepdims=True))",
+        "np.log(np.exp(logits - largest).sum(-1, keepdims=True))",
+        "tests/network/test_metrics.py",
+    ),
     (
         "check",
         "np.abs(a - b).max(-1) / np.where(largest",
@@ -312,14 +324,14 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ),
     (
         "check",
-        "(np.exp(log_p) * (log_p - log_q))",
-        "(np.exp(log_q) * (log_q - log_p))",
+        "divergences.append(measure_kl(a, b))",
+        "divergences.append(measure_kl(b, a))",
         "tests/conversion/test_check.py",
     ),
     (
         "check",
-        "nll.append(-log_q[places, row[1:]])",
-        "nll.append(-log_q[places, row[:-1]])",
+        "        nll.append(measure_nll(b[:-1], row[1:]))",
+        "        nll.append(measure_nll(b[:-1], row[:-1]))",
         "tests/conversion/test_check.py",
     ),
     (
