@@ -227,7 +227,8 @@ def test_bad_options_are_refused_before_the_first_turn(llama: Loaded, options: d
 
 
 PROGRAM = """
-import fcntl, sys, termios
+import fcntl, signal, sys, termios
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 from mlx_skipless.inference.chat import chat
 from mlx_skipless.inference.loading import load
