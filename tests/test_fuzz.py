@@ -296,4 +296,5 @@ def test_spoiled_values(name: str, options: dict[str, Any], rng: random.Random) 
     assert outcome[0].verification is not None
     allowed = max(1e-3, 10 * outcome[0].verification.max_rel_logit_error)
     largest = np.abs(expected).max(axis=-1)  # 0 where the head is
-    assert (np.abs(expected - found).max(axis=-1) <= allowed * largest).all()
+    below = np.finfo(np.float32).tiny  # of smaller numbers float32 keeps nothing
+    assert (np.abs(expected - found).max(axis=-1) <= allowed * largest + below).all()

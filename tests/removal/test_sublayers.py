@@ -165,10 +165,8 @@ def test_greedy_weighs_what_a_drop_costs_by_what_goes(tmp_path: Path) -> None:
     """What costs least here is an FFN, which is a quarter of an attention."""
     source = made(tmp_path, intermediate_size=16, seed=1)
     network = opened(tmp_path, resident=True)
-    # So that drops cost something.
-    tokens = samples.sample_text(
-        network, 16, 64, seed=0, start=None
-    )  # so that drops cost something
+    # Drops cost something on what the network says.
+    tokens = samples.sample_text(network, 16, 64, seed=0, start=None)
     kinds = {"attention": 2 * 64 * (4 + 2) * 16, "ffn": 3 * 64 * 16}
     whole = loss(source, {}, np.array(tokens))
     costs = {
