@@ -43,10 +43,10 @@ TEXT = np.random.default_rng(0).integers(0, 256, (1, 8))
 
 
 def cases(count: int) -> Callable[[Any], Any]:
-    """So many examples, the same ones each time; thoroughly many times as many, others."""
+    """So many examples, thoroughly many times as many: the same ones each time, unless endless."""
     tried = settings(
         max_examples=count * MORE,
-        derandomize=MORE == 1,
+        derandomize=settings.get_current_profile_name() != "endless",
         database=None,
         deadline=None,
         suppress_health_check=[*HealthCheck],
@@ -274,6 +274,12 @@ def spoiled(array: np.ndarray, rng: random.Random) -> np.ndarray:
     return new
 
 
+def has_ties(weights: dict[str, np.ndarray]) -> bool:
+    """Whether a router scores two experts alike, whatever it reads."""
+    routers = [values for name, values in weights.items() if name.endswith("router.weight")]
+    return any(len(np.unique(rows, axis=0)) < len(rows) for rows in routers)
+
+
 @cases(60)
 @given(SOURCES, OPTIONS, RANDOM)
 def test_spoiled_values(name: str, options: dict[str, Any], rng: random.Random) -> None:
@@ -289,6 +295,8 @@ def test_spoiled_values(name: str, options: dict[str, Any], rng: random.Random) 
     found = check(*outcome, options, most=0.1)  # of large numbers float32 keeps few digits
     if outcome[0].warnings or set(options) & {*APPROXIMATE, "skipless"}:
         return
+    if has_ties(weights):
+        return  # which of two experts goes first is nobody's to say
     if max(np.abs(values).max() for values in weights.values()) > 1e8:
         return  # norms square what products made of it, beyond float32
     with np.errstate(all="ignore"):
