@@ -201,7 +201,8 @@ class Driver:
             changes: tensors or modules, by path, that stand in for the model's own.
         """
         self.load_head()
-        tokens = mx.zeros(h.shape[:2], mx.int32)  # no matter which: the layers' output is h
+        stream = h if isinstance(h, mx.array) else h[0]
+        tokens = mx.zeros(stream.shape[:2], mx.int32)  # no matter which: the layers' output is h
         logits = self._forward(lambda layer, x, *args, **options: h, tokens, changes)
         return logits.astype(mx.float32)
 

@@ -10,8 +10,9 @@ Built and tested for mlx-lm 0.32.
 # and dataclass could not resolve string annotations then.
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
-from typing import Any, Dict, List, Optional, Sequence, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -57,6 +58,13 @@ ACTIVATIONS = {
     "relu": nn.relu,
 }
 
+# The norms of "norm": "qkv": of each head's q, k and v, and of the FFN's hidden numbers.
+PROJECTION_NORMS = ("q", "k", "v", "hidden")
+
+# What one block gives the next: the stream (batch, length, hidden), and with head skips the heads'
+# outputs (batch, length, heads * head_dim) beside it.
+Stream = Union[mx.array, Tuple[mx.array, mx.array]]
+
 
 @dataclass
 class ModelArgs(BaseModelArgs):
@@ -73,6 +81,7 @@ class ModelArgs(BaseModelArgs):
     block: str = "serial"  # serial: attention, then FFN; parallel: their sum
     skip: str = "none"  # none, ffn (around the FFN only), both
     norm: str = "none"  # none, qkv (on the projections' outputs), pre (on the stream)
+    norms: List[str] = field(default_factory=list)  # with norm "qkv", which of its norms; none: all
     final_norm: bool = False
     norm_type: str = "rms"  # kind of the norms on the stream, final one too: rms, layer (LayerNorm)
     rms_norm_eps: float = 1e-5
@@ -107,6 +116,9 @@ class ModelArgs(BaseModelArgs):
     value_skip: bool = False  # attention + alpha * the token's own value
     attention_gain: bool = False  # attention times beta
     uniform_gain: bool = False  # attention - gamma * the mean of the values that it may see
+    query_skip: bool = False  # a head's output + alpha * its query before norm and RoPE
+    head_skip: bool = False  # query + gamma * the heads' outputs of the layer before
+    channel_skips: bool = False  # the alphas and gammas of these two are per channel, not per head
     # The outputs of layer 0's Q, K and V, in a parallel block of its FFN too, are a table by token,
     # which lies in the embedding's rows.
     precomputed: bool = False
@@ -123,6 +135,8 @@ class ModelArgs(BaseModelArgs):
         if not self.layer_types:
             kind = "sliding_attention" if self.sliding_window else "full_attention"
             self.layer_types = [kind] * self.num_hidden_layers
+        if self.norm == "qkv" and not self.norms:
+            self.norms = [*PROJECTION_NORMS]
         for key, value, known in (
             ("block", self.block, ("serial", "parallel")),
             ("skip", self.skip, ("none", "ffn", "both")),
@@ -138,6 +152,14 @@ class ModelArgs(BaseModelArgs):
         whole = part if part == "ffn" else "attention"
         gone = layer in self.removed.get(part, ()) or layer in self.removed.get(whole, ())
         return gone or (layer == 0 and self.reads_table(part))
+
+    def passes_heads(self, layer: int) -> bool:
+        """Tell whether a layer gives the next one its heads' outputs beside the stream."""
+        return self.head_skip and not self.lacks("attention", layer)
+
+    def has_head_skip(self, layer: int) -> bool:
+        """Tell whether a layer adds the heads' outputs of the layer before to its query."""
+        return layer > 0 and self.passes_heads(layer) and self.passes_heads(layer - 1)
 
     @property
     def ffn_readers(self) -> List[str]:
@@ -248,6 +270,23 @@ class ShardedRMSNorm(nn.Module):
         return x * self.weight if "weight" in self else x
 
 
+def take_stream(h: Stream) -> mx.array:
+    """Take the stream out of what a block gives."""
+    return h if isinstance(h, mx.array) else h[0]
+
+
+@partial(mx.compile, shapeless=True)
+def add_scaled(x: mx.array, y: mx.array, scale: mx.array) -> mx.array:
+    """Compute x + y * scale in one kernel."""
+    return x + y * scale
+
+
+@partial(mx.compile, shapeless=True)
+def blend(x: mx.array, x_scale: mx.array, y: mx.array, y_scale: mx.array) -> mx.array:
+    """Compute x * x_scale + y * y_scale in one kernel."""
+    return x * x_scale + y * y_scale
+
+
 def gather_last_axis(x: mx.array, group: mx.distributed.Group) -> mx.array:
     """Join the last axis of ``x``, which is spread over a group of machines in rank order."""
     parts = mx.distributed.all_gather(x[None], group=group)
@@ -289,7 +328,7 @@ class Attention(nn.Module):
             ("v_norm", "v", kv_width),
         ):
             norm = RMSNorm(dims if part in args.gains else None, args.rms_norm_eps)
-            normed = args.norm == "qkv" or (args.qk_norm and part != "v")
+            normed = part in args.norms or (args.qk_norm and part != "v")
             setattr(self, name, norm if normed else None)
 
         if args.value_skip:
@@ -298,6 +337,12 @@ class Attention(nn.Module):
             self.attention_gain = mx.ones((self.n_heads,))
         if args.uniform_gain:
             self.uniform_gain = mx.zeros((self.n_heads,))
+        skip_width = width if args.channel_skips else self.n_heads
+        if args.query_skip:
+            self.query_skip = mx.zeros((skip_width,))
+        if args.has_head_skip(layer):
+            self.head_skip = mx.zeros((skip_width,))
+        self.passes_heads = args.passes_heads(layer)
         self.rope = initialize_rope(
             args.rotary_dim,
             args.rope_theta,
@@ -326,52 +371,73 @@ class Attention(nn.Module):
             found |= zip(self._parts, parts, strict=True)
         return found
 
-    def split_heads(self, x: mx.array, norm, n: int) -> mx.array:
-        """Split (batch, length, n * head_dim) into normed heads, (batch, n, length, head_dim)."""
-        x = x.reshape(*x.shape[:2], n, self.head_dim)
-        if norm is not None:
-            x = norm(x)
-        return x.transpose(0, 2, 1, 3)
+    def norm_heads(self, x: mx.array, norm: Optional[nn.Module]) -> mx.array:
+        """Norm heads, (batch, length, n, head_dim), if there is a norm: (batch, n, length, ...)."""
+        return (x if norm is None else norm(x)).transpose(0, 2, 1, 3)
+
+    def separate_heads(self, x: mx.array) -> mx.array:
+        """Give heads side by side, (..., heads * head_dim), or a number for each, an axis each.
+
+        The result is (..., heads, head_dim), or (heads, 1) of a number for each.
+        """
+        return x.reshape(*x.shape[:-1], self.n_heads, -1)
 
     def __call__(
         self,
         x: Union[mx.array, Sequence[mx.array]],
         mask=None,
         cache: Optional[Any] = None,
-    ) -> mx.array:
+        heads_before: Optional[mx.array] = None,
+    ) -> Stream:
         """Attend: (batch, length, hidden) of the stream, or a table's rows for q, k and v.
 
-        Gives (batch, length, hidden), or the heads side by side where the layer lacks P.
+        ``heads_before`` are the heads' outputs of the layer before, which a head skip reads. Gives
+        (batch, length, hidden), or the heads side by side where the layer lacks P; in a network
+        with head skips the heads side by side beside that.
         """
         q, k, v = self.project(x).values()
         B, L, _ = q.shape
-        queries = self.split_heads(q, self.q_norm, self.n_heads)
-        keys = self.split_heads(k, self.k_norm, self.n_kv_heads)
-        values = own = self.split_heads(v, self.v_norm, self.n_kv_heads)
+        q = self.separate_heads(q)
+        if heads_before is not None and "head_skip" in self:
+            gamma = self.separate_heads(self.head_skip)
+            q = add_scaled(q, self.separate_heads(heads_before), gamma)
+        queries = self.norm_heads(q, self.q_norm)
+        keys = self.norm_heads(k.reshape(B, L, self.n_kv_heads, -1), self.k_norm)
+        values = own = self.norm_heads(v.reshape(B, L, self.n_kv_heads, -1), self.v_norm)
 
         offset = cache.offset if cache is not None else 0
         queries = self.rope(queries, offset=offset)
         keys = self.rope(keys, offset=offset)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
-        out = scaled_dot_product_attention(
-            queries, keys, values, cache=cache, scale=self.scale, mask=mask
-        )
-        if "attention_gain" in self:
-            out = out * self.attention_gain[:, None, None]
-        if "uniform_gain" in self:
-            uniform = scaled_dot_product_attention(
-                mx.zeros_like(queries), keys, values, cache=cache, scale=self.scale, mask=mask
+
+        def attend(queries: mx.array) -> mx.array:
+            out = scaled_dot_product_attention(
+                queries, keys, values, cache=cache, scale=self.scale, mask=mask
             )
-            out = out - uniform * self.uniform_gain[:, None, None]
+            return out.transpose(0, 2, 1, 3)
+
+        out = attend(queries)  # (batch, length, heads, head_dim) from here on
+        beta = self.attention_gain[:, None] if "attention_gain" in self else None
+        if "query_skip" in self:
+            alpha = self.separate_heads(self.query_skip)
+            out = add_scaled(out, q, alpha) if beta is None else blend(out, beta, q, alpha)
+        elif beta is not None:
+            out = out * beta
+        if "uniform_gain" in self:
+            out = out - attend(mx.zeros_like(queries)) * self.uniform_gain[:, None]
         if "value_skip" in self:
-            own = own[:, :, None] * self.value_skip.reshape(self.n_kv_heads, -1, 1, 1)
+            own = own.transpose(0, 2, 1, 3)[:, :, :, None]
+            own = own * self.value_skip.reshape(self.n_kv_heads, -1, 1)
             out = out + own.reshape(out.shape)
 
-        out = out.transpose(0, 2, 1, 3).reshape(B, L, -1)
+        heads = out.reshape(B, L, -1)
+        out = heads
         if self.o_proj is not None:
-            return self.o_proj(out)
-        return out if self.group is None else gather_last_axis(out, self.group)
+            out = self.o_proj(heads)
+        elif self.group is not None:
+            out = gather_last_axis(heads, self.group)
+        return (out, heads) if self.passes_heads else out
 
     def shard(self, group: mx.distributed.Group):
         """Keep this machine's share of the heads."""
@@ -391,7 +457,7 @@ class Attention(nn.Module):
             whole = self.shared_gains and name != "v_norm"
             if (norm := getattr(self, name)) is not None and not whole:
                 shard_inplace(norm, lambda path, w: 0, group=group)
-        for name in ("value_skip", "attention_gain", "uniform_gain"):
+        for name in ("value_skip", "attention_gain", "uniform_gain", "query_skip", "head_skip"):
             if name in self:
                 setattr(self, name, mx.split(getattr(self, name), N)[group.rank()])
         self.n_heads //= N
@@ -427,7 +493,7 @@ class MLP(nn.Module):
         if args.gate_offset:
             self.gate_offset = mx.zeros((inner,))
         self.hidden_norm: Optional[nn.Module] = None
-        if args.norm == "qkv":
+        if "hidden" in args.norms:
             dims = inner if "hidden" in args.gains else None
             self.hidden_norm = RMSNorm(dims, args.rms_norm_eps)
         self.hidden_act = args.hidden_act
@@ -517,6 +583,7 @@ class Block(nn.Module):
             if ffn and not args.shared_norm:
                 self.post_attention_layernorm = args.make_stream_norm("ffn")
         self.parallel = args.block == "parallel"
+        self.passes_heads = args.passes_heads(layer)
         self.skip_attention = args.skip == "both"
         self.skip_ffn = args.skip != "none"
         self.use_sliding = args.layer_types[layer] == "sliding_attention"
@@ -531,31 +598,59 @@ class Block(nn.Module):
             return self.norm_attention_input(x)
         return x if self.post_attention_layernorm is None else self.post_attention_layernorm(x)
 
-    def read_table(self, row: mx.array, mask, cache) -> mx.array:
-        """Compute the stream behind the attention from a table's rows, (batch, length, row)."""
+    def attend(
+        self,
+        x: Union[mx.array, Sequence[mx.array]],
+        mask,
+        cache: Optional[Any],
+        heads_before: Optional[mx.array] = None,
+    ) -> Tuple[mx.array, Optional[mx.array]]:
+        """Run the attention; return what it gives the stream, and the heads if passed on."""
+        out = self.self_attn(x, mask, cache, heads_before)
+        return out if self.passes_heads else (out, None)
+
+    def read_table(self, row: mx.array, mask, cache) -> Tuple[mx.array, Optional[mx.array]]:
+        """Run the attention on a table's rows, (batch, length, row).
+
+        Returns the stream behind it, and the heads if they are passed on.
+        """
         ends = [*accumulate(self._row.values())]
         parts = dict(zip(self._row, mx.split(row, ends[:-1], axis=-1), strict=True))
-        h = self.self_attn([parts[name] for name in ("q", "k", "v")], mask, cache)
-        return parts["x"] + h if "x" in parts else h
+        h, heads = self.attend([parts[name] for name in ("q", "k", "v")], mask, cache)
+        return (parts["x"] + h if "x" in parts else h), heads
 
-    def __call__(self, x: mx.array, mask=None, cache: Optional[Any] = None) -> mx.array:
+    def run_parallel(
+        self, x: mx.array, mask, cache: Optional[Any], heads_before: Optional[mx.array]
+    ) -> Tuple[mx.array, Optional[mx.array]]:
+        """Run attention and FFN side by side."""
+        read, out, heads = self.norm_attention_input(x), mx.zeros_like(x), None
+        if self.mlp is not None:
+            out = self.mlp(read if self.shared_norm else self.norm_ffn_input(x))
+        if self.self_attn is not None:
+            h, heads = self.attend(read, mask, cache, heads_before)
+            out = out + h
+        return (x + out if self.skip_ffn else out), heads
+
+    def run_serial(
+        self, x: mx.array, mask, cache: Optional[Any], heads_before: Optional[mx.array]
+    ) -> Tuple[mx.array, Optional[mx.array]]:
+        """Run the attention, then the FFN."""
+        heads = None
         if self._row:
-            x = self.read_table(x, mask, cache)
-        elif self.parallel:
-            read = self.norm_attention_input(x)
-            out = mx.zeros_like(x)
-            if self.mlp is not None:
-                out = self.mlp(read if self.shared_norm else self.norm_ffn_input(x))
-            if self.self_attn is not None:
-                out = out + self.self_attn(read, mask, cache)
-            return x + out if self.skip_ffn else out
+            x, heads = self.read_table(x, mask, cache)
         elif self.self_attn is not None:
-            h = self.self_attn(self.norm_attention_input(x), mask, cache)
+            h, heads = self.attend(self.norm_attention_input(x), mask, cache, heads_before)
             x = x + h if self.skip_attention else h
         if self.mlp is not None:
             h = self.mlp(self.norm_ffn_input(x))
             x = x + h if self.skip_ffn else h
-        return x
+        return x, heads
+
+    def __call__(self, x: Stream, mask=None, cache: Optional[Any] = None) -> Stream:
+        x, heads_before = (x, None) if isinstance(x, mx.array) else x
+        run = self.run_parallel if self.parallel and not self._row else self.run_serial
+        x, heads = run(x, mask, cache, heads_before)
+        return x if heads is None else (x, heads)
 
 
 class SkiplessModel(PipelineMixin, nn.Module):
@@ -599,21 +694,27 @@ class SkiplessModel(PipelineMixin, nn.Module):
         left = iter(cache or ())
         return [None if layer.self_attn is None else next(left, None) for layer in layers]
 
-    def enter_stream(self, inputs: mx.array, input_embeddings: Optional[mx.array]) -> mx.array:
-        """Return what the first layer of this machine reads, (batch, length, hidden)."""
+    def enter_stream(self, inputs: mx.array, input_embeddings: Optional[mx.array]) -> Stream:
+        """Return what the first layer of this machine reads."""
         if input_embeddings is not None and self.args.precomputed:
             raise ValueError("the first layer is a table by token: there is no use for embeddings")
         if self.start_idx:
             shape = (inputs if input_embeddings is None else input_embeddings).shape[:2]
-            like = mx.zeros((*shape, self.args.hidden_size), self.stream_dtype)
-            return mx.distributed.recv_like(like, self.pipeline_rank + 1)
+            d, heads = self.args.hidden_size, self.args.num_attention_heads * self.args.head_dim
+            passed = d + heads if self.args.passes_heads(self.start_idx - 1) else d
+            like = mx.zeros((*shape, passed), self.stream_dtype)
+            h = mx.distributed.recv_like(like, self.pipeline_rank + 1)
+            return h if passed == d else (h[..., :d], h[..., d:])
         h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
         return self.args.scale_embedding(h)
 
-    def pass_on(self, h: mx.array, caches: List[Any]) -> mx.array:
-        """Send ``h`` to the machine with the next layers; return the last machine's output."""
+    def pass_on(self, stream: Stream, caches: List[Any]) -> mx.array:
+        """Send what the next layers read to their machine; return the last machine's output."""
+        h = take_stream(stream)
         if self.pipeline_rank:
-            h = mx.distributed.send(h, self.pipeline_rank - 1)
+            sent = h if isinstance(stream, mx.array) else mx.concatenate([*stream], axis=-1)
+            sent = mx.distributed.send(sent, self.pipeline_rank - 1)
+            h = sent[..., : h.shape[-1]]
         # A prompt's chunks are evaluated through the caches alone, and must arrive all the same.
         own = [cache for cache in caches if cache is not None]
         if not own:
@@ -628,13 +729,12 @@ class SkiplessModel(PipelineMixin, nn.Module):
         cache: Optional[List[Any]] = None,
         input_embeddings: Optional[mx.array] = None,
     ) -> mx.array:
-        h = self.enter_stream(inputs, input_embeddings)
+        stream = self.enter_stream(inputs, input_embeddings)
         caches = self.align_caches(cache)
-        masks = self.make_masks(h, caches)
+        masks = self.make_masks(take_stream(stream), caches)
         for layer, c in zip(self.pipeline_layers, caches, strict=True):
-            h = layer(h, masks.get(layer.use_sliding), c)
-        if self.pipeline_size > 1:
-            h = self.pass_on(h, caches)
+            stream = layer(stream, masks.get(layer.use_sliding), c)
+        h = self.pass_on(stream, caches) if self.pipeline_size > 1 else take_stream(stream)
         return h if self.norm is None else self.norm(h)
 
 
@@ -672,12 +772,16 @@ class Model(nn.Module):
         weights = self.stack_experts(weights)
         # A layer may lack a norm's weight (then ones) or a linear path that others have.
         norms = ("q_norm.weight", "k_norm.weight", "v_norm.weight", "hidden_norm.weight")
-        paths = ("gate_offset", "value_skip", "attention_gain", "uniform_gain")
+        skips = ("query_skip", "head_skip")
+        paths = ("gate_offset", "value_skip", "attention_gain", "uniform_gain", *skips)
         known = (w.dtype for k, w in weights.items() if k.endswith((*norms, *paths)))
         dtype = next(known, mx.float32)
         for name, own in dict(tree_flatten(self.parameters())).items():
             if name.endswith((*norms, *paths)) and name not in weights:
                 weights[name] = own.astype(dtype)  # type: ignore[union-attr]
+            elif name.endswith(skips) and weights[name].size * self.args.head_dim == own.size:
+                # One per head where other layers have one per channel.
+                weights[name] = mx.repeat(weights[name], self.args.head_dim)
         return {k: v for k, v in weights.items() if "rotary_emb.inv_freq" not in k}
 
     def stack_experts(self, weights: Dict[str, mx.array]) -> Dict[str, mx.array]:
