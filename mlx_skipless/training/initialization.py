@@ -13,6 +13,7 @@ from ..network.parts import tensors_of
 from .recipe import Recipe
 
 EMBEDDING_SCALE = 0.02
+NEAR_IDENTITY_GATES = 0.3
 
 
 def make_model_args(recipe: Recipe) -> ModelArgs:
@@ -26,6 +27,7 @@ def make_model_args(recipe: Recipe) -> ModelArgs:
     if final_norm is None:
         final_norm = own.norm != "qkv" or own.skip != "none"
     shaped = own.shaped_attention
+    norms = own.norms.split(",") if own.norm == "qkv" else []
     config = {
         "model_type": "skipless",
         "hidden_size": own.hidden_size,
@@ -42,11 +44,16 @@ def make_model_args(recipe: Recipe) -> ModelArgs:
         "norm": own.norm,
         "final_norm": final_norm,
         "tie_word_embeddings": own.tie,
-        "gains": [*NORMS[own.norm], *(["final"] if final_norm else [])],
+        "embedding_scale": own.embedding_scale,
+        "norms": norms,
+        "gains": [*(norms or NORMS[own.norm]), *(["final"] if final_norm else [])],
         "gate_offset": own.gate_offset is not None,
         "value_skip": own.value_skip is not None or shaped,
-        "attention_gain": shaped,
+        "attention_gain": shaped or find_attention_gain(own) is not None,
         "uniform_gain": shaped,
+        "query_skip": own.query_skip is not None,
+        "head_skip": own.head_skip is not None,
+        "channel_skips": own.skip_width == "channel",
         "removed": {letter: list(range(own.layers)) for letter in own.without},
     }
     try:
@@ -69,13 +76,25 @@ def initialize(model: Model, recipe: Recipe) -> None:
         elif old.ndim == 2:
             new[name] = make_orthogonal(*old.shape, key=next(keys))
     for layer in range(recipe.layers):
-        _adjust_layer(new, f"model.layers.{layer}", recipe.resolve(), model.args)
+        _adjust_layer(new, layer, recipe.resolve(), model.args)
     model.update(tree_unflatten(list(new.items())))
 
 
-def _adjust_layer(weights: dict[str, mx.array], layer: str, own: Recipe, args: ModelArgs) -> None:
+def find_attention_gain(own: Recipe) -> float | None:
+    """Find the start of beta, a head's weight on its attention; None where there is no beta.
+
+    With a query skip, or with a head skip too, attention is one of so many additions to what goes
+    past the blocks. It starts at 1 / sqrt(number of additions).
+    """
+    if own.attention_gain is not None or own.query_skip is None:
+        return own.attention_gain
+    return (own.layers * (1 if own.head_skip is None else 2)) ** -0.5
+
+
+def _adjust_layer(weights: dict[str, mx.array], layer: int, own: Recipe, args: ModelArgs) -> None:
     """Scale a layer's random matrices in place, and add its norms and linear paths."""
-    attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+    prefix = f"model.layers.{layer}"
+    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
     query, key = f"{attention}.q_proj.weight", f"{attention}.k_proj.weight"
     # With skips, what is added to the stream is scaled by 1 / sqrt(number of additions).
     additions = {"none": 0, "ffn": 1, "both": 2}[own.skip] * own.layers
@@ -89,16 +108,55 @@ def _adjust_layer(weights: dict[str, mx.array], layer: str, own: Recipe, args: M
         weights[query] *= 0
     elif own.own_token and own.skip != "both" and key in weights:
         weights[key] = make_own_token_keys(weights.get(query), args)
-    if own.norm == "qkv":
+    if "q" in args.norms:
         width = args.num_attention_heads * args.head_dim
         weights[f"{attention}.q_norm.weight"] = mx.full((width,), own.temperature)
+    _start_ffn(weights, mlp, layer, own)
+    _start_head_paths(weights, attention, own, args)
+    if args.has_head_skip(layer) and own.head_skip is not None:
+        weights[f"{attention}.head_skip"] = mx.full((_count_skips(own, args),), own.head_skip)
+
+
+def _start_ffn(weights: dict[str, mx.array], mlp: str, layer: int, own: Recipe) -> None:
+    """Start an FFN near the identity, or, where a head skip goes past it, as a small addition.
+
+    The head reads the last FFN alone, so that one starts near the identity.
+    """
+    bypassed = own.head_skip is not None and own.skip == "none" and layer < own.layers - 1
+    gate, up, down = (f"{mlp}.{name}_proj.weight" for name in ("gate", "up", "down"))
     if own.gate_offset is not None:
-        weights[f"{mlp}.gate_offset"] = mx.full((own.intermediate_size,), own.gate_offset)
+        offset = 0.0 if bypassed else own.gate_offset
+        weights[f"{mlp}.gate_offset"] = mx.full((own.intermediate_size,), offset)
+    if bypassed:
+        weights[down] *= (2 * own.layers) ** -0.5
+    elif own.near_identity and own.query_skip is not None and own.skip == "none":
+        inner, width = weights[up].shape
+        if weights[down].shape == (width, inner):
+            weights[gate] *= NEAR_IDENTITY_GATES
+            # up^T up = inner / width for orthogonal columns: this keeps the mean square.
+            weights[down] = weights[up].T * (width / inner if inner >= width else 1)
+
+
+def _start_head_paths(
+    weights: dict[str, mx.array], attention: str, own: Recipe, args: ModelArgs
+) -> None:
+    """Fill what a head adds to its attention, and the attention's weight."""
+    starts = {
+        "query_skip": (own.query_skip, _count_skips(own, args)),
+        "attention_gain": (find_attention_gain(own), own.heads),
+    }
     if args.value_skip:
-        alpha = 1.0 if own.value_skip is None else own.value_skip
-        weights[f"{attention}.value_skip"] = mx.full((own.heads,), alpha)
+        starts["value_skip"] = (1.0 if own.value_skip is None else own.value_skip, own.heads)
     if own.shaped_attention:
-        weights[f"{attention}.uniform_gain"] = mx.ones((own.heads,))
+        starts["uniform_gain"] = (1.0, own.heads)
+        starts["attention_gain"] = (1.0, own.heads)
+    for name, (start, size) in starts.items():
+        if start is not None:
+            weights[f"{attention}.{name}"] = mx.full((size,), start)
+
+
+def _count_skips(own: Recipe, args: ModelArgs) -> int:
+    return own.heads * (args.head_dim if own.skip_width == "channel" else 1)
 
 
 def make_orthogonal(n_out: int, n_in: int, *, key: mx.array) -> mx.array:

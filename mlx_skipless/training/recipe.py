@@ -43,6 +43,7 @@ class Recipe:
         "qkv", "RMS norms: on projections' outputs (qkv) or on the stream (pre)",
         ("none", "qkv", "pre"),
     )  # fmt: skip
+    norms: str = option("q,k,v,hidden", "which outputs --norm qkv acts on")
     without: str = option(
         "", "matrices that the network never has", ("", "q", "p", "qp", "v", "vp", "k", "kp")
     )
@@ -50,14 +51,38 @@ class Recipe:
         None, "norm before the head; default: unless --norm qkv without skips has fixed the scale"
     )
     gate_offset: float | None = option(
-        1.0, "start of c in (act(gate) + c) * up, or none to leave it out"
+        1.0,
+        "start of c in (act(gate) + c) * up, with a head skip in the last layer and 0 elsewhere, "
+        "or none to leave it out",
+    )
+    query_skip: float | None = option(
+        1.0, "start of alpha, a head's weight on the token's own query, or none to leave it out"
+    )
+    head_skip: float | None = option(
+        1.0,
+        "start of gamma, a query's weight on the heads' outputs of the layer before, or none to "
+        "leave it out",
+    )
+    skip_width: str = option(
+        "head", "whether alpha and gamma are a number per head or per channel", ("head", "channel")
+    )
+    attention_gain: float | None = option(
+        None,
+        "start of beta, a head's weight on its attention; none: 1 / sqrt(layers) with a query "
+        "skip, 1 / sqrt(2 layers) with a head skip too, else there is no beta",
     )
     value_skip: float | None = option(
-        1.0, "start of alpha, a head's weight on the token's own value, or none to leave it out"
+        None, "start of a head's weight on the token's own value, or none to leave it out"
     )
     shaped_attention: bool = option(False, "alpha I + beta A - gamma C in place of A")
     temperature: float = option(1.0, "start of the gain of the queries' norm, with --norm qkv")
     own_token: bool = option(True, "start k as the mean of its group's q")
+    near_identity: bool = option(
+        True,
+        "start an FFN on whose path alone the stream depends near the identity: down as up's "
+        "transpose, small gates",
+    )
+    embedding_scale: float = option(1.0, "times the embedding where it enters the stream")
 
     steps: int = option(6000, "optimizer steps")
     batch_size: int = option(8, "windows a step")
@@ -98,6 +123,8 @@ class Recipe:
             without="vp",
             shaped_attention=True,
             kv_heads=self.heads,
+            query_skip=None,
+            head_skip=None,
         )
 
 
