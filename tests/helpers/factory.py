@@ -64,6 +64,8 @@ def make_checkpoint(
     dtype: str = "float32",
     gains: bool = False,
     linear_paths: bool = False,
+    skips: tuple[str, ...] = (),
+    per_channel: bool | None = False,
     bias: tuple[str, ...] = (),
     shards: int = 1,
     spread: float = 0.3,
@@ -73,13 +75,14 @@ def make_checkpoint(
     """Write a random source skipless checkpoint; return its config and its weights as stored.
 
     `gains` adds every optional gain of norm "qkv", `linear_paths` the gate offsets, the value
-    skips and the gains of shaped attention, `bias` biases on the named projections, `template` a
-    chat template. Attention matrices are orthogonal plus `spread` times Gaussian. `config`
-    overrides the config's defaults. The weights returned are float64 and equal the stored `dtype`
-    values.
+    skips and the gains of shaped attention, `skips` the "query" skip, the "head" skip or both,
+    `per_channel` or per head (None: in every other layer), `bias` biases on the named projections,
+    `template` a chat template. Attention matrices are orthogonal plus `spread` times Gaussian.
+    `config` overrides the config's defaults. The weights returned are float64 and equal the stored
+    `dtype` values.
     """
     config = _complete(_LLAMA | _SKIPLESS | config, dtype)
-    weights = _weights(config, seed, gains, linear_paths, bias, spread)
+    weights = _weights(config, seed, gains, linear_paths, bias, spread, skips, per_channel)
     return config, write(Path(folder), config, weights, dtype, shards, template)
 
 
@@ -142,6 +145,8 @@ def _weights(
     linear_paths: bool,
     bias: tuple[str, ...],
     spread: float,
+    skips: tuple[str, ...] = (),
+    per_channel: bool | None = False,
 ) -> Weights:
     """All tensors of a skipless config, (out, in), float64."""
     rng = np.random.default_rng(seed)
@@ -170,7 +175,7 @@ def _weights(
     scale = 1 / np.sqrt(hidden) if config["tie_word_embeddings"] else 1.0
     weights = {"model.embed_tokens.weight": scale * embedding}
     x = weights["model.embed_tokens.weight"][rng.integers(0, vocab, (2, 24))]
-    x = x * config.get("embedding_scale", 1.0)
+    x, heads = x * config.get("embedding_scale", 1.0), None
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         attn, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
@@ -190,17 +195,21 @@ def _weights(
             new[f"{prefix}input_layernorm.weight"] = around_one(hidden)
             new[f"{prefix}post_attention_layernorm.weight"] = around_one(hidden)
         if config["norm"] == "qkv" and gains:
-            new[f"{attn}q_norm.weight"] = around_one(q_width)
-            new[f"{attn}k_norm.weight"] = around_one(kv_width)
-            new[f"{attn}v_norm.weight"] = around_one(kv_width)
-            new[f"{mlp}hidden_norm.weight"] = around_one(inner)
+            sizes = {"q": q_width, "k": kv_width, "v": kv_width, "hidden": inner}
+            for name in config.get("norms") or sizes:
+                where = mlp if name == "hidden" else attn
+                new[f"{where}{name}_norm.weight"] = around_one(sizes[name])
         if linear_paths:
             new[f"{attn}value_skip"] = around_one(q_heads)
             new[f"{mlp}gate_offset"] = around_one(inner)
             new[f"{attn}attention_gain"] = around_one(q_heads)
             new[f"{attn}uniform_gain"] = 0.5 * around_one(q_heads)
+        wide = layer % 2 == 1 if per_channel is None else per_channel
+        size = q_width if wide else q_heads
+        for name in skips if layer else set(skips) - {"head"}:
+            new[f"{attn}{name}_skip"] = 0.7 * around_one(size) * rng.choice([-1, 1], size)
         weights |= new
-        x = _fit(config, weights, layer, x)
+        x, heads = _fit(config, weights, layer, x, heads)
     if config["final_norm"]:
         weights["model.norm.weight"] = around_one(hidden)
     if not config["tie_word_embeddings"]:
@@ -208,8 +217,10 @@ def _weights(
     return weights
 
 
-def _fit(config: Config, weights: Weights, layer: int, x: np.ndarray) -> np.ndarray:
-    """Scale a layer in place to the stream x (batch, length, hidden); return the next x."""
+def _fit(
+    config: Config, weights: Weights, layer: int, x: np.ndarray, before: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Scale a layer in place to what `reference.block_and_heads` takes; return what it gives."""
     prefix = f"model.layers.{layer}."
     attn, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
 
@@ -221,10 +232,11 @@ def _fit(config: Config, weights: Weights, layer: int, x: np.ndarray) -> np.ndar
     size = _rms(seen(x, "input_layernorm"))
     weights[f"{attn}q_proj.weight"] *= _SHARPNESS / size
     weights[f"{attn}k_proj.weight"] /= size
-    weights[f"{attn}o_proj.weight"] /= _rms(reference.attention(config, weights, layer, x))
+    attended = reference.attention(config, weights, layer, x, before)
+    weights[f"{attn}o_proj.weight"] /= _rms(attended)
     y = x
     if config["block"] == "serial":
-        y = reference.attention(config, weights, layer, x)
+        y = reference.attention(config, weights, layer, x, before)
         y = x + y if config["skip"] == "both" else y
 
     gate = weights[f"{mlp}gate_proj.weight"]
@@ -232,7 +244,7 @@ def _fit(config: Config, weights: Weights, layer: int, x: np.ndarray) -> np.ndar
     gate *= _GATE_SPREAD / _rms(mean)
     gate += np.outer(_GATE_MEAN[config["hidden_act"]] - gate @ mean, mean / (mean @ mean))
     weights[f"{mlp}down_proj.weight"] /= _rms(reference.feed_forward(config, weights, layer, y))
-    return reference.block(config, weights, layer, x)
+    return reference.block_and_heads(config, weights, layer, x, before)
 
 
 def _rms(x: np.ndarray) -> float:

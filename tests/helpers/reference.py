@@ -21,9 +21,9 @@ def logits(config: Config, weights: Weights, tokens: np.ndarray) -> np.ndarray:
     """Logits (batch, length, vocab), float64, of tokens (batch, length), int."""
     weights = {name: np.asarray(value, dtype=np.float64) for name, value in weights.items()}
     embedding = weights["model.embed_tokens.weight"]
-    x = embedding[tokens] * config.get("embedding_scale", 1.0)
+    x, heads = embedding[tokens] * config.get("embedding_scale", 1.0), None
     for layer in range(config["num_hidden_layers"]):
-        x = block(config, weights, layer, x)
+        x, heads = block_and_heads(config, weights, layer, x, heads)
     if config["final_norm"]:
         x = _stream_norm(config, weights, "model.norm", x)
     head = embedding if config["tie_word_embeddings"] else weights["lm_head.weight"]
@@ -32,27 +32,56 @@ def logits(config: Config, weights: Weights, tokens: np.ndarray) -> np.ndarray:
 
 def block(config: Config, weights: Weights, layer: int, x: np.ndarray) -> np.ndarray:
     """One decoder block on the stream, (batch, length, hidden) to the same shape."""
+    return block_and_heads(config, weights, layer, x, None)[0]
+
+
+def block_and_heads(
+    config: Config, weights: Weights, layer: int, x: np.ndarray, before: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """One decoder block on the stream and what `attend` gave in the layer before, if it has one.
+
+    Returns the same of this block.
+    """
     kind, skip = config["block"], config.get("skip", "none")
     if kind not in ("serial", "parallel") or skip not in ("none", "ffn", "both"):
         raise ValueError(f"block {kind!r} with skip {skip!r}")
     has_attention = any(f"model.layers.{layer}.self_attn." in name for name in weights)
     has_ffn = any(f"model.layers.{layer}.mlp." in name for name in weights)
+    heads = attended = None
+    if has_attention:
+        heads = attend(config, weights, layer, x, before)
+        attended = _linear(weights, f"model.layers.{layer}.self_attn.o_proj", heads)
     if kind == "parallel":
         out = feed_forward(config, weights, layer, x) if has_ffn else np.zeros_like(x)
-        if has_attention:
-            out = out + attention(config, weights, layer, x)
-        return out if skip == "none" else x + out
-    if has_attention:
-        out = attention(config, weights, layer, x)
-        x = x + out if skip == "both" else out
+        out = out if attended is None else out + attended
+        return (out if skip == "none" else x + out), heads
+    if attended is not None:
+        x = x + attended if skip == "both" else attended
     if not has_ffn:
-        return x
+        return x, heads
     out = feed_forward(config, weights, layer, x)
-    return out if skip == "none" else x + out
+    return (out if skip == "none" else x + out), heads
 
 
-def attention(config: Config, weights: Weights, layer: int, x: np.ndarray) -> np.ndarray:
-    """The attention sub-layer with its stream norm, without skip; (batch, length, hidden)."""
+def attention(
+    config: Config, weights: Weights, layer: int, x: np.ndarray, before: np.ndarray | None = None
+) -> np.ndarray:
+    """The attention sub-layer with its stream norm, without skip; (batch, length, hidden).
+
+    Arguments are those of `attend`.
+    """
+    heads = attend(config, weights, layer, x, before)
+    return _linear(weights, f"model.layers.{layer}.self_attn.o_proj", heads)
+
+
+def attend(
+    config: Config, weights: Weights, layer: int, x: np.ndarray, before: np.ndarray | None
+) -> np.ndarray:
+    """The heads' outputs side by side, (batch, length, heads * head_dim).
+
+    `x` is what the attention sub-layer reads, (batch, length, hidden), and `before` what this gave
+    in the layer before, None where that has no attention.
+    """
     prefix = f"model.layers.{layer}.self_attn."
     norm, eps = _norm(config), config["rms_norm_eps"]
     heads = config["num_attention_heads"]
@@ -60,32 +89,44 @@ def attention(config: Config, weights: Weights, layer: int, x: np.ndarray) -> np
     if norm == "pre":
         x = _stream_norm(config, weights, f"model.layers.{layer}.input_layernorm", x)
 
-    def project(name: str, count: int) -> np.ndarray:
-        """Heads (batch, count, length, head_dim) of one projection."""
-        y = _linear(weights, f"{prefix}{name}_proj", x)
-        y = y.reshape(*y.shape[:2], count, head_dim(config))
-        if norm == "qkv" or (config.get("qk_norm") and name != "v"):
+    def split(y: np.ndarray, count: int) -> np.ndarray:
+        """Heads (batch, length, count, head_dim) of what lies side by side."""
+        return y.reshape(*y.shape[:2], count, head_dim(config))
+
+    def normed(y: np.ndarray, name: str) -> np.ndarray:
+        """Heads (batch, count, length, head_dim) behind their norm, if they have one."""
+        if _has_norm(config, name) or (config.get("qk_norm") and name != "v"):
             gain = weights.get(f"{prefix}{name}_norm.weight")
             # A gain is of all heads, or of one and the same for each.
             y = rms_norm(y, None if gain is None else gain.reshape(-1, head_dim(config)), eps)
         return y.transpose(0, 2, 1, 3)
 
+    def vector(name: str, absent: float) -> np.ndarray:
+        """A number for each head or one for each of its channels, (heads, 1 or head_dim)."""
+        return np.reshape(weights.get(f"{prefix}{name}", np.full(heads, absent)), (heads, -1))
+
+    query, key, value = (
+        split(_linear(weights, f"{prefix}{name}_proj", x), count)
+        for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))
+    )
+    if before is not None:
+        query = query + vector("head_skip", 0.0) * split(before, heads)
     frequencies = rope_frequencies(config)
     traditional = config.get("rope_traditional", False)
-    q = rotate(project("q", heads), frequencies, traditional)
-    k = rotate(project("k", kv_heads), frequencies, traditional)
+    q = rotate(normed(query, "q"), frequencies, traditional)
+    k = rotate(normed(key, "k"), frequencies, traditional)
     k = np.repeat(k, heads // kv_heads, axis=1)
-    v = np.repeat(project("v", kv_heads), heads // kv_heads, axis=1)
+    v = np.repeat(normed(value, "v"), heads // kv_heads, axis=1)
     scores = q @ k.swapaxes(-1, -2) / math.sqrt(head_dim(config))
     seen = _mask(config, layer, x.shape[1])
     alpha, beta, gamma = (
-        np.reshape(weights.get(f"{prefix}{name}", absent), (-1, 1, 1))
+        vector(name, absent)[:, None]
         for name, absent in (("value_skip", 0.0), ("attention_gain", 1.0), ("uniform_gain", 0.0))
     )
     out = beta * (np.exp(_log_softmax(np.where(seen, scores, -np.inf))) @ v)
     out = out - gamma * (seen / seen.sum(axis=-1, keepdims=True) @ v) + alpha * v
-    out = out.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)
-    return _linear(weights, f"{prefix}o_proj", out)
+    out = out.transpose(0, 2, 1, 3) + vector("query_skip", 0.0) * query
+    return out.reshape(*x.shape[:2], -1)
 
 
 def feed_forward(config: Config, weights: Weights, layer: int, x: np.ndarray) -> np.ndarray:
@@ -107,7 +148,7 @@ def feed_forward(config: Config, weights: Weights, layer: int, x: np.ndarray) ->
             hidden = (gate + weights.get(f"{prefix}gate_offset", 0.0)) * hidden
         else:
             hidden = activation(act, hidden)
-        if norm == "qkv":
+        if _has_norm(config, "hidden"):
             hidden = rms_norm(hidden, weights.get(f"{prefix}hidden_norm.weight"), eps)
         return _linear(weights, f"{prefix}down_proj", hidden, number)
 
@@ -248,6 +289,11 @@ def _norm(config: Config) -> str:
     if norm not in ("none", "qkv", "pre"):
         raise ValueError(f"norm {norm!r}")
     return norm
+
+
+def _has_norm(config: Config, name: str) -> bool:
+    """Whether a network has one of the four norms of "qkv": q, k, v or hidden."""
+    return _norm(config) == "qkv" and name in (config.get("norms") or ("q", "k", "v", "hidden"))
 
 
 def _stream_norm(config: Config, weights: Weights, name: str, x: np.ndarray) -> np.ndarray:
