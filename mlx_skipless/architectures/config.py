@@ -1,16 +1,17 @@
 """What a config.json says of a network: every key read, checked and completed."""
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 from mlx_lm.models.rope_utils import initialize_rope
 
 from ..errors import UserError
-from ..network.model import FUSED, ModelArgs
+from ..network.model import FUSED, PROJECTION_NORMS, ModelArgs
 from ..network.names import (
     ATTENTION,
+    CHANNEL_PATHS,
     EXPERTS,
     FINAL_NORM,
     HEAD,
@@ -78,6 +79,16 @@ def _check_extra_bits(key: str, value: Any) -> dict[str, int]:
     return value
 
 
+def _check_norms(key: str, value: Any) -> list[str]:
+    value = [] if value is None else value
+    if not isinstance(value, list) or not all(norm in PROJECTION_NORMS for norm in value):
+        raise UserError(
+            f'"{key}" in config.json is {value!r}; it must be a list of '
+            f"{', '.join(PROJECTION_NORMS)}"
+        )
+    return value
+
+
 def _check_later(key: str, value: Any) -> Any:
     """Accept what ModelArgs checks itself, or ``_find_contradictions`` beside other keys."""
     return value
@@ -107,6 +118,7 @@ FORMAT: dict[str, tuple[Callable[[str, Any], Any], Any]] = {
     "block": (_check_later, "serial"),
     "skip": (_check_later, "none"),
     "norm": (_check_later, "none"),
+    "norms": (_check_norms, None),
     "norm_type": (_check_later, "rms"),
     "final_norm": (check_flag, False),
     "shared_norm": (check_flag, False),
@@ -131,13 +143,16 @@ FORMAT: dict[str, tuple[Callable[[str, Any], Any], Any]] = {
 }
 
 
-def read_model_args(config: Config, tensors: Collection[str] | None = None) -> ModelArgs:
+def read_model_args(
+    config: Config, tensors: Mapping[str, Sequence[int]] | None = None
+) -> ModelArgs:
     """Read the network that a config describes.
 
     Args:
         config: a Hugging Face ``config.json`` of a known family.
-        tensors: the checkpoint's canonical tensor names; they decide what the config leaves open
-            (biases, norms' weights, linear paths, a tied head). None: the config alone is believed.
+        tensors: the checkpoint's tensors by canonical name, as ``list_shapes`` gives them; they
+            decide what the config leaves open (biases, norms' weights, linear paths, a tied head).
+            None: the config alone is believed.
 
     Raises:
         UserError: for an unknown architecture or a size that is missing, malformed or absurd.
@@ -273,6 +288,11 @@ def _find_contradictions(args: ModelArgs) -> Iterator[str]:
             f'"num_experts_per_tok" in config.json is {args.num_experts_per_tok}; of '
             f"{args.num_local_experts} experts a token can have 1 to all"
         )
+    if args.norms and args.norm != "qkv":
+        yield (
+            f'"norms" in config.json is {args.norms!r}, which is for norm qkv and not for norm '
+            f"{args.norm}: correct it"
+        )
     if args.shared_norm and (args.block != "parallel" or args.norm != "pre"):
         yield (
             'config.json says "shared_norm", which is for parallel blocks with norm pre: correct it'
@@ -287,11 +307,13 @@ def _complete_from_config(args: ModelArgs, own: Config) -> None:
     weights = _read_norms(own, "gains", _list_norms(args), args)
     args.gains = [*_list_required(args), "final"] if weights is None else weights
     args.shifts = _read_norms(own, "shifts", _list_layer_norms(args), args) or []
-    for key in LINEAR_PATHS:
+    for key in (*LINEAR_PATHS, "channel_skips"):
         setattr(args, key, read_flag(own, key))
 
 
-def _complete_from_tensors(args: ModelArgs, own: Config, tensors: Collection[str]) -> None:
+def _complete_from_tensors(
+    args: ModelArgs, own: Config, tensors: Mapping[str, Sequence[int]]
+) -> None:
     """Settle what the config leaves open by the tensors that there are."""
     if own.get("tie_word_embeddings") is None:
         args.tie_word_embeddings = f"{HEAD}.weight" not in tensors
@@ -312,6 +334,10 @@ def _complete_from_tensors(args: ModelArgs, own: Config, tensors: Collection[str
     args.shifts = shifts
     for key, name in LINEAR_PATHS.items():
         setattr(args, key, bool(_find_layers(tensors, name)))
+    per_channel = [args.num_attention_heads * args.head_dim]
+    args.channel_skips = any(
+        name.endswith(CHANNEL_PATHS) and [*shape] == per_channel for name, shape in tensors.items()
+    )
 
 
 def _read_norms(own: Config, key: str, known: Collection[str], args: ModelArgs) -> list[str] | None:

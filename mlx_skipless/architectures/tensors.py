@@ -86,6 +86,16 @@ def find_places(family: Family, names: Iterable[str]) -> dict[str, Place]:
     return found
 
 
+def list_shapes(
+    places: Mapping[str, Place], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """List canonical tensors with the shapes of the source's first tensor that holds each.
+
+    ``places`` are what ``find_places`` found, ``shapes`` those of the source's tensors.
+    """
+    return {name: shapes[place.names[0]] for name, place in places.items()}
+
+
 def find_shape(
     place: Place, shapes: Mapping[str, tuple[int, ...]], args: ModelArgs
 ) -> tuple[int, ...]:

@@ -22,13 +22,14 @@ from ..architectures.tensors import (
     arrange,
     find_places,
     find_shape,
+    list_shapes,
     restore_gains,
     to_canonical_modules,
 )
 from ..constants import FLOAT_NAMES
 from ..errors import UserError
 from ..network.model import Model, ModelArgs
-from ..network.names import LINEAR_PATHS
+from ..network.names import CHANNEL_PATHS, LINEAR_PATHS
 from ..network.parts import tensors_of
 from . import files, hub
 from .files import read_json
@@ -180,6 +181,11 @@ class Checkpoint(Blueprint):
         for name, place in self._places.items():
             tied_head = self.args.tie_word_embeddings and name == "lm_head.weight"
             ignored = place.names[0].endswith(self.family.ignored)
+            if name.endswith(".head_skip") and name not in expected:
+                raise UserError(
+                    f"{self.name} has a tensor {place.names[0]}, which needs an attention in its "
+                    "layer and in the one before: take it out"
+                )
             if name not in expected and not tied_head and not ignored:
                 raise UserError(
                     f"{self.name} has a tensor {place.names[0]} that a {self.config['model_type']} "
@@ -189,7 +195,8 @@ class Checkpoint(Blueprint):
     def _validate_tensor(self, name: str, expected: Shape) -> None:
         place = self._places[name]
         found = find_shape(place, self.store.shapes, self.args)
-        if found != expected:
+        per_head = name.endswith(CHANNEL_PATHS) and found == (self.args.num_attention_heads,)
+        if found != expected and not per_head:
             raise UserError(
                 f"{_describe(place, name)} in {self.name} has shape {found}, config.json asks "
                 f"for {expected}: correct config.json or download the checkpoint again"
@@ -266,7 +273,9 @@ def open_checkpoint(
             'its network is only that knows; if it is none of its own, take "model_file" out of '
             "config.json"
         )
-    tensors = None if store is None else find_places(family, store.shapes).keys()
+    tensors = None
+    if store is not None:
+        tensors = list_shapes(find_places(family, store.shapes), store.shapes)
     args = read_model_args(config, tensors)
     args = replace(args, fused={})  # fused matrices are cut apart when they are read
     if store is not None:

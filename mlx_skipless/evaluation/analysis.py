@@ -420,7 +420,7 @@ def _measure_drops(
     prefixes = [order[:count] for count in range(len(order))]  # one keeps its attention
     variants: list[sublayers.Drops] = [{part: [layer]} for layer, part in alone]
     variants += [{"attention": prefix} for prefix in prefixes]
-    rows = limit_tokens(tokens[::JUDGES], len(variants), args.hidden_size)
+    rows = limit_tokens(tokens[::JUDGES], len(variants), args)
     losses = sublayers.measure_losses(StreamedNetwork(args, parts), rows, variants, progress)
     curve = losses[len(alone) :]
     costs: list[dict[str, float]] = [{} for _ in layers]

@@ -10,7 +10,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..architectures.config import read_model_args
 from ..architectures.families import find_family
-from ..architectures.tensors import find_places
+from ..architectures.tensors import find_places, list_shapes
 from ..checkpoints import files, hub
 from ..checkpoints.files import read_json
 from ..checkpoints.safetensors import SafetensorsStore
@@ -93,8 +93,8 @@ def load_network(
     store = SafetensorsStore(folder)
     overrides = {}
     if skipless:
-        names = find_places(find_family(config), store.shapes).keys()
-        overrides = {**asdict(read_model_args(config, names)), "model_file": None}
+        tensors = list_shapes(find_places(find_family(config), store.shapes), store.shapes)
+        overrides = {**asdict(read_model_args(config, tensors)), "model_file": None}
     try:
         model, config = mlx_lm.utils.load_model(
             folder,

@@ -27,7 +27,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 
 from ..progress import Steps
 from .magnitudes import Watch
-from .model import Block, Model, ModelArgs
+from .model import Block, Model, ModelArgs, Stream, take_stream
 from .names import EMBEDDING, FINAL_NORM, HEAD
 from .parts import Arrays, Parts, replace_at
 
@@ -76,7 +76,7 @@ class _StandIn(nn.Module):
 class Driver:
     """Runs a model, or any single layer of it, inside the model's own forward.
 
-    ``embed``, ``run`` and ``logits`` need layers that return the stream alone.
+    ``embed``, ``run`` and ``logits`` need layers that return a ``Stream``.
 
     Args:
         model: a model of mlx-lm, or one made like them. Its layers are replaced by stand-ins.
@@ -147,13 +147,13 @@ class Driver:
         return self._forward(visit, tokens, changes)
 
     def run(
-        self, layer: int, h: mx.array, tokens: mx.array, module: nn.Module | None = None
-    ) -> mx.array:
+        self, layer: int, h: Stream, tokens: mx.array, module: nn.Module | None = None
+    ) -> Stream:
         """Run one layer on a stream, with what the model's forward passes to it for the tokens.
 
         Args:
             layer: its number.
-            h: the stream, (batch, length, width).
+            h: what the layer before gave.
             tokens: that the stream is of, (batch, length).
             module: runs instead of the layer's own.
         """
@@ -185,7 +185,7 @@ class Driver:
             out = layer(x, *args, **options)
             mx.eval(out)
             if at == len(self.paths) - 1:
-                raise _Reached(out)
+                raise _Reached(take_stream(out))
             return out
 
         h = self._forward(visit, tokens, cache=caches)
@@ -193,7 +193,7 @@ class Driver:
             mx.clear_cache()
         return h
 
-    def logits(self, h: mx.array, changes: Changes | None = None) -> mx.array:
+    def logits(self, h: Stream, changes: Changes | None = None) -> mx.array:
         """Return float32 logits (batch, length, vocabulary) of what the last layer gave.
 
         Args:
@@ -201,8 +201,7 @@ class Driver:
             changes: tensors or modules, by path, that stand in for the model's own.
         """
         self.load_head()
-        stream = h if isinstance(h, mx.array) else h[0]
-        tokens = mx.zeros(stream.shape[:2], mx.int32)  # no matter which: the layers' output is h
+        tokens = mx.zeros(take_stream(h).shape[:2], mx.int32)  # any: the layers' output is h
         logits = self._forward(lambda layer, x, *args, **options: h, tokens, changes)
         return logits.astype(mx.float32)
 
@@ -353,7 +352,7 @@ class Recorder(nn.Module):
         return self.y
 
 
-class Streams(dict[Hashable, list[mx.array]]):
+class Streams(dict[Hashable, list[Stream]]):
     """Copies of a text's stream that pass through a network's layers side by side, by name.
 
     A copy can run another module than the layer's own. Copies that have met the same so far are one
@@ -366,7 +365,7 @@ class Streams(dict[Hashable, list[mx.array]]):
     """
 
     def __init__(self, network: Driver, batches: Sequence[mx.array], names: Sequence[Hashable]):
-        start = [network.embed(tokens) for tokens in batches]
+        start: list[Stream] = [network.embed(tokens) for tokens in batches]
         mx.eval(start)
         super().__init__(dict.fromkeys(names, start))
         self._network, self._batches = network, batches

@@ -37,7 +37,10 @@ LINEAR_PATHS = {
     "value_skip": "self_attn.value_skip",
     "attention_gain": "self_attn.attention_gain",
     "uniform_gain": "self_attn.uniform_gain",
+    "query_skip": "self_attn.query_skip",
+    "head_skip": "self_attn.head_skip",
 }
+CHANNEL_PATHS = ("query_skip", "head_skip")  # those with a number per head or one per channel
 
 
 def is_stream_norm_weight(name: str) -> bool:
@@ -58,6 +61,8 @@ def module_path(layer: int, projection: str) -> str:
 def find_norms(args: ModelArgs) -> dict[str, str]:
     """Find the norms of a network's layers: module paths by their names in ``args.gains``."""
     norms = dict(NORMS[args.norm])
+    if args.norm == "qkv":
+        norms = {norm: module for norm, module in norms.items() if norm in args.norms}
     if args.shared_norm:
         norms.pop("ffn", None)
     if args.qk_norm:

@@ -27,7 +27,7 @@ from ..network.driver import (
     load_block,
     split_batches,
 )
-from ..network.model import Block, Model
+from ..network.model import Block, Model, Stream
 from ..network.names import EMBEDDING, EXPERTS, FINAL_NORM, HEAD, module_path
 from ..network.parts import Merged, Parts, replace_at
 from .fitting import Moments, fit_weight, to_float64
@@ -95,11 +95,11 @@ class CalibratedParts:
         self._streams = Streams(source, self._tokens, ())
 
     @property
-    def streams(self) -> list[mx.array]:
+    def streams(self) -> list[Stream]:
         """What the result's layers so far made of ``split_batches``'s batches, a stream each."""
         return self._streams[RESULT]
 
-    def enter(self, streams: Sequence[mx.array]) -> None:
+    def enter(self, streams: Sequence[Stream]) -> None:
         """Begin behind some layers, with the source's streams in the source's basis."""
         self._streams.update({SOURCE: [*streams], RESULT: [*streams]})
 
@@ -259,7 +259,7 @@ def _read_head(source: StreamedNetwork, merger: Merged, batches: Sequence[mx.arr
 
 
 def _record_head(
-    network: Driver, h: mx.array, changes: Mapping[str, mx.array] | None = None
+    network: Driver, h: Stream, changes: Mapping[str, mx.array] | None = None
 ) -> Recorder:
     """Run what is behind the layers on a stream; record what the head reads and gives."""
     path = EMBEDDING if network.model.args.tie_word_embeddings else HEAD

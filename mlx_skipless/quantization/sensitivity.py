@@ -11,9 +11,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map
 
 from ..network.driver import StreamedNetwork, Streams, is_held_out, split_batches
 from ..network.metrics import measure_kl
+from ..network.model import ModelArgs, Stream, take_stream
 from ..network.names import EMBEDDING, HEAD
 from ..network.parts import Arrays, replace_at, tensors_of
 from ..network.wiring import parse_layer
@@ -79,15 +81,15 @@ def measure_removals(
     """
     batches = split_batches(tokens)
     rows = mx.concatenate([t for i, t in enumerate(batches) if is_held_out(i)])
-    rows = limit_tokens(rows, 2 * len(trials), network.args.hidden_size)
-    joined: dict[int, dict[str, mx.array]] = {}
+    rows = limit_tokens(rows, 2 * len(trials), network.args)
+    joined: dict[int, dict[str, Stream]] = {}
 
-    def try_those_of(start: int, streams: Sequence[mx.array]) -> None:
+    def try_those_of(start: int, streams: Sequence[Stream]) -> None:
         for trial in trials:
             first, last = trial.layers()
             if first == start:
-                held = mx.concatenate(_try_removal(network, trial, streams, tokens))
-                joined.setdefault(last, {})[trial.where] = held[: rows.shape[0]]
+                held = _try_removal(network, trial, streams, tokens)
+                joined.setdefault(last, {})[trial.where] = _join(held, rows.shape[0])
 
     try_those_of(-1, ())
     source = Streams(network, batches, ("source",))
@@ -123,19 +125,20 @@ def measure_rounding(
         Nats per token by module path.
     """
     alone = {where: (where,) for where in matrices}
-    rows = limit_tokens(tokens, len(alone), network.args.hidden_size)
+    rows = limit_tokens(tokens, len(alone), network.args)
     return _Comparison(network, rows, alone, format_of).run({}, progress)
 
 
-def limit_tokens(tokens: mx.array, copies: int, hidden: int) -> mx.array:
+def limit_tokens(tokens: mx.array, copies: int, args: ModelArgs) -> mx.array:
     """Return a text's first sequences, as many as so many copies of their stream have room for."""
-    one = 4 * hidden * tokens.shape[1] * (copies + 2)
+    heads = args.num_attention_heads * args.head_dim if args.head_skip else 0
+    one = 4 * (args.hidden_size + heads) * tokens.shape[1] * (copies + 2)
     return tokens[: max(1, min(STREAMS_BYTES // one, MEASURED_TOKENS // tokens.shape[1]))]
 
 
 def _try_removal(
-    network: StreamedNetwork, trial: Trial, streams: Sequence[mx.array], tokens: mx.array
-) -> list[mx.array]:
+    network: StreamedNetwork, trial: Trial, streams: Sequence[Stream], tokens: mx.array
+) -> list[Stream]:
     """The streams behind a trial's last layer, of the text that judges.
 
     ``streams`` are the source's before its first layer; empty where that is the embedding.
@@ -151,6 +154,12 @@ def _try_removal(
     for layer in range(max(first, 0), last + 1):
         parts.layer(layer)
     return [h for i, h in enumerate(parts.streams) if is_held_out(i)]
+
+
+def _join(streams: Sequence[Stream], rows: int) -> Stream:
+    """Join streams of several batches, and keep their first rows."""
+    joined: Stream = tree_map(lambda *parts: mx.concatenate([*parts])[:rows], *streams)
+    return joined
 
 
 class _Comparison:
@@ -175,13 +184,13 @@ class _Comparison:
 
     def run(
         self,
-        joined: Mapping[int, Mapping[str, mx.array]],
+        joined: Mapping[int, Mapping[str, Stream]],
         progress: Steps = lambda done, total: None,
     ) -> dict[str, float]:
         """Measure the mean KL(network || changed copy), by the copy's name.
 
         Args:
-            joined: more copies by the layer that they come out of, (rows, length, hidden).
+            joined: more copies by the layer that they come out of, each what that layer gives.
             progress: called with (layers done, all layers).
         """
         streams = Streams(self._network, [self._tokens], (None, *self._rounded))
@@ -202,7 +211,7 @@ class _Comparison:
 
             streams.advance(layer, block, changed, make)
             streams.update({name: [h] for name, h in joined.get(layer, {}).items()})
-        return self._compare({name: h for name, (h,) in streams.items()})
+        return self._compare({name: take_stream(h) for name, (h,) in streams.items()})
 
     def _compare(self, streams: Mapping[Any, mx.array]) -> dict[str, float]:
         """Mean KL at the logits; None is the stream that nothing changes."""

@@ -24,6 +24,9 @@ Each exact removal is one choice of T:
     any, behind LayerNorm  what writes it      none changes       C       the norm's mean: W* = W C,
                                                                           C = I - 1 1^T / n
 
+A query skip adds alpha q to what P reads, and a head skip adds gamma times what P read in the layer
+before to q. No T acts on q or on what P reads, so both vectors stay what they are.
+
 A bias b is a row that W adds. With T = Q, s = b Q^-1, so that the readers see (x + s) Q = x Q + b;
 with T = P^-1, s = -b. One writer of the point adds s, and each reader subtracts s W from its bias.
 

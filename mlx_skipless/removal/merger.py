@@ -12,6 +12,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..network.model import ModelArgs
 from ..network.names import (
     ATTENTION,
+    CHANNEL_PATHS,
     EMBEDDING,
     EXPERTS,
     FINAL_NORM,
@@ -150,6 +151,8 @@ class Merger:
             out |= self._copy_norm(module, norm, size)
         for name, absent in _find_linear_paths(args, layer).items():
             found = self._source.read_tensor(name)
+            if found is not None and name.endswith(CHANNEL_PATHS):
+                found = mx.repeat(found, absent.size // found.size)
             out[name] = self._cast(name, absent if found is None else found)
         return out
 
@@ -204,6 +207,7 @@ def _find_linear_paths(args: ModelArgs, layer: int) -> dict[str, mx.array]:
     """Find the names of a layer's linear paths, with the values that change nothing."""
     attention, ffn = not args.lacks("attention", layer), not args.lacks("ffn", layer)
     heads = args.num_attention_heads
+    skips = mx.zeros(heads * args.head_dim if args.channel_skips else heads)
     return {
         f"model.layers.{layer}.{LINEAR_PATHS[flag]}": neutral
         for flag, there, neutral in (
@@ -211,6 +215,8 @@ def _find_linear_paths(args: ModelArgs, layer: int) -> dict[str, mx.array]:
             ("value_skip", attention, mx.zeros(heads)),
             ("attention_gain", attention, mx.ones(heads)),
             ("uniform_gain", attention, mx.zeros(heads)),
+            ("query_skip", attention, skips),
+            ("head_skip", args.has_head_skip(layer), skips),
         )
         if there and getattr(args, flag)
     }

@@ -69,7 +69,9 @@ def choose_folded(
         norms += ["ffn"]
     if wanted:
         norms += ["hidden"]
-        norms += [] if source.removed.get("p") else ["v"]  # P absorbs it
+        # P absorbs it, unless something else is added to the values or reads the heads.
+        other = source.query_skip or source.head_skip
+        norms += [] if source.removed.get("p") or other else ["v"]
         norms += [] if source.tie_word_embeddings else ["final"]
     there = [norm for norm in norms if norm in (*source.gains, *source.shifts)]
     return tuple(norm for norm in there if not (stock and _adds_biases(source, norm)))

@@ -16,7 +16,7 @@ import mlx.nn as nn
 from ..errors import UserError
 from ..network.driver import Driver, StreamedNetwork, Streams, split_batches
 from ..network.metrics import measure_nll
-from ..network.model import ModelArgs
+from ..network.model import ModelArgs, Stream, take_stream
 from ..network.parts import replace_at
 from ..progress import Steps
 
@@ -112,26 +112,28 @@ def measure_importance(
     """
     found: dict[str, list[float]] = {kind: [] for kind in KINDS}
     batches = split_batches(tokens)
-    streams = [network.embed(batch) for batch in batches]
+    streams: list[Stream] = [network.embed(batch) for batch in batches]
     mx.eval(streams)
     for layer, block in network.walk(progress):
         gone = _find_gone(dropped or {}, layer)
         attention, ffn = _drop(block, {"ffn"} | gone), _drop(block, {"attention"} | gone)
         sums = dict.fromkeys(KINDS, 0.0)
         for i, (x, batch) in enumerate(zip(streams, batches, strict=True)):
-            middle = network.run(layer, x, batch, attention)
+            given = network.run(layer, x, batch, attention)
+            first, middle = take_stream(x), take_stream(given)
             if network.args.block == "parallel":  # both read the block's input
-                before, behind = x, network.run(layer, x, batch, ffn)
-                out = middle + behind - x
+                before, behind = first, take_stream(network.run(layer, first, batch, ffn))
+                out = middle + behind - first
             else:
-                before, behind = middle, network.run(layer, middle, batch, ffn)
+                before, behind = middle, take_stream(network.run(layer, middle, batch, ffn))
                 out = behind
             for kind, a, b in (
-                ("attention", x, middle), ("ffn", before, behind), ("block", x, out),
+                ("attention", first, middle), ("ffn", before, behind), ("block", first, out),
             ):  # fmt: skip
                 sums[kind] += float(mx.sum(1 - _cosine(a, b)).item())  # type: ignore[arg-type]
-            streams[i] = out
-            mx.eval(out)
+            # With head skips the attention gives the next one its heads' outputs.
+            streams[i] = out if isinstance(given, mx.array) else (out, given[1])
+            mx.eval(streams[i])
         for kind in KINDS:
             found[kind].append(sums[kind] / tokens.size)
     return found
@@ -300,13 +302,12 @@ def _cosine(a: mx.array, b: mx.array) -> mx.array:
     return (a * b).sum(-1) / mx.maximum(lengths, 1e-30)
 
 
-def _measure_loss(
-    network: Driver, streams: Sequence[mx.array], batches: Sequence[mx.array]
-) -> float:
+def _measure_loss(network: Driver, streams: Sequence[Stream], batches: Sequence[mx.array]) -> float:
     """Mean -log p of each token but a sequence's first, of streams behind the last layer."""
     total = count = 0.0
     for stream, tokens in zip(streams, batches, strict=True):
-        for h, row in zip(stream, tokens, strict=True):  # one sequence's logits at a time
+        # One sequence's logits at a time.
+        for h, row in zip(take_stream(stream), tokens, strict=True):
             nll = measure_nll(network.logits(h[None, :-1])[0], row[1:])
             total += float(nll.sum().item())  # type: ignore[arg-type]
             count += nll.size

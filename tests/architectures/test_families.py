@@ -197,6 +197,8 @@ LACKING: list[tuple[str, dict[str, Any]]] = [
         {"biases": {"router": [0, 1, 2]}},
         {"layer_types": ["sliding_attention"] * 3, "sliding_window": 4},
         {"value_skip": True},
+        {"query_skip": True},
+        {"head_skip": True},
     )
 ] + [
     *((name, {"rope": {"rope_type": "linear", "factor": 2.0}})
@@ -313,8 +315,8 @@ def test_what_a_config_does_not_say() -> None:
     silent = ARCHITECTURES["cohere"].config | {"model_type": "cohere", "logit_scale": None}
     assert read_model_args(silent).logit_scale == 0.0625
     silent = ARCHITECTURES["llama"].config | {"model_type": "llama", "tie_word_embeddings": None}
-    assert read_model_args(silent, ["model.embed_tokens.weight"]).tie_word_embeddings
-    assert not read_model_args(silent, ["lm_head.weight"]).tie_word_embeddings
+    assert read_model_args(silent, {"model.embed_tokens.weight": (8, 8)}).tie_word_embeddings
+    assert not read_model_args(silent, {"lm_head.weight": (8, 8)}).tie_word_embeddings
 
 
 def test_more_numbers_to_rotate_than_a_head_has() -> None:
