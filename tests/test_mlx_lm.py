@@ -37,8 +37,9 @@ def source(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("source")
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
     return folder, *make_checkpoint(
-        folder, norm="qkv", gains=True, linear_paths=True, bias=("down_proj",), **sizes
-    )
+        folder, norm="qkv", gains=True, linear_paths=True, skips=("query", "head"),
+        per_channel=None, bias=("down_proj",), **sizes,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +138,7 @@ def test_lora_then_fuse_then_quantize(python: str, source, folder: Path, tmp_pat
         lines = [json.dumps({"text": text}) + "\n" for text in TEXTS]
         (tmp_path / f"{part}.jsonl").write_text("".join(lines))
     training = ("--train", "--data", tmp_path, "--iters", "4", "--batch-size", "2")
+    training = (*training, "--grad-checkpoint")
     more = ("--num-layers", "3", "--adapter-path", "adapters", "--learning-rate", "1e-2")
     *_, printed = run(
         python, tmp_path,

@@ -16,6 +16,7 @@ WINDOW: dict[str, Any] = {
     "sliding_window": 4,
     "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
 }
+BOTH_SKIPS: dict[str, Any] = {"skips": ("query", "head")}
 TABLE: dict[str, Any] = {"precompute_first_layer": "force"}
 # Of a source checkpoint the options, or its family; how it is converted; what loses attention.
 MODELS: dict[str, tuple[dict[str, Any] | str, dict[str, Any], list[int]]] = {
@@ -25,15 +26,20 @@ MODELS: dict[str, tuple[dict[str, Any] | str, dict[str, Any], list[int]]] = {
         {"remove": "kp"},
         [],
     ),
-    "parallel": (QKV | {"block": "parallel"}, {"remove": "p"}, []),
+    "parallel": (QKV | BOTH_SKIPS | {"block": "parallel"}, {"remove": "p"}, []),
     "tied": ({"skip": "ffn", "tie_word_embeddings": True}, {"remove": "q"}, []),
-    "table": (QKV, {"remove": "qp"} | TABLE, []),
+    "table": (QKV | BOTH_SKIPS, {"remove": "qp"} | TABLE, []),
     "quantized table": (
         QKV | {"hidden_size": 128, "intermediate_size": 256},
         {"remove": "p", "quantize": True} | TABLE,
         [],
     ),
-    "no attention 0": (PRE, {"remove": "none"}, [0]),
+    "skips": (
+        QKV | WINDOW | BOTH_SKIPS | {"per_channel": True, "norms": ["k", "v"]},
+        {"remove": "qp"},
+        [],
+    ),
+    "no attention 0": (PRE | BOTH_SKIPS, {"remove": "none"}, [0]),
     "no attention 1": (QKV, {"remove": "p"}, [1]),
     "no attention 1, 2": (PRE, {"remove": "none"} | TABLE, [1, 2]),
     "mixtral": ("mixtral", {"skipless": True, "remove": "p"}, []),
@@ -65,6 +71,7 @@ def take_attention(folder: Path, layers: list[int]) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     parts = ("self_attn", "input_layernorm")
     gone = tuple(f"model.layers.{layer}.{part}" for layer in layers for part in parts)
+    gone += tuple(f"model.layers.{layer + 1}.self_attn.head_skip" for layer in layers)
     file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     kept = {name: w for name, w in mx.load(str(file)).items() if not name.startswith(gone)}
     mx.eval(kept)

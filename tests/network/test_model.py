@@ -21,6 +21,7 @@ from mlx_skipless.conversion.convert import convert
 from mlx_skipless.network.model import Model, ModelArgs
 
 REMOVALS = ("qp", "kp", "vp", "none")
+SKIPS = ("query", "head")
 SIZES = {"num_key_value_heads": 4, "norm": "qkv", "hidden_size": 128, "intermediate_size": 192}
 
 
@@ -28,7 +29,10 @@ SIZES = {"num_key_value_heads": 4, "norm": "qkv", "hidden_size": 128, "intermedi
 def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     """A converted model (heads of 32) with its source in float64."""
     folder = tmp_path_factory.mktemp(request.param)
-    source = make_checkpoint(folder / "source", linear_paths=True, gains=True, **SIZES)
+    skips = {"kp": {"skips": SKIPS}, "qp": {"skips": SKIPS, "per_channel": True}}
+    source = make_checkpoint(
+        folder / "source", linear_paths=True, gains=True, **skips.get(request.param, {}), **SIZES
+    )
     convert(folder / "source", folder / "out", remove=request.param, verify=False)
     return source, *mlx_skipless.load(folder / "out")
 
@@ -95,7 +99,16 @@ def test_batch_generation_equals_one_by_one(converted) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["qp", "table", "no attention 0", "no attention 1", "no attention 1, 2", "mixtral"]
+    "name",
+    [
+        "qp",
+        "skips",
+        "table",
+        "no attention 0",
+        "no attention 1",
+        "no attention 1, 2",
+        "mixtral",
+    ],
 )
 def test_batches_that_come_and_go_equal_one_by_one(name: str, tmp_path: Path) -> None:
     """Padded prompts, longer than a window too, join and leave a batch while it decodes."""
@@ -161,7 +174,7 @@ def test_sliding_window(block: str, layer_types: list[str] | None, tmp_path: Pat
     """Longer than the window: each layer sees what its type says, with a cache of that size."""
     source = make_checkpoint(
         tmp_path / "s", block=block, sliding_window=6, layer_types=layer_types, norm="qkv",
-        linear_paths=True,
+        linear_paths=True, skips=SKIPS,
     )  # fmt: skip
     convert(tmp_path / "s", tmp_path / "out", remove="q", verify=False)
     model, _ = mlx_skipless.load(tmp_path / "out")
@@ -200,8 +213,9 @@ def test_a_layer_without_attention(tmp_path: Path) -> None:
 def test_every_parameter_matters(remove: str, tmp_path: Path) -> None:
     """No dead parameters: each one has a gradient, and none stands for a removed matrix."""
     make_checkpoint(
-        tmp_path / "s", gains=True, linear_paths=True, norm="qkv", num_key_value_heads=4
-    )
+        tmp_path / "s", gains=True, linear_paths=True, skips=SKIPS, per_channel=None, norm="qkv",
+        num_key_value_heads=4,
+    )  # fmt: skip
     convert(tmp_path / "s", tmp_path / "out", remove=remove, verify=False)
     model, _ = load_model(tmp_path / "out", trust_remote_code=True)
     tokens = mx.array(np.random.default_rng(0).integers(0, 256, (2, 9)))

@@ -146,13 +146,15 @@ CASES: list[dict[str, Any]] = [
     {"remove": "qp", "bias": ("q_proj", "k_proj", "o_proj", "down_proj")},
     {"remove": "qp", "linear_paths": True, "gains": True},
     {"remove": "qp", "final_norm": False, "sliding_window": 9},
+    {"remove": "qp", "skips": ("query", "head")},
+    {"remove": "q", "block": "parallel", "skips": ("query", "head"), "per_channel": True},
 ]
 OPTIONS = ("remove", "q_bits", "q_mode", "dtype")
 
 
 @pytest.mark.parametrize(
     "case",
-    only([CASES[i] for i in (0, 3, 6)], CASES),
+    only([CASES[i] for i in (0, 3, 12)], CASES),
     ids=lambda c: "-".join(str(v) for v in c.values()),
 )
 def test_removal_survives_quantization(case: dict[str, Any], tmp_path: Path) -> None:
@@ -187,7 +189,7 @@ def test_removal_survives_quantization(case: dict[str, Any], tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     "case",
-    only([CASES[i] for i in (0, 4, 5, 7, 8, 9, 10)], CASES),
+    only([CASES[i] for i in (0, 4, 5, 7, 8, 9, 10, 11)], CASES),
     ids=lambda c: "-".join(str(v) for v in c.values()),
 )
 def test_without_rounding_the_function_stays(

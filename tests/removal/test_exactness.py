@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import reference
+from exact import TOLERANCE, check_same_function
 from factory import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, make_checkpoint, make_llama
 from grids import pairs, product, thin
 
@@ -17,7 +18,6 @@ from mlx_skipless.checkpoints.safetensors import SafetensorsStore
 from mlx_skipless.conversion.convert import convert
 from mlx_skipless.removal import merger
 
-TOLERANCE = 5e-4  # worst token's relative logit error, float32
 HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}
 ENDS = {
     "norm": {"final_norm": True, "tie_word_embeddings": False},
@@ -68,22 +68,6 @@ def shows(case: tuple[str, ...]) -> set[Any]:
     together = {(ends, bias, remove), (block, skip, bias, remove), (block, skip, ends, remove)}
     together |= {(gains, heads, remove), (gains, block, remove)}
     return pairs(*case, gains, has_linear_paths(seed)) | together
-
-
-def check_same_function(
-    source: tuple[dict[str, Any], dict[str, np.ndarray]], folder: Path, seed: int
-) -> None:
-    """A converted folder, prompt in one go and token by token, against the source in float64."""
-    model, _ = mlx_skipless.load(folder)
-    config, _ = source
-    tokens = np.random.default_rng(seed).integers(0, config["vocab_size"], (2, 9))
-    expected = reference.logits(*source, tokens)
-    at_once = model(mx.array(tokens))
-    assert reference.worst_relative_error(expected, np.array(at_once)) <= TOLERANCE
-    cache = model.make_cache()
-    steps = [model(mx.array(tokens[:, i : i + 1]), cache) for i in range(tokens.shape[1])]
-    stepwise = np.array(mx.concatenate(steps, axis=1))
-    assert reference.worst_relative_error(expected, stepwise) <= TOLERANCE
 
 
 def stored_weights(folder: Path) -> int:

@@ -78,6 +78,8 @@ GRID: list[Config] = [
     {"model_type": "mistral", "sliding_window": 5},
     {"block": "parallel", "tie_word_embeddings": True},
     {"block": "serial", "num_key_value_heads": 1},
+    {"block": "serial", "skips": ("query", "head")},
+    {"block": "parallel", "skips": ("head",), "per_channel": True},
 ]
 
 
@@ -88,7 +90,7 @@ def test_importance(config: Config, dropped: dict[str, list[int]], tmp_path: Pat
     source, weights = made(tmp_path, **config)
     tokens = text()
     got = sublayers.measure_importance(opened(tmp_path), mx.array(tokens), dropped)
-    x = weights["model.embed_tokens.weight"][tokens]
+    x, before = weights["model.embed_tokens.weight"][tokens], None
 
     def far(a: np.ndarray, b: np.ndarray) -> float:
         norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
@@ -96,9 +98,10 @@ def test_importance(config: Config, dropped: dict[str, list[int]], tmp_path: Pat
 
     for layer in range(4):
         h = x
-        a = np.zeros_like(x)
+        a, heads = np.zeros_like(x), None
         if layer not in dropped.get("attention", ()):
-            a = reference.attention(source, weights, layer, x)
+            a = reference.attention(source, weights, layer, x, before)
+            heads = reference.attend(source, weights, layer, x, before)
         h = x if source["block"] == "parallel" else x + a
         f = np.zeros_like(x)
         if layer not in dropped.get("ffn", ()):
@@ -106,7 +109,7 @@ def test_importance(config: Config, dropped: dict[str, list[int]], tmp_path: Pat
         expected = {"attention": far(x, x + a), "ffn": far(h, h + f), "block": far(x, x + a + f)}
         for kind, value in expected.items():
             assert got[kind][layer] == pytest.approx(value, rel=1e-3, abs=1e-6), (kind, layer)
-        x = x + a + f
+        x, before = x + a + f, heads
 
 
 @pytest.mark.parametrize("config", GRID, ids=str)
@@ -240,6 +243,12 @@ CONVERSIONS: list[tuple[Config, dict[str, Any], bool]] = [
     (SOME_SLIDING, {"drop_attention": 1}, False),
     ({"intermediate_size": 96}, {"drop_attention": 3, "greedy": True}, False),
     ({"block": "parallel"}, {"drop_attention": 1, "drop_ffn": 2}, False),
+    ({"block": "serial", "skips": ("query", "head")}, {"drop_attention": 2}, False),
+    (
+        {"block": "parallel", "skips": ("head",), "per_channel": True},
+        {"drop_attention": 1, "greedy": True},
+        False,
+    ),
 ]
 
 

@@ -1,0 +1,219 @@
+"""Query skips and head skips: every removal leaves them be, and the function stays the same."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+import reference
+from exact import check_same_function, exact_tensors
+from factory import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, make_checkpoint, stored
+from grids import only, pairs, thin
+
+import mlx_skipless
+from mlx_skipless.conversion.convert import convert
+
+SKIPS = ("query", "head")
+SHAPES = {"per head": False, "per channel": True, "mixed": None}
+HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}
+SMALL = {"hidden_size": 32, "intermediate_size": 48}
+PATHS = ("query_skip", "head_skip")
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "table": {"precompute_first_layer": "force"},
+    "folded": {"fold_norms": True},
+}
+NORMS = {
+    "input_layernorm": ("q_proj.weight", "k_proj.weight", "v_proj.weight"),
+    "post_attention_layernorm": ("gate_proj.weight", "up_proj.weight"),
+}
+REMOVALS = {"serial": ("qp", "kp", "vp", "q", "k", "p"), "parallel": ("q", "k", "v", "p")}
+
+
+def draw_network(seed: int) -> tuple[dict[str, Any], str]:
+    """A source with skips, any norms and any ends, and what to remove from it."""
+    rng = np.random.default_rng(seed)
+
+    def pick(*choices: Any) -> Any:
+        return choices[rng.integers(len(choices))]
+
+    heads, block = pick(*HEADS), pick("serial", "parallel")
+    there = [norm for norm in ("q", "k", "v", "hidden") if rng.integers(2)]
+    free = [x for x in REMOVALS[block] if heads == "MHA" or not {"k", "v"} & {*x}]
+    source = {
+        "seed": seed,
+        "block": block,
+        "num_key_value_heads": HEADS[heads],
+        "num_hidden_layers": pick(4, 5),
+        "skips": pick(SKIPS, SKIPS, SKIPS[:1], SKIPS[1:]),
+        "per_channel": pick(*SHAPES.values()),
+        "norm": pick("none", "qkv", "qkv"),
+        "gains": pick(True, False),
+        "linear_paths": pick(True, False),
+        "bias": pick((), (*ATTENTION_PROJECTIONS, *MLP_PROJECTIONS)),
+        "final_norm": True,
+        "tie_word_embeddings": pick(True, False),
+        **SMALL,
+    }
+    if source["norm"] == "qkv" and there:
+        source["norms"] = there
+    return source, pick(*free)
+
+
+def can_go(block: str, heads: str, remove: str) -> bool:
+    """Whether a block gives up these matrices."""
+    return remove == "none" or (
+        remove in REMOVALS[block] and (heads == "MHA" or not {"k", "v"} & {*remove})
+    )
+
+
+def store(folder: Path, weights: dict[str, np.ndarray]) -> None:
+    arrays = {name: mx.array(w.astype(np.float32)) for name, w in weights.items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays)
+
+
+def keep(weights: dict[str, np.ndarray], *gone: str) -> dict[str, np.ndarray]:
+    """The tensors without those whose names hold one of these parts."""
+    return {name: w for name, w in weights.items() if not any(part in name for part in gone)}
+
+
+@pytest.mark.parametrize("seed", only(range(16), range(1000)))
+def test_float64(seed: int, tmp_path: Path) -> None:
+    """Without storage's rounding the function is the same; a thousand networks stay below 2e-14."""
+    options, remove = draw_network(seed)
+    config, weights = make_checkpoint(tmp_path, **options)
+    result = exact_tensors(tmp_path, remove=remove)
+    tokens = np.random.default_rng(seed).integers(0, 256, (2, 9))
+    expected = reference.logits(config, weights, tokens)
+    got = reference.logits(config, result, tokens)
+    assert 0 < reference.worst_relative_error(expected, got) <= 1e-13
+
+
+@pytest.mark.parametrize("seed", only(range(4), range(100)))
+def test_both_skips_matter(seed: int, tmp_path: Path) -> None:
+    """Or no test here would show anything."""
+    options, _ = draw_network(seed)
+    config, weights = make_checkpoint(tmp_path, **options | {"skips": SKIPS})
+    tokens = np.random.default_rng(seed).integers(0, 256, (2, 9))
+    expected = reference.logits(config, weights, tokens)
+    for gone in ("self_attn.query_skip", "layers.1.self_attn.head_skip"):
+        got = reference.logits(config, keep(weights, gone), tokens)
+        assert reference.worst_relative_error(expected, got) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("block", "heads", "shape", "remove", "way"),
+    thin(
+        [
+            case
+            for case in itertools.product(
+                REMOVALS, HEADS, SHAPES, ("qp", "kp", "q", "k", "p", "none"), WAYS
+            )
+            if can_go(case[0], case[1], case[3])
+        ],
+        lambda case: pairs(*case),
+    ),
+)
+def test_conversion(
+    block: str, heads: str, shape: str, remove: str, way: str, tmp_path: Path
+) -> None:
+    """Every vector is copied; ours and mlx-lm's loader run the same function, cached and not."""
+    source = make_checkpoint(
+        tmp_path / "s", block=block, num_key_value_heads=HEADS[heads], num_hidden_layers=4,
+        skips=SKIPS, per_channel=SHAPES[shape], norm="qkv", gains=True, **SMALL,
+    )  # fmt: skip
+    out = tmp_path / "o"
+    report = convert(tmp_path / "s", out, remove=remove, verify=False, **WAYS[way])
+    assert set(report.removed) == {*remove} - {*"none"} and "v" not in report.folded
+    check_same_function(source, out, 0)
+    tokens = mx.array([[1, 2, 3]])
+    plain, _ = mlx_lm.load(str(out), trust_remote_code=True)
+    assert mx.array_equal(plain(tokens), mlx_skipless.load(out)[0](tokens))
+    written = json.loads((out / "config.json").read_text())
+    per_channel = shape != "per head"
+    assert written["query_skip"] and written["head_skip"]
+    assert written["channel_skips"] == per_channel
+    found = {name: np.array(a) for name, a in stored(out).items() if name.endswith(PATHS)}
+    wanted = {name: w for name, w in source[1].items() if name.endswith(PATHS)}
+    assert found.keys() == wanted.keys() and len(found) == 7
+    for name, vector in wanted.items():
+        times = 8 if per_channel and len(vector) == 4 else 1
+        assert np.array_equal(found[name], np.repeat(vector, times)), name
+
+
+@pytest.mark.parametrize("seed", only(range(6), range(300)))
+def test_network(seed: int, tmp_path: Path) -> None:
+    """Any norms, one skip or both, and any ends: source and result run as the reference does."""
+    options, remove = draw_network(seed)
+    source = make_checkpoint(tmp_path / "s", **options)
+    convert(tmp_path / "s", tmp_path / "o", remove=remove, verify=False)
+    for folder in (tmp_path / "s", tmp_path / "o"):
+        check_same_function(source, folder, seed)
+    written = json.loads((tmp_path / "o" / "config.json").read_text())
+    everything = ["q", "k", "v", "hidden"] if options["norm"] == "qkv" else []
+    assert written["norms"] == options.get("norms", everything)
+
+
+@pytest.mark.parametrize("steps", [("q", "p"), ("p", "q"), ("none", "qp"), ("k", "auto")])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_converting_twice(steps: tuple[str, str], shape: str, tmp_path: Path) -> None:
+    """A converted network is a source, and its skips are found again."""
+    source = make_checkpoint(
+        tmp_path / "s", skips=SKIPS, per_channel=SHAPES[shape], num_key_value_heads=4, norm="qkv",
+        gains=True, **SMALL,
+    )  # fmt: skip
+    convert(tmp_path / "s", tmp_path / "first", remove=steps[0], verify=False)
+    report = convert(tmp_path / "first", tmp_path / "second", remove=steps[1], verify=False)
+    assert report.removed
+    check_same_function(source, tmp_path / "second", 0)
+
+
+@pytest.mark.parametrize("remove", ["qp", "none"])
+def test_behind_a_layer_without_attention(remove: str, tmp_path: Path) -> None:
+    """No heads come out of it, so the next layer has no head skip; the one behind that has."""
+    config, weights = make_checkpoint(
+        tmp_path / "s", skips=SKIPS, per_channel=None, num_hidden_layers=5, **SMALL
+    )
+    gone = ("layers.1.self_attn", "layers.2.self_attn.head_skip")
+    weights = keep(weights, *gone)
+    store(tmp_path / "s", weights)
+    config |= {"removed": {"attention": [1]}}
+    (tmp_path / "s" / "config.json").write_text(json.dumps(config))
+    convert(tmp_path / "s", tmp_path / "o", remove=remove, verify=False)
+    for folder in (tmp_path / "s", tmp_path / "o"):
+        check_same_function((config, weights), folder, 0)
+    names = {f"model.layers.{i}.self_attn.head_skip" for i in (3, 4)}
+    assert {name for name in stored(tmp_path / "o") if name.endswith("head_skip")} == names
+
+
+@pytest.mark.parametrize("kept", ["layers.1.self_attn.query_skip", "layers.2.self_attn.head_skip"])
+def test_one_skip_of_one_layer(kept: str, tmp_path: Path) -> None:
+    """The other layers have zeros."""
+    config, weights = make_checkpoint(tmp_path / "s", skips=SKIPS, per_channel=True, **SMALL)
+    weights = {n: w for n, w in weights.items() if kept in n or not n.endswith(PATHS)}
+    store(tmp_path / "s", weights)
+    convert(tmp_path / "s", tmp_path / "o", remove="qp", verify=False)
+    for folder in (tmp_path / "s", tmp_path / "o"):
+        check_same_function((config, weights), folder, 0)
+    written = json.loads((tmp_path / "o" / "config.json").read_text())
+    assert [written[path] for path in PATHS] == [path in kept for path in PATHS]
+
+
+def test_skipless_of_a_network_with_all_skips(tmp_path: Path) -> None:
+    """Its skips on the stream go; those in the removals' bases stay."""
+    config, weights = make_checkpoint(
+        tmp_path / "s", skip="both", norm="pre", skips=SKIPS, per_channel=True, **SMALL
+    )
+    convert(tmp_path / "s", tmp_path / "o", skipless=True, remove="qp", verify=False)
+    stripped = keep(weights, "layernorm")
+    for name in stripped:
+        for norm, readers in NORMS.items():
+            if name.endswith(readers):
+                layer = ".".join(name.split(".")[:3])
+                stripped[name] = weights[name] * weights[f"{layer}.{norm}.weight"]
+    mapped = config | {"skip": "none", "norm": "qkv"}
+    check_same_function((mapped, stripped), tmp_path / "o", 0)
