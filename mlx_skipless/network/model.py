@@ -58,8 +58,9 @@ ACTIVATIONS = {
     "relu": nn.relu,
 }
 
-# The norms of "norm": "qkv": of each head's q, k and v, and of the FFN's hidden numbers.
-PROJECTION_NORMS = ("q", "k", "v", "hidden")
+# The norms of "norm": "qkv": of each head's q, k and v, of all heads' outputs side by side as P
+# reads them, and of the FFN's hidden numbers. Without "norms" a network has all but "heads".
+PROJECTION_NORMS = ("q", "k", "v", "heads", "hidden")
 
 # What one block gives the next: the stream (batch, length, hidden), and with head skips the heads'
 # outputs (batch, length, heads * head_dim) beside it.
@@ -107,7 +108,7 @@ class ModelArgs(BaseModelArgs):
     removed: Dict[str, List[int]] = field(default_factory=dict)
     # Which layers' matrices ("q_proj", "down_proj", ...) have a bias.
     biases: Dict[str, List[int]] = field(default_factory=dict)
-    # Norms with a weight: "q", "k", "v", "hidden" (norm: qkv), "attention", "ffn" (pre), "final".
+    # Norms with a weight: PROJECTION_NORMS' (norm: qkv), "attention", "ffn" (pre), "final".
     gains: List[str] = field(default_factory=list)
     # Which layers store several matrices as one ("kv_proj", "gate_up_proj", ...: see FUSED).
     fused: Dict[str, List[int]] = field(default_factory=dict)
@@ -136,7 +137,7 @@ class ModelArgs(BaseModelArgs):
             kind = "sliding_attention" if self.sliding_window else "full_attention"
             self.layer_types = [kind] * self.num_hidden_layers
         if self.norm == "qkv" and not self.norms:
-            self.norms = [*PROJECTION_NORMS]
+            self.norms = [norm for norm in PROJECTION_NORMS if norm != "heads"]
         for key, value, known in (
             ("block", self.block, ("serial", "parallel")),
             ("skip", self.skip, ("none", "ffn", "both")),
@@ -330,6 +331,9 @@ class Attention(nn.Module):
             norm = RMSNorm(dims if part in args.gains else None, args.rms_norm_eps)
             normed = part in args.norms or (args.qk_norm and part != "v")
             setattr(self, name, norm if normed else None)
+        self.heads_norm: Optional[nn.Module] = None
+        if "heads" in args.norms:
+            self.heads_norm = RMSNorm(width if "heads" in args.gains else None, args.rms_norm_eps)
 
         if args.value_skip:
             self.value_skip = mx.zeros((self.n_heads,))
@@ -432,11 +436,11 @@ class Attention(nn.Module):
             out = out + own.reshape(out.shape)
 
         heads = out.reshape(B, L, -1)
-        out = heads
+        out = heads if self.heads_norm is None else self.heads_norm(heads)
         if self.o_proj is not None:
-            out = self.o_proj(heads)
+            out = self.o_proj(out)
         elif self.group is not None:
-            out = gather_last_axis(heads, self.group)
+            out = gather_last_axis(out, self.group)
         return (out, heads) if self.passes_heads else out
 
     def shard(self, group: mx.distributed.Group):
@@ -457,6 +461,8 @@ class Attention(nn.Module):
             whole = self.shared_gains and name != "v_norm"
             if (norm := getattr(self, name)) is not None and not whole:
                 shard_inplace(norm, lambda path, w: 0, group=group)
+        if self.heads_norm is not None:
+            self.heads_norm = ShardedRMSNorm(self.heads_norm, group)
         for name in ("value_skip", "attention_gain", "uniform_gain", "query_skip", "head_skip"):
             if name in self:
                 setattr(self, name, mx.split(getattr(self, name), N)[group.rank()])
@@ -771,7 +777,7 @@ class Model(nn.Module):
             weights.pop("lm_head.weight", None)
         weights = self.stack_experts(weights)
         # A layer may lack a norm's weight (then ones) or a linear path that others have.
-        norms = ("q_norm.weight", "k_norm.weight", "v_norm.weight", "hidden_norm.weight")
+        norms = tuple(f"{norm}_norm.weight" for norm in PROJECTION_NORMS)
         skips = ("query_skip", "head_skip")
         paths = ("gate_offset", "value_skip", "attention_gain", "uniform_gain", *skips)
         known = (w.dtype for k, w in weights.items() if k.endswith((*norms, *paths)))

@@ -26,6 +26,7 @@ NORMS = {
         "q": "self_attn.q_norm",
         "k": "self_attn.k_norm",
         "v": "self_attn.v_norm",
+        "heads": "self_attn.heads_norm",
         "hidden": "mlp.hidden_norm",
     },
     "pre": {"attention": "input_layernorm", "ffn": "post_attention_layernorm"},
