@@ -217,3 +217,12 @@ def test_skipless_of_a_network_with_all_skips(tmp_path: Path) -> None:
                 stripped[name] = weights[name] * weights[f"{layer}.{norm}.weight"]
     mapped = config | {"skip": "none", "norm": "qkv"}
     check_same_function((mapped, stripped), tmp_path / "o", 0)
+
+
+@pytest.mark.parametrize("skips", [(), SKIPS[:1], SKIPS[1:]], ids=str)
+def test_a_value_gain_stays_beside_a_skip(skips: tuple[str, ...], tmp_path: Path) -> None:
+    """It scales the values, but not the query that is added to them, nor what a head skip reads."""
+    source = make_checkpoint(tmp_path / "s", norm="qkv", gains=True, skips=skips, **SMALL)
+    report = convert(tmp_path / "s", tmp_path / "o", remove="q", fold_norms=True, verify=False)
+    assert ("v" in report.folded) == (not skips) and "hidden" in report.folded
+    check_same_function(source, tmp_path / "o", 0)
