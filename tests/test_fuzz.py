@@ -147,7 +147,10 @@ class Source:
 
 SKIPLESS: dict[str, dict[str, Any]] = {
     "skipless": SIZES | {"norm": "qkv", "gains": True, "linear_paths": True, "bias": ("q_proj",)},
-    "parallel": SIZES | {"block": "parallel", "norm": "qkv"},
+    "skips": SIZES
+    | {"norm": "qkv", "norms": ["q", "v"], "gains": True, "skips": ("query", "head")},
+    "parallel": SIZES
+    | {"block": "parallel", "norm": "qkv", "skips": ("head",), "per_channel": True},
     "bare": SIZES | {"num_key_value_heads": 4},
     "tied": SIZES | {"skip": "ffn", "norm": "qkv", "tie_word_embeddings": True},
 }

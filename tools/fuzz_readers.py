@@ -300,18 +300,18 @@ ODD: list[Any] = [
     {"rope_type": "default", "rope_theta": 1e6}, [[[]]], {"bits": 8},
 ]  # fmt: skip
 KEYS = [
-    "attention_bias", "auto_map", "biases", "bits", "block", "dtype", "embedding_scale",
-    "eos_token_id", "extra_bits", "factor", "final_norm", "fused", "gains", "gated", "group_size",
-    "head_bias", "head_dim", "hidden_act", "hidden_activation", "hidden_size", "intermediate_size",
-    "layer_types", "logit_scale", "max_position_embeddings", "max_window_layers", "mode",
-    "model_file", "model_type", "norm", "norm_type", "num_attention_heads", "num_experts_per_tok",
-    "num_hidden_layers", "num_key_value_heads", "num_local_experts",
-    "original_max_position_embeddings", "partial_rotary_factor", "precomputed", "qk_norm",
-    "quant_method", "quantization", "quantization_config", "quantize_activations", "removed",
-    "rms_norm_eps", "rope", "rope_parameters", "rope_scaling", "rope_theta", "rope_traditional",
-    "rope_type", "rotary_dim", "rotary_pct", "shared_norm", "shifts", "skip", "sliding_window",
-    "text_config", "tie_word_embeddings", "torch_dtype", "type", "use_qk_norm",
-    "use_sliding_window", "value_skip", "vocab_size",
+    "attention_bias", "auto_map", "biases", "bits", "block", "channel_skips", "dtype",
+    "embedding_scale", "eos_token_id", "extra_bits", "factor", "final_norm", "fused", "gains",
+    "gated", "group_size", "head_bias", "head_dim", "head_skip", "hidden_act", "hidden_activation",
+    "hidden_size", "intermediate_size", "layer_types", "logit_scale", "max_position_embeddings",
+    "max_window_layers", "mode", "model_file", "model_type", "norm", "norm_type", "norms",
+    "num_attention_heads", "num_experts_per_tok", "num_hidden_layers", "num_key_value_heads",
+    "num_local_experts", "original_max_position_embeddings", "partial_rotary_factor", "precomputed",
+    "qk_norm", "quant_method", "quantization", "quantization_config", "quantize_activations",
+    "query_skip", "removed", "rms_norm_eps", "rope", "rope_parameters", "rope_scaling",
+    "rope_theta", "rope_traditional", "rope_type", "rotary_dim", "rotary_pct", "shared_norm",
+    "shifts", "skip", "sliding_window", "text_config", "tie_word_embeddings", "torch_dtype", "type",
+    "use_qk_norm", "use_sliding_window", "value_skip", "vocab_size",
 ]  # fmt: skip
 
 

@@ -36,6 +36,8 @@ FAMILY = "tests/architectures/test_architectures.py -k"
 BAD = "tests/conversion/test_bad_input.py -k"
 CALIBRATION = "tests/quantization/test_calibration.py -k"
 MODEL = "tests/network/test_model.py"
+SKIPS = "tests/removal/test_skips.py"
+DROPS = "tests/removal/test_sublayers.py -k"
 HUB = "tests/checkpoints/test_hub.py -k"
 TRAIN = "tests/training/test_pretraining.py -k"
 HEAL = "tests/training/test_healing.py -k"
@@ -136,7 +138,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
         "KVCache()",
         MODEL,
     ),
-    ("network", "out = out - uniform *", "out = out + uniform *", EXACT),
+    ("network", "out = out - attend(", "out = out + attend(", EXACT),
     ("network", "out = out + own.reshape(out.shape)", "out = out - own.reshape(out.shape)", EXACT),
     ("network", "mx.argpartition(-scores,", "mx.argpartition(scores,", f"{FAMILY} mixtral"),
     ("network", "else logits * self.logit_scale", "else logits", f"{FAMILY} cohere"),
@@ -175,6 +177,84 @@ MUTANTS: list[tuple[str, str, str, str]] = [
         "square = mx.distributed.all_sum(square, group=self.group) / self.group.size()",
         "square = square",
         "tests/network/test_parallel.py",
+    ),
+    # Query skips and head skips, and norms on some of the projections.
+    ("network", "q = add_scaled(q, self.separate_heads(heads_before), gamma)", "pass", SKIPS),
+    ("network", "out = add_scaled(out, q, alpha) if", "out = out if", SKIPS),
+    ("network", "blend(out, beta, q, alpha)", "blend(out, beta, q, beta)", SKIPS),
+    (
+        "network",
+        "return (out, heads) if self.passes_heads",
+        "return (out, out) if self.passes_heads",
+        SKIPS,
+    ),
+    (
+        "network",
+        'return self.head_skip and not self.lacks("attention", layer)',
+        "return self.head_skip",
+        SKIPS,
+    ),
+    (
+        "network",
+        "return layer > 0 and self.passes_heads(layer) and self.passes_heads(layer - 1)",
+        "return layer > 0 and self.passes_heads(layer)",
+        SKIPS,
+    ),
+    (
+        "network",
+        "weights[name] = mx.repeat(weights[name], self.args.head_dim)",
+        "weights[name] = mx.tile(weights[name], self.args.head_dim)",
+        SKIPS,
+    ),
+    (
+        "network",
+        "passed = d + heads if self.args.passes_heads(self.start_idx - 1) else d",
+        "passed = d + heads if self.args.head_skip else d",
+        "tests/network/test_parallel.py",
+    ),
+    (
+        "network",
+        '"uniform_gain", "query_skip", "head_skip"):',
+        '"uniform_gain", "query_skip"):',
+        "tests/network/test_parallel.py",
+    ),
+    ("network", "raise _Reached(take_stream(out))", "raise _Reached(out)", f"{DROPS} converted"),
+    ("network", "if norm in args.norms}", "}", f"{BAD} broken_config"),
+    ("network", 'if "hidden" in args.norms:', 'if args.norm == "qkv":', SKIPS),
+    ("network", "normed = part in args.norms or", 'normed = args.norm == "qkv" or', SKIPS),
+    (
+        "removal",
+        "found = mx.repeat(found, absent.size // found.size)",
+        "found = mx.tile(found, absent.size // found.size)",
+        SKIPS,
+    ),
+    ("removal", '("head_skip", args.has_head_skip(layer), skips),', "", SKIPS),
+    (
+        "removal",
+        "other = source.query_skip or source.head_skip",
+        "other = source.query_skip",
+        SKIPS,
+    ),
+    ("removal", "other = source.query_skip or source.head_skip", "other = source.head_skip", SKIPS),
+    (
+        "removal",
+        "streams[i] = out if isinstance(given, mx.array) else (out, given[1])",
+        "streams[i] = out",
+        f"{DROPS} importance",
+    ),
+    ("architectures", "and [*shape] == per_channel for", "for", SKIPS),
+    ("architectures", 'if args.norms and args.norm != "qkv":', "if False:", f"{BAD} broken_config"),
+    (
+        "checkpoints",
+        "per_head = name.endswith(CHANNEL_PATHS) and found ==",
+        "per_head = found ==",
+        f"{BAD} tensor",
+    ),
+    (
+        "checkpoints",
+        'if name.endswith(".head_skip") and name not in expected:',
+        "if False:",
+        f"{BAD} tensor",
     ),
     # What a source means.
     (

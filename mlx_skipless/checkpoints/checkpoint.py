@@ -168,7 +168,7 @@ class Checkpoint(Blueprint):
         Raises:
             UserError: for a tensor that is missing, misshapen, not a float, or not the network's.
         """
-        expected = {name: tuple(a.shape) for name, a in tensors_of(Model(self.args)).items()}
+        expected = self._expected
         optional = _find_optional(expected, self.args)
         for name, shape in expected.items():
             if name in self._places:
@@ -191,6 +191,20 @@ class Checkpoint(Blueprint):
                     f"{self.name} has a tensor {place.names[0]} that a {self.config['model_type']} "
                     "of this config does not use: config.json describes another model"
                 )
+
+    @cached_property
+    def _expected(self) -> dict[str, Shape]:
+        """The shape of each of the network's tensors."""
+        return {name: tuple(a.shape) for name, a in tensors_of(Model(self.args)).items()}
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every tensor is there as the network has it, also those that may be left out."""
+        return all(
+            name in self._places
+            and find_shape(self._places[name], self.store.shapes, self.args) == shape
+            for name, shape in self._expected.items()
+        )
 
     def _validate_tensor(self, name: str, expected: Shape) -> None:
         place = self._places[name]

@@ -107,7 +107,8 @@ def _can_stay_packed(job: Job) -> bool:
     options = job.options
     in_place = bool(options.drops) or options.precompute_first_layer is not None
     changed = options.dtype or options.fold_norms or options.skipless or options.quantization
-    packed = isinstance(job.checkpoint, Checkpoint) and job.checkpoint.packed_by_mlx
+    checkpoint = job.checkpoint
+    packed = isinstance(checkpoint, Checkpoint) and checkpoint.packed_by_mlx and checkpoint.is_whole
     return in_place and packed and not changed and not job.plan.eliminated
 
 

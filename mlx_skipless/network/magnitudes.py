@@ -87,11 +87,15 @@ class _Probe(nn.Module):
         self.__dict__["_seen"] = seen  # beside the module's items, which are tensors
 
     def __call__(self, x: Any, *others: Any, **options: Any) -> Any:
-        arrays = [x] if isinstance(x, mx.array) else x  # an attention reads several of a table
-        self._seen.extend((f"{self._name}'s input", array) for array in arrays)
+        # An attention without matrices reads several arrays of a table, and may give two.
+        self._tell("input", x)
         out = self.inner(x, *others, **options)
-        self._seen.append((f"{self._name}'s output", out))
+        self._tell("output", out)
         return out
+
+    def _tell(self, side: str, arrays: Any) -> None:
+        several = [arrays] if isinstance(arrays, mx.array) else arrays
+        self._seen.extend((f"{self._name}'s {side}", array) for array in several)
 
 
 def _add_probes(layer: nn.Module, seen: list[tuple[str, mx.array]]) -> nn.Module:

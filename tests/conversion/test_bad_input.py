@@ -740,6 +740,7 @@ def test_missing_sizes(refused: Refused, place: Path, key: str):
         ({"norm": "qkv", "norms": {"q": True}}, '"norms"'),
         ({"norm": "qkv", "norms": [["q"], 1]}, '"norms"'),
         ({"norms": ["q"]}, '"norms"'),
+        ({"norm": "qkv", "norms": ["k"], "gains": ["q"]}, '"gains"'),
         ({"final_norm": False}, "model.norm.weight"),
         ({"final_norm": "false"}, '"final_norm"'),
         ({"tie_word_embeddings": "false"}, '"tie_word_embeddings"'),
@@ -847,6 +848,7 @@ UP = "model.layers.0.mlp.up_proj.weight"
         (UP, lambda a: a.reshape(-1), f"({48 * 32},)"),
         (UP, lambda a: mx.array(1.0), "()"),
         ("model.norm.weight", lambda a: a[:-1], "(31,)"),
+        ("model.norm.weight", lambda a: a[:4], "(4,)"),  # as many as heads
         ("model.layers.0.self_attn.k_proj.bias", lambda a: mx.zeros(3), "(3,)"),
         ("model.layers.0.self_attn.value_skip", lambda a: mx.zeros(3), "(3,)"),
         ("model.layers.0.self_attn.attention_gain", lambda a: mx.ones(1), "(1,)"),

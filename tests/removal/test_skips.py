@@ -21,6 +21,7 @@ SKIPS = ("query", "head")
 SHAPES = {"per head": False, "per channel": True, "mixed": None}
 HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}
 SMALL = {"hidden_size": 32, "intermediate_size": 48}
+PACKED = {"hidden_size": 128, "intermediate_size": 192}
 PATHS = ("query_skip", "head_skip")
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -217,3 +218,36 @@ def test_skipless_of_a_network_with_all_skips(tmp_path: Path) -> None:
                 stripped[name] = weights[name] * weights[f"{layer}.{norm}.weight"]
     mapped = config | {"skip": "none", "norm": "qkv"}
     check_same_function((mapped, stripped), tmp_path / "o", 0)
+
+
+@pytest.mark.parametrize("skips", [(), SKIPS[:1], SKIPS[1:]], ids=str)
+def test_a_value_gain_stays_beside_a_skip(skips: tuple[str, ...], tmp_path: Path) -> None:
+    """It scales the values, but not the query that is added to them, nor what a head skip reads."""
+    source = make_checkpoint(tmp_path / "s", norm="qkv", gains=True, skips=skips, **SMALL)
+    report = convert(tmp_path / "s", tmp_path / "o", remove="q", fold_norms=True, verify=False)
+    assert ("v" in report.folded) == (not skips) and "hidden" in report.folded
+    check_same_function(source, tmp_path / "o", 0)
+
+
+@pytest.mark.parametrize("how", ["absent", "per head", "as it is"])
+def test_a_packed_source(how: str, tmp_path: Path) -> None:
+    """What a layer lacks, or has per head alone, is no reason to fail: it is not kept packed."""
+    make_checkpoint(
+        tmp_path / "s", skips=SKIPS, per_channel=True, skip="both", norm="pre", **PACKED
+    )
+    convert(tmp_path / "s", tmp_path / "q", remove="none", quantize=True, verify=False)
+    file = tmp_path / "q" / "model.safetensors"
+    weights: Any = mx.load(str(file))
+    name = "model.layers.2.self_attn.query_skip"
+    if how == "absent":
+        del weights[name]
+        (tmp_path / "q" / "model.safetensors.index.json").unlink()
+    elif how == "per head":
+        weights[name] = weights[name][:4]
+    mx.eval(weights)
+    mx.save_safetensors(str(file), weights, metadata={"format": "mlx"})
+    report = convert(tmp_path / "q", tmp_path / "o", drop_ffn=1)
+    assert report.kept_packed == (how == "as it is")
+    found = np.array(stored(tmp_path / "o")[name])
+    expected = np.zeros(128) if how == "absent" else np.array(weights[name])
+    assert np.array_equal(found, np.repeat(expected, 128 // len(expected)))
