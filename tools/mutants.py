@@ -243,6 +243,18 @@ MUTANTS: list[tuple[str, str, str, str]] = [
         f"{DROPS} importance",
     ),
     ("architectures", "and [*shape] == per_channel for", "for", SKIPS),
+    (
+        "network",
+        "several = [arrays] if isinstance(arrays, mx.array) else arrays",
+        "several = [arrays]",
+        "tests/network/test_magnitudes.py",
+    ),
+    (
+        "conversion",
+        "checkpoint.packed_by_mlx and checkpoint.is_whole",
+        "checkpoint.packed_by_mlx",
+        SKIPS,
+    ),
     ("architectures", 'if args.norms and args.norm != "qkv":', "if False:", f"{BAD} broken_config"),
     (
         "checkpoints",
