@@ -83,12 +83,12 @@ def initialize(model: Model, recipe: Recipe) -> None:
 def find_attention_gain(own: Recipe) -> float | None:
     """Find the start of beta, a head's weight on its attention; None where there is no beta.
 
-    With a query skip, or with a head skip too, attention is one of so many additions to what goes
-    past the blocks. It starts at 1 / sqrt(number of additions).
+    With a query skip alone, attention is one of so many additions to what goes past the blocks. It
+    starts at 1 / sqrt(number of additions). With a head skip too, 1 was better by 0.1 nats.
     """
     if own.attention_gain is not None or own.query_skip is None:
         return own.attention_gain
-    return (own.layers * (1 if own.head_skip is None else 2)) ** -0.5
+    return 1.0 if own.head_skip is not None else own.layers**-0.5
 
 
 def _adjust_layer(weights: dict[str, mx.array], layer: int, own: Recipe, args: ModelArgs) -> None:

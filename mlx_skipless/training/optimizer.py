@@ -61,7 +61,7 @@ class StackedMuon(optim.Muon):
 
 def make_optimizer(recipe: Recipe) -> optim.Optimizer:
     """Make an optimizer: Muon for the matrices, AdamW for embeddings, norms and linear paths."""
-    muon = StackedMuon(make_schedule(recipe, recipe.learning_rate), weight_decay=0.0)
+    muon = StackedMuon(make_schedule(recipe, recipe.peak), weight_decay=0.0)
     adam = optim.AdamW(
         make_schedule(recipe, recipe.adam_learning_rate), betas=[0.9, 0.95], weight_decay=0.0
     )

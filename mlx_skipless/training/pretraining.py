@@ -182,7 +182,7 @@ class Run(ResumableRun[TrainingResult]):
             settings.pace,
             model,
             make_optimizer(self._recipe),
-            make_schedule(self._recipe, self._recipe.learning_rate),
+            make_schedule(self._recipe, self._recipe.peak),
         )
 
     def begin(self) -> None:

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from ..errors import UserError
-from ..options import check_choices, flag_name, option
+from ..options import check_above_zero, check_choices, flag_name, option
 
 # The keys of network.model.ACTIVATIONS, which cannot be imported without MLX.
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu")
@@ -28,11 +28,11 @@ class Recipe:
 
     hidden_size: int = option(256, "width of the stream")
     intermediate_size: int = option(512, "width of the FFN's hidden activations")
-    layers: int = option(4, "number of blocks")
-    heads: int = option(4, "query heads")
+    layers: int = option(12, "number of blocks")
+    heads: int = option(8, "query heads")
     kv_heads: int = option(2, "key-value heads; must divide the query heads")
     vocab_size: int = option(4096, "entries of the tokenizer that is made")
-    context: int = option(256, "tokens of a training window")
+    context: int = option(512, "tokens of a training window")
     hidden_act: str = option("silu", "the gate's activation", ACTIVATIONS)
     rope_theta: float = option(10000.0, "base of RoPE")
     tie: bool = option(True, "use the embedding as the head")
@@ -43,7 +43,10 @@ class Recipe:
         "qkv", "RMS norms: on projections' outputs (qkv) or on the stream (pre)",
         ("none", "qkv", "pre"),
     )  # fmt: skip
-    norms: str = option("q,k,v,hidden", "which outputs --norm qkv acts on")
+    norms: str = option(
+        "q,k,v,heads",
+        "which of q, k, v, heads (what P reads) and hidden (what down reads) --norm qkv acts on",
+    )
     without: str = option(
         "", "matrices that the network never has", ("", "q", "p", "qp", "v", "vp", "k", "kp")
     )
@@ -68,8 +71,8 @@ class Recipe:
     )
     attention_gain: float | None = option(
         None,
-        "start of beta, a head's weight on its attention; none: 1 / sqrt(layers) with a query "
-        "skip, 1 / sqrt(2 layers) with a head skip too, else there is no beta",
+        "start of beta, a head's weight on its attention; none: 1 with a head skip, "
+        "1 / sqrt(layers) with a query skip alone, else there is no beta",
     )
     value_skip: float | None = option(
         None, "start of a head's weight on the token's own value, or none to leave it out"
@@ -82,11 +85,17 @@ class Recipe:
         "start an FFN on whose path alone the stream depends near the identity: down as up's "
         "transpose, small gates",
     )
-    embedding_scale: float = option(1.0, "times the embedding where it enters the stream")
+    embedding_scale: float = option(
+        50.0, "times the embedding, which starts at 0.02, where it enters the stream"
+    )
 
     steps: int = option(6000, "optimizer steps")
     batch_size: int = option(8, "windows a step")
-    learning_rate: float = option(0.02, "Muon's, for matrices, at its highest")
+    learning_rate: float | None = option(
+        None,
+        "Muon's, for matrices, at its highest; none: 0.02, with a head skip 0.01 at 12 layers and "
+        "less the deeper, with a query skip alone half of that",
+    )
     adam_learning_rate: float = option(3e-3, "AdamW's, for all else, at its highest")
     warmup: int = option(20, "steps of rising rates")
     decay: float = option(0.75, "share of the steps, at the end, in which the rates fall to zero")
@@ -99,9 +108,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        for name in ("learning_rate", "adam_learning_rate", "clip", "temperature"):
+        for name in ("adam_learning_rate", "clip", "temperature", "embedding_scale"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{flag_name(name)} {getattr(self, name)}: must be above 0")
+        check_above_zero("--learning-rate", self.learning_rate)
         for name in ("steps", "batch_size", "context"):
             if getattr(self, name) < 1:
                 raise UserError(f"{flag_name(name)} {getattr(self, name)}: must be at least 1")
@@ -109,6 +119,20 @@ class Recipe:
             raise UserError(f"--seed {self.seed}: must be at least 0")
         if self.warmup < 0 or not 0 <= self.decay <= 1 or not 0 <= self.orthogonal_q <= 1:
             raise UserError("--warmup must be at least 0, --decay and --orthogonal-q from 0 to 1")
+
+    @property
+    def peak(self) -> float:
+        """The highest learning rate of the matrices.
+
+        With a head skip it falls with depth as measured at 6, 12, 24 and 32 layers
+        (``docs/training.md``); with skips on the stream one rate serves all.
+        """
+        if self.learning_rate is not None:
+            return self.learning_rate
+        own = self.resolve()
+        if own.query_skip is None and own.head_skip is None:
+            return 0.02
+        return (0.005 if own.head_skip is None else 0.01) * (12 / own.layers) ** 0.6
 
     def resolve(self) -> "Recipe":
         """Return the recipe with what ``block`` "sas" or "sas-p" implies written out."""

@@ -37,7 +37,7 @@ from mlx_skipless.training.results import TrainingResult as Result
 
 SMALL = Recipe(
     hidden_size=16, intermediate_size=32, layers=2, heads=2, kv_heads=1, vocab_size=300,
-    context=16, batch_size=4, steps=12, warmup=2, decay=1.0,
+    context=16, batch_size=4, steps=12, warmup=2, decay=1.0, learning_rate=0.02,
 )  # fmt: skip
 PACE = Pace(log_every=2, eval_every=4, save_every=4, sample_every=0, eval_tokens=64)
 LINES = 300

@@ -10,13 +10,14 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 import reference
 from grids import product
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_skipless import UserError
 from mlx_skipless.network.model import ACTIVATIONS as NETWORK_ACTIVATIONS
@@ -39,6 +40,13 @@ SMALL: dict[str, Any] = {
     "kv_heads": 2,
     "vocab_size": 300,
     "context": 16,
+}
+# The recipe without the skips that merge, as the bundled model has it.
+FORMER: dict[str, Any] = {
+    "query_skip": None,
+    "head_skip": None,
+    "norms": "q,k,v,hidden",
+    "embedding_scale": 1.0,
 }
 BLOCKS, SKIPS, NORMS = ("serial", "parallel"), ("none", "ffn", "both"), ("none", "qkv", "pre")
 WITHOUT = ("", "q", "p", "qp", "v", "vp", "k", "kp")
@@ -105,10 +113,15 @@ def check_rung(**options: Any) -> dict[str, np.ndarray]:
 )
 def test_every_rung_runs_and_can_learn(block: str, skip: str, norm: str, without: str):
     kv_heads = 4 if set(without) & {"k", "v"} else 2
-    for shaped, gate, value in itertools.product((False, True), (None, 1.0), (None, 0.5)):
+    ways = (
+        (False, 1.0, None, {}), (False, None, 0.5, {"head_skip": None, "skip_width": "channel"}),
+        (False, None, None, FORMER), (False, 1.0, 0.5, FORMER), (True, None, 0.5, FORMER),
+        (True, 1.0, None, FORMER),
+    )  # fmt: skip
+    for shaped, gate, value, skips in ways:
         weights = check_rung(
             block=block, skip=skip, norm=norm, without=without, kv_heads=kv_heads,
-            shaped_attention=shaped, gate_offset=gate, value_skip=value,
+            shaped_attention=shaped, gate_offset=gate, value_skip=value, **skips,
         )  # fmt: skip
         for layer in range(2):
             prefix = f"model.layers.{layer}."
@@ -116,7 +129,9 @@ def test_every_rung_runs_and_can_learn(block: str, skip: str, norm: str, without
             assert {part for part, name in MATRIX.items() if name not in has} == set(without)
             assert ("mlp.gate_offset" in has) == (gate is not None)
             assert ("self_attn.value_skip" in has) == (value is not None or shaped)
-            assert ("self_attn.attention_gain" in has) == shaped
+            assert ("self_attn.attention_gain" in has) == (shaped or skips is not FORMER)
+            assert ("self_attn.query_skip" in has) == (skips is not FORMER)
+            assert ("self_attn.head_skip" in has) == (skips == {} and layer > 0)
             assert ("self_attn.uniform_gain" in has) == shaped
             assert ("self_attn.q_norm.weight" in has) == (norm == "qkv")
             assert ("input_layernorm.weight" in has) == (norm == "pre")
@@ -161,7 +176,7 @@ def test_simplified_blocks(name: str, block: str, skip: str):
 @pytest.mark.parametrize("value_skip", [None, 1.0])
 def test_shaped_attention_starts_as_the_identity(options: dict[str, Any], value_skip: float | None):
     """alpha I + beta A - gamma C, all three one and A uniform as C: no token sees another."""
-    model = made(value_skip=value_skip, **options)[1]
+    model = made(value_skip=value_skip, **FORMER | options)[1]
     for layer in model.layers:
         for gain in ("value_skip", "attention_gain", "uniform_gain"):
             assert (np.array(layer.self_attn[gain]) == 1).all()
@@ -222,7 +237,8 @@ def test_what_is_added_to_the_stream_is_scaled_down(
     skip: str, layers: int, without: str, last: str
 ):
     additions = {"none": 1, "ffn": layers, "both": 2 * layers}[skip]
-    weights = weights_of(made(skip=skip, norm="pre", layers=layers, without=without, kv_heads=4)[1])
+    options = FORMER | {"skip": skip, "norm": "pre", "layers": layers, "without": without}
+    weights = weights_of(made(kv_heads=4, **options)[1])
     for name, w in weights.items():
         if "_proj" not in name or "k_proj" in name:
             continue
@@ -233,12 +249,57 @@ def test_what_is_added_to_the_stream_is_scaled_down(
 
 def test_a_skipless_stream_neither_grows_nor_shrinks():
     """Through ten layers, where a factor of two in each would be a thousand."""
-    weights = weights_of(made(layers=10, hidden_size=32, intermediate_size=64)[1])
-    config = dataclasses.asdict(made(layers=10, hidden_size=32, intermediate_size=64)[1].args)
+    _, model = made(layers=10, hidden_size=32, intermediate_size=64, **FORMER)
+    weights, config = weights_of(model), dataclasses.asdict(model.args)
     x = weights["model.embed_tokens.weight"][TOKENS]
     for layer in range(10):
         x = reference.block(config, weights, layer, x)
         assert 0.5 < np.sqrt(np.mean(x**2)) < 2
+
+
+@pytest.mark.parametrize("width", ["head", "channel"])
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("inner", [8, 16, 24])
+def test_where_the_skips_that_merge_start(width: str, layers: int, inner: int):
+    """Blocks that a head skip passes start as small additions, the last FFN near the identity."""
+    options = {"layers": layers, "skip_width": width, "intermediate_size": inner}
+    weights = weights_of(made(query_skip=0.5, head_skip=0.75, gate_offset=0.9, **options)[1])
+    size = 16 if width == "channel" else 4
+    for layer in range(layers):
+        attention, mlp = (f"model.layers.{layer}.{part}." for part in ("self_attn", "mlp"))
+        assert np.array_equal(weights[f"{attention}query_skip"], np.full(size, 0.5))
+        assert np.array_equal(weights[f"{attention}attention_gain"], np.ones(4))
+        assert (f"{attention}head_skip" in weights) == (layer > 0)
+        if layer:
+            assert np.array_equal(weights[f"{attention}head_skip"], np.full(size, 0.75))
+        up, down, gate = (weights[f"{mlp}{name}_proj.weight"] for name in ("up", "down", "gate"))
+        last = layer == layers - 1
+        assert (weights[f"{mlp}gate_offset"] == (np.float32(0.9) if last else 0)).all()
+        if last:
+            x = np.random.default_rng(layer).standard_normal(16)
+            y = down @ up @ x  # the linear path alone
+            assert y == pytest.approx(x, abs=1e-4) or inner < 16
+            assert np.sum(gate**2) / inner == pytest.approx(0.3**2, rel=1e-4)
+            assert np.allclose(down, up.T * min(1, 16 / inner))
+        else:
+            assert np.sum(down**2) / 16 == pytest.approx(1 / (2 * layers), rel=1e-4)
+            assert np.sum(gate**2) / inner == pytest.approx(1, rel=1e-4)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 6])
+def test_a_query_skip_alone_starts_near_the_identity_in_every_layer(layers: int):
+    weights = weights_of(made(layers=layers, head_skip=None, gate_offset=0.9)[1])
+    for layer in range(layers):
+        attention, mlp = (f"model.layers.{layer}.{part}." for part in ("self_attn", "mlp"))
+        assert weights[f"{attention}attention_gain"] == pytest.approx(layers**-0.5)
+        assert (weights[f"{mlp}gate_offset"] == np.float32(0.9)).all()
+        up, down = (weights[f"{mlp}{name}_proj.weight"] for name in ("up", "down"))
+        assert np.allclose(down @ up, np.eye(16), atol=1e-4)
+    far = weights_of(made(layers=layers, head_skip=None, near_identity=False)[1])
+    name = "model.layers.0.mlp."
+    assert not np.allclose(
+        far[f"{name}down_proj.weight"] @ far[f"{name}up_proj.weight"], np.eye(16)
+    )
 
 
 def test_embeddings_are_small():
@@ -249,7 +310,8 @@ def test_embeddings_are_small():
 
 
 def test_linear_paths_and_temperature_start_where_told():
-    weights = weights_of(made(gate_offset=0.25, value_skip=0.75, temperature=3.0)[1])
+    options = FORMER | {"gate_offset": 0.25, "value_skip": 0.75, "temperature": 3.0}
+    weights = weights_of(made(**options)[1])
     for layer in range(2):
         prefix = f"model.layers.{layer}."
         assert (weights[f"{prefix}mlp.gate_offset"] == 0.25).all()
@@ -396,20 +458,62 @@ def test_a_step_of_the_optimizer():
             assert move[big] == pytest.approx(-0.25 / 4 * first * np.sign(g[big]), rel=0.02), name
 
 
+@pytest.mark.parametrize("options", [{}, {"layers": 3, "without": "q"}, {"heads": 2}])
+def test_stacked_matrices_move_as_mlx_moves_each(options: dict[str, Any]):
+    recipe, model = made(learning_rate=0.3, warmup=3, **options)
+    schedule = make_schedule(recipe, 0.3)
+    ours, theirs = make_optimizer(recipe).optimizers[0], optim.Muon(schedule, weight_decay=0.0)
+    named = [(n, w) for n, w in flat(model.parameters()).items() if n.endswith("_proj.weight")]
+    weights = expected = tree_unflatten(named)
+    rng = np.random.default_rng(5)
+    for _ in range(4):
+        gradients = tree_map(lambda w: mx.array(rng.standard_normal(w.shape, np.float32)), weights)
+        weights = ours.apply_gradients(gradients, weights)
+        expected = theirs.apply_gradients(gradients, expected)
+    for name, weight in flat(expected).items():
+        assert np.allclose(np.array(flat(weights)[name]), np.array(weight), atol=2e-5), name
+
+
+@pytest.mark.parametrize(
+    ("options", "peak"),
+    [({"layers": 12}, 0.01), ({"layers": 24}, 0.0066), ({"layers": 6}, 0.0152),
+     ({"layers": 12, "head_skip": None}, 0.005), ({"layers": 24, "learning_rate": 0.3}, 0.3),
+     ({"layers": 24, **FORMER}, 0.02), ({"layers": 24, "block": "sas"}, 0.02)],
+)  # fmt: skip
+def test_the_rate_goes_with_depth_and_wiring(options: dict[str, Any], peak: float):
+    recipe = Recipe(**SMALL | options)
+    assert recipe.peak == pytest.approx(peak, rel=5e-3)
+    rate = make_optimizer(recipe).optimizers[0]
+    rate.init({"x_proj": {"weight": mx.zeros((2, 2))}})
+    schedule = make_schedule(recipe, recipe.peak)
+    rate.apply_gradients(
+        {"x_proj": {"weight": mx.ones((2, 2))}}, {"x_proj": {"weight": mx.ones((2, 2))}}
+    )
+    assert rate.learning_rate.item() == pytest.approx(schedule(mx.array(0)).item())
+
+
 # What keeps Q removable
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(2, 24), st.floats(1, 30), st.floats(1e-3, 1e3), st.integers(0, 2**32))
-def test_orthogonal_factors(n: int, condition: float, scale: float, seed: int):
-    """The singular vectors of the matrix with all singular values near one."""
+@given(
+    st.integers(2, 24), st.integers(-8, 8), st.floats(1, 30), st.floats(1e-3, 1e3),
+    st.integers(0, 2**32),
+)  # fmt: skip
+def test_orthogonal_factors(n: int, wider: int, condition: float, scale: float, seed: int):
+    """The singular vectors of each of two matrices with all singular values near one."""
     rng = np.random.default_rng(seed)
-    u, v = (np.linalg.qr(rng.standard_normal((n, n)))[0] for _ in range(2))
-    values = np.geomspace(1, condition, n)
-    x = mx.array((scale * (u * values) @ v.T).astype(np.float32))
-    factor = u.T @ np.array(orthogonalize(x), np.float64) @ v
-    assert np.allclose(factor, np.diag(np.diag(factor)), atol=1e-3)
-    assert np.diag(factor).min() > 0.65 and np.diag(factor).max() < 1.25
+    m = max(2, n + wider)
+    k = min(n, m)
+    us, vs = ([np.linalg.qr(rng.standard_normal((size, k)))[0] for _ in "ab"] for size in (n, m))
+    values = np.geomspace(1, condition, k)
+    stacked = [(scale * (u * values) @ v.T).astype(np.float32) for u, v in zip(us, vs, strict=True)]
+    found = np.array(orthogonalize(mx.array(np.stack(stacked))), np.float64)
+    for u, v, one in zip(us, vs, found, strict=True):
+        factor = u.T @ one @ v
+        assert np.allclose(factor, np.diag(np.diag(factor)), atol=1e-3)
+        assert np.allclose(u @ factor @ v.T, one, atol=1e-3)
+        assert np.diag(factor).min() > 0.65 and np.diag(factor).max() < 1.25
 
 
 @pytest.mark.parametrize("step", [0, 2, 5, 9])
