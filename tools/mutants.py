@@ -236,6 +236,14 @@ MUTANTS: list[tuple[str, str, str, str]] = [
         SKIPS,
     ),
     ("removal", "other = source.query_skip or source.head_skip", "other = source.head_skip", SKIPS),
+    ("removal", ' or "heads" in source.norms', "", SKIPS),
+    ("removal", '"v": kv_width, "heads": width}', '"v": kv_width}', SKIPS),
+    (
+        "network",
+        "out = heads if self.heads_norm is None else",
+        "out = heads if self.heads_norm is None or self.o_proj is None else",
+        SKIPS,
+    ),
     (
         "removal",
         "streams[i] = out if isinstance(given, mx.array) else (out, given[1])",

@@ -69,8 +69,8 @@ def choose_folded(
         norms += ["ffn"]
     if wanted:
         norms += ["hidden"]
-        # P absorbs it, unless something else is added to the values or reads the heads.
-        other = source.query_skip or source.head_skip
+        # P absorbs it, unless something else is added to the values or reads or norms the heads.
+        other = source.query_skip or source.head_skip or "heads" in source.norms
         norms += [] if source.removed.get("p") or other else ["v"]
         norms += [] if source.tie_word_embeddings else ["final"]
     there = [norm for norm in norms if norm in (*source.gains, *source.shifts)]

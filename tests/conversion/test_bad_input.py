@@ -737,6 +737,8 @@ def test_missing_sizes(refused: Refused, place: Path, key: str):
         ({"norms": "q"}, '"norms"'),
         ({"norms": False}, '"norms"'),
         ({"norm": "qkv", "norms": ["q", "value"]}, '"norms"'),
+        ({"norm": "qkv", "norms": ["o"]}, "a list of q, k, v, heads, hidden"),
+        ({"norm": "qkv", "gains": ["heads"]}, '"gains"'),
         ({"norm": "qkv", "norms": {"q": True}}, '"norms"'),
         ({"norm": "qkv", "norms": [["q"], 1]}, '"norms"'),
         ({"norms": ["q"]}, '"norms"'),

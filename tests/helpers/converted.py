@@ -35,7 +35,7 @@ MODELS: dict[str, tuple[dict[str, Any] | str, dict[str, Any], list[int]]] = {
         [],
     ),
     "skips": (
-        QKV | WINDOW | BOTH_SKIPS | {"per_channel": True, "norms": ["k", "v"]},
+        QKV | WINDOW | BOTH_SKIPS | {"per_channel": True, "norms": ["k", "v", "heads"]},
         {"remove": "qp"},
         [],
     ),

@@ -50,7 +50,7 @@ def block_and_heads(
     heads = attended = None
     if has_attention:
         heads = attend(config, weights, layer, x, before)
-        attended = _linear(weights, f"model.layers.{layer}.self_attn.o_proj", heads)
+        attended = _project_heads(config, weights, layer, heads)
     if kind == "parallel":
         out = feed_forward(config, weights, layer, x) if has_ffn else np.zeros_like(x)
         out = out if attended is None else out + attended
@@ -71,13 +71,13 @@ def attention(
     Arguments are those of `attend`.
     """
     heads = attend(config, weights, layer, x, before)
-    return _linear(weights, f"model.layers.{layer}.self_attn.o_proj", heads)
+    return _project_heads(config, weights, layer, heads)
 
 
 def attend(
     config: Config, weights: Weights, layer: int, x: np.ndarray, before: np.ndarray | None
 ) -> np.ndarray:
-    """The heads' outputs side by side, (batch, length, heads * head_dim).
+    """The heads' outputs side by side, before their norm, (batch, length, heads * head_dim).
 
     `x` is what the attention sub-layer reads, (batch, length, hidden), and `before` what this gave
     in the layer before, None where that has no attention.
@@ -127,6 +127,15 @@ def attend(
     out = out - gamma * (seen / seen.sum(axis=-1, keepdims=True) @ v) + alpha * v
     out = out.transpose(0, 2, 1, 3) + vector("query_skip", 0.0) * query
     return out.reshape(*x.shape[:2], -1)
+
+
+def _project_heads(config: Config, weights: Weights, layer: int, heads: np.ndarray) -> np.ndarray:
+    """The heads' outputs side by side, behind their norm if there is one, through P."""
+    prefix = f"model.layers.{layer}.self_attn."
+    if _has_norm(config, "heads"):
+        gain = weights.get(f"{prefix}heads_norm.weight")
+        heads = rms_norm(heads, gain, config["rms_norm_eps"])
+    return _linear(weights, f"{prefix}o_proj", heads)
 
 
 def feed_forward(config: Config, weights: Weights, layer: int, x: np.ndarray) -> np.ndarray:
@@ -292,7 +301,7 @@ def _norm(config: Config) -> str:
 
 
 def _has_norm(config: Config, name: str) -> bool:
-    """Whether a network has one of the four norms of "qkv": q, k, v or hidden."""
+    """Whether a network has one of the norms of "qkv"; "heads" only where "norms" names it."""
     return _norm(config) == "qkv" and name in (config.get("norms") or ("q", "k", "v", "hidden"))
 
 

@@ -16,6 +16,7 @@ from grids import only, pairs, thin
 
 import mlx_skipless
 from mlx_skipless.conversion.convert import convert
+from mlx_skipless.network.model import PROJECTION_NORMS
 
 SKIPS = ("query", "head")
 SHAPES = {"per head": False, "per channel": True, "mixed": None}
@@ -23,6 +24,7 @@ HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}
 SMALL = {"hidden_size": 32, "intermediate_size": 48}
 PACKED = {"hidden_size": 128, "intermediate_size": 192}
 PATHS = ("query_skip", "head_skip")
+NORMED = {"four norms": None, "normed heads": [*PROJECTION_NORMS]}
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
     "table": {"precompute_first_layer": "force"},
@@ -43,7 +45,7 @@ def draw_network(seed: int) -> tuple[dict[str, Any], str]:
         return choices[rng.integers(len(choices))]
 
     heads, block = pick(*HEADS), pick("serial", "parallel")
-    there = [norm for norm in ("q", "k", "v", "hidden") if rng.integers(2)]
+    there = [norm for norm in PROJECTION_NORMS if rng.integers(2)]
     free = [x for x in REMOVALS[block] if heads == "MHA" or not {"k", "v"} & {*x}]
     source = {
         "seed": seed,
@@ -107,12 +109,12 @@ def test_both_skips_matter(seed: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("block", "heads", "shape", "remove", "way"),
+    ("block", "heads", "shape", "remove", "way", "normed"),
     thin(
         [
             case
             for case in itertools.product(
-                REMOVALS, HEADS, SHAPES, ("qp", "kp", "q", "k", "p", "none"), WAYS
+                REMOVALS, HEADS, SHAPES, ("qp", "kp", "q", "k", "p", "none"), WAYS, NORMED
             )
             if can_go(case[0], case[1], case[3])
         ],
@@ -120,12 +122,13 @@ def test_both_skips_matter(seed: int, tmp_path: Path) -> None:
     ),
 )
 def test_conversion(
-    block: str, heads: str, shape: str, remove: str, way: str, tmp_path: Path
+    block: str, heads: str, shape: str, remove: str, way: str, normed: str, tmp_path: Path
 ) -> None:
     """Every vector is copied; ours and mlx-lm's loader run the same function, cached and not."""
     source = make_checkpoint(
         tmp_path / "s", block=block, num_key_value_heads=HEADS[heads], num_hidden_layers=4,
-        skips=SKIPS, per_channel=SHAPES[shape], norm="qkv", gains=True, **SMALL,
+        skips=SKIPS, per_channel=SHAPES[shape], norm="qkv", norms=NORMED[normed], gains=True,
+        **SMALL,
     )  # fmt: skip
     out = tmp_path / "o"
     report = convert(tmp_path / "s", out, remove=remove, verify=False, **WAYS[way])
@@ -220,12 +223,47 @@ def test_skipless_of_a_network_with_all_skips(tmp_path: Path) -> None:
     check_same_function((mapped, stripped), tmp_path / "o", 0)
 
 
+@pytest.mark.parametrize(
+    ("block", "remove"), [("serial", "qp"), ("serial", "p"), ("parallel", "p")]
+)
+def test_normed_heads_without_skips(block: str, remove: str, tmp_path: Path) -> None:
+    """Without P an FFN or a parallel block's sum reads them; their gain is copied."""
+    source = make_checkpoint(
+        tmp_path / "s", block=block, norm="qkv", norms=["heads", "hidden"], gains=True, **SMALL
+    )
+    convert(tmp_path / "s", tmp_path / "o", remove=remove, fold_norms=True, verify=False)
+    check_same_function(source, tmp_path / "o", 0)
+    name = "model.layers.1.self_attn.heads_norm.weight"
+    assert np.array_equal(np.array(stored(tmp_path / "o")[name]), source[1][name])
+
+
+def test_normed_heads_without_a_gain_in_one_layer(tmp_path: Path) -> None:
+    """It gets ones, as many as its heads are wide, whatever the stream is."""
+    config, weights = make_checkpoint(
+        tmp_path / "s", norm="qkv", norms=["heads"], gains=True, head_dim=12, **SMALL
+    )
+    weights = keep(weights, "layers.1.self_attn.heads_norm")
+    store(tmp_path / "s", weights)
+    convert(tmp_path / "s", tmp_path / "o", remove="p", verify=False)
+    check_same_function((config, weights), tmp_path / "o", 0)
+
+
 @pytest.mark.parametrize("skips", [(), SKIPS[:1], SKIPS[1:]], ids=str)
 def test_a_value_gain_stays_beside_a_skip(skips: tuple[str, ...], tmp_path: Path) -> None:
     """It scales the values, but not the query that is added to them, nor what a head skip reads."""
     source = make_checkpoint(tmp_path / "s", norm="qkv", gains=True, skips=skips, **SMALL)
     report = convert(tmp_path / "s", tmp_path / "o", remove="q", fold_norms=True, verify=False)
     assert ("v" in report.folded) == (not skips) and "hidden" in report.folded
+    check_same_function(source, tmp_path / "o", 0)
+
+
+def test_a_value_gain_stays_before_a_norm_of_the_heads(tmp_path: Path) -> None:
+    """The norm divides by what the gain made of the heads."""
+    source = make_checkpoint(
+        tmp_path / "s", norm="qkv", norms=[*PROJECTION_NORMS], gains=True, **SMALL
+    )
+    report = convert(tmp_path / "s", tmp_path / "o", remove="q", fold_norms=True, verify=False)
+    assert "v" not in report.folded and "hidden" in report.folded
     check_same_function(source, tmp_path / "o", 0)
 
 
