@@ -8,10 +8,10 @@ from ..conversion.card import name_source, render_card
 from ..network.model import ModelArgs
 from .results import Distance, HealingResult, TrainingResult
 
-SKIPS = {"none": "no skip", "ffn": "a skip around each FFN", "both": "both skips"}
+SKIPS = {"none": "no skip", "ffn": "one skip, around each FFN,", "both": "both skips"}
 NORMS = {
     "none": "no norms",
-    "qkv": "norms on the outputs of projections alone",
+    "qkv": "norms that no removal crosses",
     "pre": "norms on the stream",
 }
 HEALING_FAILED = (
@@ -25,8 +25,10 @@ def write_training_card(
     result: TrainingResult, args: ModelArgs, recipe: Mapping[str, Any], sources: Sequence[str]
 ) -> str:
     """Write the card of a model that was trained here: its text, its recipe and its figures."""
+    merging = ["query skips"] * args.query_skip + ["head skips"] * args.head_skip
+    skips = " and ".join([f"{SKIPS[args.skip]} on the stream", *merging])
     summary = (
-        f"A {args.block} transformer with {SKIPS[args.skip]} and {NORMS[args.norm]}, "
+        f"A {args.block} transformer with {skips}, and {NORMS[args.norm]}, "
         f"{result.parameters:,} weights, trained by `mlx-skipless train`."
     )
     figures = [
