@@ -10,7 +10,8 @@ from ..training.recipe import Recipe, TrainingPace
 from .shared import add_fields, add_held_out_arguments, add_run_arguments, open_output, take_fields
 
 EXAMPLES = (
-    ("--data tales/*.txt", "a skipless model of the bundled one's recipe"),
+    ("--data tales/*.txt", "a skipless model of twelve layers whose Q and P can go"),
+    ("--data tales/*.txt -c recipes/tales.yaml", "the bundled model again"),
     ("--data tales/*.txt --steps 200 --mlx-path trial", "a shorter run"),
     ("--resume --mlx-path trial", "go on after a stop, bit for bit"),
 )
