@@ -82,7 +82,8 @@ class ModelArgs(BaseModelArgs):
     block: str = "serial"  # serial: attention, then FFN; parallel: their sum
     skip: str = "none"  # none, ffn (around the FFN only), both
     norm: str = "none"  # none, qkv (on the projections' outputs), pre (on the stream)
-    norms: List[str] = field(default_factory=list)  # with norm "qkv", which of its norms; none: all
+    # With norm "qkv", which of PROJECTION_NORMS; none: all but "heads".
+    norms: List[str] = field(default_factory=list)
     final_norm: bool = False
     norm_type: str = "rms"  # kind of the norms on the stream, final one too: rms, layer (LayerNorm)
     rms_norm_eps: float = 1e-5

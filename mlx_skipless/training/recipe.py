@@ -9,10 +9,11 @@ import math
 from dataclasses import dataclass
 
 from ..errors import UserError
-from ..options import check_above_zero, check_choices, flag_name, option
+from ..options import check_above_zero, check_choice, check_choices, flag_name, option
 
-# The keys of network.model.ACTIVATIONS, which cannot be imported without MLX.
+# As network.model has them, which cannot be imported without MLX.
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu")
+PROJECTION_NORMS = ("q", "k", "v", "heads", "hidden")
 HEALING_RATES = {"lora": 1e-3, "full": 5e-5}
 
 
@@ -112,6 +113,8 @@ class Recipe:
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{flag_name(name)} {getattr(self, name)}: must be above 0")
         check_above_zero("--learning-rate", self.learning_rate)
+        for norm in self.norms.split(","):
+            check_choice("--norms", norm, PROJECTION_NORMS)
         for name in ("steps", "batch_size", "context"):
             if getattr(self, name) < 1:
                 raise UserError(f"{flag_name(name)} {getattr(self, name)}: must be at least 1")

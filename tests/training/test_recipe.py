@@ -21,6 +21,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_skipless import UserError
 from mlx_skipless.network.model import ACTIVATIONS as NETWORK_ACTIVATIONS
+from mlx_skipless.network.model import PROJECTION_NORMS as NETWORK_NORMS
 from mlx_skipless.network.model import Model
 from mlx_skipless.options import read_options
 from mlx_skipless.training.initialization import initialize, make_model_args, make_orthogonal
@@ -30,7 +31,7 @@ from mlx_skipless.training.optimizer import (
     orthogonalize,
     pull_queries,
 )
-from mlx_skipless.training.recipe import ACTIVATIONS, Recipe
+from mlx_skipless.training.recipe import ACTIVATIONS, PROJECTION_NORMS, Recipe
 
 SMALL: dict[str, Any] = {
     "hidden_size": 16,
@@ -553,6 +554,16 @@ def test_other_queries_are_left(options: dict[str, Any]):
 
 def test_the_activations_are_the_networks():
     assert tuple(NETWORK_ACTIVATIONS) == ACTIVATIONS
+
+
+def test_the_norms_are_the_networks():
+    assert NETWORK_NORMS == PROJECTION_NORMS
+
+
+@pytest.mark.parametrize("norms", ["", "q,x", "q, k", "q,,v"])
+def test_norms_that_there_are_not_are_refused_before_any_text_is_read(norms: str):
+    with pytest.raises(UserError, match=r"--norms .* choose one of q, k, v, heads, hidden"):
+        Recipe(norms=norms)
 
 
 def test_what_flags_are_made_of_needs_no_mlx():
