@@ -49,7 +49,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("algebra", "else q.bias @ inverse)", "else -q.bias @ inverse)", EXACT),
     ("algebra", "else -p.bias)", "else p.bias)", EXACT),
     ("algebra", "- reads.shift @ weight", "+ reads.shift @ weight", EXACT),
-    ("algebra", "if owns_shift and writes.shift", "if writes.shift", EXACT),
+    ("algebra", "+ shift_share * writes.shift", "+ writes.shift", EXACT),
     (
         "algebra",
         "Basis(basis.inverse.T, basis.matrix.T)",

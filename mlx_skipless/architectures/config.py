@@ -265,9 +265,13 @@ def _find_contradictions(args: ModelArgs) -> Iterator[str]:
             f"{heads} attention heads cannot share {kv_heads} key-value heads: correct "
             '"num_key_value_heads" in config.json'
         )
-    # Without Q, K or V the stream itself takes its place; without P the heads are added to it.
+    # Without Q, K or V the stream itself takes its place; without P the heads take the stream's,
+    # but where an FFN alone reads them.
     counts = {"q": heads, "k": kv_heads, "v": kv_heads}
-    if args.block == "parallel" or args.skip == "both":
+    without_p = {*args.removed.get("p", ())} - {*args.removed.get("attention", ())}
+    bare = without_p & {*args.removed.get("ffn", ())}
+    alone = args.block == "serial" and args.skip == "none" and args.norm != "pre"
+    if bare or not alone:
         counts["p"] = heads
     for part, count in counts.items():
         if args.removed.get(part) and count * args.head_dim != args.hidden_size:

@@ -24,7 +24,7 @@ from mlx_lm.models.base import BaseModelArgs, create_attention_mask, scaled_dot_
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_lm.models.pipeline import PipelineMixin
 from mlx_lm.models.rope_utils import initialize_rope
-from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear, SwitchMLP
 
 MLX_LM_RANGE = ((0, 32), (0, 33))  # versions from the first up to, but not including, the second
 
@@ -505,8 +505,8 @@ class MLP(nn.Module):
             self.hidden_norm = RMSNorm(dims, args.rms_norm_eps)
         self.hidden_act = args.hidden_act
 
-    def activation(self, up: mx.array, gate: Optional[mx.array]) -> mx.array:
-        """Compute what the last matrix reads; SwitchGLU calls it by this name."""
+    def activation(self, up: mx.array, gate: Optional[mx.array] = None) -> mx.array:
+        """Compute what the last matrix reads; mlx-lm's experts call it by this name."""
         if gate is None:
             hidden = ACTIVATIONS[self.hidden_act](up)
         elif "gate_offset" in self:
@@ -541,7 +541,7 @@ class MLP(nn.Module):
             self.hidden_norm = ShardedRMSNorm(self.hidden_norm, group)
 
 
-class Experts(MLP, SwitchGLU):
+class Experts(MLP):
     """Mixtral's mixture of FFNs: a router picks a few for each token and weighs their outputs."""
 
     def __init__(self, args: ModelArgs, layer: int):
@@ -549,19 +549,31 @@ class Experts(MLP, SwitchGLU):
         self.picked = args.num_experts_per_tok
         self.group: Optional[mx.distributed.Group] = None
 
-    def __call__(self, x: mx.array) -> mx.array:  # type: ignore[override]
+    @property
+    def fc1(self) -> nn.Module:
+        """What mlx-lm's experts without a gate call their first matrix."""
+        return self.up_proj
+
+    @property
+    def fc2(self) -> nn.Module:
+        """What mlx-lm's experts without a gate call their last matrix."""
+        return self.down_proj
+
+    def __call__(self, x: mx.array) -> mx.array:
         scores = self.router(x)
         experts = mx.argpartition(-scores, kth=self.picked - 1, axis=-1)[..., : self.picked]
         experts = mx.stop_gradient(experts)
         weights = mx.softmax(mx.take_along_axis(scores, experts, axis=-1), axis=-1, precise=True)
-        out = SwitchGLU.__call__(self, x, experts)
+        kind: Any = SwitchMLP if self.gate_proj is None else SwitchGLU
+        out = kind.__call__(self, x, experts)
         out = (out * weights[..., None]).sum(axis=-2)
         return out if self.group is None else mx.distributed.all_sum(out, group=self.group)
 
     def shard(self, group: mx.distributed.Group):
         """Keep this machine's share of each expert's hidden numbers."""
         for name in ("gate_proj", "up_proj", "down_proj"):
-            linear = getattr(self, name)
+            if (linear := getattr(self, name)) is None:
+                continue
             if "bias" in linear:
                 raise ValueError("experts with biases cannot be spread over machines")
             how = "sharded-to-all" if name == "down_proj" else "all-to-sharded"

@@ -19,6 +19,7 @@ from .candidates import (
     find_candidates,
     is_tied_end,
     suggest_removals,
+    writes_alone,
 )
 from .products import UNIT_ROUNDOFF
 
@@ -201,7 +202,8 @@ def _choose_by_noise(request: Request) -> tuple[dict[int, str], list[str]]:
         free = _find_free(request, index)
         if not free:
             continue
-        if point.producers == list(free.values()):  # P alone writes here: no inverse, no noise
+        if [*free] == ["p"] and writes_alone(request.args, request.points, index, free["p"]):
+            # No inverse, no noise.
             if count_saved_by_p(request.args) > 0:
                 eliminated[index] = free["p"]
             continue

@@ -101,7 +101,7 @@ class Merger:
         basis = self._bases.find_output(path)
         if basis is None:
             return outputs
-        return rewrite_stream(outputs, basis, owns_shift=self._bases.owns_shift(path))
+        return rewrite_stream(outputs, basis, shift_share=self._bases.find_shift_share(path))
 
     def _is_untouched(self, path: str) -> bool:
         """Whether the matrix at a path is in the result what it is in the source."""
@@ -118,7 +118,7 @@ class Merger:
             linear,
             reads=self._bases.find_input(path),
             writes=self._bases.find_output(path),
-            owns_shift=self._bases.owns_shift(path),
+            shift_share=self._bases.find_shift_share(path),
         )
         return centre(new) if self._bases.takes_mean_out(path) else new
 

@@ -86,7 +86,8 @@ def can_centre(source: ModelArgs, before: ModelArgs, folded: Collection[str]) ->
     """Tell whether every LayerNorm can become an RMS norm.
 
     The mean that a LayerNorm takes out can be taken out of whatever writes the stream (Ashkboos et
-    al., *SliceGPT*, arXiv 2401.15024, section 3.2). A tied head would see the difference.
+    al., *SliceGPT*, arXiv 2401.15024, section 3.2). A tied head would see the difference, and where
+    P is gone, no matrix is there to take the mean of the heads' outputs out of.
 
     Args:
         source: the network as it is.
@@ -101,6 +102,7 @@ def can_centre(source: ModelArgs, before: ModelArgs, folded: Collection[str]) ->
         and source.final_norm
         and not source.tie_word_embeddings
         and not source.precomputed
+        and not source.removed.get("p")
         and {*source.gains, *source.shifts} <= {*folded, *NORMS["qkv"]}
     )
 
