@@ -30,12 +30,26 @@ from ..quantization.layout import Layout
 from ..text import samples
 from ..text.samples import Passages
 from .card import write_card
-from .check import StockNetwork, Verification, WrittenParts, compare_networks
+from .check import (
+    CERTAIN,
+    StockNetwork,
+    Verification,
+    WrittenParts,
+    compare_networks,
+    compare_with_rounding,
+)
 from .decisions import decide, search_bits
 from .job import Job
 from .options import Options
 from .planning import plan
-from .report import Report, add_calibration, add_check, add_wishes, make_report
+from .report import (
+    Report,
+    add_calibration,
+    add_check,
+    add_wishes,
+    explain_difference,
+    make_report,
+)
 from .writing import MODEL_FILE, make_config, write
 
 BUFFER_CACHE_BYTES = 256 << 20
@@ -121,7 +135,7 @@ def check(
     result is compared with the source quantized alone, too.
 
     Raises:
-        UserError: if a network overflows.
+        UserError: if a network overflows, or an exact result is not its source's function.
     """
     if not job.options.verify or passages is None:
         return None
@@ -132,6 +146,12 @@ def check(
         rounded = NearestParts(job.source_parts(whole.dtype), whole)
         results.append(StreamedNetwork(whole.args, rounded, whole.config_entry))
     found, *alone = compare_networks(source, results, passages.check, passages.origin)
+    if job.exact and found.max_rel_logit_error > CERTAIN:
+        parts = WrittenParts(writer.folder, job.layout.args, job.family)
+        ratio = compare_with_rounding(source, job.layout.args, parts, passages.check)
+        found = replace(found, rounding_ratio=ratio)
+    if (wrong := explain_difference(found)) is not None and not job.options.force:
+        raise UserError(f"{wrong}. Nothing is written; --force keeps it all the same")
     progress("checking", 1, 1)
     return found.beside(*alone) if alone else found
 

@@ -145,6 +145,12 @@ class Job:
         args = self.layout.args
         return args if self.form.stock else replace(args, fused=self.layout.fusable_layers)
 
+    @property
+    def exact(self) -> bool:
+        """Whether nothing but the rounding of float32 parts the result from its source."""
+        approximate = self.options.drops or self.layout.config_entry is not None
+        return self.dtype == mx.float32 and not approximate
+
     def source_parts(self, dtype: mx.Dtype = mx.float32) -> Merger:
         """The network that the removals start from; in float32, however its weights are stored."""
         plan = self.plan

@@ -138,6 +138,12 @@ class Options:
         flags=("--no-verify",),
         const=False,
     )
+    force: bool = checking(
+        False,
+        "keep an exact float32 result whose error is more than rounding explains; else it is "
+        "refused",
+        const=True,
+    )
     seed: int = checking(0, "of the sampled text", metavar="SEED")
 
     def __post_init__(self) -> None:

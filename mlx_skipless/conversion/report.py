@@ -169,11 +169,25 @@ def add_calibration(report: Report, passages: Passages) -> Report:
 def add_check(report: Report, check: Verification) -> Report:
     """Add the outcome of the check, and a warning if that is bad."""
     notes, warnings = _judge_kl(report, check)
+    if (wrong := explain_difference(check)) is not None:
+        notes, warnings = [], [wrong]
     return replace(
         report,
         verification=check,
         notes=(*report.notes, *_explain_logit_error(report, check), *notes),
         warnings=(*report.warnings, *warnings, *_warn_of_overflow(check)),
+    )
+
+
+def explain_difference(check: Verification) -> str | None:
+    """Say that a result is not the function that its source is; None if it is."""
+    if check.rounding_ratio is None or check.rounding_ratio <= 1:
+        return None
+    return (
+        f"the result is not the same function as its source: its logits are off by up to "
+        f"{check.max_rel_logit_error:.1e}, {check.rounding_ratio:,.0f} times what weights rounded "
+        "a hundred times as coarsely as float32's explain. This is a fault of mlx-skipless: report "
+        "this model"
     )
 
 
