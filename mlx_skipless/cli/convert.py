@@ -67,6 +67,7 @@ def _show(report: "Report", shown: Output) -> None:
         done = "norm gains folded, exactly" if report.folded else "matrices as they were"
         lines.append(f"note: {done}; the result runs in plain mlx-lm")
     lines += describe_effect(report)
+    lines += [f"note: {advice}" for advice in report.advice]
     for line in lines:
         shown.say(line)
     for warning in report.warnings:

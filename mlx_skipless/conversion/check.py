@@ -26,6 +26,7 @@ from ..removal.products import UNIT_ROUNDOFF
 
 HEAD_TOKENS = 128  # whose logits are in memory at a time
 CERTAIN = 1e-5  # relative logit error of a float32 result that nobody asks about
+CHAOS = 0.5  # relative logit error from which two networks could be any two
 COARSER = 100  # times as large as rounding's errors may the errors of its weights seem
 SOURCE_OVERFLOWS = (
     "the source itself overflows {} on the check's text, at {}: its stream has no norms to hold "
@@ -177,13 +178,15 @@ def compare_with_rounding(
 
     Returns:
         The result's worst relative logit error as a multiple of that; above 1 rounding does not
-        explain it. None if the network overflows with such errors.
+        explain it. None if such errors leave so little of the network that nothing can be said.
     """
     result = StreamedNetwork(args, parts)
     shaken = StreamedNetwork(args, ShakenParts(parts, COARSER * measure_roundoff()))
     try:
         error, explained = compare_networks(result, [source, shaken], tokens, "")
     except UserError:
+        return None
+    if explained.max_rel_logit_error > CHAOS:
         return None
     least = float(np.finfo(np.float64).tiny)
     return error.max_rel_logit_error / max(explained.max_rel_logit_error, least)

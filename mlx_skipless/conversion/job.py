@@ -98,9 +98,11 @@ class Job:
         """What goes, by all that is known."""
         options, args = self.options, self.checkpoint.args
         quantized = options.quantization is not None
-        # Folding is what is exact for it; but gains of many sizes in one matrix round worse.
+        # Folding is what is exact for it; but gains of many sizes in one matrix round worse, and
+        # mlx-lm's own network has norms with weights anyhow.
         pretrained = args.norm == "pre" and not options.skipless and not self.form.packed
-        unasked = pretrained and options.remove == "auto" and not quantized
+        pays = not quantized and not self.form.stock
+        unasked = pretrained and options.remove == "auto" and pays
         return make_plan(
             args,
             remove=options.remove,

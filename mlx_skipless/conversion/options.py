@@ -59,8 +59,8 @@ class Options:
     )
     fold_norms: bool = exact(
         False,
-        "put every norm's gain into the matrices behind it (exact); --remove auto does that to a "
-        "pretrained model unasked, unless it is to be quantized",
+        "put every norm's gain into the matrices behind it (exact); --remove auto does that "
+        "unasked to a pretrained model of which mlx-lm has no network, unless it is quantized",
         const=True,
     )
     precompute_first_layer: str | None = exact(

@@ -18,7 +18,7 @@ from ..text.samples import Passages
 from .check import Verification
 from .decisions import describe_decisions
 from .job import Job
-from .planning import list_wishes
+from .planning import advise, list_wishes
 
 NOTABLE_ERROR = 1e-3  # relative logit error; a well-conditioned merge in float32 stays below
 ALARMING_KL = 0.02  # nats per token: what plain 4-bit quantization costs a small skipless model
@@ -79,6 +79,7 @@ class Report:
         cache_bytes_before, cache_bytes_after: of KV cache, that a token takes.
         rows: of the plan, a part of the network each.
         notes: what else there is to know, a sentence each.
+        advice: what would make the result smaller, a sentence each.
         warnings: what must not be overlooked, a sentence each.
         verification: how far the result is from its source, None where that was not checked.
         seconds: that all took.
@@ -106,6 +107,7 @@ class Report:
     cache_bytes_after: int
     rows: tuple[LayerRow, ...]
     notes: tuple[str, ...]
+    advice: tuple[str, ...]
     warnings: tuple[str, ...]
     verification: Verification | None
     seconds: float
@@ -143,6 +145,7 @@ def make_report(job: Job) -> Report:
         cache_bytes_after=layout.cache_bytes_per_token,
         rows=tuple(_make_rows(job, source)),
         notes=(*plan.notes, *job.form.notes, *describe_decisions(job)),
+        advice=tuple(advise(job)),
         warnings=tuple(_warn_of_plan(job)),
         verification=None,
         seconds=0.0,

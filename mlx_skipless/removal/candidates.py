@@ -4,6 +4,9 @@ from ..network.model import ModelArgs
 from ..network.names import HEAD
 from ..network.wiring import LETTERS, Point, find_points, parse_layer, parse_letter
 
+# What helps where nothing can go.
+AS_IT_IS = "-q and --drop-attention auto make the model smaller as it is"
+
 
 def find_candidates(point: Point) -> dict[str, str]:
     """Find what could become the identity at a point: module paths by the paper's letter."""
@@ -107,8 +110,11 @@ def suggest_removals(args: ModelArgs) -> str:
         return "nothing can go"
     together = len(ways[0]) > 1
     what = " or ".join(way[0].upper() for way in ways) + (" and P" if together else "")
-    first = "--skipless " if args.skip == "both" and args.norm == "pre" else ""
-    return f"only {what} can go, {first}--remove {' or --remove '.join(ways)}"
+    if args.skip == "both" and args.norm == "pre":
+        how = " or ".join(f"--skipless --remove {way}" for way in ways)
+        network = "of its skipless network, which needs training"
+        return f"{AS_IT_IS}; {network}, {what} can go, {how}"
+    return f"only {what} can go, --remove {' or --remove '.join(ways)}"
 
 
 def _find_ways(args: ModelArgs) -> list[str]:

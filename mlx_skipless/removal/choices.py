@@ -13,6 +13,7 @@ from ..network.parts import dtype_name
 from ..network.wiring import Point, find_points, parse_layer, parse_letter
 from .algebra import Conditioning
 from .candidates import (
+    AS_IT_IS,
     count_saved_by_p,
     explain_obstacle,
     explain_shape,
@@ -169,10 +170,7 @@ def _refuse_absent_letters(
 
 def _find_way_out(args: ModelArgs) -> str:
     if args.norm == "pre" and args.skip == "both":
-        return (
-            "--skipless makes the skipless network of it (no language model until it is trained); "
-            "--fold-norms is exact as it stands"
-        )
+        return f"{AS_IT_IS}; --skipless makes its skipless network, which needs training"
     return "--remove auto takes what can go"
 
 

@@ -98,7 +98,7 @@ def reverse_the_experts(patch: Patch) -> None:
     change(patch, merger.Merger, "_merge", wrong)
 
 
-BIASED: dict[str, Any] = {"embedding_scale": 2.0}
+BIASED: dict[str, Any] = {"embedding_scale": 2.0, "norm": "qkv"}
 LAYER_NORMS: dict[str, Any] = {"skip": "both", "norm": "pre", "norm_type": "layer"}
 # What is done wrong, to which network, and how that is converted.
 FAULTS: dict[Callable[[Patch], None], tuple[dict[str, Any], dict[str, Any]]] = {
