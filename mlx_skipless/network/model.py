@@ -643,14 +643,14 @@ class Block(nn.Module):
         cache: Optional[Any],
         heads_before: Optional[mx.array] = None,
     ) -> Tuple[mx.array, Optional[mx.array]]:
-        """Run the attention; return what it gives the stream, and the heads if anything reads them."""
+        """Run the attention; return what it gives the stream, and the heads if they are read."""
         out = self.self_attn(x, mask, cache, heads_before)
         return out if self.self_attn.gives_heads else (out, None)
 
     def read_table(self, row: mx.array, mask, cache) -> Tuple[mx.array, Optional[mx.array]]:
         """Run the attention on a table's rows, (batch, length, row).
 
-        Returns the stream behind it, and the heads if anything reads them.
+        Returns the stream behind it, and the heads if they are read.
         """
         ends = [*accumulate(self._row.values())]
         parts = dict(zip(self._row, mx.split(row, ends[:-1], axis=-1), strict=True))
@@ -687,10 +687,12 @@ class Block(nn.Module):
     def __call__(self, x: Stream, mask=None, cache: Optional[Any] = None) -> Stream:
         x, heads_before = (x, None) if isinstance(x, mx.array) else x
         run = self.run_parallel if self.parallel and not self._row else self.run_serial
-        x, heads = run(x, mask, cache, heads_before)
-        if heads is not None and self.has_output_skip:
-            x = self.self_attn.add_heads(x, heads)
-        return (x, heads) if heads is not None and self.passes_heads else x
+        out, heads = run(x, mask, cache, heads_before)
+        if heads is None:
+            return out
+        if self.has_output_skip:
+            out = self.self_attn.add_heads(out, heads)
+        return (out, heads) if self.passes_heads else out
 
 
 class SkiplessModel(PipelineMixin, nn.Module):
