@@ -16,6 +16,7 @@ from grids import only, pairs, thin
 
 import mlx_skipless
 from mlx_skipless.conversion.convert import convert
+from mlx_skipless.errors import UserError
 from mlx_skipless.network.model import PROJECTION_NORMS
 
 SKIPS = ("query", "head", "output")
@@ -58,7 +59,7 @@ def draw_network(seed: int) -> tuple[dict[str, Any], str]:
         "gains": pick(True, False),
         "linear_paths": pick(True, False),
         "bias": pick((), (*ATTENTION_PROJECTIONS, *MLP_PROJECTIONS)),
-        "final_norm": True,
+        "final_norm": pick(True, False),
         "tie_word_embeddings": pick(True, False),
         **SMALL,
     }
@@ -252,6 +253,38 @@ def test_normed_heads_without_a_gain_in_one_layer(tmp_path: Path) -> None:
     store(tmp_path / "s", weights)
     convert(tmp_path / "s", tmp_path / "o", remove="p", verify=False)
     check_same_function((config, weights), tmp_path / "o", 0)
+
+
+def test_an_output_skip_goes_with_its_attention(tmp_path: Path) -> None:
+    """The last layer has no heads then."""
+    config, weights = make_checkpoint(tmp_path / "s", skips=SKIPS, **SMALL)
+    weights = keep(weights, "layers.2.self_attn")
+    store(tmp_path / "s", weights)
+    config |= {"removed": {"attention": [2]}}
+    (tmp_path / "s" / "config.json").write_text(json.dumps(config))
+    convert(tmp_path / "s", tmp_path / "o", remove="qp", verify=False)
+    for folder in (tmp_path / "s", tmp_path / "o"):
+        check_same_function((config, weights), folder, 0)
+    assert not [name for name in stored(tmp_path / "o") if name.endswith("output_skip")]
+
+
+def test_layer_norms_stay_where_an_output_skip_adds_heads(tmp_path: Path) -> None:
+    """Their mean is in no matrix that could have it taken out."""
+    source = make_checkpoint(
+        tmp_path / "s", skip="both", norm="pre", norm_type="layer", skips=SKIPS[2:], **SMALL
+    )
+    convert(tmp_path / "s", tmp_path / "o", remove="none", fold_norms=True, verify=False)
+    check_same_function(source, tmp_path / "o", 0)
+    assert json.loads((tmp_path / "o" / "config.json").read_text())["norm_type"] == "layer"
+
+
+def test_heads_of_another_width_cannot_be_added(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "s", head_dim=12, **SMALL)
+    weights = mx.load(str(tmp_path / "s" / "model.safetensors"))
+    weights |= {"model.layers.2.self_attn.output_skip": mx.ones(4)}
+    mx.save_safetensors(str(tmp_path / "s" / "model.safetensors"), weights)
+    with pytest.raises(UserError, match="heads that are 48 wide to a stream of 32"):
+        convert(tmp_path / "s", tmp_path / "o", remove="none")
 
 
 @pytest.mark.parametrize("skips", [(), *((name,) for name in SKIPS)], ids=str)
