@@ -171,6 +171,12 @@ def read_model_args(
                 'config.json says "precomputed", which needs an attention in layer 0 and a head of '
                 "its own: correct config.json"
             )
+        width = args.num_attention_heads * args.head_dim
+        if args.output_skip and width != args.hidden_size:
+            raise UserError(
+                f"an output skip adds heads that are {width} wide to a stream of "
+                f"{args.hidden_size}: correct config.json or take it out"
+            )
     except UserError as error:
         raise UserError(family.quote_its_keys(str(error))) from error
     return args
