@@ -122,14 +122,6 @@ class Checkpoint(Blueprint):
         wanted = self._find_wanted(names)
         self.store.read_ahead(own for place in wanted.values() for own in place.names)
 
-    def check_unchanged(self) -> None:
-        """Check that no file has changed since it was opened; whoever has read it asks afterwards.
-
-        Raises:
-            UserError: if one has changed.
-        """
-        self.store.check_unchanged()
-
     def _find_wanted(self, names: Iterable[str]) -> dict[str, Place]:
         return {name: self._places[name] for name in names if name in self._places}
 

@@ -33,7 +33,7 @@ class Store(Protocol):
     ``shapes`` and ``dtypes`` are known before anything is read; a dtype is None if MLX has no such
     number type. ``packing`` says how the tensors are quantized on disk, None if they are not.
     ``read`` returns tensors, and ``read_ahead`` asks the system to fetch them early.
-    ``check_unchanged`` raises a ``UserError`` if a file is no longer what it was when it was opened.
+    ``check_unchanged`` raises a ``UserError`` if a file has changed since it was opened.
     """
 
     @property
@@ -216,11 +216,7 @@ def read_index(index: Path) -> list[str]:
         UserError: if it is malformed, or names something outside its folder.
     """
     names = files.read_json(index).get("weight_map")
-    if (
-        not names
-        or not isinstance(names, dict)
-        or not all(isinstance(n, str) for n in names.values())
-    ):
+    if not isinstance(names, dict) or not {*map(type, names.values())} == {str}:
         raise UserError(f'{index} has no "weight_map": download the checkpoint again')
     found = sorted(set(names.values()))
     for name in found:

@@ -80,7 +80,7 @@ def convert(
 
             def attempt(job: Job) -> Verification | None:
                 write(job, writer, passages, watch)
-                job.opened.check_unchanged()
+                job.opened.store.check_unchanged()
                 return check(job, writer, passages, watch)
 
             if options.target_kl is None:
@@ -133,7 +133,7 @@ def check(
         rounded = NearestParts(job.source_parts(whole.dtype), whole)
         results.append(StreamedNetwork(whole.args, rounded, whole.config_entry))
     found, *alone = compare_networks(source, results, passages.check, passages.origin)
-    job.opened.check_unchanged()
+    job.opened.store.check_unchanged()
     progress("checking", 1, 1)
     return found.beside(*alone) if alone else found
 

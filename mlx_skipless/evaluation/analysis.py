@@ -209,7 +209,7 @@ def analyze(
     text = _Text(str(calibration), content, seed)
     measured = _measure(checkpoint, text, trust_remote_code, progress)
     if isinstance(checkpoint, Checkpoint):
-        checkpoint.check_unchanged()
+        checkpoint.store.check_unchanged()
     return _describe(str(model), checkpoint, measured, _find_notes(checkpoint, content))
 
 
