@@ -92,17 +92,7 @@ def load_network(
     folder = hub.resolve(str(path_or_hf_repo), revision=revision, code=trust_remote_code)
     if not folder.is_dir():
         raise UserError(f"{folder} is no model folder: `convert.py --model {folder}` makes one")
-    config = read_config(folder)
-    files.check_small(folder)
-    skipless = config.get("model_type") == "skipless"
-    code = config.get("model_file") if not skipless else None
-    if code and not trust_remote_code:
-        raise UserError(
-            f"{path_or_hf_repo} brings its own code ({code}): add --trust-remote-code if you "
-            "trust it"
-        )
-    if code and not files.is_there(folder / str(code)):
-        raise UserError(f"{folder} lacks {code}, its own code: download it again")
+    config, skipless = _read_config(folder, path_or_hf_repo, trust_remote_code)
     store = SafetensorsStore(folder)
     check_sizes(config, len(store.shapes))
     overrides: dict[str, Any] = {}
@@ -111,7 +101,7 @@ def load_network(
         overrides = {**asdict(read_model_args(config, tensors)), "model_file": None}
     if not is_packed(store):  # a declaration may be left over; mlx-lm would believe it
         overrides |= dict.fromkeys(QUANTIZATION_KEYS)
-    with _explain_errors(path_or_hf_repo), _show(folder, store.files) as shown:
+    with _explain_errors(path_or_hf_repo, store), _show(folder, store.files) as shown:
         model, config = mlx_lm.utils.load_model(
             shown,
             lazy=True,
@@ -120,13 +110,35 @@ def load_network(
             trust_remote_code=trust_remote_code and not skipless,
         )
         _check_types(model, folder)
-        _try(model)
         if adapter_path is not None:
             model = _apply_adapters(model, Path(adapter_path).expanduser())
+        _try(model)
         if not lazy:
             mx.eval(model.parameters())
-        store.check_unchanged()
+    store.check_unchanged()
     return model, folder, config
+
+
+def _read_config(
+    folder: Path, name: str | Path, trust_remote_code: bool
+) -> tuple[dict[str, Any], bool]:
+    """Read a folder's config.json, and tell whether this package's own code runs it.
+
+    Raises:
+        UserError: if something beside the weights is broken, or the model asks for trust.
+    """
+    config = read_config(folder)
+    files.check_small(folder)
+    skipless = config.get("model_type") == "skipless"
+    code = config.get("model_file")
+    if code and not skipless:
+        if not trust_remote_code:
+            raise UserError(
+                f"{name} brings its own code ({code}): add --trust-remote-code if you trust it"
+            )
+        if not files.is_there(folder / str(code)):
+            raise UserError(f"{folder} lacks {code}, its own code: download it again")
+    return config, skipless
 
 
 @contextlib.contextmanager
@@ -150,13 +162,14 @@ def _show(folder: Path, listed: list[Path]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _explain_errors(name: str | Path) -> Iterator[None]:
+def _explain_errors(name: str | Path, store: SafetensorsStore) -> Iterator[None]:
     """Turn whatever a library raises, when it builds what a config describes, into a UserError."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
+        store.check_unchanged()
         said = " ".join(str(error).split())[:MOST_SAID]
         if not isinstance(error, ValueError) or not said:
             said = f"{type(error).__name__} {said}".strip()
