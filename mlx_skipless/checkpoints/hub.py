@@ -3,8 +3,7 @@
 import glob
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,45 +68,42 @@ def resolve(
         return Path(path)
     if not is_id(source):
         raise UserError(f"no such file or folder: {source} (a Hub id looks like owner/name)")
-    fetch = partial(_fetch, source, revision)
-    code_patterns = ["*.py"] if code else []
-    folder = fetch(None, [*files.SMALL, *code_patterns], ["*"] if config_only else TOKENIZERS)
-    if not config_only:
-        _fetch_weights(folder, partial(fetch, folder.name))
+    patterns = [*files.SMALL, *(["*.py"] if code else [])]
+    folder = _fetch(source, revision, patterns, ["*"] if config_only else TOKENIZERS)
+    if not config_only and any(one != folder for one in _fetch_weights(source, revision, folder)):
+        raise UserError(f"{source} changed while it was fetched: try again")
     return folder
 
 
-def _fetch_weights(folder: Path, fetch: Callable[[list[str]], Path]) -> None:
-    """Fetch the files that ``find_weight_files`` will list; the small ones are in the folder."""
+def _fetch_weights(source: str, revision: str | None, folder: Path) -> Iterator[Path]:
+    """Fetch the files that ``find_weight_files`` will list; yield the folders that they are in.
+
+    ``folder`` has the small files.
+    """
     also = "config.json"  # for the client warns of patterns that no file matches
     if not files.is_there(folder / INDEX):
-        fetch([also, "model*.safetensors"])
+        yield _fetch(source, revision, [also, "model*.safetensors"])
         return
     named = read_index(folder / INDEX)
-    fetch([also, *map(glob.escape, named)])
+    yield _fetch(source, revision, [also, *map(glob.escape, named)])
     if not any((folder / name).exists() for name in named):
-        fetch([also, WHOLE])
+        yield _fetch(source, revision, [also, WHOLE])
 
 
 def _fetch(
-    source: str,
-    revision: str | None,
-    commit: str | None,
-    patterns: list[str],
-    enough: Sequence[str] = (),
+    source: str, revision: str | None, patterns: list[str], enough: Sequence[str] = ()
 ) -> Path:
     """Fetch the files of a repository that patterns name, unless they are in the cache.
 
     Args:
         source: the Hub id.
-        revision: what the user asked for.
-        commit: that it stands for, if that is known.
+        revision: a branch, tag or commit of it.
         patterns: of the files.
         enough: one file of these patterns makes do if the Hub cannot be reached: another program
             may have filled the cache, and with less.
 
     Returns:
-        The folder of the repository's files; its name is the commit.
+        The folder of the revision's files.
 
     Raises:
         UserError: if they cannot be had.
@@ -115,7 +111,7 @@ def _fetch(
     try:
         folder = huggingface_hub.snapshot_download(
             source,
-            revision=commit or revision,
+            revision=revision,
             allow_patterns=patterns,
             ignore_patterns=SUBFOLDERS,
             tqdm_class=_Bar,

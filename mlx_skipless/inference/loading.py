@@ -168,14 +168,13 @@ def _explain_errors(name: str | Path, store: SafetensorsStore) -> Iterator[None]
         yield
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # some of mlx-lm's models exit without their package
         store.check_unchanged()
         said = " ".join(str(error).split())[:MOST_SAID]
         if not isinstance(error, ValueError) or not said:
             said = f"{type(error).__name__} {said}".strip()
         raise UserError(
-            f"{name} cannot be loaded ({said}): if config.json describes another model, correct it "
-            "or download it again"
+            f"{name} cannot be loaded ({said}): correct its config.json, or use another export"
         ) from error
 
 
