@@ -20,6 +20,7 @@ TYPES = FLOATS | {
     "U8": mx.uint8, "U16": mx.uint16, "U32": mx.uint32, "U64": mx.uint64,
     "I8": mx.int8, "I16": mx.int16, "I32": mx.int32, "I64": mx.int64, "BOOL": mx.bool_,
 }  # fmt: skip
+FP8 = ("F8_E4M3", "F8_E5M2")
 WHOLE = "model.safetensors"
 INDEX = f"{WHOLE}.index.json"
 LARGEST = 1 << 31  # MLX's sizes along an axis are 32-bit
@@ -54,18 +55,19 @@ def is_float(dtype: mx.Dtype | None) -> TypeGuard[mx.Dtype]:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """Where a file has a tensor; ``dtype`` is None if MLX has no such number type."""
+    """Where a file has a tensor; ``dtype`` is None if MLX has no such number type as ``kind``."""
 
     file: Path
     offset: int
     nbytes: int
     shape: Shape
     dtype: mx.Dtype | None
+    kind: str
 
     def read(self, name: str) -> mx.array:
         """The tensor's values. MLX's own reader reports no error when a read fails."""
         if self.dtype is None:
-            raise UserError(f"{name} in {self.file} has a number type that is not read")
+            raise UserError(f"{name} in {self.file} has the number type {self.kind}, not read here")
         if self.nbytes == 0:
             return mx.zeros(self.shape, self.dtype)
         *rows, last = self.shape or (1,)
@@ -80,6 +82,7 @@ class SafetensorsStore:
 
     Attributes:
         files: the files that they are in, as ``find_weight_files`` lists them.
+        has_fp8: whether there are floats of 8 bits.
 
     Raises:
         UserError: if there are no such files, if one is missing, truncated, corrupt or outside the
@@ -102,6 +105,7 @@ class SafetensorsStore:
                 self._tensors[name] = tensor
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
         self.dtypes = {name: tensor.dtype for name, tensor in self._tensors.items()}
+        self.has_fp8 = any(tensor.kind in FP8 for tensor in self._tensors.values())
 
     def check_unchanged(self) -> None:
         """Check that no file has changed since it was opened.
@@ -155,8 +159,9 @@ def read_header(file: Path) -> dict[str, _Tensor]:
     found = {}
     for name, entry in header.items():
         start, end = entry["data_offsets"]
-        dtype = TYPES.get(entry["dtype"])
-        found[name] = _Tensor(file, 8 + length + start, end - start, tuple(entry["shape"]), dtype)
+        kind, shape = entry["dtype"], tuple(entry["shape"])
+        at, nbytes = 8 + length + start, end - start
+        found[name] = _Tensor(file, at, nbytes, shape, TYPES.get(kind), kind)
     return found
 
 

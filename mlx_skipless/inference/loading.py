@@ -2,6 +2,8 @@
 
 import contextlib
 import glob
+import inspect
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -109,7 +111,7 @@ def load_network(
             get_model_classes=_get_own_classes if skipless else mlx_lm.utils._get_classes,
             trust_remote_code=trust_remote_code and not skipless,
         )
-        _check_types(model, folder)
+        _check_types(model, folder, store.has_fp8)
         if adapter_path is not None:
             model = _apply_adapters(model, Path(adapter_path).expanduser())
         _try(model)
@@ -173,13 +175,20 @@ def _explain_errors(name: str | Path, store: SafetensorsStore) -> Iterator[None]
         said = " ".join(str(error).split())[:MOST_SAID]
         if not isinstance(error, ValueError) or not said:
             said = f"{type(error).__name__} {said}".strip()
+        gptq = any(tensor.endswith(".qweight") for tensor in store.shapes)
+        way_out = f"`convert.py --model {name}` reads it" if gptq else "correct its config.json"
         raise UserError(
-            f"{name} cannot be loaded ({said}): correct its config.json, or use another export"
+            f"{name} cannot be loaded ({said}): {way_out}, or use another export"
         ) from error
 
 
-def _check_types(model: nn.Module, folder: Path) -> None:
+def _check_types(model: nn.Module, folder: Path, has_fp8: bool) -> None:
     """Refuse weights that are no floats, unless they are packed: MLX would compute with them."""
+    if has_fp8 and not _reads_fp8(model):
+        raise UserError(
+            f"{folder} has floats of 8 bits, whose bytes mlx-lm takes for whole numbers in "
+            f"{type(model).__module__}: use the model in bfloat16"
+        )
     for path, module in model.named_modules():
         packed = any("scale" in key for key in module)
         for key, array in module.items():
@@ -188,6 +197,14 @@ def _check_types(model: nn.Module, folder: Path) -> None:
                     f"{path}.{key} in {folder} is of the type {dtype_name(array.dtype)}, and "
                     f"weights are {', '.join(map(dtype_name, FLOATS.values()))}: use another export"
                 )
+
+
+def _reads_fp8(model: nn.Module) -> bool:
+    """Whether mlx-lm decodes 8-bit floats for a model, or keeps them packed; not all of it does."""
+    if any("scales" in module for module in model.modules()):
+        return True
+    kinds = {kind.__module__ for module in model.modules() for kind in type(module).__mro__}
+    return any("from_fp8" in inspect.getsource(sys.modules[k]) for k in kinds if "mlx_lm" in k)
 
 
 def _try(model: nn.Module) -> None:

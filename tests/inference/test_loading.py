@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from factory import make_checkpoint, make_llama
+from mlx_lm.models import deepseek_v3
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from test_weight_files import SMALL, TOKENS, Tensors, read_file
 
@@ -139,6 +140,43 @@ def test_complex_weights(model: Path):
     tensors = read_file(model / WHOLE)
     mx.save_safetensors(str(model / WHOLE), tensors | {UP: tensors[UP].astype(mx.complex64)})
     assert f"{UP} in {model} is of the type complex64" in refuse(model)
+
+
+def put_fp8(file: Path, tensors: Tensors) -> None:
+    """Write a file whose projections are floats of 8 bits, with scales of 1."""
+    packed = {n: mx.to_fp8(a) for n, a in tensors.items() if n.endswith("proj.weight")}
+    scales = {f"{n}_scale_inv": mx.ones((1, 1)) for n in packed}
+    mx.save_safetensors(str(file), tensors | packed | scales)
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + size].replace(b'"dtype":"U8"', b'"dtype":"F8_E4M3"')
+    file.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
+
+
+ROPE = {"rope_theta": 1e4, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 512}
+DEEPSEEK: dict[str, Any] = {
+    "model_type": "deepseek_v3", "kv_lora_rank": 8, "q_lora_rank": None, "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": None, "first_k_dense_replace": 2,
+}  # fmt: skip
+
+
+def test_floats_of_8_bits_that_mlx_lm_misreads(model: Path):
+    """Its ministral3 multiplies their bytes as if they were numbers."""
+    edit(model, model_type="ministral3", rope_parameters=ROPE | {"rope_type": "default"})
+    load_network(model)
+    put_fp8(model / WHOLE, read_file(model / WHOLE))
+    assert "floats of 8 bits" in refuse(model)
+
+
+def test_floats_of_8_bits_that_mlx_lm_reads(model: Path):
+    edit(model, **DEEPSEEK)
+    arguments = deepseek_v3.ModelArgs.from_dict(json.loads((model / "config.json").read_text()))
+    tensors = tensors_of(deepseek_v3.Model(arguments))
+    mx.save_safetensors(str(model / WHOLE), tensors)
+    expected = load_network(model)[0](TOKENS)
+    put_fp8(model / WHOLE, tensors)
+    found = load_network(model)[0](TOKENS)
+    assert mx.allclose(found, expected, rtol=0.1, atol=0.1 * mx.abs(expected).max().item()).item()
 
 
 @pytest.mark.parametrize("trusted", [False, True])
