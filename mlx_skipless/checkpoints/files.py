@@ -20,6 +20,10 @@ ADAPTERS, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"  # mlx-
 PEFT_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 POINTER = b"version https://git-lfs.github.com/spec/"
 POINTER_BYTES = 1024  # a Git LFS pointer has fewer
+POINTED = (
+    "{} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder, or download "
+    "it with `hf download`"
+)
 AT_ONCE = 16 << 20  # bytes of a read that the background makes
 AHEAD_BYTES = 1 << 30  # more might leave the system's cache before its turn comes
 
@@ -55,10 +59,7 @@ def is_there(path: Path, most: int | None = None) -> bool:
             "at most: download it again"
         )
     if found.st_size < POINTER_BYTES and _starts_as_pointer(path):
-        raise UserError(
-            f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder, "
-            "or download it with `hf download`"
-        )
+        raise UserError(POINTED.format(path))
     return True
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from factory import make_checkpoint, make_llama
+from grids import product
 from mlx_lm.models import deepseek_v3
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from test_weight_files import SMALL, TOKENS, Tensors, read_file
@@ -63,14 +64,12 @@ def edit(folder: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
+SIZES = ["num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"]
 ABSURD = [0, -1, 10**9, 10**30, True, "32", 2.5]
 
 
 @pytest.mark.usefixtures("little_memory")
-@pytest.mark.parametrize("value", ABSURD)
-@pytest.mark.parametrize(
-    "key", ["num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"]
-)
+@pytest.mark.parametrize(("key", "value"), product(SIZES, ABSURD))
 def test_sizes_that_no_network_has(model: Path, key: str, value: Any):
     edit(model, **{key: value})
     assert f'"{key}" in config.json is {value!r}; it must be a whole number' in refuse(model)
@@ -117,8 +116,7 @@ def test_a_config_of_another_network(model: Path, changes: dict[str, Any], said:
 KINDS: list[Any] = [np.int8, np.uint8, np.int32, np.uint32, np.int64, np.bool_]
 
 
-@pytest.mark.parametrize("maker", [make_llama, make_checkpoint])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("maker", "kind"), product([make_llama, make_checkpoint], KINDS))
 def test_numbers_that_no_weights_are(tmp_path: Path, maker: Callable[..., Any], kind: Any):
     maker(tmp_path, **SMALL)
     for name in ("model.embed_tokens.weight", UP, "model.norm.weight"):

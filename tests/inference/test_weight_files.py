@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +82,9 @@ STRAYS = [
 ]
 
 
-@pytest.mark.parametrize("shards", [["model-1-of-2.safetensors", "model-2-of-2.safetensors"]])
-def test_what_the_index_does_not_name_is_no_part_of_a_model(model: Path, shards: list[str]):
+def test_what_the_index_does_not_name_is_no_part_of_a_model(model: Path):
     expected = read_both(model)
-    tensors = take_apart(model, shards)
+    tensors = take_apart(model, ["model-1-of-2.safetensors", "model-2-of-2.safetensors"])
     for name in STRAYS:
         mx.save_safetensors(str(model / name), {n: -array for n, array in tensors.items()})
     os.mkfifo(model / "model-x.safetensors")
@@ -149,7 +147,6 @@ def test_a_plan_needs_no_whole_download(model: Path, left: int):
         assert_refused(model, names[1])
 
 
-Edit = Callable[[Path], Any]
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 493443\n"
 
 
@@ -166,6 +163,13 @@ def test_a_pointer_in_the_place_of_a_gguf_file(tmp_path: Path):
     (tmp_path / "model.gguf").write_text(POINTER)
     with pytest.raises(UserError, match=r"model\.gguf is a Git LFS pointer"):
         open_checkpoint(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("name", ["tale.txt", "tales.jsonl"])
+def test_a_pointer_in_the_place_of_a_text(model: Path, name: str):
+    (model / name).write_text(POINTER)
+    with pytest.raises(UserError, match=f"{name} is a Git LFS pointer"):
+        convert(model, model.with_name("out"), calibration=str(model / name))
 
 
 @pytest.mark.parametrize(
