@@ -94,6 +94,7 @@ def convert(
 
             def attempt(job: Job) -> Verification | None:
                 write(job, writer, passages, watch)
+                job.opened.store.check_unchanged()
                 return check(job, writer, passages, watch)
 
             if options.target_kl is None:
@@ -146,6 +147,7 @@ def check(
         rounded = NearestParts(job.source_parts(whole.dtype), whole)
         results.append(StreamedNetwork(whole.args, rounded, whole.config_entry))
     found, *alone = compare_networks(source, results, passages.check, passages.origin)
+    job.opened.store.check_unchanged()
     if job.exact and found.max_rel_logit_error > CERTAIN:
         parts = WrittenParts(writer.folder, job.layout.args, job.family)
         ratio = compare_with_rounding(source, job.layout.args, parts, passages.check)

@@ -144,7 +144,7 @@ def make_report(job: Job) -> Report:
         cache_bytes_before=same_format.cache_bytes_per_token,
         cache_bytes_after=layout.cache_bytes_per_token,
         rows=tuple(_make_rows(job, source)),
-        notes=(*plan.notes, *job.form.notes, *describe_decisions(job)),
+        notes=(*job.checkpoint.notes, *plan.notes, *job.form.notes, *describe_decisions(job)),
         advice=tuple(advise(job)),
         warnings=tuple(_warn_of_plan(job)),
         verification=None,

@@ -96,15 +96,16 @@ def evaluate(
     harness = _import_harness()
     names = harness.find_tasks(tasks, folder)
     # Both are opened before either is run, and neither is read before its turn.
-    opened = [load(m, lazy=True, trust_remote_code=trust_remote_code) for m in (source, result)]
+    read = partial(load, trust_remote_code=trust_remote_code)
+    tokenizers = [read(model, lazy=True)[1] for model in (source, result)]
     if apply_chat_template is None:
-        apply_chat_template = opened[0][1].chat_template is not None
+        apply_chat_template = tokenizers[0].chat_template is not None
     run = partial(
         harness.run_tasks, tasks=names, include_path=folder, batch_size=batch_size, seed=seed,
         apply_chat_template=apply_chat_template, num_fewshot=num_shots, limit=limit,
         confirm_run_unsafe_code=confirm_run_unsafe_code,
     )  # fmt: skip
-    return list(pair_scores(*(run(*opened.pop(0)) for _ in (source, result))))
+    return list(pair_scores(*(run(*read(model)) for model in (source, result))))
 
 
 def _import_harness() -> Any:

@@ -14,6 +14,7 @@ import numpy as np
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from ..checkpoints.files import POINTED, POINTER
 from ..errors import UserError, first_line
 
 END, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -83,6 +84,8 @@ def _read_lines(file: Path) -> list[str]:
     lines = text.split("\n")
     if lines[-1] == "":
         lines.pop()
+    if text.startswith(POINTER.decode()):
+        raise UserError(POINTED.format(file))
     if not text.strip():
         raise UserError(f"{file} is empty: leave it out")
     return lines
