@@ -18,13 +18,13 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoints.files import replace_file, write_json
 from ..checkpoints.tokenizer import fetch_tokenizer
-from ..checkpoints.writer import check_free
 from ..errors import UserError
 from ..evaluation import perplexity
 from ..inference.generation import generate
 from ..network.model import Model
 from ..network.parts import tensors_of
-from ..options import read_options
+from ..options import check_choice, read_options
+from ..progress import Progress
 from ..text import corpus
 from .card import write_training_card
 from .folder import Event, RunFolder
@@ -33,7 +33,7 @@ from .loop import ResumableRun, carry_out, is_due
 from .optimizer import make_optimizer, make_schedule, pull_queries
 from .recipe import Recipe, TrainingPace
 from .results import TrainingResult
-from .tokens import TextFiles, Tokens, encode_texts, list_paths
+from .tokens import TextFiles, Tokens, encode_texts, list_paths, read_sources
 
 SAMPLE_PROMPT, SAMPLE_TOKENS = 8, 64
 
@@ -71,11 +71,17 @@ class Settings:
 def _read_settings(run: Mapping[str, Any]) -> Settings:
     return Settings(
         read_options(Recipe, "recipe", run["recipe"]),
-        TrainingPace(**run["pace"]),
-        TrainingText(**run["text"]),
+        read_options(TrainingPace, "pace", run["pace"]),
+        read_sources(TrainingText, run["text"]),
         _choose_dtype(run["dtype"]),
-        str(run["fingerprint"]),
+        _read_fingerprint(run["fingerprint"]),
     )
+
+
+def _read_fingerprint(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise TypeError("the fingerprint is no text")
+    return value
 
 
 def train(
@@ -91,6 +97,7 @@ def train(
     resume: bool = False,
     steps: int | None = None,
     report: Callable[[Event], None] = lambda event: None,
+    progress: Progress = lambda stage, done, total: None,
 ) -> TrainingResult:
     """Train a model, or go on with a run bit for bit as if it had never stopped.
 
@@ -108,6 +115,7 @@ def train(
         resume: go on from the last checkpoint.
         steps: with ``resume``, another number of steps in all (the decay moves with it).
         report: called with each event, as ``training/log.jsonl`` has it.
+        progress: called with "steps", how many are done and how many there are.
 
     Raises:
         UserError: for anything the user can mend, a loss that is no number, and an interruption;
@@ -121,14 +129,15 @@ def train(
             text = dataclasses.replace(settings.text, data=paths, validation=held_out)
             settings = dataclasses.replace(settings, text=text)
     elif data:
-        check_free(folder.path)
+        folder.check_free()
         source = None if tokenizer is None else str(tokenizer)
         text = TrainingText(paths, held_out, validation_share, source)
         settings = Settings(recipe or Recipe(), pace or TrainingPace(), text, dtype)
     else:
         raise UserError("--data is missing: name text files to train on")
     settings, tokens = _read_tokens(settings, folder, steps if resume else None)
-    return carry_out(folder, resume, lambda: Run(folder, settings, tokens), report)
+    steps_done = partial(progress, "steps")
+    return carry_out(folder, resume, lambda: Run(folder, settings, tokens), report, steps_done)
 
 
 def _read_tokens(
@@ -161,8 +170,7 @@ def _read_tokens(
 
 
 def _choose_dtype(dtype: str) -> str:
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise UserError(f"--dtype {dtype}: choose auto, float32 or bfloat16")
+    check_choice("--dtype", dtype, ("auto", "float32", "bfloat16"))
     if dtype == "auto":
         return "bfloat16" if mx.default_device().type == mx.DeviceType.gpu else "float32"
     return dtype
@@ -188,13 +196,14 @@ class Run(ResumableRun[TrainingResult]):
     def begin(self) -> None:
         """Write what never changes during a run: settings, tokenizer and config."""
         # Weights twice, Muon's or Adam's moments, and all of it once more while it is replaced.
-        self._folder.begin(self._settings, 32 * self.parameters)
+        self._folder.begin(32 * self.parameters)
         tokenizer = self._text.tokenizer
         tokenizer.save_pretrained(str(self._folder.path))
         config = {k: v for k, v in asdict(self.model.args).items() if v is not None}
         config |= {"eos_token_id": tokenizer.eos_token_id, "torch_dtype": "float32"}
         config |= {"architectures": ["SkiplessForCausalLM"]}
         write_json(self._folder.path / "config.json", dict(sorted(config.items())))
+        self._folder.write_settings(self._settings)
 
     def go(self, report: Callable[[Event], None], stopped: Callable[[], bool]) -> TrainingResult:
         """Train to the end and write the card."""
