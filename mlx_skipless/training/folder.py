@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from ..checkpoints.files import TOKENIZER_BYTES, is_there, read_json, replace_file, write_json
 from ..checkpoints.writer import check_free
 from ..errors import UserError, first_line
+from ..options import read_options
 
 TRAINING = "training"
 RUN, STATE, LOG, CURVE = "run.json", "state.safetensors", "log.jsonl", "loss.png"
@@ -126,6 +127,18 @@ class RunFolder:
         replace_file(self.training / CURVE, lambda file: plot_losses(events, file))
 
 
+def read_whole(kind: type[Settings], what: str, given: Any) -> Settings:
+    """Make an options dataclass of what ``run.json`` keeps: every field, no default.
+
+    Raises:
+        KeyError, UserError: if one is missing, unknown or wrong.
+    """
+    options = read_options(kind, what, given)
+    if missing := {one.name for one in fields(kind)} - {*given}:  # type: ignore[arg-type]
+        raise KeyError(min(missing))
+    return options
+
+
 def read_log(run: Path) -> list[Event]:
     """Read the events of a run's folder, in order; a last line that is cut off is left out.
 
@@ -138,8 +151,9 @@ def read_log(run: Path) -> list[Event]:
             return []
         raise UserError(f"{run} is no training run: it has no {TRAINING}/{LOG}")
     try:
-        *lines, last = file.read_text(encoding="utf-8").rstrip("\n").split("\n")
-        lines += [last] if last.endswith("}") else []
+        text = file.read_text(encoding="utf-8")
+        *lines, last = text.rstrip("\n").split("\n")
+        lines += [last] if text.endswith(("}", "\n")) else []
         return [_check_event(json.loads(line)) for line in lines]
     except (OSError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
         raise UserError(f"{file} cannot be read ({first_line(error)})") from error
@@ -150,6 +164,8 @@ def _check_event(event: Any) -> Event:
     if not isinstance(event, dict) or type(event.get("step")) is not int:
         raise TypeError("a line has no step")
     distances = [event.get(when, {}) for when in ("before", "after")]
+    if not all(isinstance(one, dict) for one in distances):
+        raise TypeError("a line has no distance")
     numbers = {key: event.get(key, 0) for key in ("step", "tokens", "loss", "validation_loss")}
     for key, value in [*numbers.items(), *(item for one in distances for item in one.items())]:
         if isinstance(value, bool) or not math.isfinite(value):

@@ -32,11 +32,10 @@ from ..evaluation import perplexity
 from ..inference.loading import load
 from ..network.metrics import measure_kl, measure_nll
 from ..network.parts import tensors_of
-from ..options import read_options
 from ..progress import Progress, Steps
 from ..text import corpus, samples
 from .card import write_healing_card
-from .folder import Event, RunFolder, load_arrays, read_log
+from .folder import Event, RunFolder, load_arrays, read_log, read_whole
 from .loop import ResumableRun, carry_out
 from .optimizer import make_healing_schedule
 from .recipe import Pace, Treatment
@@ -74,8 +73,8 @@ class Settings:
 
 def _read_settings(run: Mapping[str, Any]) -> Settings:
     return Settings(
-        read_options(Treatment, "treatment", run["treatment"]),
-        read_options(Pace, "pace", run["pace"]),
+        read_whole(Treatment, "treatment", run["treatment"]),
+        read_whole(Pace, "pace", run["pace"]),
         read_sources(Sources, run["sources"]),
     )
 

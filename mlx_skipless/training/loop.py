@@ -64,8 +64,8 @@ class RunState:
         try:
             self._step, self._seconds = int(metadata["step"]), float(metadata["seconds"])
             losses = json.loads(metadata["losses"])
-            if not isinstance(losses, list) or self._step < 0:
-                raise ValueError("its step is none")
+            if not isinstance(losses, list) or self._step < 0 or self._seconds < 0:
+                raise ValueError("its step or its time is none")
             if not all(map(math.isfinite, [self._seconds, *losses])):
                 raise ValueError("it holds what is no number")
         except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:

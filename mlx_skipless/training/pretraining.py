@@ -23,11 +23,11 @@ from ..evaluation import perplexity
 from ..inference.generation import generate
 from ..network.model import Model
 from ..network.parts import tensors_of
-from ..options import check_choice, read_options
+from ..options import check_choice
 from ..progress import Progress
 from ..text import corpus
 from .card import write_training_card
-from .folder import Event, RunFolder
+from .folder import Event, RunFolder, read_whole
 from .initialization import initialize, make_model_args
 from .loop import ResumableRun, carry_out, is_due
 from .optimizer import make_optimizer, make_schedule, pull_queries
@@ -70,8 +70,8 @@ class Settings:
 
 def _read_settings(run: Mapping[str, Any]) -> Settings:
     return Settings(
-        read_options(Recipe, "recipe", run["recipe"]),
-        read_options(TrainingPace, "pace", run["pace"]),
+        read_whole(Recipe, "recipe", run["recipe"]),
+        read_whole(TrainingPace, "pace", run["pace"]),
         read_sources(TrainingText, run["text"]),
         _choose_dtype(run["dtype"]),
         _read_fingerprint(run["fingerprint"]),
