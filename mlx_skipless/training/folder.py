@@ -156,7 +156,10 @@ def read_log(run: Path) -> list[Event]:
         lines += [last] if text.endswith(("}", "\n")) else []
         return [_check_event(json.loads(line)) for line in lines]
     except (OSError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read ({first_line(error)})") from error
+        raise UserError(
+            f"{file} cannot be read ({first_line(error)}): put the whole log back, or start the "
+            "run again"
+        ) from error
 
 
 def _check_event(event: Any) -> Event:

@@ -48,10 +48,11 @@ WORDS = ("the", "cat", "sat", "on", "a", "mat", "who", "saw", "red", "dogs", "ru
 
 @pytest.fixture(autouse=True)
 def signals() -> Iterator[None]:
-    """The commands handle SIGTERM; pytest gets its own handling back."""
-    before = signal.getsignal(signal.SIGTERM)
+    """The commands handle SIGTERM and SIGHUP; pytest gets its own handling back."""
+    before = {which: signal.getsignal(which) for which in (signal.SIGTERM, signal.SIGHUP)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for which, handler in before.items():
+        signal.signal(which, handler)
 
 
 @pytest.fixture(scope="module")
@@ -462,19 +463,29 @@ def test_a_run_of_compiled_steps_goes_on_as_if_nothing_had_been(text: Path, tmp_
     same_end(tmp_path / "run", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "which",
+    [
+        [signal.SIGINT],
+        [signal.SIGTERM],
+        [signal.SIGHUP],
+        [signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP],  # a session that ends
+        [signal.SIGTERM, signal.SIGHUP],
+    ],
+    ids=str,
+)
 def test_an_interrupted_run_saves_and_tells(
     finished: tuple[Path, Result],
     text: Path,
     tmp_path: Path,
-    which: signal.Signals,
+    which: list[signal.Signals],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
     out = tmp_path / "run"
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(events, "describe_event", stop_at(6, which))
+        patch.setattr(events, "describe_event", stop_at(6, *which))
         assert command("train", "--data", text, "--mlx-path", out, *flags()) == 1
     assert "interrupted at step 6: --resume goes on" in one_error(capsys)
     assert signal.getsignal(signal.SIGINT) == handler
@@ -485,6 +496,56 @@ def test_an_interrupted_run_saves_and_tells(
     result = run(None, out, None, resume=True)
     same_end(out, finished[0])
     assert result.loss == finished[1].loss
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), BrokenPipeError(32, "x")])
+def test_a_run_that_nobody_hears_saves(
+    finished: tuple[Path, Result], text: Path, tmp_path: Path, error: OSError
+):
+    """A terminal that is gone, a pipe whose reader ended, a full disk behind standard output."""
+    out = tmp_path / "run"
+
+    def report(event: Event) -> None:
+        if event["step"] >= 6:
+            raise error
+
+    with pytest.raises(type(error), match="interrupted at step 6: --resume goes on") as told:
+        run(text, out, report=report)
+    assert told.value.errno == error.errno
+    with contextlib.suppress(OSError):  # at the last step the work is done whoever hears it
+        run(None, out, None, resume=True, report=lambda event: report({"step": event["step"] // 2}))
+    same_end(out, finished[0])
+    assert (out / "README.md").exists()
+
+
+def test_hangups_that_were_ignored_stay_ignored(text: Path, tmp_path: Path):
+    """As under nohup, whose run outlives its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run(text, tmp_path / "run", report=stop_at(6, signal.SIGHUP)).step == 12
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(
+    finished: tuple[Path, Result], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a killed process tidies nothing
+        with pytest.raises(ZeroDivisionError):
+            run(text, out, pace=dataclasses.replace(PACE, save_every=0), report=lambda e: 1 // 0)
+        (out / "training/log.jsonl").write_text('{"step": 2, "tokens": 128, "loss": 9.0}\n')
+        with pytest.raises(UserError, match=r"holds a run: --resume goes on with it, or give"):
+            run(text, out)
+        with pytest.raises(UserError, match="cannot be read"):
+            run(tmp_path / "none.txt", out, None, resume=True)
+    run(None, out, None, resume=True)
+    same_end(out, finished[0])
+    (tmp_path / "begun/training").mkdir(parents=True)
+    resume_refused(tmp_path / "begun", "nothing to resume.*remove the folder and start it again")
+    with pytest.raises(UserError, match="exists already: remove it"):
+        run(text, tmp_path / "begun")
 
 
 def test_an_interruption_between_two_lines_of_the_log(
@@ -631,7 +692,7 @@ def test_resuming_what_is_no_run(finished: tuple[Path, Result], text: Path, tmp_
     state.write_bytes(whole)
     for broken in ({}, given | {"recipe": {"depth": 1}}, given | {"pace": {"x": 1}}):
         settings.write_text(json.dumps(broken))
-        resume_refused(out, r"is not of this version|no part of a recipe")
+        resume_refused(out, r"is not of this version|no part of a (recipe|pace)")
     settings.write_text("{")
     resume_refused(out, "JSON")
 
