@@ -135,37 +135,39 @@ def train(
         settings = Settings(recipe or Recipe(), pace or TrainingPace(), text, dtype)
     else:
         raise UserError("--data is missing: name text files to train on")
-    settings, tokens = _read_tokens(settings, folder, steps if resume else None)
+    if resume and steps is not None:
+        longer = dataclasses.replace(settings.recipe, steps=steps)
+        settings = dataclasses.replace(settings, recipe=longer)
+    settings, tokens = make_tokens(settings, folder.path if resume else None)
     steps_done = partial(progress, "steps")
     return carry_out(folder, resume, lambda: Run(folder, settings, tokens), report, steps_done)
 
 
-def _read_tokens(
-    settings: Settings, folder: RunFolder, steps: int | None
-) -> tuple[Settings, Tokens]:
+def make_tokens(settings: Settings, resumed: Path | None) -> tuple[Settings, Tokens]:
     """Read the text, and complete the settings by what it says.
+
+    Args:
+        settings: with an empty fingerprint, unless the run is resumed.
+        resumed: the folder of a resumed run, which has its tokenizer.
 
     Raises:
         UserError: if a resumed run's text is not what it was.
     """
-    resumed = settings.fingerprint != ""
-    recipe = settings.recipe if steps is None else dataclasses.replace(settings.recipe, steps=steps)
-    source = str(folder.path) if resumed else settings.text.tokenizer
+    source = settings.text.tokenizer if resumed is None else str(resumed)
     texts = settings.text.read()
     if source is None:
-        tokenizer = corpus.make_tokenizer(texts.train, recipe.vocab_size, chat=texts.chat)
+        tokenizer = corpus.make_tokenizer(texts.train, settings.recipe.vocab_size, chat=texts.chat)
     else:
         tokenizer = fetch_tokenizer(source)
     tokens = encode_texts(texts, tokenizer)
     if len(tokens.held_out):
-        perplexity.check_length(tokens.held_out, recipe.context)
+        perplexity.check_length(tokens.held_out, settings.recipe.context)
     fingerprint = tokens.fingerprint()
-    if resumed and fingerprint != settings.fingerprint:
+    if resumed is not None and fingerprint != settings.fingerprint:
         raise UserError(
-            f"{folder.path} was trained on other text than these files hold now: give the same "
-            "--data"
+            f"{resumed} was trained on other text than these files hold now: give the same --data"
         )
-    recipe = dataclasses.replace(recipe, vocab_size=len(tokenizer))
+    recipe = dataclasses.replace(settings.recipe, vocab_size=len(tokenizer))
     return dataclasses.replace(settings, recipe=recipe, fingerprint=fingerprint), tokens
 
 

@@ -1057,9 +1057,37 @@ def test_curves_of_runs(
         for line, key in ((lines[2 * i], "loss"), (lines[2 * i + 1], "validation_loss")):
             points = [(tokens[e["step"]], e[key]) for e in events if key in e]
             assert np.allclose(line, points)
-    labels = [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()]
-    assert [label.split(":")[0] for label in labels] == ["finished", "whole"]
-    assert labels[0].endswith(f"{finished[1].validation_loss:.3f}")
+    labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert labels[::2] == ["finished, training", "whole, training"]
+    assert [label.split(":")[0] for label in labels[1::2]] == [
+        "finished, held out",
+        "whole, held out",
+    ]
+    assert labels[1].endswith(f": {finished[1].validation_loss:.3f}")
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["log of this version", "of an older one"])
+@pytest.mark.parametrize("log_every", [0, 3, 5, 7])
+def test_evaluations_between_lines_of_the_log_are_drawn(
+    log_every: int, old: bool, tmp_path: Path, figures: list[Figure]
+):
+    """Also those after the last line of the log, and those that are worse than all that came."""
+    events: list[Event] = []
+    for step in range(1, 23):
+        if log_every and step % log_every == 0:
+            events.append({"step": step, "tokens": 64 * step, "loss": 5 - step / 10})
+        if step % 2 == 0:
+            event = {"step": step, "tokens": 64 * step, "validation_loss": 3 + step / 5}
+            events.append({k: v for k, v in event.items() if not old or k != "tokens"})
+    (tmp_path / "run/training").mkdir(parents=True)
+    log = tmp_path / "run/training/log.jsonl"
+    log.write_text("".join(json.dumps(event) + "\n" for event in events))
+    assert command("curves", tmp_path / "run", "--output", tmp_path / "x.svg") == 0
+    per_step = 64 if log_every or not old else 1  # nothing says how many tokens
+    line = drawn(figures[0])[-1]
+    assert np.allclose(line, [(per_step * n / 1e6, 3 + n / 5) for n in range(2, 23, 2)])
+    low, high = figures[0].axes[0].get_ylim()
+    assert low < line[:, 1].min() and line[:, 1].max() < high
 
 
 def test_curves_of_runs_with_one_name(
@@ -1073,8 +1101,8 @@ def test_curves_of_runs_with_one_name(
         places.append(log.parent.parent)
     assert command("curves", *places, "--output", tmp_path / "both.png") == 0
     assert len(drawn(figures[0])) == 4
-    labels = [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()]
-    assert len(set(labels)) == 2
+    labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert len(set(labels)) == 4
 
 
 def test_curves_of_a_run_with_an_odd_name(finished: tuple[Path, Result], tmp_path: Path):
