@@ -96,6 +96,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     def savefig(self: Figure, *arguments: Any, **options: Any) -> None:
         seen.append(self)
         write(self, *arguments, **options)
+        self.drawn = self.get_tightbbox().extents  # type: ignore[attr-defined]
 
     monkeypatch.setattr(Figure, "savefig", savefig)
     return seen
@@ -117,14 +118,14 @@ def test_a_figure_fits_its_place(
     width = parse_width(size)
     with open_figure("--plot", str(tmp_path / "a.svg"), width) as draw:
         draw(plot, content)
-    (figure,) = figures
+    figure: Any = figures[0]
     assert figure.get_size_inches()[0] == pytest.approx(width)
     text = (tmp_path / "a.svg").read_text()
     assert f'width="{72 * width:g}pt"' in text.replace(".0pt", "pt")
     assert all(one.get_fontsize() >= 7 for one in texts_of(figure))
-    drawn, (_, height) = figure.get_tightbbox(), figure.get_size_inches()
-    assert drawn.x0 >= -0.01 and drawn.y0 >= -0.01
-    assert drawn.x1 <= width + 0.01 and drawn.y1 <= height + 0.01
+    left, bottom, right, top = figure.drawn
+    assert left >= -0.01 and bottom >= -0.01
+    assert right <= width + 0.01 and top <= figure.get_size_inches()[1] + 0.01
     names = [one.get_text() for one in figure.legends[0].get_texts()]
     lines = [line for axes in figure.axes for line in axes.lines if plot != plot_benchmark]
     assert len(names) == len({*names}) == (2 if plot == plot_benchmark else len(lines))
