@@ -9,12 +9,21 @@ import math
 from dataclasses import dataclass
 
 from ..errors import UserError
-from ..options import check_above_zero, check_choice, check_choices, flag_name, option
+from ..options import (
+    check_above_zero,
+    check_choice,
+    check_choices,
+    check_seed,
+    flag_name,
+    option,
+)
 
 # As network.model has them, which cannot be imported without MLX.
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu")
 PROJECTION_NORMS = ("q", "k", "v", "heads", "hidden")
 HEALING_RATES = {"lora": 1e-3, "full": 5e-5}
+MOST_LAYERS = 10_000
+LARGEST = 1 << 31  # MLX's sizes along an axis and numbers of steps are 32-bit
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        _check_sizes(self)
+        if self.layers > MOST_LAYERS:
+            raise UserError(f"--layers {self.layers}: must be at most {MOST_LAYERS:,}")
         for name in ("adam_learning_rate", "clip", "temperature", "embedding_scale"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{flag_name(name)} {getattr(self, name)}: must be above 0")
@@ -124,8 +136,7 @@ class Recipe:
         for name in ("steps", "batch_size", "context"):
             if getattr(self, name) < 1:
                 raise UserError(f"{flag_name(name)} {getattr(self, name)}: must be at least 1")
-        if self.seed < 0:
-            raise UserError(f"--seed {self.seed}: must be at least 0")
+        check_seed(self.seed)
         if self.warmup < 0 or not 0 <= self.decay <= 1 or not 0 <= self.orthogonal_q <= 1:
             raise UserError("--warmup must be at least 0, --decay and --orthogonal-q from 0 to 1")
 
@@ -188,20 +199,32 @@ class Treatment:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        _check_sizes(self)
         for name in ("rank", "steps", "batch_size", "context", "sampled_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"{flag_name(name)} {getattr(self, name)}: must be at least 1")
         for name, value in (("learning_rate", self.peak), ("clip", self.clip)):
             if not 0 < value < math.inf:
                 raise UserError(f"{flag_name(name)} {value}: must be above 0")
-        if self.warmup < 0 or self.seed < 0:
-            raise UserError("--warmup and --seed must be at least 0")
+        check_seed(self.seed)
+        if self.warmup < 0:
+            raise UserError(f"--warmup {self.warmup}: must be at least 0")
 
     @property
     def peak(self) -> float:
         """The highest learning rate."""
         rate = self.learning_rate
         return HEALING_RATES[self.fine_tune_type] if rate is None else rate
+
+
+def _check_sizes(options: Recipe | Treatment) -> None:
+    """Check that MLX can take each whole number but the seed, and that other numbers are finite."""
+    for one in dataclasses.fields(options):
+        value = getattr(options, one.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{flag_name(one.name)} {value}: must be a finite number")
+        if isinstance(value, int) and value >= LARGEST and one.name != "seed":
+            raise UserError(f"{flag_name(one.name)} {value}: must be below {LARGEST:,}")
 
 
 @dataclass(frozen=True)
