@@ -11,7 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..checkpoints.files import read_json, replace_file, write_json
+from ..checkpoints.files import read_json
+from ..checkpoints.output import replace_file, write_json
 from ..errors import UserError, first_line
 
 TRAINING = "training"

@@ -25,7 +25,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from ..checkpoints import hub
-from ..checkpoints.files import check_links, read_json, replace_file
+from ..checkpoints.files import check_links, read_json
+from ..checkpoints.output import replace_file
 from ..checkpoints.writer import check_free
 from ..errors import UserError, first_line
 from ..evaluation import perplexity

@@ -17,7 +17,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..checkpoints.files import replace_file
+from ..checkpoints.output import replace_file
 from ..errors import UserError, first_line
 from ..memory import peak_memory_bytes
 from ..text.corpus import Batches

@@ -16,7 +16,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_map
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..checkpoints.files import replace_file, write_json
+from ..checkpoints.output import replace_file, write_json
 from ..checkpoints.tokenizer import fetch_tokenizer
 from ..checkpoints.writer import check_free
 from ..errors import UserError
