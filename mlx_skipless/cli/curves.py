@@ -1,9 +1,9 @@
 """curves: draw the losses of training runs in one figure."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
+from ..options import expand_path
 from .figures import open_figure
 
 EXAMPLES = (("trial trained_model", "two runs in loss.png"),)
@@ -21,7 +21,7 @@ def run(options: dict[str, Any]) -> None:
     from ..evaluation.plots import plot_losses
     from ..training.folder import read_log
 
-    folders = [Path(run) for run in options["runs"]]
+    folders = [expand_path(run) for run in options["runs"]]
     names = [folder.name for folder in folders]
     with open_figure("--output", options["output"]) as draw:
         logs = {

@@ -17,6 +17,7 @@ from ..checkpoints.safetensors import SafetensorsStore
 from ..checkpoints.tokenizer import load_tokenizer
 from ..errors import UserError, first_line
 from ..network.model import Model, ModelArgs
+from ..options import expand_path
 
 BUNDLED = Path(__file__).parents[1] / "assets" / "tales"  # a source checkpoint that tells tales
 
@@ -105,7 +106,7 @@ def load_network(
         )
         store.check_unchanged()
         if adapter_path is not None:
-            model = mlx_lm.utils.load_adapters(model, adapter_path)
+            model = mlx_lm.utils.load_adapters(model, str(expand_path(adapter_path)))
             model.eval()
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
         raise UserError(f"{path_or_hf_repo} cannot be loaded: {first_line(error)}") from error

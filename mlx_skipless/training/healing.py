@@ -33,7 +33,7 @@ from ..evaluation import perplexity
 from ..inference.loading import load
 from ..network.metrics import measure_kl, measure_nll
 from ..network.parts import tensors_of
-from ..options import read_options
+from ..options import expand_path, read_options
 from ..text import corpus, samples
 from .card import write_healing_card
 from .folder import Event, RunFolder, read_log
@@ -116,7 +116,7 @@ def heal(
         UserError: for anything the user can mend, a loss that is no number, and an interruption;
             the last good checkpoint is kept.
     """
-    folder = RunFolder(Path(mlx_path))
+    folder = RunFolder(expand_path(mlx_path))
     if resume:
         settings = folder.read_settings(_read_settings)
         if steps is not None:
@@ -135,7 +135,7 @@ def heal(
 
 
 def _make_absolute(model: str | Path) -> str:
-    return str(model) if hub.is_id(str(model)) else str(Path(model).expanduser().absolute())
+    return str(model) if hub.is_id(str(model)) else str(expand_path(model).absolute())
 
 
 @dataclass(frozen=True)

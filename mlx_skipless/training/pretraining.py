@@ -24,7 +24,7 @@ from ..evaluation import perplexity
 from ..inference.generation import generate
 from ..network.model import Model
 from ..network.parts import tensors_of
-from ..options import read_options
+from ..options import expand_path, read_options
 from ..text import corpus
 from .card import write_training_card
 from .folder import Event, RunFolder
@@ -113,7 +113,7 @@ def train(
         UserError: for anything the user can mend, a loss that is no number, and an interruption;
             the last good checkpoint is kept.
     """
-    dtype, folder = _choose_dtype(dtype), RunFolder(Path(mlx_path))
+    dtype, folder = _choose_dtype(dtype), RunFolder(expand_path(mlx_path))
     paths, held_out = list_paths(data or ()), list_paths(validation)
     if resume:
         settings = folder.read_settings(_read_settings)

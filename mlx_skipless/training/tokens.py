@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..options import expand_path
 from ..text import corpus
 
 
@@ -33,7 +34,7 @@ class TextFiles:
 
 def list_paths(files: Sequence[str | Path]) -> list[str]:
     """Return files' absolute paths, as ``TextFiles`` holds them."""
-    return [str(Path(file).absolute()) for file in files]
+    return [str(expand_path(file).absolute()) for file in files]
 
 
 @dataclass(frozen=True)
