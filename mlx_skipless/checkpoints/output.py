@@ -16,8 +16,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ..constants import HUB_ID
 from ..errors import UserError
 
+ABSOLUTE = re.compile(r"(?:~?/[^/\n]+/|~[/\\]|[A-Za-z]:[/\\]|\\\\|file:)[^\n]*")
+SPOKEN = re.compile(r"(^|_)(tokens?|templates?|stop|strings?|prompts?|schema)(_|$)")  # keys of text
+VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "model.safetensors.index.json")
 LONGEST_NAME = 200  # bytes; most systems have 255 for a name, and a temporary one is longer
 # Where a rename fails though the file itself can be written: a file that is a mount point, as in
 # containers, or one of a user's own in a folder that is not.
@@ -86,6 +90,46 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file, atomically."""
     text = json.dumps(content, indent=4) + "\n"
     replace_file(file, lambda made: made.write_text(text, encoding="utf-8"))
+
+
+def hide_paths(folder: Path) -> None:
+    """Take paths of the machine that wrote them out of a model's JSON files, which get published.
+
+    ``save_pretrained`` leaves some, such as ``_name_or_path``, and they tell a user's name.
+    """
+    for file in folder.glob("*.json"):
+        if file.name not in VOCABULARIES and file.is_file():
+            try:
+                content = json.loads(file.read_text(encoding="utf-8"))
+            except (ValueError, RecursionError):
+                continue  # of a source, where nothing needed to read it
+            if (kept := _drop_paths(content)) != content:
+                write_json(file, kept)
+
+
+def _drop_paths(content: Any) -> Any:
+    """JSON content without the entries whose values are local paths."""
+    if not isinstance(content, dict):
+        return content
+    kept = {}
+    for key, value in content.items():
+        if SPOKEN.search(key):
+            kept[key] = value
+        elif isinstance(value, list):
+            kept[key] = [_drop_paths(one) for one in value if not is_local_path(one, key)]
+        elif not is_local_path(value, key):
+            kept[key] = _drop_paths(value)
+    return kept
+
+
+def is_local_path(value: Any, key: str) -> bool:
+    """Whether a value in a JSON file is a path on some machine, and not a Hub id or a word."""
+    if not isinstance(value, str):
+        return False
+    names_file = re.search("(name_or_path|_file|_path|_dir|_folder)$", key)
+    separated = "/" in value or "\\" in value
+    foreign = not HUB_ID.fullmatch(value) or os.path.exists(value)
+    return bool(ABSOLUTE.fullmatch(value) or (names_file and separated and foreign))
 
 
 def sync_file(file: Path) -> None:

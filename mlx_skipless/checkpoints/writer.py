@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from ..errors import UserError
 from . import files
-from .output import remove_abandoned, sync_file, temporary_folder
+from .output import hide_paths, remove_abandoned, sync_file, temporary_folder
 from .safetensors import INDEX
 
 SHARD_BYTES = 1 << 29  # two are in memory, one being written; mlx-lm reads any number of shards
@@ -137,6 +137,10 @@ class Writer:
     def commit(self) -> None:
         """Make the folder appear under its name."""
         check_free(self._out, self._flag)
+        try:
+            hide_paths(self.folder)
+        except OSError as error:
+            raise self._make_error(error) from error
         # The temporary folder is private; a model is as readable as any other new folder.
         umask = os.umask(0)
         os.umask(umask)

@@ -1,5 +1,7 @@
 """The model card of a result: what was done to which model, and the measured effect."""
 
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..checkpoints import hub
+from ..options import expand_path
 from .report import Report
 
 NAMES = {"q": "Q", "k": "K", "v": "V", "p": "P", "attention": "Attention", "ffn": "The FFN"}
@@ -28,6 +31,8 @@ TEMPLATE = """\
 {% endfor %}
 {%- endif %}
 {%- endfor %}"""
+LOCAL = "a local model"  # in the place of a path whose last part says nothing, or too much
+PATH = re.compile(r"(?<![\w:/.~<])~?(?:/[^\s/`'\"()<>*,;]+){2,}")
 USE = """\
 ```python
 from mlx_lm import load, generate
@@ -44,7 +49,10 @@ def name_source(source: str) -> str:
 
     A card is published, and a path tells of the machine that wrote it.
     """
-    return source if hub.is_id(source) else Path(source).name
+    if hub.is_id(source):
+        return source
+    path = Path(os.path.abspath(expand_path(source)))
+    return LOCAL if path in (expand_path("~"), Path(path.anchor)) else path.name
 
 
 def render_card(
@@ -72,7 +80,8 @@ def render_card(
         tags=[*tags],
     )
     parts: Any = {"name": name, "paragraphs": paragraphs, "sections": sections}
-    return f"{ModelCard.from_template(data, template_str=TEMPLATE, **parts)}"
+    card = f"{ModelCard.from_template(data, template_str=TEMPLATE, **parts)}"
+    return PATH.sub(lambda found: name_source(found[0]), card)
 
 
 def describe_effect(report: Report) -> list[str]:
@@ -152,7 +161,9 @@ def write_card(report: Report, name: str, given: Sequence[str] = ()) -> str:
     )
     for path in given:
         if "/" in path and not hub.is_data_set(path):  # notes quote it
-            card = card.replace(path, name_source(path))
+            expanded = str(expand_path(path))
+            for form in (os.path.realpath(expanded), os.path.abspath(expanded), expanded, path):
+                card = card.replace(form, name_source(path))
     return card
 
 

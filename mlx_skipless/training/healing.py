@@ -26,7 +26,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from ..checkpoints import hub
 from ..checkpoints.files import check_links, read_json
-from ..checkpoints.output import replace_file
+from ..checkpoints.output import hide_paths, replace_file
 from ..checkpoints.writer import check_free
 from ..errors import UserError, first_line
 from ..evaluation import perplexity
@@ -290,6 +290,7 @@ class Run(ResumableRun[HealingResult]):
                 partial_folder, source, self.model, self._tokenizer, config, donate_model=False
             )
             text = write_healing_card(result, asdict(self._treatment), sources.teacher)
+            hide_paths(partial_folder)
             (partial_folder / "README.md").write_text(text, encoding="utf-8")
             names = sorted(file.name for file in partial_folder.iterdir())
             for name in sorted(names, key=lambda name: name == "config.json"):

@@ -16,7 +16,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_map
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..checkpoints.output import replace_file, write_json
+from ..checkpoints.output import hide_paths, replace_file, write_json
 from ..checkpoints.tokenizer import fetch_tokenizer
 from ..checkpoints.writer import check_free
 from ..errors import UserError
@@ -191,6 +191,7 @@ class Run(ResumableRun[TrainingResult]):
         self._folder.begin(self._settings, 32 * self.parameters)
         tokenizer = self._text.tokenizer
         tokenizer.save_pretrained(str(self._folder.path))
+        hide_paths(self._folder.path)
         config = {k: v for k, v in asdict(self.model.args).items() if v is not None}
         config |= {"eos_token_id": tokenizer.eos_token_id, "torch_dtype": "float32"}
         config |= {"architectures": ["SkiplessForCausalLM"]}
