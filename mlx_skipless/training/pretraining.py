@@ -17,7 +17,7 @@ from mlx.utils import tree_map
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoints.output import hide_paths, replace_file, write_json
-from ..checkpoints.tokenizer import fetch_tokenizer
+from ..checkpoints.tokenizer import NO_MODEL_TYPE, fetch_tokenizer
 from ..checkpoints.writer import check_free
 from ..errors import UserError
 from ..evaluation import perplexity
@@ -194,7 +194,7 @@ class Run(ResumableRun[TrainingResult]):
         hide_paths(self._folder.path)
         config = {k: v for k, v in asdict(self.model.args).items() if v is not None}
         config |= {"eos_token_id": tokenizer.eos_token_id, "torch_dtype": "float32"}
-        config |= {"architectures": ["SkiplessForCausalLM"]}
+        config |= {"architectures": ["SkiplessForCausalLM"], **NO_MODEL_TYPE}
         write_json(self._folder.path / "config.json", dict(sorted(config.items())))
 
     def go(self, report: Callable[[Event], None], stopped: Callable[[], bool]) -> TrainingResult:
