@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..checkpoints import hub
+from ..memory import format_bytes
 from ..options import expand_path
 from .report import Report
 
@@ -94,7 +95,7 @@ def _describe_size(report: Report) -> Iterator[str]:
     share = f"{abs(saved):.1%} {'fewer' if saved >= 0 else 'more'}"
     yield (
         f"{report.params_before:,} weights before, {report.params_after:,} after ({share}); "
-        f"{report.bytes_before / 1e6:,.1f} MB before, {report.bytes_after / 1e6:,.1f} MB after."
+        f"{format_bytes(report.bytes_before)} before, {format_bytes(report.bytes_after)} after."
     )
     if (table := report.first_layer) is not None:
         times = [table.reads_before(batch) / table.reads_after(batch) for batch in (1, 16, 256)]
