@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -71,6 +72,18 @@ def read_number(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+
+
+def read_text(text: str) -> str:
+    """The type of flags whose value is text, which a locale without UTF-8 makes bytes of."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(text).decode()
+        except UnicodeError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no UTF-8 text") from None
 
 
 def _is_number(text: str) -> bool:
