@@ -21,6 +21,7 @@ from ..inference.loading import BUNDLED
 from ..memory import machine_memory_bytes, peak_memory_bytes
 from ..network import model as model_module
 from ..network.driver import RESIDENT_BYTES, Driver, StreamedNetwork
+from ..options import expand_path
 from ..progress import Progress, Stopwatch
 from ..quantization import bits
 from ..quantization.calibration import NearestParts
@@ -84,6 +85,7 @@ def convert(
     fields |= {} if model is None else {"model": model}
     fields |= {} if mlx_path is None else {"mlx_path": mlx_path}
     options = replace(options or Options(), **fields)
+    options = replace(options, mlx_path=expand_path(options.mlx_path))
     job = plan(open_source(options), watch)
     if options.dry_run:
         report = add_wishes(make_report(job), job)

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import UserError, first_line
 from ..inference.loading import load
+from ..options import expand_path
 
 Results = Mapping[str, Any]  # what lm_eval.simple_evaluate returns
 SEED = 123  # mlx_lm.evaluate's
@@ -90,7 +91,7 @@ def evaluate(
     ):  # fmt: skip
         if value is not None and value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
-    folder = None if include_path is None else Path(include_path)
+    folder = None if include_path is None else expand_path(include_path)
     if folder is not None and not folder.is_dir():
         raise UserError(f"--include-path {include_path}: no such folder")
     harness = _import_harness()

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ..checkpoints.files import POINTED, POINTER
 from ..errors import UserError, first_line
+from ..options import expand_path
 
 END, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # ChatML, the form that mlx-lm and most servers know.
@@ -62,14 +63,14 @@ def read_texts(
     train: list[str] = []
     held_out: list[str] = []
     chat = False
-    for file in files:
+    for file in map(expand_path, files):
         lines = _read_lines(file)
         cut = len(lines) if validation else len(lines) - round(share * len(lines))
         for part, into in ((lines[:cut], train), (lines[cut:], held_out)):
             documents, talks = _parse_documents(file, part)
             into += documents
             chat |= talks
-    for file in validation:
+    for file in map(expand_path, validation):
         held_out += _parse_documents(file, _read_lines(file))[0]
     return Texts(train, held_out, chat)
 
