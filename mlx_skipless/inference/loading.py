@@ -17,6 +17,7 @@ from ..checkpoints.safetensors import SafetensorsStore
 from ..checkpoints.tokenizer import load_tokenizer
 from ..errors import UserError, first_line
 from ..network.model import Model, ModelArgs
+from .context import read_context
 
 BUNDLED = Path(__file__).parents[1] / "assets" / "tales"  # a source checkpoint that tells tales
 
@@ -104,6 +105,7 @@ def load_network(
             trust_remote_code=trust_remote_code and not skipless,
         )
         store.check_unchanged()
+        model.context = read_context(config)
         if adapter_path is not None:
             model = mlx_lm.utils.load_adapters(model, adapter_path)
             model.eval()

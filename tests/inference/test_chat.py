@@ -24,8 +24,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_skipless.errors import UserError
 from mlx_skipless.inference import generation, prompts
-from mlx_skipless.inference.chat import _VISIBLE, Conversation, chat
+from mlx_skipless.inference.chat import Conversation, chat
 from mlx_skipless.inference.loading import load
+from mlx_skipless.terminal import make_visible
 
 Loaded = tuple[nn.Module, TokenizerWrapper]
 
@@ -232,6 +233,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the backgro
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 from mlx_skipless.inference.chat import chat
 from mlx_skipless.inference.loading import load
+from mlx_skipless.terminal import make_visible
 model, tokenizer = load(sys.argv[1])
 tokenizer.eos_token_ids = set()
 chat(model, tokenizer, **eval(sys.argv[2]))
@@ -458,7 +460,7 @@ def test_an_opening_is_gone_on_from(
     type_lines(monkeypatch, "Hello")
     chat(*bare, max_tokens=6, opening="Once upon a time")
     out, err = capsys.readouterr()
-    visible = [text.translate(_VISIBLE) for text in (first, second)]
+    visible = [make_visible(text) for text in (first, second)]
     assert out == f"Once upon a time{visible[0]}\n{visible[1]}\n"
     assert err.count("peak memory") == 2 and f"({talk.reused} more were in the cache)" in err
 
