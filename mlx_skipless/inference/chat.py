@@ -312,15 +312,16 @@ def _describe_room(talk: Conversation) -> Iterator[str]:
     """Say what the model's context made the last turn forget, and if it is about to overflow."""
     if talk.context is None or talk.last is None:
         return
-    context, held = f"the model's context of {talk.context:,} tokens", len(talk.cached)
+    size, held = talk.context, len(talk.cached)
+    context = f"the model's context of {size:,} tokens"
     if talk.forgotten:
         yield f"The conversation outgrew {context}: its beginning is forgotten."
-    if held > talk.context:
+    if held > size:
         yield f"This turn is longer than {context}: the model saw only the end of it."
-    elif held > talk.context * FULL:
+    elif held > size * FULL:
         yield (
-            f"{held:,} tokens of {context} are taken: the beginning is about to be forgotten; "
-            "/reset forgets all."
+            f"{held:,} of the {size:,} tokens of the model's context are taken: the beginning is "
+            "about to be forgotten; /reset forgets all."
         )
 
 

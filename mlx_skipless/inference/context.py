@@ -95,8 +95,13 @@ def describe_overflow(
     )
 
 
-def check_windows(model: nn.Module, lengths: Sequence[int], flag: str) -> str | None:
+def check_windows(model: nn.Module, lengths: Sequence[int], what: str) -> str | None:
     """Say in a line if a model is made to read more tokens in a row than it was made for.
+
+    Args:
+        model: what reads.
+        lengths: tokens in a row.
+        what: what gives these lengths, before their number.
 
     Raises:
         UserError: if it has no positions for them.
@@ -104,10 +109,10 @@ def check_windows(model: nn.Module, lengths: Sequence[int], flag: str) -> str | 
     context, longest = find_context(model), max(lengths, default=0)
     if context is None or longest <= context:
         return None
-    told = f"{flag} {longest:,} exceeds the model's context of {context:,} tokens"
+    told = f"{what} {longest:,} tokens, more than the model's context of {context:,}"
     if has_position_table(model):
-        raise UserError(f"{told}, and it has no more positions: give at most {context:,}")
-    return f"{told}: it was not made for so many"
+        raise UserError(f"{told}, and it has no more positions: give fewer")
+    return told
 
 
 def _is_length(value: Any) -> TypeGuard[int]:
