@@ -6,7 +6,7 @@ _STEERING = (
     *(c for c in range(0x20) if chr(c) not in "\n\t"),
     *range(0x7F, 0xA0),
     *range(0x2028, 0x202F),
-    *range(0x2066, 0x2070),
+    *range(0x2066, 0x206A),
     *range(0xD800, 0xE000),
 )
 _VISIBLE = dict.fromkeys(_STEERING, "\N{REPLACEMENT CHARACTER}")

@@ -95,7 +95,8 @@ class Stream(Iterator[str]):
         except Exception as error:  # of mlx-lm's detokenizers and samplers, and of the model
             raise UserError(
                 f"the answer breaks off after {len(self.tokens):,} tokens "
-                f"({type(error).__name__}: {first_line(error)})"
+                f"({type(error).__name__}: {first_line(error)}): the model or its tokenizer cannot "
+                "go on; download it again, or ask otherwise"
             ) from error
         if self._drafts:
             # A round of drafts ends with a token of the model's own.
@@ -195,6 +196,8 @@ def stream(
             "--draft-model takes back tokens from caches of its own: drop --max-kv-size and a "
             "cache to go on from"
         )
+    elif choice.get("repetition_penalty") not in (None, 1):
+        raise UserError("--draft-model: mlx-lm penalizes no prompt then; drop --repetition-penalty")
     elif num_draft_tokens < 1:
         raise UserError(f"--num-draft-tokens {num_draft_tokens}: must be at least 1")
     else:
