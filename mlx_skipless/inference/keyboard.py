@@ -55,13 +55,15 @@ def edit_lines() -> Iterator[None]:
         with contextlib.suppress(Exception):  # libedit speaks another language
             readline.parse_and_bind("set enable-bracketed-paste on")
     # Not readline's own reading and writing: each library has its format.
-    with contextlib.suppress(OSError, RuntimeError), _open_history(os.O_RDONLY) as file:
-        for line in file.read(LARGEST).decode(errors="replace").splitlines():
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        with _open_history(os.O_RDONLY) as file:
+            lines = file.read(LARGEST).decode(errors="replace").splitlines()
+        for line in filter(str.isprintable, lines):
             readline.add_history(line)
     try:
         yield
     finally:
-        with contextlib.suppress(OSError, RuntimeError, UnicodeError):
+        with contextlib.suppress(OSError, RuntimeError, ValueError):
             count = readline.get_current_history_length()
             typed = [readline.get_history_item(i + 1) or "" for i in range(count)][-REMEMBERED:]
             plain = ("".join(c if c.isprintable() else " " for c in line) for line in typed)

@@ -823,10 +823,13 @@ def test_a_chat_samples_as_the_model_recommends(
         assert {name: asked[name] for name in taken | given} == taken | given
         seen: dict[str, Any] = {}
         original = generation.stream
-        monkeypatch.setattr(
-            generation, "stream", lambda *_, **options: seen.update(options) or original(*_)
-        )
-        assert cli.main([*command, "--prompt", "Hi"]) == 0
+
+        def stream(*given: Any, **options: Any) -> generation.Stream:
+            seen.update(options)
+            return original(*given, **options)
+
+        monkeypatch.setattr(generation, "stream", stream)
+        assert cli.main([*command, "--prompt", "Hi", "--max-tokens", "2"]) == 0
         assert {
             k: v for k, v in seen.items() if k not in ("max_tokens", "prompt_cache", "seed")
         } == {"temp": 0} | given
