@@ -25,6 +25,12 @@ CHAT_TEMPLATE = (
     "{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# Of a model that knows no turns: what was said so far is one text, an answer goes on with its line.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '' if loop.first else ' ' if message['role'] == 'assistant' else '\\n' }}"
+    "{{ message['content'] }}{% endfor %}"
+)
 
 
 @dataclass(frozen=True)
@@ -166,7 +172,7 @@ def make_tokenizer(documents: Sequence[str], vocab_size: int, *, chat: bool) -> 
         tokenizer_object=tokenizer,
         eos_token=TURN_END if chat else END,
         pad_token=END,
-        chat_template=CHAT_TEMPLATE if chat else None,
+        chat_template=CHAT_TEMPLATE if chat else PLAIN_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
 
