@@ -2,9 +2,10 @@
 
 import json
 import os
+import re
 import stat
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ CONFIG_BYTES = 64 << 20
 TOKENIZER_BYTES = 256 << 20
 DEEPEST = 64  # levels of a config
 TEMPLATES = "additional_chat_templates"  # transformers' folder of them
+GGUF, GGUF_MAGIC = ".gguf", b"GGUF"
+MODEL_OF_GGUF = re.compile(r"(?i)(?:^|/)(?!\.|[^/]*mmproj)[^/]+\.gguf$")
 AT_ONCE = 16 << 20  # bytes of a read that the background makes
 AHEAD_BYTES = 1 << 30  # more might leave the system's cache before its turn comes
 
@@ -51,6 +54,44 @@ def is_there(path: Path, most: int | None = None) -> bool:
             "at most: download it again"
         )
     return True
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file is called a GGUF file or begins as one, whatever it is called."""
+    if path.suffix.lower() == GGUF:
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+    except OSError:
+        return False  # whoever reads it says why it cannot be read
+
+
+def find_gguf(folder: Path) -> Path | None:
+    """The GGUF file of a folder without other weights; None if there is none.
+
+    Raises:
+        UserError: if there are several.
+    """
+    if any(folder.glob("*.safetensors")):
+        return None
+    found = list_gguf(file.name for file in folder.iterdir())
+    if len(found) > 1:
+        raise UserError(f"{folder} holds {len(found)} GGUF files, {list_names(found)}: give one")
+    return folder / found[0] if found else None
+
+
+def list_gguf(names: Iterable[str]) -> list[str]:
+    """The names of GGUF files of models; the half of a model that sees pictures is none."""
+    last = ((name, name.lower().rpartition("/")[2]) for name in names)
+    return sorted(
+        n for n, own in last if own.endswith(GGUF) and own[:1] != "." and "mmproj" not in own
+    )
+
+
+def list_names(names: Sequence[str], most: int = 6) -> str:
+    """The first names of many, for a message."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def check_small(folder: Path) -> None:
