@@ -15,6 +15,7 @@ SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")  # what is read 
 # The largest files of these kinds on the Hub have a few tens of MB.
 CONFIG_BYTES = 64 << 20
 TOKENIZER_BYTES = 256 << 20
+MOST_TOKENS = 1 << 23  # as a config may have embeddings
 DEEPEST = 64  # levels of a config
 TEMPLATES = "additional_chat_templates"  # transformers' folder of them
 GGUF, GGUF_MAGIC = ".gguf", b"GGUF"
@@ -180,14 +181,14 @@ def _read_spans(spans: list[tuple[Path, int, int]]) -> None:
             return
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Read the JSON object in a file of a checkpoint.
+def read_json(file: Path, most: int = CONFIG_BYTES) -> dict[str, Any]:
+    """Read the JSON object in a file of a checkpoint; ``most`` bytes of it are believed.
 
     Raises:
         UserError: if the file is missing, malformed or no object, or too large or deep to be
             believed.
     """
-    if not is_there(file, CONFIG_BYTES):
+    if not is_there(file, most):
         raise UserError(f"no {file.name} in {file.parent}: give a Hugging Face model folder")
     try:
         read = json.loads(file.read_text(encoding="utf-8"))

@@ -138,7 +138,7 @@ def make_tokenizer(
     types = field("tokenizer.ggml.token_type") or [NORMAL] * len(tokens or ())
     if not _are_strings(tokens) or len(set(tokens)) < len(tokens) or len(types) != len(tokens):
         raise UserError(f"{source} has a broken list of tokens: download it again")
-    _check_lengths(tokens, source)
+    check_lengths(tokens, source)
     types = [
         CONTROL if token in END_NAMES else type_ for token, type_ in zip(tokens, types, strict=True)
     ]
@@ -166,7 +166,7 @@ def make_tokenizer(
     add_bos, add_eos = field("tokenizer.ggml.add_bos_token"), field("tokenizer.ggml.add_eos_token")
     first = named.get("bos") if (begins if add_bos is None else add_bos) else None
     last = named.get("eos") if add_eos else None
-    tokenizer.post_processor = _make_frame(tokenizer, first, last)
+    tokenizer.post_processor = make_frame(tokenizer, first, last)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         chat_template=_find_templates(field, keys, source),
@@ -175,7 +175,7 @@ def make_tokenizer(
     )
 
 
-def _check_lengths(tokens: Sequence[str], source: str) -> None:
+def check_lengths(tokens: Sequence[str], source: str) -> None:
     """Refuse tokens that are longer than any model's; what merges they have takes their square."""
     longest = max(map(len, tokens))
     if longest > LONGEST_TOKEN or sum(map(len, tokens)) > MOST_CHARACTERS:
@@ -243,7 +243,7 @@ def _make_sentencepiece(
     vocab = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(
         models.BPE(
-            vocab, _find_merges(score, source), unk_token=unknown, fuse_unk=True, byte_fallback=True
+            vocab, find_merges(score, source), unk_token=unknown, fuse_unk=True, byte_fallback=True
         )
     )
     # SentencePiece and llama.cpp put a space before any text, even before one. llama.cpp puts one
@@ -260,7 +260,7 @@ def _make_sentencepiece(
     return tokenizer
 
 
-def _find_merges(score: dict[str, float], source: str) -> list[tuple[str, str]]:
+def find_merges(score: dict[str, float], source: str) -> list[tuple[str, str]]:
     """The pairs of tokens whose concatenation is a token, by its score, the highest first."""
     pairs, left = [], MOST_MERGED
     for token in sorted(score, key=lambda token: -score[token]):
@@ -275,7 +275,7 @@ def _find_merges(score: dict[str, float], source: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def _make_frame(tokenizer: Tokenizer, first: str | None, last: str | None) -> Any:
+def make_frame(tokenizer: Tokenizer, first: str | None, last: str | None) -> Any:
     """Make the step that puts the bos and eos tokens around a text."""
     before, after = [first] if first else [], [last] if last else []
     second = [f"{piece}:1" for piece in (*before, "$B", *after)]
