@@ -181,14 +181,14 @@ def _read_spans(spans: list[tuple[Path, int, int]]) -> None:
             return
 
 
-def read_json(file: Path, most: int = CONFIG_BYTES) -> dict[str, Any]:
-    """Read the JSON object in a file of a checkpoint; ``most`` bytes of it are believed.
+def read_json(file: Path, most: int | None = None) -> dict[str, Any]:
+    """Read the JSON object in a file of a checkpoint, which has ``most`` bytes at most.
 
     Raises:
         UserError: if the file is missing, malformed or no object, or too large or deep to be
             believed.
     """
-    if not is_there(file, most):
+    if not is_there(file, CONFIG_BYTES if most is None else most):
         raise UserError(f"no {file.name} in {file.parent}: give a Hugging Face model folder")
     try:
         read = json.loads(file.read_text(encoding="utf-8"))
