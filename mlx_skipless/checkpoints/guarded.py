@@ -15,6 +15,7 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import UserError, first_line
+from .tokenizer_json import UNNAMED
 
 PANIC = "PanicException"  # its module cannot be imported
 STDERR = 2
@@ -91,7 +92,8 @@ class GuardedTokenizer(TokenizerWrapper):
         """The tokens without an embedding, none of which a text has unless it writes them."""
         if self._rows is None:
             return {}
-        surplus = {t: i for t, i in self._tokenizer.get_vocab().items() if i >= self._rows}
+        ids = self._tokenizer.get_vocab().items()
+        surplus = {t: i for t, i in ids if i >= self._rows and not t.startswith(UNNAMED)}
         template = self._tokenizer.chat_template or ""
         texts = template.values() if isinstance(template, dict) else [template]
         added = self._tokenizer.get_added_vocab() if surplus else {}
@@ -99,15 +101,15 @@ class GuardedTokenizer(TokenizerWrapper):
         for token in surplus:
             if token not in added or token in needed or any(token in text for text in texts):
                 raise UserError(
-                    f"{self._describe(surplus, token)}, which text needs: give the tokenizer that "
+                    f"{self._describe(surplus, token)}, which it needs: give the tokenizer that "
                     "belongs to this model, or embeddings for all of its tokens"
                 )
         return surplus
 
     def _describe(self, surplus: dict[str, int], token: str) -> str:
         return (
-            f"{self._name} has {self._rows:,} embeddings and {len(surplus):,} tokens beyond them, "
-            f"such as {token!r} ({surplus[token]})"
+            f"{self._name} has {self._rows:,} embeddings, and {len(surplus):,} of its tokenizer's "
+            f"tokens have none, such as {token!r} ({surplus[token]})"
         )
 
     @property
@@ -116,7 +118,7 @@ class GuardedTokenizer(TokenizerWrapper):
         if not self._surplus:
             return []
         said = self._describe(self._surplus, next(iter(self._surplus)))
-        return [f"{said}: text that has one of them is refused"]
+        return [f"{said}: text with one of them is refused"]
 
     def encode(self, *arguments: Any, **options: Any) -> Any:
         """Encode as transformers does.
@@ -128,6 +130,18 @@ class GuardedTokenizer(TokenizerWrapper):
             ids = self._tokenizer.encode(*arguments, **options)
         self._check_ids(ids)
         return ids
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Encode one text or many as transformers does.
+
+        Raises:
+            UserError: as ``encode``.
+        """
+        with explain_panics(self._name):
+            found = self._tokenizer(*arguments, **options)
+        for ids in (found["input_ids"], *found["input_ids"]):
+            self._check_ids(ids)
+        return found
 
     def apply_chat_template(self, *arguments: Any, **options: Any) -> Any:
         """Put messages through the chat template as mlx-lm does.

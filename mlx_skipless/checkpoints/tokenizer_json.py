@@ -26,6 +26,7 @@ STEADY = {
     "RobertaProcessing", "BertProcessing",
 }  # fmt: skip
 
+UNNAMED = "<|unnamed "
 ADDED = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -129,7 +130,7 @@ def fill_holes(content: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> s
     """
     found = tokenizer.get_vocab()
     added = tokenizer.added_tokens_decoder
-    names = {i: f"<|unnamed {i}|>" for i in range(max(found.values()))}
+    names = {i: f"{UNNAMED}{i}|>" for i in range(max(found.values()))}
     vocab = names | {i: token for token, i in found.items()}
     model = {**content["model"], "vocab": {token: i for i, token in sorted(vocab.items())}}
     entries = [

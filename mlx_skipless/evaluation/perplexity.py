@@ -74,7 +74,7 @@ def measure_perplexity(
     network, tokenizer = load(model, trust_remote_code=trust_remote_code)
     longest = getattr(getattr(network, "args", None), "max_position_embeddings", None)
     length = context or min(CONTEXT, longest or CONTEXT)
-    tokens = corpus.encode(texts.validation, tokenizer._tokenizer)
+    tokens = corpus.encode(texts.validation, tokenizer)
     check_length(tokens, length)
     return score_tokens(
         lambda batch: sum_nll(network, batch), tokens, tokenizer._tokenizer, length, batch_size

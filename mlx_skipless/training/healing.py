@@ -183,7 +183,7 @@ def make_tokens(sources: Sources, treatment: Treatment, pair: Pair) -> Tokens:
     """
     tokenizer = pair.tokenizer._tokenizer
     if sources.data:
-        return encode_texts(sources.read(), tokenizer)
+        return encode_texts(sources.read(), pair.tokenizer)
     sequences = -(-treatment.sampled_tokens // SPOKEN)
     teacher: Any = pair.teacher
     cache = make_prompt_cache(teacher)
