@@ -15,10 +15,12 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import UserError, first_line
+from .limits import check_template, limited
 from .tokenizer_json import UNNAMED
 
 PANIC = "PanicException"  # its module cannot be imported
 STDERR = 2
+LONGEST_CHAT = 1 << 25  # characters of a template's result
 _hold = threading.RLock()  # of the process's stderr
 
 
@@ -86,7 +88,14 @@ class GuardedTokenizer(TokenizerWrapper):
         else:
             nothing = b"" if known and isinstance(known[0], bytes) else ""
             known += [nothing] * ((rows or 0) - len(known))
+        for template in self._templates:
+            check_template(template, f"the chat template of {name}")
         self._surplus = self._find_surplus()
+
+    @property
+    def _templates(self) -> list[str]:
+        found = self._tokenizer.chat_template or ()
+        return [found] if isinstance(found, str) else list(dict(found).values())
 
     def _find_surplus(self) -> dict[str, int]:
         """The tokens without an embedding, none of which a text has unless it writes them."""
@@ -94,12 +103,14 @@ class GuardedTokenizer(TokenizerWrapper):
             return {}
         ids = self._tokenizer.get_vocab().items()
         surplus = {t: i for t, i in ids if i >= self._rows and not t.startswith(UNNAMED)}
-        template = self._tokenizer.chat_template or ""
-        texts = template.values() if isinstance(template, dict) else [template]
         added = self._tokenizer.get_added_vocab() if surplus else {}
         needed = {self._tokenizer.bos_token, self._tokenizer.eos_token}
         for token in surplus:
-            if token not in added or token in needed or any(token in text for text in texts):
+            if (
+                token not in added
+                or token in needed
+                or any(token in text for text in self._templates)
+            ):
                 raise UserError(
                     f"{self._describe(surplus, token)}, which it needs: give the tokenizer that "
                     "belongs to this model, or embeddings for all of its tokens"
@@ -143,12 +154,19 @@ class GuardedTokenizer(TokenizerWrapper):
             self._check_ids(ids)
         return found
 
-    def apply_chat_template(self, *arguments: Any, **options: Any) -> Any:
-        """Put messages through the chat template as mlx-lm does.
+    def apply_chat_template(self, *arguments: Any, tokenize: bool = True, **options: Any) -> Any:
+        """Put messages through the chat template as mlx-lm does, within bounds.
 
         Raises:
-            UserError: as ``encode``.
+            UserError: as ``encode``, and if the template takes more time or memory than any needs.
         """
+        if not options.get("sanitize_control_tokens"):
+            with limited(f"the chat template of {self._name}"):
+                text = super().apply_chat_template(*arguments, tokenize=False, **options)
+            if len(text) > LONGEST_CHAT:
+                raise UserError(f"the chat template of {self._name} makes {len(text):,} characters")
+            if not tokenize:
+                return text
         with explain_panics(self._name):
             found = super().apply_chat_template(*arguments, **options)
         self._check_ids(found)

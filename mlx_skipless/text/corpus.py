@@ -14,6 +14,7 @@ import numpy as np
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from ..checkpoints.guarded import explain_panics
 from ..errors import UserError, first_line
 
 END, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -180,7 +181,8 @@ def encode(documents: Sequence[str], tokenizer: Any) -> np.ndarray:
         raise UserError("the tokenizer has no end token: give one that has")
     if not documents:
         return np.zeros(0, np.int32)
-    rows = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
+    with explain_panics(getattr(tokenizer, "name_or_path", None) or "this model"):
+        rows = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
     return np.concatenate([np.array([*row, end], np.int32) for row in rows])
 
 

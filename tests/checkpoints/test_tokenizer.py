@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import random
+import resource
 import shutil
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer
 
 import mlx_skipless
-from mlx_skipless.checkpoints import guarded, tokenizer_json
+from mlx_skipless.checkpoints import guarded, limits, tokenizer_json
 from mlx_skipless.checkpoints.tekken import FIRST_SPECIALS, read_tekken
 from mlx_skipless.checkpoints.tokenizer import has_tokenizer, load_tokenizer
 from mlx_skipless.checkpoints.tokenizer_json import read_tokenizer
@@ -188,6 +190,41 @@ def test_what_else_is_written_to_stderr_is_shown_in_the_end(capfd: pytest.Captur
     with guarded.explain_panics("model"):
         guarded.os.write(2, b"a warning\n")
     assert capfd.readouterr().err == "a warning\n"
+
+
+ENDLESS = {
+    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
+    "filters": "{{ (range(99999) | list * 1000) | map('string') | join | length }}",
+    "lists": "{{ (range(99999) | list * 99999) | length }}",
+    "doubled": "{% set n = namespace(s='xxxxxxxxxxxxxxxx') %}{% for i in range(60) %}"
+    "{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s | length }}",
+    "power": "{{ 2 ** 10000000000 % 7 }}",
+    "long": "{{ 'x' * 2000000 }}",
+}
+SLOW = [pytest.param(name, marks=pytest.mark.thorough) for name in ("filters", "doubled")]
+
+
+@pytest.mark.parametrize("name", ["loops", "lists", "power", "long", *SLOW])
+def test_a_chat_template_without_an_end_is_ended(
+    model: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    monkeypatch.setattr(limits, "SECONDS", 0.2)
+    monkeypatch.setattr(limits, "MEMORY", 1 << 30)
+    monkeypatch.setattr(guarded, "LONGEST_CHAT", 1_000_000)
+    (model / "chat_template.jinja").write_text(ENDLESS[name])
+    before = sys.gettrace(), resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(UserError, match=r"the chat template of .* (takes more|raises|makes)"):
+        mlx_skipless.generate(model, None, "hi")
+    assert (sys.gettrace(), resource.getrlimit(resource.RLIMIT_AS)) == before
+
+
+def test_keyword_arguments_of_a_chat_template_are_no_power(model: Path):
+    (model / "chat_template.jinja").write_text(
+        "{% macro say(a, b) %}{{ a }}{{ b }}{% endmacro %}"
+        "{{ say(**{'a': 'x', 'b': 'y'}) }}{{ say('x', **{'b': 'y'}) }} **bold**"
+    )
+    messages = [{"role": "user", "content": "hi"}]
+    assert load(model).apply_chat_template(messages, tokenize=False) == "xyxy **bold**"
 
 
 # More tokens than embeddings
