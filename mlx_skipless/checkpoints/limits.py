@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import resource
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..errors import UserError
 OPENING = ("(", ",")  # before the ** of keyword arguments
 
 SECONDS = 5.0  # of this thread's processor time; a chat of a thousand turns takes a tenth of one
+_hold = threading.RLock()  # of the process's limit
 LOOK_EVERY = 64  # lines and calls
 MEMORY = 4 << 30  # bytes beyond what the process has
 MEMORY_MAP = Path("/proc/self/statm")  # Linux alone limits what a process may map
@@ -75,16 +77,17 @@ def _limit_time(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _limit_memory() -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    try:
-        pages = int(MEMORY_MAP.read_text().split()[0])
-    except (OSError, ValueError, IndexError):
-        yield
-        return
-    most = pages * resource.getpagesize() + MEMORY
-    if soft == resource.RLIM_INFINITY or most < soft:
-        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    with _hold:
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        try:
+            pages = int(MEMORY_MAP.read_text().split()[0])
+        except (OSError, ValueError, IndexError):
+            yield
+            return
+        most = pages * resource.getpagesize() + MEMORY
+        if soft == resource.RLIM_INFINITY or most < soft:
+            resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
