@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from ..checkpoints import hub
 from ..checkpoints.checkpoint import open_checkpoint
+from ..checkpoints.guarded import GuardedTokenizer
 from ..checkpoints.tokenizer import carry_tokenizer, load_tokenizer
 from ..checkpoints.writer import SHARD_BYTES, Writer, check_free
 from ..errors import UserError
@@ -47,6 +48,7 @@ from .report import (
     Report,
     add_calibration,
     add_check,
+    add_tokenizer,
     add_wishes,
     explain_difference,
     make_report,
@@ -91,7 +93,8 @@ def convert(
         report = add_wishes(make_report(job), job)
     else:
         with _open_result(job) as writer:
-            passages = _find_passages(job, writer, watch)
+            tokenizer = _write_beside(job, writer)
+            passages = _take_text(job, tokenizer, watch)
             job = decide(job, passages, watch)
 
             def attempt(job: Job) -> Verification | None:
@@ -103,7 +106,7 @@ def convert(
                 outcome = attempt(job)
             else:
                 job, outcome = search_bits(job, passages, attempt, watch)
-            report = _finish(job, writer, passages, outcome)
+            report = _finish(job, writer, passages, outcome, tokenizer)
         if options.upload_repo is not None:
             hub.upload(Path(options.mlx_path), options.upload_repo)
     seconds, peak = time.perf_counter() - started, peak_memory_bytes()
@@ -216,8 +219,8 @@ def _most_bytes(job: Job) -> int:
     return max(whole.nbytes(), job.layout.nbytes())
 
 
-def _find_passages(job: Job, writer: Writer, progress: Progress) -> Passages | None:
-    """Write what the result has beside its weights, and find the text that the rest needs."""
+def _write_beside(job: Job, writer: Writer) -> GuardedTokenizer | None:
+    """Write what the result has beside its weights; return its tokenizer."""
     if not job.form.stock:
         code = Path(str(model_module.__file__)).read_text(encoding="utf-8")
         writer.write_text(MODEL_FILE, code)
@@ -225,14 +228,12 @@ def _find_passages(job: Job, writer: Writer, progress: Progress) -> Passages | N
     writer.write_json("config.json", config)  # transformers reads it with the tokenizer
     trust = {"trust_remote_code": job.options.trust_remote_code}
     same_type = job.form.stock and not job.options.drops
-    tokenizer = None
-    if carry_tokenizer(job.opened, writer.folder, stock=same_type, **trust):
-        name = job.checkpoint.name
-        tokenizer = load_tokenizer(writer.folder, config, name=name, **trust)
-    return _take_text(job, tokenizer, progress)
+    if not carry_tokenizer(job.opened, writer.folder, stock=same_type, **trust):
+        return None
+    return load_tokenizer(writer.folder, config, name=job.checkpoint.name, **trust)
 
 
-def _take_text(job: Job, tokenizer: Any, progress: Progress) -> Passages | None:
+def _take_text(job: Job, tokenizer: GuardedTokenizer | None, progress: Progress) -> Passages | None:
     """The tokens that deciding, calibrating and checking need; None if nothing does."""
     options = job.options
     calibrating = job.calibrated or bool(options.drops)
@@ -265,11 +266,15 @@ def _take_text(job: Job, tokenizer: Any, progress: Progress) -> Passages | None:
 
 
 def _finish(
-    job: Job, writer: Writer, passages: Passages | None, outcome: Verification | None
+    job: Job,
+    writer: Writer,
+    passages: Passages | None,
+    outcome: Verification | None,
+    tokenizer: GuardedTokenizer | None,
 ) -> Report:
     """Report what was done, write the model card, and make the result's folder appear."""
     options, out = job.options, Path(job.options.mlx_path)
-    report = replace(make_report(job), output=str(out))
+    report = add_tokenizer(replace(make_report(job), output=str(out)), tokenizer)
     if job.calibrated and passages is not None:
         report = add_calibration(report, passages)
     if outcome is not None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..checkpoints.guarded import GuardedTokenizer
 from ..network.names import EMBEDDING, HEAD
 from ..network.parts import dtype_name
 from ..network.wiring import LETTERS
@@ -166,6 +167,14 @@ def add_calibration(report: Report, passages: Passages) -> Report:
     """Add the text that a result was quantized against."""
     assert passages.calibration is not None
     note = f"quantized against {passages.calibration.size:,} tokens of text ({passages.origin})"
+    return replace(report, notes=(*report.notes, note))
+
+
+def add_tokenizer(report: Report, tokenizer: GuardedTokenizer | None) -> Report:
+    """Add what is wrong with a result's tokenizer, or that it has none."""
+    if tokenizer is not None:
+        return replace(report, warnings=(*report.warnings, *tokenizer.warnings))
+    note = "the source has no tokenizer, so the result has none: put one into its folder"
     return replace(report, notes=(*report.notes, note))
 
 
