@@ -152,7 +152,7 @@ def _try_removal(
     else:
         parts.enter(streams)
     for layer in range(max(first, 0), last + 1):
-        parts.layer(layer)
+        parts.layer(layer, ends=layer == last)
     return [h for i, h in enumerate(parts.streams) if is_held_out(i)]
 
 
