@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -217,26 +218,27 @@ def _take_text(job: Job, tokenizer: Any, progress: Progress) -> Passages | None:
     # MLX's quantized products are slow on a CPU.
     small = job.layout.count() <= samples.LONG_CHECK_WEIGHTS
     long_check = calibrating and (small or mx.default_device().type != mx.cpu)
+    args = job.plan.before
+    widest = max(args.hidden_size, args.intermediate_size, args.num_attention_heads * args.head_dim)
+    # Choosing sub-layers and distilling take all the text that there is.
+    fitted = None if options.drops or options.distill else widest
+    sizes: dict[str, Any] = {"calibrating": calibrating, "long_check": long_check, "fitted": fitted}
     if job.text is None:
-        progress("sampling text", 0, 1)
-        found = samples.sample_passages(
+        return samples.sample_passages(
             _load_source(job),
             seed=options.seed,
             start=None if tokenizer is None else tokenizer.bos_token_id,
-            calibrating=calibrating,
-            long_check=long_check,
+            progress=partial(progress, "sampling text"),
+            **sizes,
         )
-        progress("sampling text", 1, 1)
-        return found
     if tokenizer is None:
         raise UserError("--calibration needs a tokenizer and the source has none: drop it")
     return samples.cut_passages(
         str(options.calibration),
         job.text,
         lambda text: tokenizer.encode(text, verbose=False),  # of its length; pieces get cut
-        calibrating=calibrating,
-        long_check=long_check,
-        longest=job.plan.before.max_position_embeddings,
+        longest=args.max_position_embeddings,
+        **sizes,
     )
 
 

@@ -28,6 +28,7 @@ from .layout import Layout
 
 STREAMS_BYTES = 1 << 30  # of all changed copies together
 MEASURED_TOKENS = 2048  # at most
+TRIAL_TOKENS = 8  # for each input of the widest matrix: as many tokens calibrate a trial
 FormatOf = Callable[[str], Format | None]
 
 
@@ -79,6 +80,7 @@ def measure_removals(
         tokens: (sequences, length) of text; most calibrate, the rest measures.
         progress: called with (layers done, all layers).
     """
+    tokens = _thin(tokens, network.args)
     batches = split_batches(tokens)
     rows = mx.concatenate([t for i, t in enumerate(batches) if is_held_out(i)])
     rows = limit_tokens(rows, 2 * len(trials), network.args)
@@ -127,6 +129,12 @@ def measure_rounding(
     alone = {where: (where,) for where in matrices}
     rows = limit_tokens(tokens, len(alone), network.args)
     return _Comparison(network, rows, alone, format_of).run({}, progress)
+
+
+def _thin(tokens: mx.array, args: ModelArgs) -> mx.array:
+    """Take sequences from all over a text, as many as a trial needs."""
+    widest = max(args.hidden_size, args.intermediate_size, args.num_attention_heads * args.head_dim)
+    return tokens[:: max(1, tokens.size // (TRIAL_TOKENS * widest))]
 
 
 def limit_tokens(tokens: mx.array, copies: int, args: ModelArgs) -> mx.array:
