@@ -16,7 +16,7 @@ from ..network.model import ModelArgs
 from .formats import Format, add_to_diagonal
 
 WIDE = 4096  # inputs whose second moments are kept in float64
-JUDGED = 512  # outputs, spread over all, that choose the ridge
+JUDGED = 128  # outputs, spread over all, that choose the ridge
 # Tried as the ridge, a share of the inputs' mean square.
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
