@@ -89,9 +89,13 @@ def convert(
                 job, outcome = search_bits(job, passages, attempt, watch)
             report = _finish(job, writer, passages, outcome)
         if options.upload_repo is not None:
+            watch("uploading", 0, 1)
             hub.upload(Path(options.mlx_path), options.upload_repo)
+            watch("uploading", 1, 1)
     seconds, peak = time.perf_counter() - started, peak_memory_bytes()
-    return replace(report, seconds=seconds, stages=watch.seconds, peak_memory_bytes=peak)
+    rest = seconds - sum(watch.seconds.values())
+    stages = {**watch.seconds, "other": rest}
+    return replace(report, seconds=seconds, stages=stages, peak_memory_bytes=peak)
 
 
 def open_source(options: Options) -> Job:
@@ -132,8 +136,9 @@ def check(
         whole = job.whole_layout
         rounded = NearestParts(job.source_parts(whole.dtype), whole)
         results.append(StreamedNetwork(whole.args, rounded, whole.config_entry))
-    found, *alone = compare_networks(source, results, passages.check, passages.origin)
-    progress("checking", 1, 1)
+    found, *alone = compare_networks(
+        source, results, passages.check, passages.origin, partial(progress, "checking")
+    )
     return found.beside(*alone) if alone else found
 
 

@@ -32,7 +32,7 @@ from ..network.driver import (
 from ..network.model import Block, Model, Stream
 from ..network.names import EMBEDDING, EXPERTS, FINAL_NORM, HEAD, module_path
 from ..network.parts import Merged, Parts, replace_at
-from ..progress import Steps
+from ..progress import Steps, tell_part
 from .fitting import Moments, fit_weight, to_float64
 from .formats import Packed
 from .layout import Layout
@@ -44,6 +44,7 @@ READERS = (
     ("router", "gate_proj", "up_proj"),
     ("down_proj",),
 )
+STEPS = len(READERS)  # that progress tells of for each part of a network
 HEAD_TOKENS = 8  # for each number of the stream: as many tokens weigh a tied embedding
 OVERFLOWS = (
     "activations overflow float32 at {} on the text to quantize against: the stream has no norms "
@@ -89,7 +90,7 @@ class CalibratedParts:
         merger: makes the result's dense tensors.
         layout: how the result's tensors lie on disk.
         tokens: (sequences, length) of text.
-        progress: called with (groups of matrices done, all), which read the same place each.
+        progress: called with (steps done, all), ``STEPS`` for each part: embedding, layers, head.
     """
 
     def __init__(
@@ -143,7 +144,7 @@ class CalibratedParts:
         groups = [[where for where in places if self._is_fitted(where, out)] for places in groups]
         passage = self._begin(layer, [where for places in groups for where in places])
         for done, places in enumerate(groups):
-            self._progress(len(READERS) * layer + done, len(READERS) * len(self._source.paths))
+            tell_part(self._progress, 1 + layer, 2 + len(self._source.paths))(done, STEPS)
             if not places:
                 continue
             seen, judge = self._observe(passage, places, result, out)
@@ -165,8 +166,6 @@ class CalibratedParts:
 
     def head(self) -> Arrays:
         """Quantize the head, if the result has one of its own."""
-        total = len(READERS) * len(self._source.paths)
-        self._progress(total, total)
         out = dict(self._merger.head())
         if self._layout.format_of(HEAD) is None:
             return out
