@@ -84,7 +84,8 @@ class Report:
         warnings: what must not be overlooked, a sentence each.
         verification: how far the result is from its source, None where that was not checked.
         seconds: that all took.
-        stages: seconds of each stage, in the order of their beginnings.
+        stages: seconds of each stage, in the order of their beginnings, and of "other" work; they
+            add up to ``seconds``.
         peak_memory_bytes: the most that the process held.
     """
 
