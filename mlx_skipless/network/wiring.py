@@ -55,6 +55,8 @@ def find_points(args: ModelArgs) -> list[Point]:
             points[-1].pin("a norm acts on the stream")
         _pass_attention(args, layer, points)
         _pass_ffn(args, layer, points)
+        if args.has_output_skip(layer):
+            points[-1].pin(f"the heads of layer {layer} are added to it")
     last = points[-1]
     last.head = True
     last.consumers.append(HEAD)

@@ -218,6 +218,7 @@ def _find_linear_paths(args: ModelArgs, layer: int) -> dict[str, mx.array]:
             ("uniform_gain", attention, mx.zeros(heads)),
             ("query_skip", attention, skips),
             ("head_skip", args.has_head_skip(layer), skips),
+            ("output_skip", args.has_output_skip(layer), skips),
         )
         if there and getattr(args, flag)
     }
