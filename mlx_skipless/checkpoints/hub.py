@@ -70,7 +70,8 @@ def resolve(
         raise UserError(f"no such file or folder: {source} (a Hub id looks like owner/name)")
     patterns = [*files.SMALL, *(["*.py"] if code else [])]
     folder = _fetch(source, revision, patterns, ["*"] if config_only else TOKENIZERS)
-    if not config_only and any(one != folder for one in _fetch_weights(source, revision, folder)):
+    is_model = (folder / "config.json").exists() and not config_only
+    if is_model and any(one != folder for one in _fetch_weights(source, revision, folder)):
         raise UserError(f"{source} changed while it was fetched: try again")
     return folder
 

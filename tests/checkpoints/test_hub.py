@@ -274,6 +274,17 @@ def test_the_files_that_an_index_names_are_fetched_and_no_others(
     assert hub.sent() == (FETCHED - {"model.safetensors"}) | shards
 
 
+def test_a_repository_of_adapters(hub: HubServer, run: Run, tmp_path: Path):
+    (tmp_path / "repo").mkdir()
+    config = {"peft_type": "LORA", "base_model_name_or_path": "tales/tiny"}
+    (tmp_path / "repo" / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "repo" / "adapter_model.safetensors").write_bytes(b"weights")
+    hub.repos["tales/adapters"] = {"main": tmp_path / "repo"}
+    error = the_error(run("--model", "tales/adapters"))
+    assert "LoRA adapters and no model: merge them into tales/tiny with PEFT's" in error
+    assert hub.sent() == {"adapter_config.json"}
+
+
 def test_an_index_that_a_repository_has_outgrown(hub: HubServer, run: Run, tmp_path: Path):
     repo = tmp_path / "repo"
     make_checkpoint(repo, **SMALL)
