@@ -212,6 +212,12 @@ def read_model_args(
                 'config.json says "precomputed", which needs an attention in layer 0 and a head of '
                 "its own: correct config.json"
             )
+        width = args.num_attention_heads * args.head_dim
+        if args.output_skip and width != args.hidden_size:
+            raise UserError(
+                f"an output skip adds heads that are {width} wide to a stream of "
+                f"{args.hidden_size}: correct config.json or take it out"
+            )
     except UserError as error:
         raise UserError(family.quote_its_keys(str(error))) from error
     return args
@@ -306,9 +312,13 @@ def _find_contradictions(args: ModelArgs) -> Iterator[str]:
             f"{heads} attention heads cannot share {kv_heads} key-value heads: correct "
             '"num_key_value_heads" in config.json'
         )
-    # Without Q, K or V the stream itself takes its place; without P the heads are added to it.
+    # Without Q, K or V the stream itself takes its place; without P the heads take the stream's,
+    # but where an FFN alone reads them.
     counts = {"q": heads, "k": kv_heads, "v": kv_heads}
-    if args.block == "parallel" or args.skip == "both":
+    without_p = {*args.removed.get("p", ())} - {*args.removed.get("attention", ())}
+    bare = without_p & {*args.removed.get("ffn", ())}
+    alone = args.block == "serial" and args.skip == "none" and args.norm != "pre"
+    if bare or not alone:
         counts["p"] = heads
     for part, count in counts.items():
         if args.removed.get(part) and count * args.head_dim != args.hidden_size:

@@ -183,10 +183,9 @@ class Checkpoint(Blueprint):
         for name, place in self._places.items():
             tied_head = self.args.tie_word_embeddings and name == "lm_head.weight"
             ignored = place.names[0].endswith(self.family.ignored)
-            if name.endswith(".head_skip") and name not in expected:
+            if (needed := _find_needed(name)) and name not in expected:
                 raise UserError(
-                    f"{self.name} has a tensor {place.names[0]}, which needs an attention in its "
-                    "layer and in the one before: take it out"
+                    f"{self.name} has a tensor {place.names[0]}, which needs {needed}: take it out"
                 )
             if name not in expected and not tied_head and not ignored:
                 raise UserError(
@@ -228,6 +227,15 @@ def _describe(place: Place, name: str) -> str:
     """A tensor's name in the source, for a message."""
     whole = not place.stacked and not place.fused
     return place.names[0] if whole else f"{name}, from {place.names[0]},"
+
+
+def _find_needed(name: str) -> str | None:
+    """What the tensor of a skip needs to be where it is; None for any other tensor."""
+    needs = {
+        "head_skip": "an attention in its layer and in the one before",
+        "output_skip": "to be in the last layer, with an attention",
+    }
+    return needs.get(name.rpartition(".")[2])
 
 
 def _find_optional(names: Iterable[str], args: ModelArgs) -> set[str]:

@@ -1,10 +1,10 @@
-"""Files that anyone may have made: read with care, and replaced whole or not at all."""
+"""Files that anyone may have made, read with care."""
 
 import json
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -243,26 +243,3 @@ def _is_deeper(value: Any, most: int) -> bool:
             for inner in (one.values() if isinstance(one, dict) else one)
         ]
     return any(isinstance(one, dict | list) for one in level)
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file, atomically."""
-    text = json.dumps(content, indent=4) + "\n"
-    replace_file(file, lambda partial: partial.write_text(text, encoding="utf-8"))
-
-
-def replace_file(file: Path, write: Callable[[Path], Any]) -> None:
-    """Create or replace a file atomically; ``write`` writes it to a path that it is given."""
-    partial = file.with_name(f".partial-{file.name}")
-    try:
-        write(partial)
-        sync_file(partial)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def sync_file(file: Path) -> None:
-    """Wait until a file's content is on the disk."""
-    with file.open("rb") as written:
-        os.fsync(written.fileno())

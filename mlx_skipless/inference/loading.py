@@ -27,6 +27,8 @@ from ..checkpoints.tokenizer import load_tokenizer
 from ..errors import UserError
 from ..network.model import Model, ModelArgs
 from ..network.parts import dtype_name
+from ..options import expand_path
+from .context import read_context
 
 MOST_SAID = 300  # characters of a library's error
 QUANTIZATION_KEYS = ("quantization", "quantization_config")
@@ -114,8 +116,9 @@ def load_network(
             trust_remote_code=trust_remote_code and not skipless,
         )
         _check_types(model, folder, store.has_fp8)
+        model.context = read_context(config)
         if adapter_path is not None:
-            model = _apply_adapters(model, Path(adapter_path).expanduser())
+            model = _apply_adapters(model, expand_path(adapter_path))
         _try(model)
         if not lazy:
             mx.eval(model.parameters())
