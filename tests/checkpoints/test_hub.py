@@ -205,9 +205,13 @@ def test_a_refusal_is_one_line(hub: HubServer, run: Run, refusal: Refusal | None
     assert "tales/other" in error and said in error
 
 
-def test_an_unreachable_hub_is_one_line(hub: HubServer, run: Run):
+def test_an_unreachable_hub_is_one_line(
+    hub: HubServer, run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
+):
     hub.stop()
     error = the_error(run("--model", "tales/tiny"))
+    monkeypatch.chdir(model)  # another model is none in the cache
+    assert run("--model", "tales/tiny").stderr == f"{error}\n"
     assert "tales/tiny" in error and "not in the cache" in error and "connect" in error
 
 
