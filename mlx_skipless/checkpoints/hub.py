@@ -86,14 +86,13 @@ def _fetch_weights(source: str, revision: str | None, folder: Path) -> Iterator[
 
     ``folder`` has the small files.
     """
-    also = "config.json"  # for the client warns of patterns that no file matches
     if not files.is_there(folder / INDEX):
-        yield _fetch(source, revision, [also, "model*.safetensors"])
+        yield _fetch(source, revision, ["model*.safetensors"])
         return
     named = read_index(folder / INDEX)
-    yield _fetch(source, revision, [also, *map(glob.escape, named)])
+    yield _fetch(source, revision, [*map(glob.escape, named)])
     if not any((folder / name).exists() for name in named):
-        yield _fetch(source, revision, [also, WHOLE])
+        yield _fetch(source, revision, [WHOLE])
 
 
 def _fetch(
