@@ -27,13 +27,13 @@ _hold = threading.RLock()  # of the process's stderr
 
 @contextlib.contextmanager
 def explain_panics(name: str | Path) -> Iterator[None]:
-    """Turn a panic of tokenizers into a UserError; ``name`` is the model's."""
+    """Turn a panic or an error of tokenizers into a UserError; ``name`` is the model's."""
     with _hold_stderr() as drop:
         try:
             yield
         except BaseException as error:
-            if type(error).__name__ != PANIC:
-                raise
+            if type(error) is not Exception and type(error).__name__ != PANIC:
+                raise  # the library's own errors have no type either
             drop()
             raise UserError(
                 f"the tokenizer of {name} gives up on this text ({first_line(error)}): give another"
