@@ -615,7 +615,7 @@ def test_the_beginning_is_forgotten_where_it_has_turns(llama: Loaded):
     talk = Conversation(model, tokenizer, max_tokens=8, system_prompt="Hush.")
     talk.context = 160
     for turn in range(12):
-        text = f"Turn {turn}, of some length"
+        text = f"Turn {turn}{'.' * (turn * 7 % 30)}"
         say(talk, text)
         assert talk.messages[-2]["content"] == text
         assert len(talk.messages) % 2 == 0 and talk.messages[0]["role"] == "user"
@@ -623,9 +623,11 @@ def test_the_beginning_is_forgotten_where_it_has_turns(llama: Loaded):
         assert len(talk.cached) <= 160 + 8
         assert_cache_is_fresh(talk, model)
     assert talk.turns == 12 and 2 <= len(talk.messages) < 8
-    # A message too long for all is answered, alone.
+    # A message too long for all is answered, alone; its answer goes with it.
     say(talk, "x" * 200)
     assert len(talk.messages) == 2
+    say(talk, "More")
+    assert [one["role"] for one in talk.messages] == ["user", "assistant"]
 
 
 def test_the_beginning_is_forgotten_where_it_is_one_text(bare: Loaded):
@@ -705,6 +707,15 @@ def test_a_history_that_cannot_be_is_left_alone(
     with keyboard.edit_lines():
         pass
     assert not (tmp_path / "mlx-skipless" / "other").exists()
+
+
+def test_a_spoilt_line_of_history_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    (history := tmp_path / "mlx-skipless" / "history").parent.mkdir()
+    history.write_bytes(b"fine\na\x00b\n\x1b[2J\nlater\n")
+    with keyboard.edit_lines():
+        pass
+    assert history.read_text().splitlines()[-2:] == ["fine", "later"]
 
 
 def test_a_prompt_is_no_part_of_what_a_file_holds(
