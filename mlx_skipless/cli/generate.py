@@ -8,7 +8,9 @@ from typing import Any
 
 from ..errors import UserError
 from ..terminal import make_visible
+from .parser import read_text
 from .shared import DEFAULT_MODEL, Output, add_output_arguments, open_output
+from .streams import read_input
 from .tables import Grid
 
 EXAMPLES = (
@@ -31,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--prompt",
+        type=read_text,
         help="text to answer; - reads it from stdin; none: chat in a terminal, else a tale",
     )
     parser.add_argument(
@@ -97,9 +100,9 @@ def run(options: dict[str, Any]) -> None:
             _convert_bundled(name, shown)
         model, tokenizer = load(name, adapter_path=adapters, trust_remote_code=trust)
         if prompt == "-":
-            prompt = sys.stdin.read()
+            prompt = read_input()
         elif prompt is None and _piped():
-            prompt = sys.stdin.read() or None
+            prompt = read_input() or None
         talk = prompt is None and sys.stdin.isatty() and not json_name
         tale = prompt is None and not (talk and has_turns(tokenizer))
         options, remarks = _choose_sampling(options, name if talk else None, tale)

@@ -20,6 +20,7 @@ from mlx_lm.models.cache import (
 )
 
 from ..errors import UserError, first_line
+from ..options import expand_path
 from .context import find_context, has_position_table
 
 KV_BITS = (2, 3, 4, 6, 8)
@@ -103,7 +104,7 @@ def load_cache(file: str | Path, model: nn.Module) -> list[Any]:
         UserError: if there is none, or it is another model's.
     """
     try:
-        cache = load_prompt_cache(str(file))
+        cache = load_prompt_cache(str(expand_path(file)))
     except (OSError, RuntimeError, ValueError, KeyError) as e:
         raise UserError(
             f"{file} is no prompt cache ({first_line(e)}): `mlx_lm.cache_prompt` makes one"
