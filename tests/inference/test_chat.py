@@ -413,25 +413,36 @@ def test_the_command_without_arguments_in_a_terminal(
     assert (tmp_path / "mlx_model").is_dir()
 
 
-def test_colour_is_for_terminals_that_want_it(terminal: Callable[..., Terminal]):
-    assert "\x1b[2mprompt " in terminal(max_tokens=3).ask("Hello")
-    assert "\x1b" not in terminal({"NO_COLOR": "1"}, max_tokens=3).ask("Hello")
+class Screen(io.StringIO):
+    """What says that it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
 
 
-def test_a_seed_makes_a_session_repeatable_but_not_its_turns(terminal: Callable[..., Terminal]):
-    def session() -> tuple[str, str]:
-        screen = terminal(max_tokens=30, temp=1.0, seed=5)
-        answers = []
-        for _ in range(2):
-            seen = screen.ask("Hello")
-            answers.append(seen[: seen.index("prompt ")])
-            screen.send("/reset\n")
-            screen.expect("forgotten", "> ")
-        return answers[0], answers[1]
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("err", [Screen, io.StringIO])
+def test_colour_is_for_terminals_that_want_it(
+    llama: Loaded, monkeypatch: pytest.MonkeyPatch, err: type[io.StringIO], wanted: bool
+):
+    monkeypatch.setenv("NO_COLOR", "" if wanted else "1")
+    type_lines(monkeypatch, "Hello")
+    chat(*llama, max_tokens=3, out=Screen(), err=(shown := err()))
+    assert ("\x1b[2mprompt " in shown.getvalue()) == (wanted and err is Screen)
+    assert ("\x1b" in shown.getvalue()) == (wanted and err is Screen)
 
-    first, second = session()
-    assert first != second
-    assert session() == (first, second)
+
+def test_a_seed_makes_a_session_repeatable_but_not_its_turns(
+    llama: Loaded, monkeypatch: pytest.MonkeyPatch
+):
+    def session() -> str:
+        type_lines(monkeypatch, "Hello", "/reset", "Hello")
+        chat(*llama, max_tokens=30, temp=1.0, seed=5, out=(said := io.StringIO()))
+        return said.getvalue()
+
+    said = session()
+    assert session() == said
+    assert said != said[: len(said) // 2] * 2
 
 
 def type_lines(monkeypatch: pytest.MonkeyPatch, *lines: str | Exception) -> None:
