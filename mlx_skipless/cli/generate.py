@@ -114,6 +114,8 @@ def run(options: dict[str, Any]) -> None:
             )
             return
         if tale:
+            if system is not None:
+                raise UserError("--system-prompt needs a --prompt here, or a terminal to chat in")
             prompt = encode_prompt(tokenizer, generation.TALE, chat=False)
             _speak(generation.TALE, shown)
         if other is not None:
