@@ -8,6 +8,7 @@ import dataclasses
 import math
 import os
 import re
+import reprlib
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -165,16 +166,21 @@ def read_options(kind: type[Kind], what: str, given: Mapping[str, Any]) -> Kind:
         UserError: for an unknown key or a value of the wrong type.
     """
     known = {one.name: one.type for one in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if not isinstance(given, Mapping):
+        raise UserError(f"the {what} is {reprlib.repr(given)}; it must map keys to values")
     values = dict(given)
     for name, value in given.items():
         if name not in known:
-            raise UserError(f"{name!r} is no part of a {what}; known: {', '.join(known)}")
+            shown = reprlib.repr(name)
+            raise UserError(f"{shown} is no part of a {what}; known: {', '.join(known)}")
         accepted = typing.get_args(known[name]) or (known[name],)
         if float in accepted:
             accepted = (*accepted, int)
             with contextlib.suppress(TypeError, ValueError):  # YAML takes 1e-3 for text
                 values[name] = value = float(value) if isinstance(value, str) else value
+        shown = f"{name} in the {what} is {reprlib.repr(value)}"
         if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted):
-            expected = accepted[0].__name__
-            raise UserError(f"{name} in the {what} is {value!r}; it must be of type {expected}")
+            raise UserError(f"{shown}; it must be of type {accepted[0].__name__}")
+        if isinstance(value, int | float) and not abs(value) < 2**64:
+            raise UserError(f"{shown}; it must be a number that 64 bits hold")
     return kind(**values)

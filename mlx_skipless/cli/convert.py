@@ -65,6 +65,7 @@ def _show(report: "Report", shown: Output) -> None:
         done = "norm gains folded, exactly" if report.folded else "matrices as they were"
         lines.append(f"note: {done}; the result runs in plain mlx-lm")
     lines += describe_effect(report)
+    lines += [f"note: {advice}" for advice in report.advice]
     for line in lines:
         shown.say(line)
     for warning in report.warnings:
@@ -104,5 +105,5 @@ def _describe_stages(report: "Report") -> str:
     """Where the time went, if it was long."""
     if report.seconds < LONG:
         return ""
-    stages = (f"{stage} {seconds:.0f}" for stage, seconds in report.stages.items())
+    stages = (f"{stage} {seconds:.1f}" for stage, seconds in report.stages.items())
     return f" ({', '.join(stages)})"

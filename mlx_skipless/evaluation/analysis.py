@@ -208,6 +208,8 @@ def analyze(
         checkpoint = checkpoint.without_weights()
     text = _Text(str(calibration), content, seed)
     measured = _measure(checkpoint, text, trust_remote_code, progress)
+    if isinstance(checkpoint, Checkpoint):
+        checkpoint.store.check_unchanged()
     return _describe(str(model), checkpoint, measured, _find_notes(checkpoint, content))
 
 
@@ -252,6 +254,7 @@ def _describe(
 def _find_notes(checkpoint: Blueprint, text: str | None) -> Iterator[str]:
     """Say what the figures of a source do not; ``text`` is what the user gave to measure on."""
     args = checkpoint.args
+    yield from checkpoint.notes
     if not isinstance(checkpoint, Checkpoint):
         yield "a config alone: nothing could be measured"
     if (reason := sublayers.explain_undroppable(args)) is not None:

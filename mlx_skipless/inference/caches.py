@@ -21,6 +21,7 @@ from mlx_lm.models.cache import (
 
 from ..errors import UserError, first_line
 from ..options import expand_path
+from .context import find_context, has_position_table
 
 KV_BITS = (2, 3, 4, 6, 8)
 KEEP = 4  # a rotating cache never drops the first tokens: attention leans on them
@@ -61,6 +62,17 @@ def make_cache(
         group_size = _find_group_size(model)
         cache = [_quantize(c, kv_bits, group_size) for c in cache]
     return cache
+
+
+def make_sliding_cache(model: nn.Module) -> list[Any]:
+    """Make a cache that holds the model's context and no more, if it has one and that can be."""
+    size = find_context(model)
+    if size is None or size <= KEEP or has_position_table(model):
+        return make_cache(model)
+    try:
+        return make_cache(model, max_kv_size=size)
+    except UserError:  # of layers whose caches cannot be bounded
+        return make_cache(model)
 
 
 def make_draft_caches(

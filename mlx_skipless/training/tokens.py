@@ -1,13 +1,15 @@
 """The text of a run: the files that it comes from, and its tokens."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from ..checkpoints.files import is_there
 from ..options import expand_path
 from ..text import corpus
 
@@ -30,6 +32,31 @@ class TextFiles:
         """Read the documents; a UserError as ``corpus.read_texts`` raises it."""
         data, validation = ([Path(f) for f in part] for part in (self.data, self.validation))
         return corpus.read_texts(data, validation, share=self.validation_share)
+
+
+Sources = TypeVar("Sources", bound=TextFiles)
+
+
+def read_sources(kind: type[Sources], given: Mapping[str, Any]) -> Sources:
+    """Make a ``TextFiles`` of what ``run.json`` keeps, which anyone may have written.
+
+    Raises:
+        KeyError, TypeError, UserError: if it is none, or a file is no regular file.
+    """
+    for one in fields(kind):
+        value = given[one.name]
+        if one.name in ("data", "validation"):
+            fits = isinstance(value, list) and all(isinstance(file, str) for file in value)
+        elif one.name == "validation_share":
+            fits = isinstance(value, int | float)
+        else:
+            fits = isinstance(value, str) or (value is None and one.name == "tokenizer")
+        if not fits:
+            raise TypeError(f"{one.name} is {reprlib.repr(value)}")
+    sources = kind(**given)
+    for file in (*sources.data, *sources.validation):
+        is_there(Path(file))  # a pipe would block
+    return sources
 
 
 def list_paths(files: Sequence[str | Path]) -> list[str]:
