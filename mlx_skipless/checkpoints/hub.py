@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
 
 from ..constants import HUB_ID
 from ..errors import UserError, first_line
+from ..options import expand_path
 from . import files
 from .safetensors import INDEX, WHOLE, read_index
 
@@ -37,9 +38,10 @@ PRIVATE = "(a private one needs `hf auth login`)"
 
 def is_id(source: str) -> bool:
     """Whether a source is a Hub id: it looks like one, and no such path exists."""
-    path = os.path.expanduser(source)
     is_file = source.lower().endswith((".gguf", ".json"))
-    return bool(HUB_ID.fullmatch(source)) and not is_file and not os.path.exists(path)
+    return (
+        bool(HUB_ID.fullmatch(source)) and not is_file and not os.path.exists(expand_path(source))
+    )
 
 
 class _Bar(huggingface_hub.utils.tqdm):
@@ -66,10 +68,10 @@ def resolve(
     Raises:
         UserError: if there is no such path or repository, or it cannot be downloaded.
     """
-    path = os.path.expanduser(source)
+    path = expand_path(source)
     if os.path.exists(path):
-        files.check_name(Path(path))
-        return (Path(path).is_dir() and files.find_gguf(Path(path))) or Path(path)
+        files.check_name(path)
+        return (path.is_dir() and files.find_gguf(path)) or path
     if not is_id(source):
         raise UserError(f"no such file or folder: {source} (a Hub id looks like owner/name)")
     patterns = [*files.SMALL, *(["*.py"] if code else [])]
