@@ -7,7 +7,7 @@ checkpoint is run, and nothing is unpickled.
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, overload
@@ -32,7 +32,7 @@ from ..network.model import Model, ModelArgs
 from ..network.names import CHANNEL_PATHS, LINEAR_PATHS
 from ..network.parts import tensors_of
 from . import files, hub
-from .files import read_json
+from .files import read_config, read_json
 from .gguf_file import GGUFStore
 from .packed import UnpackedStore, find_scheme
 from .safetensors import FLOATS, SafetensorsStore, Shape, Store, is_float
@@ -53,12 +53,14 @@ class Blueprint:
         config: its config.json, or the same made from a GGUF file's metadata.
         family: its architecture.
         args: the network that it describes, in this package's terms.
+        notes: what there is to know of it, a sentence each.
     """
 
     name: str
     config: Config
     family: Family
     args: ModelArgs
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
 
     @property
     def packing(self) -> str | None:
@@ -181,10 +183,9 @@ class Checkpoint(Blueprint):
         for name, place in self._places.items():
             tied_head = self.args.tie_word_embeddings and name == "lm_head.weight"
             ignored = place.names[0].endswith(self.family.ignored)
-            if name.endswith(".head_skip") and name not in expected:
+            if (needed := _find_needed(name)) and name not in expected:
                 raise UserError(
-                    f"{self.name} has a tensor {place.names[0]}, which needs an attention in its "
-                    "layer and in the one before: take it out"
+                    f"{self.name} has a tensor {place.names[0]}, which needs {needed}: take it out"
                 )
             if name not in expected and not tied_head and not ignored:
                 raise UserError(
@@ -226,6 +227,15 @@ def _describe(place: Place, name: str) -> str:
     """A tensor's name in the source, for a message."""
     whole = not place.stacked and not place.fused
     return place.names[0] if whole else f"{name}, from {place.names[0]},"
+
+
+def _find_needed(name: str) -> str | None:
+    """What the tensor of a skip needs to be where it is; None for any other tensor."""
+    needs = {
+        "head_skip": "an attention in its layer and in the one before",
+        "output_skip": "to be in the last layer, with an attention",
+    }
+    return needs.get(name.rpartition(".")[2])
 
 
 def _find_optional(names: Iterable[str], args: ModelArgs) -> set[str]:
@@ -279,7 +289,8 @@ def open_checkpoint(
     path = hub.resolve(
         str(source), revision=revision, config_only=config_only, code=trust_remote_code
     )
-    config, store = _open_folder(path, config_only) if path.is_dir() else _open_file(path)
+    notes: list[str] = []
+    config, store = _open_folder(path, config_only, notes) if path.is_dir() else _open_file(path)
     family = find_family(config)
     if config.get("model_file") is not None and config["model_type"] != "skipless":
         raise UserError(
@@ -298,7 +309,7 @@ def open_checkpoint(
         return checkpoint
     if not config_only:
         raise UserError(f"{source} is a config without weights: add --dry-run, or give the model")
-    return Blueprint(str(source), config, family, args)
+    return Blueprint(str(source), config, family, args, notes=tuple(notes))
 
 
 def _open_file(path: Path) -> tuple[Config, Store | None]:
@@ -311,12 +322,21 @@ def _open_file(path: Path) -> tuple[Config, Store | None]:
     raise UserError(f"{path} is no model: give a folder, a .gguf file or a Hub id")
 
 
-def _open_folder(folder: Path, config_only: bool) -> tuple[Config, Store | None]:
-    config = read_json(folder / "config.json")
+def _open_folder(folder: Path, config_only: bool, notes: list[str]) -> tuple[Config, Store | None]:
+    """Read a folder's config and open its weights; ``notes`` says why a plan has none."""
+    config = read_config(folder)
     files.check_small(folder)
     find_family(config)  # an unknown architecture is the more helpful complaint
-    scheme = find_scheme(config)
     if config_only and not any(folder.glob("*.safetensors")):
+        find_scheme(config)
         return config, None
-    store = SafetensorsStore(folder)
+    try:
+        store = SafetensorsStore(folder)
+    except UserError as error:
+        if not config_only:
+            raise
+        find_scheme(config)
+        notes.append(f"this is planned from config.json alone: {error}")
+        return config, None
+    scheme = find_scheme(config, store)
     return config, store if scheme is None else UnpackedStore(store, scheme)

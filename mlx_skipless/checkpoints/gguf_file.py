@@ -53,7 +53,7 @@ class GGUFStore:
     """
 
     def __init__(self, path: Path):
-        self._path, self._bytes = path, path.stat().st_size
+        self._path, self._state = path, files.take_state(path)
         try:
             with np.errstate(over="raise", divide="raise", invalid="raise"):
                 self._reader = _Reader(path)
@@ -132,7 +132,7 @@ class GGUFStore:
         Raises:
             UserError: if it is broken or of an unknown kind.
         """
-        if self._path.stat().st_size < self._bytes:  # the map, which this reads, may end early, too
+        if self._path.stat().st_size < self._state[0]:  # the map, which this reads, ends early, too
             raise UserError(f"{self._path} has become shorter: copy or download it again")
         try:
             tokenizer = gguf_tokenizer.make_tokenizer(self._field, str(self._path))
@@ -161,6 +161,14 @@ class GGUFStore:
         """Have the system fetch these tensors in the background."""
         found = (self._tensors[name] for name in names)
         files.read_ahead((self._path, int(t.data_offset), int(t.n_bytes)) for t in found)
+
+    def check_unchanged(self) -> None:
+        """Check that the file has not changed since it was opened.
+
+        Raises:
+            UserError: if it has.
+        """
+        files.check_states({self._path: self._state})
 
     def _read_as_hugging_face(self, name: str) -> mx.array:
         values = self._read(self._tensors[name]).reshape(self.shapes[name])

@@ -1,8 +1,9 @@
 """The Hugging Face Hub: what a user calls a model becomes a path on this machine, and back."""
 
+import glob
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    IncompleteSnapshotError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -20,8 +22,11 @@ from huggingface_hub.errors import (
 from ..constants import HUB_ID
 from ..errors import UserError, first_line
 from . import files
+from .safetensors import INDEX, WHOLE, read_index
 
-WEIGHTS = ["model*.safetensors"]
+# All of a repository's subfolders but additional_chat_templates: a pattern's * also matches a "/".
+SUBFOLDERS = ["[!a]*/*", "a[!d]*/*"]
+TOKENIZERS = ["tokenizer.*", "tekken.json", "vocab.*", "*.model", "*.tiktoken"]
 DATA_SET = re.compile(rf"({HUB_ID.pattern})(?::([\w.-]*))?(?::([\w.-]+))?")
 PRIVATE = "(a private one needs `hf auth login`)"
 
@@ -63,13 +68,58 @@ def resolve(
         return Path(path)
     if not is_id(source):
         raise UserError(f"no such file or folder: {source} (a Hub id looks like owner/name)")
-    patterns = [*files.SMALL, *([] if config_only else WEIGHTS), *(["*.py"] if code else [])]
+    patterns = [*files.SMALL, *(["*.py"] if code else [])]
+    folder = _fetch(source, revision, patterns, ["*"] if config_only else TOKENIZERS)
+    if not config_only and any(one != folder for one in _fetch_weights(source, revision, folder)):
+        raise UserError(f"{source} changed while it was fetched: try again")
+    return folder
+
+
+def _fetch_weights(source: str, revision: str | None, folder: Path) -> Iterator[Path]:
+    """Fetch the files that ``find_weight_files`` will list; yield the folders that they are in.
+
+    ``folder`` has the small files.
+    """
+    also = "config.json"  # for the client warns of patterns that no file matches
+    if not files.is_there(folder / INDEX):
+        yield _fetch(source, revision, [also, "model*.safetensors"])
+        return
+    named = read_index(folder / INDEX)
+    yield _fetch(source, revision, [also, *map(glob.escape, named)])
+    if not any((folder / name).exists() for name in named):
+        yield _fetch(source, revision, [also, WHOLE])
+
+
+def _fetch(
+    source: str, revision: str | None, patterns: list[str], enough: Sequence[str] = ()
+) -> Path:
+    """Fetch the files of a repository that patterns name, unless they are in the cache.
+
+    Args:
+        source: the Hub id.
+        revision: a branch, tag or commit of it.
+        patterns: of the files.
+        enough: one file of these patterns makes do if the Hub cannot be reached: another program
+            may have filled the cache, and with less.
+
+    Returns:
+        The folder of the revision's files.
+
+    Raises:
+        UserError: if they cannot be had.
+    """
     try:
         folder = huggingface_hub.snapshot_download(
-            source, revision=revision, allow_patterns=patterns, tqdm_class=_Bar
+            source,
+            revision=revision,
+            allow_patterns=patterns,
+            ignore_patterns=SUBFOLDERS,
+            tqdm_class=_Bar,
         )
     except Exception as error:  # also those of the client's network library, which has changed
-        raise UserError(_explain_failure(error, source, revision)) from error
+        folder = error.snapshot_path if isinstance(error, IncompleteSnapshotError) else ""
+        if not any(file for pattern in enough for file in Path(folder).glob(pattern)):
+            raise UserError(_explain_failure(error, source, revision)) from error
     return Path(folder)
 
 
@@ -95,7 +145,8 @@ def _explain_failure(error: Exception, source: str, revision: str | None) -> str
             )
     if cause is error or isinstance(cause, HfHubHTTPError):
         return f"{where} could not be downloaded ({first_line(cause)}): try again"
-    return f"the Hub cannot be reached and {where} is not in the cache: connect, or give a folder"
+    part = "only in part " if isinstance(error, IncompleteSnapshotError) else "not "
+    return f"the Hub cannot be reached and {where} is {part}in the cache: connect, or give a folder"
 
 
 def is_data_set(source: str) -> bool:

@@ -27,6 +27,9 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+# For a config.json of a model type of ours: transformers, which reads tokenizers for mlx-lm, warns
+# of a type that it does not know unless it finds settings of none.
+NO_MODEL_TYPE = {"transformers": {"model_type": ""}}
 GENERATION_CONFIG = "generation_config.json"
 GIVE_CHECKPOINT = "give a checkpoint with a Hugging Face tokenizer"
 

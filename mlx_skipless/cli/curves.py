@@ -1,9 +1,9 @@
 """curves: draw the losses of training runs in one figure."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
+from ..options import expand_path
 from .figures import add_figure_arguments, open_figure
 
 EXAMPLES = (
@@ -21,7 +21,7 @@ def run(options: dict[str, Any]) -> None:
     from ..evaluation.plots import plot_losses
     from ..training.folder import read_log
 
-    folders = [Path(run) for run in options["runs"]]
+    folders = [expand_path(run) for run in options["runs"]]
     names = [folder.name for folder in folders]
     look = options["figure_size"], options["figure_style"]
     with open_figure("--output", options["output"], *look) as draw:

@@ -21,6 +21,7 @@ from ..inference.loading import BUNDLED
 from ..memory import machine_memory_bytes, peak_memory_bytes
 from ..network import model as model_module
 from ..network.driver import RESIDENT_BYTES, Driver, StreamedNetwork
+from ..options import expand_path
 from ..progress import Progress, Stopwatch
 from ..quantization import bits
 from ..quantization.calibration import NearestParts
@@ -30,12 +31,26 @@ from ..quantization.layout import Layout
 from ..text import samples
 from ..text.samples import Passages
 from .card import write_card
-from .check import StockNetwork, Verification, WrittenParts, compare_networks
+from .check import (
+    CERTAIN,
+    StockNetwork,
+    Verification,
+    WrittenParts,
+    compare_networks,
+    compare_with_rounding,
+)
 from .decisions import decide, search_bits
 from .job import Job
 from .options import Options
 from .planning import plan
-from .report import Report, add_calibration, add_check, add_wishes, make_report
+from .report import (
+    Report,
+    add_calibration,
+    add_check,
+    add_wishes,
+    explain_difference,
+    make_report,
+)
 from .writing import MODEL_FILE, make_config, write
 
 BUFFER_CACHE_BYTES = 256 << 20
@@ -70,6 +85,7 @@ def convert(
     fields |= {} if model is None else {"model": model}
     fields |= {} if mlx_path is None else {"mlx_path": mlx_path}
     options = replace(options or Options(), **fields)
+    options = replace(options, mlx_path=expand_path(options.mlx_path))
     job = plan(open_source(options), watch)
     if options.dry_run:
         report = add_wishes(make_report(job), job)
@@ -80,6 +96,7 @@ def convert(
 
             def attempt(job: Job) -> Verification | None:
                 write(job, writer, passages, watch)
+                job.opened.store.check_unchanged()
                 return check(job, writer, passages, watch)
 
             if options.target_kl is None:
@@ -121,7 +138,7 @@ def check(
     result is compared with the source quantized alone, too.
 
     Raises:
-        UserError: if a network overflows.
+        UserError: if a network overflows, or an exact result is not its source's function.
     """
     if not job.options.verify or passages is None:
         return None
@@ -132,6 +149,13 @@ def check(
         rounded = NearestParts(job.source_parts(whole.dtype), whole)
         results.append(StreamedNetwork(whole.args, rounded, whole.config_entry))
     found, *alone = compare_networks(source, results, passages.check, passages.origin)
+    job.opened.store.check_unchanged()
+    if job.exact and found.max_rel_logit_error > CERTAIN:
+        parts = WrittenParts(writer.folder, job.layout.args, job.family)
+        ratio = compare_with_rounding(source, job.layout.args, parts, passages.check)
+        found = replace(found, rounding_ratio=ratio)
+    if (wrong := explain_difference(found)) is not None and not job.options.force:
+        raise UserError(f"{wrong}. Nothing is written; --force keeps it all the same")
     progress("checking", 1, 1)
     return found.beside(*alone) if alone else found
 

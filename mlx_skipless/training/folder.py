@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
-from ..checkpoints.files import TOKENIZER_BYTES, is_there, read_json, replace_file, write_json
+from ..checkpoints.files import TOKENIZER_BYTES, is_there, read_json
+from ..checkpoints.output import replace_file, write_json
 from ..checkpoints.writer import check_free
 from ..errors import UserError, first_line
 from ..options import read_options

@@ -26,12 +26,14 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from ..checkpoints import hub
-from ..checkpoints.files import check_links, read_json, replace_file
+from ..checkpoints.files import check_links, read_json
+from ..checkpoints.output import hide_paths, replace_file
 from ..errors import UserError, first_line
 from ..evaluation import perplexity
 from ..inference.loading import load
 from ..network.metrics import measure_kl, measure_nll
 from ..network.parts import tensors_of
+from ..options import expand_path
 from ..progress import Progress, Steps
 from ..text import corpus, samples
 from .card import write_healing_card
@@ -118,7 +120,7 @@ def heal(
         UserError: for anything the user can mend, a loss that is no number, and an interruption;
             the last good checkpoint is kept.
     """
-    folder = RunFolder(Path(mlx_path))
+    folder = RunFolder(expand_path(mlx_path))
     if resume:
         settings = folder.read_settings(_read_settings)
         if steps is not None:
@@ -141,7 +143,7 @@ def heal(
 
 
 def _make_absolute(model: str | Path) -> str:
-    return str(model) if hub.is_id(str(model)) else str(Path(model).expanduser().absolute())
+    return str(model) if hub.is_id(str(model)) else str(expand_path(model).absolute())
 
 
 @dataclass(frozen=True)
@@ -330,6 +332,7 @@ class Run(ResumableRun[HealingResult]):
                 partial_folder, source, self.model, self._tokenizer, config, donate_model=False
             )
             text = write_healing_card(result, asdict(self._treatment), sources.teacher)
+            hide_paths(partial_folder)
             (partial_folder / "README.md").write_text(text, encoding="utf-8")
             names = sorted(file.name for file in partial_folder.iterdir())
             for name in sorted(names, key=lambda name: name == "config.json"):

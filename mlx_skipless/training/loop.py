@@ -17,7 +17,8 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..checkpoints.files import is_there, replace_file
+from ..checkpoints.files import is_there
+from ..checkpoints.output import replace_file
 from ..errors import UserError, first_line
 from ..memory import device_memory_bytes, format_bytes, peak_memory_bytes
 from ..progress import Steps

@@ -16,14 +16,14 @@ import mlx.optimizers as optim
 from mlx.utils import tree_map
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..checkpoints.files import replace_file, write_json
-from ..checkpoints.tokenizer import fetch_tokenizer
+from ..checkpoints.output import hide_paths, replace_file, write_json
+from ..checkpoints.tokenizer import NO_MODEL_TYPE, fetch_tokenizer
 from ..errors import UserError
 from ..evaluation import perplexity
 from ..inference.generation import generate
 from ..network.model import Model
 from ..network.parts import tensors_of
-from ..options import check_choice
+from ..options import check_choice, expand_path
 from ..progress import Progress
 from ..text import corpus
 from .card import write_training_card
@@ -121,7 +121,7 @@ def train(
         UserError: for anything the user can mend, a loss that is no number, and an interruption;
             the last good checkpoint is kept.
     """
-    dtype, folder = _choose_dtype(dtype), RunFolder(Path(mlx_path))
+    dtype, folder = _choose_dtype(dtype), RunFolder(expand_path(mlx_path))
     paths, held_out = list_paths(data or ()), list_paths(validation)
     if resume:
         settings = folder.read_settings(_read_settings)
@@ -201,9 +201,10 @@ class Run(ResumableRun[TrainingResult]):
         self._folder.begin(32 * self.parameters)
         tokenizer = self._text.tokenizer
         tokenizer.save_pretrained(str(self._folder.path))
+        hide_paths(self._folder.path)
         config = {k: v for k, v in asdict(self.model.args).items() if v is not None}
         config |= {"eos_token_id": tokenizer.eos_token_id, "torch_dtype": "float32"}
-        config |= {"architectures": ["SkiplessForCausalLM"]}
+        config |= {"architectures": ["SkiplessForCausalLM"], **NO_MODEL_TYPE}
         write_json(self._folder.path / "config.json", dict(sorted(config.items())))
         self._folder.write_settings(self._settings)
 

@@ -76,9 +76,15 @@ class Recipe:
         "start of gamma, a query's weight on the heads' outputs of the layer before, or none to "
         "leave it out",
     )
-    skip_width: str = option(
-        "head", "whether alpha and gamma are a number per head or per channel", ("head", "channel")
+    output_skip: float | None = option(
+        1.0,
+        "with a head skip: start of delta, the weight of the last layer's heads in what the "
+        "network's head reads, or none to leave it out",
     )
+    skip_width: str = option(
+        "head", "whether alpha, gamma and delta are a number per head or per channel",
+        ("head", "channel"),
+    )  # fmt: skip
     attention_gain: float | None = option(
         None,
         "start of beta, a head's weight on its attention; none: 1 with a head skip, "
@@ -149,9 +155,14 @@ class Recipe:
         return (0.005 if own.head_skip is None else 0.01) * (12 / own.layers) ** 0.6
 
     def resolve(self) -> "Recipe":
-        """Return the recipe with what ``block`` "sas" or "sas-p" implies written out."""
+        """Return the recipe with what other settings imply written out.
+
+        These are ``block`` "sas" or "sas-p", and the lack of a head skip.
+        """
         if self.block not in ("sas", "sas-p"):
-            return self
+            return (
+                self if self.head_skip is not None else dataclasses.replace(self, output_skip=None)
+            )
         serial = self.block == "sas"
         return dataclasses.replace(
             self,
@@ -163,6 +174,7 @@ class Recipe:
             kv_heads=self.heads,
             query_skip=None,
             head_skip=None,
+            output_skip=None,
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..checkpoints.files import is_there
+from ..options import expand_path
 from ..text import corpus
 
 
@@ -60,7 +61,7 @@ def read_sources(kind: type[Sources], given: Mapping[str, Any]) -> Sources:
 
 def list_paths(files: Sequence[str | Path]) -> list[str]:
     """Return files' absolute paths, as ``TextFiles`` holds them."""
-    return [str(Path(file).absolute()) for file in files]
+    return [str(expand_path(file).absolute()) for file in files]
 
 
 @dataclass(frozen=True)
