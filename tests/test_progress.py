@@ -1,9 +1,13 @@
-"""Seconds by stage, on a clock of the test's own."""
+"""Seconds by stage and bars, on a clock of the test's own."""
 
+import io
+import re
 import time
 
 import pytest
+from rich.console import Console
 
+from mlx_skipless.cli import shared
 from mlx_skipless.progress import Stopwatch
 
 
@@ -23,3 +27,24 @@ def test_stages_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stopwatch.seconds == {"a": 5 + 8, "b": 5, "c": 6, "d": 0}
     assert [*stopwatch.seconds] == ["a", "b", "c", "d"]
     assert told == [event for _, event in events]
+
+
+def test_bars_tell_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the steps so far, though each takes minutes; also resumed and begun anew."""
+    now, screen = 0.0, io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=80, get_time=lambda: now)
+    monkeypatch.setattr(shared, "make_stderr", lambda: console)
+    output = shared.Output(Console(quiet=True), False, False, lambda content: None)
+    with output.progress() as progress:
+        for stage, seconds, events in (
+            ("measuring removals", 100, ((0, 10), (1, 10), (2, 10), (3, 10))),  # 7 are left
+            ("training", 2, ((500, 1000), (501, 1000), (502, 1000))),  # 498, not two seconds
+            ("fitting", 5, ((0, 3), (1, 3), (2, 3), (3, 3), (0, 3), (1, 3), (2, 3))),
+        ):
+            for event in events:
+                progress(stage, *event)
+                now += seconds
+    last = screen.getvalue().split("measuring removals")[-1]
+    bars = [line for line in re.sub(r"\x1b\[[0-9;?]*\w", "", last).splitlines() if line.strip()]
+    assert [line.split()[-2] for line in bars] == ["0:11:40", "0:16:36", "0:00:05"]
+    assert all(len(line) <= 80 for line in bars)

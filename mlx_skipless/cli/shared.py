@@ -20,6 +20,7 @@ from ..options import expand_path, flag_name
 from ..progress import Progress
 
 DEFAULT_MODEL = "mlx_model"
+SPEED_SECONDS = 600  # of work that tell how long the rest takes; a step may take minutes
 
 
 @contextlib.contextmanager
@@ -88,20 +89,29 @@ class Output:
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Progress]:
-        """A bar a stage, if stderr is a terminal."""
+        """A bar a stage with the time that is left, if stderr is a terminal.
+
+        A stage that is told of again from an earlier count begins anew.
+        """
         console = make_stderr()
         columns = (
-            bars.TextColumn("{task.description:>10}"), bars.BarColumn(),
+            bars.TextColumn("{task.description:>10}"), bars.BarColumn(20),
             bars.MofNCompleteColumn(), bars.TimeElapsedColumn(),
+            bars.TimeRemainingColumn(), bars.TextColumn("left"),
         )  # fmt: skip
         shown = console.is_terminal and not self.quiet
-        with bars.Progress(*columns, console=console, disable=not shown) as display:
-            tasks: dict[str, Any] = {}
+        with bars.Progress(
+            *columns, console=console, disable=not shown, speed_estimate_period=SPEED_SECONDS
+        ) as display:
+            tasks: dict[str, bars.TaskID] = {}
 
             def show(stage: str, done: int, total: int) -> None:
                 if stage not in tasks:
                     tasks[stage] = display.add_task(stage, total=total)
-                display.update(tasks[stage], completed=done)
+                task = next(task for task in display.tasks if task.id == tasks[stage])
+                if done < task.completed:
+                    display.reset(task.id, total=total, completed=done)
+                display.update(task.id, total=total, completed=done)
 
             yield show
 
