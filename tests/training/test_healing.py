@@ -34,6 +34,7 @@ from mlx_skipless.training.results import HealingResult as Result
 SMALL = Treatment(steps=8, batch_size=2, context=24, sampled_tokens=1024, warmup=2, rank=4)
 SHORT = dataclasses.replace(SMALL, steps=2)
 PACE = Pace(log_every=2, eval_every=4, save_every=4, eval_tokens=96)
+SPOKEN = 128  # fewer tokens in a row are quicker
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3}
 
 
@@ -331,20 +332,27 @@ def test_the_users_text(pair: tuple[Path, Config, Weights], tmp_path: Path) -> N
         assert said.rstrip("\n") == (line * count).rstrip("\n")
 
 
-def test_sampled_text_is_the_originals(pair: tuple[Path, Config, Weights]) -> None:
+def test_sampled_text_is_the_originals(
+    pair: tuple[Path, Config, Weights], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As likely to the original as its entropy says, and it depends on the seed."""
     folder, config, weights = pair
     model, tokenizer = mlx_skipless.load(folder / "s")
+    monkeypatch.setattr(healing, "SPOKEN", SPOKEN)
     sources = healing.Sources([], [], 0.0, "", "")
     found = []
     for seed in (1, 1, 2):
         treatment = dataclasses.replace(SMALL, seed=seed)
-        tokens = healing.make_tokens(sources, treatment, Pair(model, model, tokenizer))
+        told: dict[int, int] = {}
+        pair_of_one = Pair(model, model, tokenizer)
+        tokens = healing.make_tokens(sources, treatment, pair_of_one, told.__setitem__)
+        assert [*told] == [*range(1, len(told) + 1)] and {*told.values()} == {SPOKEN}
+        assert SPOKEN - 2 <= len(told) < SPOKEN
         train, judge = tokens.train, tokens.held_out
         assert train.dtype == judge.dtype == np.int32 and len(train) + len(judge) == 1024
         found.append(train)
     assert np.array_equal(found[0], found[1]) and not np.array_equal(found[0], found[2])
-    rows = found[0].reshape(1, -1)[:, :512]  # a sequence of its own
+    rows = found[0].reshape(-1, SPOKEN)
     logits = reference.logits(config, weights, rows[:, :-1])
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     entropy = -(np.exp(log_p) * log_p).sum(-1).mean()
