@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,16 @@ from mlx_skipless.training.results import HealingResult as Result
 SMALL = Treatment(steps=8, batch_size=2, context=24, sampled_tokens=1024, warmup=2, rank=4)
 SHORT = dataclasses.replace(SMALL, steps=2)
 PACE = Pace(log_every=2, eval_every=4, save_every=4, eval_tokens=96)
-SPOKEN = 128  # fewer tokens in a row are quicker
+SPOKEN = 64  # tokens in a row; fewer are quicker
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_texts() -> Iterator[None]:
+    """The original speaks few tokens in a row, of more texts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(healing, "SPOKEN", SPOKEN)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +234,7 @@ def resume_what_was_stopped(
     out = tmp_path / "h"
     models = ["--model", str(pair[0] / "r"), "--teacher", str(pair[0] / "s")]
     with monkeypatch.context() as patch:
-        patch.setattr(events, "describe_event", stop_at(6, signal.SIGINT))
+        patch.setattr(events, "describe_event", stop_at(6, signal.SIGHUP, signal.SIGHUP))
         assert main(["heal", *models, "--mlx-path", str(out), *flags(treatment)]) == 1
     assert "interrupted at step 6: --resume goes on" in capsys.readouterr().err
     assert [p.name for p in out.iterdir()] == ["training"]
@@ -332,13 +340,10 @@ def test_the_users_text(pair: tuple[Path, Config, Weights], tmp_path: Path) -> N
         assert said.rstrip("\n") == (line * count).rstrip("\n")
 
 
-def test_sampled_text_is_the_originals(
-    pair: tuple[Path, Config, Weights], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sampled_text_is_the_originals(pair: tuple[Path, Config, Weights]) -> None:
     """As likely to the original as its entropy says, and it depends on the seed."""
     folder, config, weights = pair
     model, tokenizer = mlx_skipless.load(folder / "s")
-    monkeypatch.setattr(healing, "SPOKEN", SPOKEN)
     sources = healing.Sources([], [], 0.0, "", "")
     found = []
     for seed in (1, 1, 2):
@@ -359,6 +364,7 @@ def test_sampled_text_is_the_originals(
     assert nll(logits, rows[:, 1:]) == pytest.approx(entropy, abs=0.15)
 
 
+@pytest.mark.parametrize("whole", ["lora"], indirect=True)
 def test_mlx_lm_runs_it_without_us(whole: tuple[Treatment, Path, Result]) -> None:
     _, out, _ = whole
     code = (
