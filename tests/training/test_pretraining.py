@@ -1019,7 +1019,7 @@ def test_an_exponent_in_yaml_is_a_number(text: Path, tmp_path: Path):
 
 
 @pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+def figures(curves: None, monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that are written from here on."""
     seen: list[Figure] = []
     write = Figure.savefig
@@ -1037,8 +1037,10 @@ def drawn(figure: Figure) -> list[np.ndarray]:
     return [np.array(line.get_xydata()) for line in figure.axes[0].lines]
 
 
-def test_a_run_draws_its_curve(finished: tuple[Path, Result]):
-    file = finished[0] / "training/loss.png"
+@pytest.mark.usefixtures("curves")
+def test_a_run_draws_its_curve(finished: tuple[Path, Result], tmp_path: Path):
+    run(None, copied(finished, tmp_path), None, resume=True)
+    file = tmp_path / "run/training/loss.png"
     assert file.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert matplotlib.image.imread(file).shape[:2] == (600, 960)
 
@@ -1108,6 +1110,7 @@ def test_curves_of_runs_with_one_name(
     assert len(set(labels)) == 4
 
 
+@pytest.mark.usefixtures("curves")
 def test_curves_of_a_run_with_an_odd_name(finished: tuple[Path, Result], tmp_path: Path):
     out = tmp_path / r"$\run$"
     (out / "training").mkdir(parents=True)
