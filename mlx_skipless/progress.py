@@ -7,6 +7,11 @@ Progress = Callable[[str, int, int], None]  # stage, done, total
 Steps = Callable[[int, int], None]  # done, total, of one stage
 
 
+def tell_part(progress: Steps, at: int, count: int) -> Steps:
+    """Make what tells of one of ``count`` parts as long as each other, of which ``at`` are done."""
+    return lambda done, total: progress(at * total + done, count * total)
+
+
 class Stopwatch:
     """A ``Progress`` that passes on what it is told and adds up each stage's seconds.
 

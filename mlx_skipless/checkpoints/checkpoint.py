@@ -274,7 +274,7 @@ def open_checkpoint(
     """Open a model for reading.
 
     Args:
-        source: a Hugging Face folder, a .gguf file, a Hub id, or with ``config_only`` a
+        source: a Hugging Face folder, a GGUF file, a Hub id, or with ``config_only`` a
             config.json.
         revision: a branch, tag or commit of a Hub id.
         config_only: do without the weights; those of a Hub id are not fetched.
@@ -314,12 +314,12 @@ def open_checkpoint(
 
 def _open_file(path: Path) -> tuple[Config, Store | None]:
     files.is_there(path)
-    if path.suffix == ".gguf":
+    if files.is_gguf(path):
         store = GGUFStore(path)
         return store.config, store
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         return read_json(path), None
-    raise UserError(f"{path} is no model: give a folder, a .gguf file or a Hub id")
+    raise UserError(f"{path} is no model: give a folder, a GGUF file or a Hub id")
 
 
 def _open_folder(folder: Path, config_only: bool, notes: list[str]) -> tuple[Config, Store | None]:

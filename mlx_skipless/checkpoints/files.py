@@ -2,9 +2,10 @@
 
 import json
 import os
+import re
 import stat
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")  # what is read 
 # The largest files of these kinds on the Hub have a few tens of MB.
 CONFIG_BYTES = 64 << 20
 TOKENIZER_BYTES = 256 << 20
+MOST_TOKENS = 1 << 23  # as a config may have embeddings
 DEEPEST = 64  # levels of a config
 TEMPLATES = "additional_chat_templates"  # transformers' folder of them
 ADAPTERS, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"  # mlx-lm's
@@ -24,6 +26,8 @@ POINTED = (
     "{} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder, or download "
     "it with `hf download`"
 )
+GGUF, GGUF_MAGIC = ".gguf", b"GGUF"
+MODEL_OF_GGUF = re.compile(r"(?i)(?:^|/)(?!\.|[^/]*mmproj)[^/]+\.gguf$")
 AT_ONCE = 16 << 20  # bytes of a read that the background makes
 AHEAD_BYTES = 1 << 30  # more might leave the system's cache before its turn comes
 
@@ -71,6 +75,17 @@ def _starts_as_pointer(path: Path) -> bool:
         return False  # whoever reads it says why it cannot be read
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a file is called a GGUF file or begins as one, whatever it is called."""
+    if path.suffix.lower() == GGUF:
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+    except OSError:
+        return False  # whoever reads it says why it cannot be read
+
+
 State = tuple[int, int]
 
 
@@ -96,6 +111,33 @@ def check_states(states: Mapping[Path, State]) -> None:
     for path, state in states.items():
         if take_state(path) != state:
             raise UserError(f"{path} changed while it was read: try again")
+
+
+def find_gguf(folder: Path) -> Path | None:
+    """The GGUF file of a folder without other weights; None if there is none.
+
+    Raises:
+        UserError: if there are several.
+    """
+    if any(folder.glob("*.safetensors")):
+        return None
+    found = list_gguf(file.name for file in folder.iterdir())
+    if len(found) > 1:
+        raise UserError(f"{folder} holds {len(found)} GGUF files, {list_names(found)}: give one")
+    return folder / found[0] if found else None
+
+
+def list_gguf(names: Iterable[str]) -> list[str]:
+    """The names of GGUF files of models; the half of a model that sees pictures is none."""
+    last = ((name, name.lower().rpartition("/")[2]) for name in names)
+    return sorted(
+        n for n, own in last if own.endswith(GGUF) and own[:1] != "." and "mmproj" not in own
+    )
+
+
+def list_names(names: Sequence[str], most: int = 6) -> str:
+    """The first names of many, for a message."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def check_small(folder: Path) -> None:
@@ -184,14 +226,14 @@ def _read_spans(spans: list[tuple[Path, int, int]]) -> None:
             return
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Read the JSON object in a file of a checkpoint.
+def read_json(file: Path, most: int | None = None) -> dict[str, Any]:
+    """Read the JSON object in a file of a checkpoint, which has ``most`` bytes at most.
 
     Raises:
         UserError: if the file is missing, malformed or no object, or too large or deep to be
             believed.
     """
-    if not is_there(file, CONFIG_BYTES):
+    if not is_there(file, CONFIG_BYTES if most is None else most):
         raise UserError(f"no {file.name} in {file.parent}: give a Hugging Face model folder")
     try:
         read = json.loads(file.read_text(encoding="utf-8"))

@@ -1,8 +1,10 @@
 """The Hugging Face Hub: what a user calls a model becomes a path on this machine, and back."""
 
+import contextlib
 import glob
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ PRIVATE = "(a private one needs `hf auth login`)"
 def is_id(source: str) -> bool:
     """Whether a source is a Hub id: it looks like one, and no such path exists."""
     path = os.path.expanduser(source)
-    is_file = source.endswith((".gguf", ".json"))
+    is_file = source.lower().endswith((".gguf", ".json"))
     return bool(HUB_ID.fullmatch(source)) and not is_file and not os.path.exists(path)
 
 
@@ -65,13 +67,14 @@ def resolve(
     path = os.path.expanduser(source)
     if os.path.exists(path):
         files.check_name(Path(path))
-        return Path(path)
+        return (Path(path).is_dir() and files.find_gguf(Path(path))) or Path(path)
     if not is_id(source):
         raise UserError(f"no such file or folder: {source} (a Hub id looks like owner/name)")
     patterns = [*files.SMALL, *(["*.py"] if code else [])]
     folder = _fetch(source, revision, patterns, ["*"] if config_only else TOKENIZERS)
     if not config_only and any(one != folder for one in _fetch_weights(source, revision, folder)):
         raise UserError(f"{source} changed while it was fetched: try again")
+    _check_gguf(source, folder, config_only)
     return folder
 
 
@@ -109,18 +112,46 @@ def _fetch(
         UserError: if they cannot be had.
     """
     try:
-        folder = huggingface_hub.snapshot_download(
-            source,
-            revision=revision,
-            allow_patterns=patterns,
-            ignore_patterns=SUBFOLDERS,
-            tqdm_class=_Bar,
-        )
+        with _without_warnings():  # of patterns that match nothing
+            folder = huggingface_hub.snapshot_download(
+                source,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=SUBFOLDERS,
+                tqdm_class=_Bar,
+            )
     except Exception as error:  # also those of the client's network library, which has changed
         folder = error.snapshot_path if isinstance(error, IncompleteSnapshotError) else ""
         if not any(file for pattern in enough for file in Path(folder).glob(pattern)):
             raise UserError(_explain_failure(error, source, revision)) from error
     return Path(folder)
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Keep the client's warnings from standing beside an error."""
+    logging = huggingface_hub.utils.logging
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _check_gguf(source: str, folder: Path, config_only: bool) -> None:
+    """Say which file to give of a repository that holds GGUF files and nothing else to read."""
+    if any(folder.glob("*.safetensors")) or (config_only and (folder / "config.json").exists()):
+        return
+    try:
+        names = huggingface_hub.list_repo_files(source, revision=folder.name)
+    except Exception:  # the Hub cannot be reached, and what is missing will be named
+        names = [str(file.relative_to(folder)) for file in folder.rglob("*")]
+    if found := files.list_gguf(names):
+        raise UserError(
+            f"{source} holds GGUF files, {files.list_names(found)}: `hf download {source} "
+            f"{shlex.quote(found[0])}` prints the path to give"
+        )
 
 
 def _explain_failure(error: Exception, source: str, revision: str | None) -> str:

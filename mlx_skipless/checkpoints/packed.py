@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from ..constants import MODES
 from ..errors import UserError
+from ..network.parts import unpack
 from .safetensors import FLOATS, Shape, Store, is_float
 
 Arrays = Mapping[str, mx.array]
@@ -115,12 +116,8 @@ class MLXScheme(Scheme):
         return SCALES if self.find_settings(path)[2] == "affine" else (mx.uint8,)
 
     def unpack(self, path: str, arrays: Arrays) -> mx.array:
-        group_size, bits, mode = self.find_settings(path)
-        scales, biases = arrays[f"{path}.scales"], arrays.get(f"{path}.biases")
-        if biases is not None:
-            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-        packed = arrays[f"{path}.weight"]
-        return mx.dequantize(packed, scales, biases, group_size, bits, mode, dtype=mx.float32)
+        weight, scales = arrays[f"{path}.weight"], arrays[f"{path}.scales"]
+        return unpack(weight, scales, arrays.get(f"{path}.biases"), *self.find_settings(path))
 
 
 class AWQScheme(Scheme):

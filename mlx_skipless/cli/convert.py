@@ -105,5 +105,5 @@ def _describe_stages(report: "Report") -> str:
     """Where the time went, if it was long."""
     if report.seconds < LONG:
         return ""
-    stages = (f"{stage} {seconds:.0f}" for stage, seconds in report.stages.items())
+    stages = (f"{stage} {seconds:.1f}" for stage, seconds in report.stages.items())
     return f" ({', '.join(stages)})"

@@ -3,8 +3,9 @@
 Both run a layer at a time, so that neither has to fit in memory.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -22,6 +23,7 @@ from ..network.metrics import measure_kl, measure_nll
 from ..network.model import ModelArgs
 from ..network.names import EMBEDDING, FINAL_NORM, HEAD
 from ..network.parts import Arrays, Parts
+from ..progress import Steps, tell_part
 from ..removal.products import UNIT_ROUNDOFF
 
 HEAD_TOKENS = 128  # whose logits are in memory at a time
@@ -193,7 +195,11 @@ def compare_with_rounding(
 
 
 def compare_networks(
-    source: Driver, results: Sequence[Driver], tokens: mx.array, text: str
+    source: Driver,
+    results: Sequence[Driver],
+    tokens: mx.array,
+    text: str,
+    progress: Steps = lambda done, total: None,
 ) -> list[Verification]:
     """Run networks on the same tokens, and compare each result with the source.
 
@@ -202,20 +208,35 @@ def compare_networks(
         results: the others.
         tokens: (batch, length).
         text: where the tokens came from.
+        progress: called with (layers and rows of logits done, all).
 
     Raises:
         UserError: if a network overflows.
     """
     rows = np.array(tokens)
-    wanted = _run_layers(source, tokens, Watch(), SOURCE_OVERFLOWS)
+    layers = len(source.paths)
+
+    def tell(network: int, done: int) -> None:
+        tell_part(progress, network, 1 + len(results))(done, layers + len(rows))
+
+    wanted = _run_layers(source, tokens, Watch(partial(tell, 0)), SOURCE_OVERFLOWS)
     outcomes = []
-    for result in results:
-        watch = Watch()
+    for i, result in enumerate(results, start=1):
+        watch = Watch(partial(tell, i))
         given = _run_layers(result, tokens, watch, RESULT_OVERFLOWS)
         pairs = zip(_list_logits(source, wanted), _list_logits(result, given), strict=True)
-        outcome = compare_logits(pairs, rows, text)
+        outcome = compare_logits(_count(pairs, partial(tell, i), layers), rows, text)
         outcomes.append(replace(outcome, magnitudes=tuple(watch.layers)))
+        tell(i, layers + len(rows))
     return outcomes
+
+
+def _count(
+    pairs: Iterable[tuple[np.ndarray, np.ndarray]], tell: Callable[[int], None], first: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for done, pair in enumerate(pairs, start=first):
+        tell(done)
+        yield pair
 
 
 def _run_layers(network: Driver, tokens: mx.array, watch: Watch, complaint: str) -> mx.array:

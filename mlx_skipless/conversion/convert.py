@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import mlx.core as mx
 
 from ..checkpoints import hub
 from ..checkpoints.checkpoint import open_checkpoint
+from ..checkpoints.guarded import GuardedTokenizer
 from ..checkpoints.tokenizer import carry_tokenizer, load_tokenizer
 from ..checkpoints.writer import SHARD_BYTES, Writer, check_free
 from ..errors import UserError
@@ -47,6 +49,7 @@ from .report import (
     Report,
     add_calibration,
     add_check,
+    add_tokenizer,
     add_wishes,
     explain_difference,
     make_report,
@@ -91,7 +94,8 @@ def convert(
         report = add_wishes(make_report(job), job)
     else:
         with _open_result(job) as writer:
-            passages = _find_passages(job, writer, watch)
+            tokenizer = _write_beside(job, writer)
+            passages = _take_text(job, tokenizer, watch)
             job = decide(job, passages, watch)
 
             def attempt(job: Job) -> Verification | None:
@@ -103,11 +107,15 @@ def convert(
                 outcome = attempt(job)
             else:
                 job, outcome = search_bits(job, passages, attempt, watch)
-            report = _finish(job, writer, passages, outcome)
+            report = _finish(job, writer, passages, outcome, tokenizer)
         if options.upload_repo is not None:
+            watch("uploading", 0, 1)
             hub.upload(Path(options.mlx_path), options.upload_repo)
+            watch("uploading", 1, 1)
     seconds, peak = time.perf_counter() - started, peak_memory_bytes()
-    return replace(report, seconds=seconds, stages=watch.seconds, peak_memory_bytes=peak)
+    rest = seconds - sum(watch.seconds.values())
+    stages = {**watch.seconds, "other": rest}
+    return replace(report, seconds=seconds, stages=stages, peak_memory_bytes=peak)
 
 
 def open_source(options: Options) -> Job:
@@ -148,7 +156,9 @@ def check(
         whole = job.whole_layout
         rounded = NearestParts(job.source_parts(whole.dtype), whole)
         results.append(StreamedNetwork(whole.args, rounded, whole.config_entry))
-    found, *alone = compare_networks(source, results, passages.check, passages.origin)
+    found, *alone = compare_networks(
+        source, results, passages.check, passages.origin, partial(progress, "checking")
+    )
     job.opened.store.check_unchanged()
     if job.exact and found.max_rel_logit_error > CERTAIN:
         parts = WrittenParts(writer.folder, job.layout.args, job.family)
@@ -156,7 +166,6 @@ def check(
         found = replace(found, rounding_ratio=ratio)
     if (wrong := explain_difference(found)) is not None and not job.options.force:
         raise UserError(f"{wrong}. Nothing is written; --force keeps it all the same")
-    progress("checking", 1, 1)
     return found.beside(*alone) if alone else found
 
 
@@ -216,8 +225,8 @@ def _most_bytes(job: Job) -> int:
     return max(whole.nbytes(), job.layout.nbytes())
 
 
-def _find_passages(job: Job, writer: Writer, progress: Progress) -> Passages | None:
-    """Write what the result has beside its weights, and find the text that the rest needs."""
+def _write_beside(job: Job, writer: Writer) -> GuardedTokenizer | None:
+    """Write what the result has beside its weights; return its tokenizer."""
     if not job.form.stock:
         code = Path(str(model_module.__file__)).read_text(encoding="utf-8")
         writer.write_text(MODEL_FILE, code)
@@ -225,14 +234,12 @@ def _find_passages(job: Job, writer: Writer, progress: Progress) -> Passages | N
     writer.write_json("config.json", config)  # transformers reads it with the tokenizer
     trust = {"trust_remote_code": job.options.trust_remote_code}
     same_type = job.form.stock and not job.options.drops
-    tokenizer = None
-    if carry_tokenizer(job.opened, writer.folder, stock=same_type, **trust):
-        name = job.checkpoint.name
-        tokenizer = load_tokenizer(writer.folder, config, name=name, **trust)
-    return _take_text(job, tokenizer, progress)
+    if not carry_tokenizer(job.opened, writer.folder, stock=same_type, **trust):
+        return None
+    return load_tokenizer(writer.folder, config, name=job.checkpoint.name, **trust)
 
 
-def _take_text(job: Job, tokenizer: Any, progress: Progress) -> Passages | None:
+def _take_text(job: Job, tokenizer: GuardedTokenizer | None, progress: Progress) -> Passages | None:
     """The tokens that deciding, calibrating and checking need; None if nothing does."""
     options = job.options
     calibrating = job.calibrated or bool(options.drops)
@@ -241,35 +248,40 @@ def _take_text(job: Job, tokenizer: Any, progress: Progress) -> Passages | None:
     # MLX's quantized products are slow on a CPU.
     small = job.layout.count() <= samples.LONG_CHECK_WEIGHTS
     long_check = calibrating and (small or mx.default_device().type != mx.cpu)
+    args = job.plan.before
+    widest = max(args.hidden_size, args.intermediate_size, args.num_attention_heads * args.head_dim)
+    # Choosing sub-layers and distilling take all the text that there is.
+    fitted = None if options.drops or options.distill else widest
+    sizes: dict[str, Any] = {"calibrating": calibrating, "long_check": long_check, "fitted": fitted}
     if job.text is None:
-        progress("sampling text", 0, 1)
-        found = samples.sample_passages(
+        return samples.sample_passages(
             _load_source(job),
             seed=options.seed,
             start=None if tokenizer is None else tokenizer.bos_token_id,
-            calibrating=calibrating,
-            long_check=long_check,
+            progress=partial(progress, "sampling text"),
+            **sizes,
         )
-        progress("sampling text", 1, 1)
-        return found
     if tokenizer is None:
         raise UserError("--calibration needs a tokenizer and the source has none: drop it")
     return samples.cut_passages(
         str(options.calibration),
         job.text,
         lambda text: tokenizer.encode(text, verbose=False),  # of its length; pieces get cut
-        calibrating=calibrating,
-        long_check=long_check,
-        longest=job.plan.before.max_position_embeddings,
+        longest=args.max_position_embeddings,
+        **sizes,
     )
 
 
 def _finish(
-    job: Job, writer: Writer, passages: Passages | None, outcome: Verification | None
+    job: Job,
+    writer: Writer,
+    passages: Passages | None,
+    outcome: Verification | None,
+    tokenizer: GuardedTokenizer | None,
 ) -> Report:
     """Report what was done, write the model card, and make the result's folder appear."""
     options, out = job.options, Path(job.options.mlx_path)
-    report = replace(make_report(job), output=str(out))
+    report = add_tokenizer(replace(make_report(job), output=str(out)), tokenizer)
     if job.calibrated and passages is not None:
         report = add_calibration(report, passages)
     if outcome is not None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..checkpoints.guarded import GuardedTokenizer
 from ..network.names import EMBEDDING, HEAD
 from ..network.parts import dtype_name
 from ..network.wiring import LETTERS
@@ -83,7 +84,8 @@ class Report:
         warnings: what must not be overlooked, a sentence each.
         verification: how far the result is from its source, None where that was not checked.
         seconds: that all took.
-        stages: seconds of each stage, in the order of their beginnings.
+        stages: seconds of each stage, in the order of their beginnings, and of "other" work; they
+            add up to ``seconds``.
         peak_memory_bytes: the most that the process held.
     """
 
@@ -166,6 +168,14 @@ def add_calibration(report: Report, passages: Passages) -> Report:
     """Add the text that a result was quantized against."""
     assert passages.calibration is not None
     note = f"quantized against {passages.calibration.size:,} tokens of text ({passages.origin})"
+    return replace(report, notes=(*report.notes, note))
+
+
+def add_tokenizer(report: Report, tokenizer: GuardedTokenizer | None) -> Report:
+    """Add what is wrong with a result's tokenizer, or that it has none."""
+    if tokenizer is not None:
+        return replace(report, warnings=(*report.warnings, *tokenizer.warnings))
+    note = "the source has no tokenizer, so the result has none: put one into its folder"
     return replace(report, notes=(*report.notes, note))
 
 

@@ -1,6 +1,6 @@
 """The fourth step of a conversion: config.json and the weights, part by part."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -14,8 +14,8 @@ from ..checkpoints.writer import Writer
 from ..network.model import Model, ModelArgs
 from ..network.names import EMBEDDING, FINAL_NORM, HEAD, is_stream_norm_weight
 from ..network.parts import Merged, Parts, dtype_name
-from ..progress import Progress
-from ..quantization.calibration import CalibratedParts, NearestParts
+from ..progress import Progress, Steps, tell_part
+from ..quantization.calibration import STEPS, CalibratedParts, NearestParts
 from ..quantization.distillation import distill
 from ..quantization.layout import PackedLayout
 from ..removal.merger import Merger
@@ -41,16 +41,16 @@ def write(job: Job, writer: Writer, passages: Passages | None, progress: Progres
     writer.discard_weights()
     writer.write_json("config.json", make_config(job))
     tokens = None if passages is None else passages.calibration
-    parts = _make_parts(job, tokens)
-    layers = job.plan.before.num_hidden_layers
-    progress("converting", 0, layers)
-    writer.add(_rename(job, parts.embedding()))
-    for layer in range(layers):
-        progress("converting", layer, layers)
-        writer.add(_rename(job, parts.layer(layer)))
-    writer.add(_rename(job, parts.head()))
+    tell = partial(progress, "converting")
+    parts = _make_parts(job, tokens, tell)
+    layers = range(job.plan.before.num_hidden_layers)
+    makers: list[Callable[[], Mapping[str, mx.array]]] = [parts.embedding]
+    makers += [*(partial(parts.layer, layer) for layer in layers), parts.head]
+    for at, make in enumerate(makers):
+        tell_part(tell, at, len(makers))(0, STEPS)
+        writer.add(_rename(job, make()))
     writer.finish_weights(job.layout.count())
-    progress("converting", layers, layers)
+    tell(STEPS * len(makers), STEPS * len(makers))
     if job.options.distill and tokens is not None:
         _distill(job, writer, tokens, progress)
 
@@ -85,14 +85,14 @@ def _rename(job: Job, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
     return to_source_names(job.family, tensors, job.stored_args, job.layout.dtype)
 
 
-def _make_parts(job: Job, tokens: mx.array | None) -> Parts:
+def _make_parts(job: Job, tokens: mx.array | None, progress: Steps) -> Parts:
     """The result's tensors as they will be stored."""
     dense = _make_dense_parts(job)
     if isinstance(job.layout, PackedLayout):
         table = dense if job.plan.table else None
         return PackedParts(job.opened, job.layout, table, job.family.gain_offset)
     if job.calibrated and tokens is not None:
-        return CalibratedParts(job.source_network(), dense, job.layout, tokens)
+        return CalibratedParts(job.source_network(), dense, job.layout, tokens, progress)
     return NearestParts(dense, job.layout)
 
 

@@ -78,7 +78,7 @@ def measure_perplexity(
     length = context or min(CONTEXT, find_context(network) or CONTEXT)
     if (beyond := check_windows(network, [length], "--context")) is not None:
         warn(beyond)
-    tokens = corpus.encode(texts.validation, tokenizer._tokenizer)
+    tokens = corpus.encode(texts.validation, tokenizer)
     check_length(tokens, length)
     return score_tokens(
         lambda batch: sum_nll(network, batch), tokens, tokenizer._tokenizer, length, batch_size

@@ -106,6 +106,8 @@ def apply_template(
     """
     try:
         found = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, **options)
+    except UserError:  # of the tokenizer
+        raise
     except Exception as error:  # jinja2's, and what a template does to Python's own types
         raise UserError(
             f"the model's chat template fails ({first_line(error)}): correct it or download the "

@@ -6,6 +6,7 @@ module, a layer at a time.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,10 +47,15 @@ class NotFinite(Exception):
 
 
 class Watch:
-    """Runs layers and keeps the largest number that each of them meets, in ``layers``."""
+    """Runs layers and keeps the largest number that each of them meets, in ``layers``.
 
-    def __init__(self) -> None:
+    Args:
+        tell: called with the number of layers done.
+    """
+
+    def __init__(self, tell: Callable[[int], None] = lambda done: None):
         self.layers: list[Magnitude] = []
+        self._tell = tell
 
     def run(self, name: str, layer: nn.Module, *inputs: Any, **options: Any) -> Any:
         """Run a layer of that name, and evaluate what it gives.
@@ -71,6 +77,7 @@ class Watch:
             if not math.isfinite(one.value):
                 raise NotFinite(one)
         self.layers.append(max(found, key=lambda one: one.share))
+        self._tell(len(self.layers))
         return out
 
 

@@ -43,6 +43,23 @@ def replace_at(root: Any, path: str, value: Any) -> Any:
     return other
 
 
+def unpack(
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array | None,
+    group_size: int,
+    bits: int,
+    mode: str,
+) -> mx.array:
+    """Return what a matrix that MLX packed stands for, (..., out, in), in float32.
+
+    Float32 holds every product of a packed value and its scale exactly.
+    """
+    if biases is not None:  # affine: scales and biases may be of 16 bits
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    return mx.dequantize(weight, scales, biases, group_size, bits, mode, dtype=mx.float32)
+
+
 class Parts(Protocol):
     """A network's tensors, a part at a time, by their canonical names."""
 

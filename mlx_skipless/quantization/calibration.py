@@ -12,9 +12,11 @@ moments of its inputs (in, in) and their products with its outputs (in, out).
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from ..errors import UserError
@@ -30,6 +32,7 @@ from ..network.driver import (
 from ..network.model import Block, Model, Stream
 from ..network.names import EMBEDDING, EXPERTS, FINAL_NORM, HEAD, module_path
 from ..network.parts import Merged, Parts, replace_at
+from ..progress import Steps, tell_part
 from .fitting import Moments, fit_weight, to_float64
 from .formats import Packed
 from .layout import Layout
@@ -41,7 +44,8 @@ READERS = (
     ("router", "gate_proj", "up_proj"),
     ("down_proj",),
 )
-SOURCE, RESULT = "source", "result"  # the two streams
+STEPS = len(READERS)  # that progress tells of for each part of a network
+HEAD_TOKENS = 8  # for each number of the stream: as many tokens weigh a tied embedding
 OVERFLOWS = (
     "activations overflow float32 at {} on the text to quantize against: the stream has no norms "
     "to hold it. --remove none and --remove p need no text"
@@ -86,22 +90,28 @@ class CalibratedParts:
         merger: makes the result's dense tensors.
         layout: how the result's tensors lie on disk.
         tokens: (sequences, length) of text.
+        progress: called with (steps done, all), ``STEPS`` for each part: embedding, layers, head.
     """
 
-    def __init__(self, source: StreamedNetwork, merger: Merged, layout: Layout, tokens: mx.array):
+    def __init__(
+        self,
+        source: StreamedNetwork,
+        merger: Merged,
+        layout: Layout,
+        tokens: mx.array,
+        progress: Steps = lambda done, total: None,
+    ):
         self._source, self._merger, self._layout = source, merger, layout
         self._result = Driver(Model(layout.args))  # what it needs around its layers is passed to it
         self._tokens = split_batches(tokens)
-        self._streams = Streams(source, self._tokens, ())
-
-    @property
-    def streams(self) -> list[Stream]:
+        self._wanted: list[Stream] = []  # the source's streams
+        self._progress = progress
+        self.streams: list[Stream] = []
         """What the result's layers so far made of ``split_batches``'s batches, a stream each."""
-        return self._streams[RESULT]
 
     def enter(self, streams: Sequence[Stream]) -> None:
         """Begin behind some layers, with the source's streams in the source's basis."""
-        self._streams.update({SOURCE: [*streams], RESULT: [*streams]})
+        self._wanted, self.streams = [*streams], [*streams]
 
     def embedding(self) -> Arrays:
         """Quantize the embedding, and let the text enter both networks."""
@@ -115,30 +125,35 @@ class CalibratedParts:
                 packed = form.with_feedback(np.array(actual.astype(mx.float32)), gram)
             actual, out = form.dense(packed), _name_parts(EMBEDDING, packed)
         changed = {name: actual.astype(mx.float32)}
-        self._streams[SOURCE] = [self._source.embed(tokens) for tokens in self._tokens]
-        self._streams[RESULT] = [self._result.embed(tokens, changed) for tokens in self._tokens]
-        mx.eval(dict(self._streams))
+        self._wanted = [self._source.embed(tokens) for tokens in self._tokens]
+        self.streams = [self._result.embed(tokens, changed) for tokens in self._tokens]
+        mx.eval(self._wanted, self.streams)
         self._source.release()
         return out
 
-    def layer(self, layer: int) -> Arrays:
-        """Quantize every tensor of a layer; to be called once for each, first to last."""
+    def layer(self, layer: int, *, ends: bool = False) -> Arrays:
+        """Quantize every tensor of a layer; to be called once for each, first to last.
+
+        ``ends`` says that no other layer will be asked for: then only the streams of the batches
+        that judge go through this one.
+        """
         out = dict(self._merger.layer(layer))
-        source: Any = self._source.layer(layer)
         dense = {name: array.astype(mx.float32) for name, array in out.items()}
         result = load_block(self._layout.args, layer, dense)
-        for readers in READERS:
-            places = [module_path(layer, name) for name in readers]
-            places = [where for where in places if self._layout.format_of(where) is not None]
-            places = [where for where in places if out[f"{where}.weight"].ndim == 2]
+        groups = [[module_path(layer, name) for name in readers] for readers in READERS]
+        groups = [[where for where in places if self._is_fitted(where, out)] for places in groups]
+        passage = self._begin(layer, [where for places in groups for where in places])
+        for done, places in enumerate(groups):
+            tell_part(self._progress, 1 + layer, 2 + len(self._source.paths))(done, STEPS)
             if not places:
                 continue
-            seen, judge = self._observe(layer, places, source, result, out)
+            seen, judge = self._observe(passage, places, result, out)
             for where in places:
                 packed, weight = self._fit(where, seen, judge, out.pop(f"{where}.weight"))
                 out |= packed
                 # What comes behind is fitted to what this matrix gives from now on.
                 result = replace_at(result, f"{_shorten(where)}.weight", weight)
+            passage.settle(result, places)
         experts = EXPERTS if self._layout.args.num_local_experts else ()
         for where in (module_path(layer, name) for name in experts):
             form = self._layout.format_of(where)
@@ -146,7 +161,7 @@ class CalibratedParts:
                 nearest = form.nearest(out.pop(f"{where}.weight"))
                 out |= _name_parts(where, nearest)
                 result = replace_at(result, f"{_shorten(where)}.weight", form.dense(nearest))
-        self._streams.advance(layer, source, {RESULT: RESULT}, lambda name: result)
+        self._advance(passage, result, ends)
         return out
 
     def head(self) -> Arrays:
@@ -156,36 +171,69 @@ class CalibratedParts:
             return out
         moments = Moments(), Moments()
         norm = {n: a.astype(mx.float32) for n, a in out.items() if n.startswith(FINAL_NORM)}
-        for i, wanted in enumerate(self._streams[SOURCE]):
+        for i, wanted in enumerate(self._wanted):
             y = _record_head(self._source, wanted).y - out.get(f"{HEAD}.bias", 0)
             read = _record_head(self._result, self.streams[i], norm)
             moments[is_held_out(i)].add(read.x, {HEAD: y})
         packed, _ = self._fit(HEAD, *moments, out.pop(f"{HEAD}.weight"))
         return out | packed
 
+    def _is_fitted(self, where: str, tensors: Arrays) -> bool:
+        """Whether a matrix is packed and one for all tokens, as experts are not."""
+        return self._layout.format_of(where) is not None and tensors[f"{where}.weight"].ndim == 2
+
+    def _begin(self, layer: int, places: Sequence[str]) -> "_Passage":
+        """Begin to run a layer of the source; nothing is computed yet."""
+        block: Any = self._source.layer(layer)
+        recorders: dict[str, Recorder] = {}
+        for where in places:
+            block, recorders[where] = _record(block, _shorten(where))
+        passage = _Passage(layer)
+        for i, tokens in enumerate(self._tokens):
+            self._wanted[i] = self._source.run(layer, self._wanted[i], tokens, block)
+            passage.wanted.append({where: found.y for where, found in recorders.items()})
+            passage.given.append({})
+        return passage
+
     def _observe(
-        self, layer: int, places: Sequence[str], source: Block, result: Block, merged: Arrays
+        self, passage: "_Passage", places: Sequence[str], result: Block, merged: Arrays
     ) -> tuple[Moments, Moments]:
         """Run the text; collect what reaches the matrices at ``places`` and what they should give.
 
         The second moments are those of the batches that judge.
         """
-        recorders: dict[str, Recorder] = {}
-        for where in places:
-            source, recorders[where] = _record(source, _shorten(where))
-        result, reader = _record(result, _shorten(places[0]))  # they all read the same
+        first = _shorten(places[0])  # they all read the same
+        ffn = first.startswith("mlp.")
         moments = Moments(), Moments()
+        passage.inputs = []
         for i, tokens in enumerate(self._tokens):
-            self._source.run(layer, self._streams[SOURCE][i], tokens, source)
-            self._source.run(layer, self.streams[i], tokens, result)
-            targets = {
-                where: self._rewrite(where, recorder.y, merged)
-                for where, recorder in recorders.items()
-            }
+            block, reader = _record(passage.resume(result, i), first)
+            attends = ffn and block.self_attn is not None and "self_attn" not in passage.given[i]
+            if attends:
+                block, attention = _record(block, "self_attn")
+            self._source.run(passage.layer, self.streams[i], tokens, block)
+            wanted = {where: passage.wanted[i].pop(where) for where in places}
+            if attends:  # its matrices are final, and what it gives is needed again
+                passage.given[i] = {"self_attn": attention.y}
+            if ffn:  # so that the source's inner numbers can go, which are the widest
+                mx.eval(self._wanted[i], passage.wanted[i])
+            mx.eval(reader.x, wanted, passage.given[i])
+            passage.inputs.append(reader.x)
+            targets = {where: self._rewrite(where, y, merged) for where, y in wanted.items()}
             moments[is_held_out(i)].add(reader.x, targets)
         if not all(found.finite for found in moments):
             raise UserError(OVERFLOWS.format(places[0]))
         return moments
+
+    def _advance(self, passage: "_Passage", result: Block, ends: bool) -> None:
+        """Let the streams pass the layer, all matrices of which are final."""
+        for i, tokens in enumerate(self._tokens):
+            if ends and not is_held_out(i):
+                continue
+            block = passage.resume(result, i)
+            self.streams[i] = self._source.run(passage.layer, self.streams[i], tokens, block)
+            mx.eval(self.streams[i], [] if ends else self._wanted[i])
+            passage.given[i].clear()
 
     def _fit(
         self, where: str, seen: Moments, judge: Moments, merged: mx.array
@@ -202,6 +250,50 @@ class CalibratedParts:
         y = self._merger.rewrite(where, y)
         bias = merged.get(f"{where}.bias")
         return y if bias is None else y - bias
+
+
+@dataclass
+class _Passage:
+    """A text's way through one layer while the layer's matrices become final, group by group.
+
+    The source's layer runs once, and only as far as is asked for: MLX computes late. The result's
+    runs as often as there are groups, each time from where it changed last.
+
+    Attributes:
+        layer: its number.
+        wanted: of each batch, what the source's matrices give, by module path.
+        given: of each batch, what the result's final modules give, by path in the layer.
+        inputs: of each batch, what the latest group reads in the result.
+    """
+
+    layer: int
+    wanted: list[dict[str, mx.array]] = field(default_factory=list)
+    given: list[dict[str, Any]] = field(default_factory=list)
+    inputs: list[mx.array] = field(default_factory=list)
+
+    def settle(self, result: Block, places: Sequence[str]) -> None:
+        """Take down that the matrices at ``places``, which were observed last, are final."""
+        modules = dict(result.named_modules())
+        for given, x in zip(self.given, self.inputs, strict=True):
+            given |= {path: modules[path](x) for path in map(_shorten, places)}
+        self.inputs = []
+
+    def resume(self, result: Block, batch: int) -> Block:
+        """Return a copy of a layer that does not compute again what is final."""
+        for path, value in self.given[batch].items():
+            result = replace_at(result, path, _Given(value))
+        return result
+
+
+class _Given(nn.Module):
+    """Stands in a module's place and gives what that gave."""
+
+    def __init__(self, value: Any):
+        super().__init__()
+        self.__dict__["_value"] = value  # beside the module's items, which are tensors
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self.__dict__["_value"]
 
 
 def weigh_embedding(
@@ -250,11 +342,13 @@ def weigh_embedding(
 
 def _read_head(source: StreamedNetwork, merger: Merged, batches: Sequence[mx.array]) -> np.ndarray:
     """What the source's head reads on the text, in the result's basis, (tokens, hidden)."""
-    streams = Streams(source, batches, (SOURCE,))
+    enough = HEAD_TOKENS * source.args.hidden_size
+    batches = batches[: 1 + (enough - 1) // batches[0].size]
+    streams = Streams(source, batches, (None,))
     for layer, block in source.walk():
         streams.advance(layer, block)
     writer = module_path(source.args.num_hidden_layers - 1, "down_proj")
-    read = [merger.rewrite(writer, _record_head(source, h).x) for h in streams[SOURCE]]
+    read = [merger.rewrite(writer, _record_head(source, h).x) for h in streams[None]]
     return np.concatenate([to_float64(h.reshape(-1, h.shape[-1])) for h in read])
 
 

@@ -16,7 +16,7 @@ from ..network.model import ModelArgs
 from .formats import Format, add_to_diagonal
 
 WIDE = 4096  # inputs whose second moments are kept in float64
-JUDGED = 512  # outputs, spread over all, that choose the ridge
+JUDGED = 128  # outputs, spread over all, that choose the ridge
 # Tried as the ridge, a share of the inputs' mean square.
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
@@ -40,10 +40,10 @@ class Moments:
         x = x.reshape(-1, x.shape[-1]).astype(mx.float32)
         # In float32 where float64 would take gigabytes; what comes of it is judged in any case.
         kind = np.float64 if x.shape[-1] <= WIDE else np.float32
-        self.gram = self.gram + np.array(x.T @ x).astype(kind, copy=False)
+        self.gram = self.gram + _multiply(x, x).astype(kind, copy=False)
         for name, y in targets.items():
             y = y.reshape(-1, y.shape[-1])
-            self.cross[name] = self.cross.get(name, 0) + np.array(x.T @ y).astype(kind, copy=False)
+            self.cross[name] = self.cross.get(name, 0) + _multiply(x, y).astype(kind, copy=False)
             self.energy[name] = self.energy.get(name, 0) + to_float64(y.square().sum(0))
 
     def error(self, name: str, weight: np.ndarray, outputs: Any = slice(None)) -> float:
@@ -60,6 +60,13 @@ class Moments:
     def finite(self) -> bool:
         """Whether no sum overflowed."""
         return all(np.isfinite(sums).all() for sums in (self.gram, *self.cross.values()))
+
+
+def _multiply(x: mx.array, y: mx.array) -> np.ndarray:
+    """Compute X^T Y in float32; on a CPU NumPy does, whose BLAS is the faster one."""
+    if mx.default_device().type == mx.gpu:
+        return np.array(x.T @ y)
+    return np.asarray(x).T @ np.asarray(y)
 
 
 def estimate_memory(args: ModelArgs) -> int:

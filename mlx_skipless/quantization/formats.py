@@ -11,6 +11,8 @@ from functools import cached_property
 import mlx.core as mx
 import numpy as np
 
+from ..network.parts import unpack
+
 BLOCK = 128  # inputs that are rounded one by one before the rest learns of their errors
 ROWS = 1024  # of codes packed at a time
 # Codes of 1 in the floating formats: of a weight by its bits, of a scale by its mode.
@@ -42,12 +44,9 @@ class Format:
 
     def dense(self, packed: Mapping[str, mx.array]) -> mx.array:
         """Return what a packed matrix stands for, (out, in), in float32."""
-        scales, biases = packed["scales"], packed.get("biases")
-        if biases is not None:
-            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-        return mx.dequantize(
-            packed["weight"], scales, biases, self.group_size, self.bits, self.mode,
-            dtype=mx.float32,
+        return unpack(
+            packed["weight"], packed["scales"], packed.get("biases"),
+            self.group_size, self.bits, self.mode,
         )  # fmt: skip
 
     def with_feedback(self, weight: np.ndarray, gram: np.ndarray, damping: float = 0.01) -> Packed:

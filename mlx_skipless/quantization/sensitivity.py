@@ -19,7 +19,7 @@ from ..network.model import ModelArgs, Stream, take_stream
 from ..network.names import EMBEDDING, HEAD
 from ..network.parts import Arrays, replace_at, tensors_of
 from ..network.wiring import parse_layer
-from ..progress import Steps
+from ..progress import Steps, tell_part
 from ..removal.merger import Merger
 from ..removal.plan import RemovalCost
 from .calibration import CalibratedParts
@@ -28,6 +28,7 @@ from .layout import Layout
 
 STREAMS_BYTES = 1 << 30  # of all changed copies together
 MEASURED_TOKENS = 2048  # at most
+TRIAL_TOKENS = 8  # for each input of the widest matrix: as many tokens calibrate a trial
 FormatOf = Callable[[str], Format | None]
 
 
@@ -77,8 +78,9 @@ def measure_removals(
         trials: the removals; none may reach the head.
         format_of: how a matrix of the network is packed.
         tokens: (sequences, length) of text; most calibrate, the rest measures.
-        progress: called with (layers done, all layers).
+        progress: called with (steps done, all).
     """
+    tokens = _thin(tokens, network.args)
     batches = split_batches(tokens)
     rows = mx.concatenate([t for i, t in enumerate(batches) if is_held_out(i)])
     rows = limit_tokens(rows, 2 * len(trials), network.args)
@@ -94,14 +96,15 @@ def measure_removals(
     try_those_of(-1, ())
     source = Streams(network, batches, ("source",))
     end = max((trial.layers()[0] for trial in trials), default=-1)
-    for layer, block in network.walk(progress):
+    for layer, block in network.walk(tell_part(progress, 0, 2)):
         if layer > end:
             break
         try_those_of(layer, source["source"])
         source.advance(layer, block)
     del source
     rounded = {f"rounded {t.where}": (*t.around, t.where) for t in trials}
-    kl = _Comparison(network, rows, rounded, format_of).run(joined)
+    comparison = _Comparison(network, rows, rounded, format_of)
+    kl = comparison.run(joined, tell_part(progress, 1, 2))
     return {t.where: RemovalCost(kl[t.where], kl[f"rounded {t.where}"]) for t in trials}
 
 
@@ -119,7 +122,7 @@ def measure_rounding(
         matrices: module paths.
         format_of: how a matrix of the network is packed.
         tokens: (sequences, length) of text, of which as much is used as memory is meant for.
-        progress: called with (layers done, all layers).
+        progress: called with (layers and rows of logits done, all).
 
     Returns:
         Nats per token by module path.
@@ -127,6 +130,12 @@ def measure_rounding(
     alone = {where: (where,) for where in matrices}
     rows = limit_tokens(tokens, len(alone), network.args)
     return _Comparison(network, rows, alone, format_of).run({}, progress)
+
+
+def _thin(tokens: mx.array, args: ModelArgs) -> mx.array:
+    """Take sequences from all over a text, as many as a trial needs."""
+    widest = max(args.hidden_size, args.intermediate_size, args.num_attention_heads * args.head_dim)
+    return tokens[:: max(1, tokens.size // (TRIAL_TOKENS * widest))]
 
 
 def limit_tokens(tokens: mx.array, copies: int, args: ModelArgs) -> mx.array:
@@ -152,7 +161,7 @@ def _try_removal(
     else:
         parts.enter(streams)
     for layer in range(max(first, 0), last + 1):
-        parts.layer(layer)
+        parts.layer(layer, ends=layer == last)
     return [h for i, h in enumerate(parts.streams) if is_held_out(i)]
 
 
@@ -191,15 +200,16 @@ class _Comparison:
 
         Args:
             joined: more copies by the layer that they come out of, each what that layer gives.
-            progress: called with (layers done, all layers).
+            progress: called with (layers and rows of logits done, all).
         """
+        rows = len(self._tokens)
         streams = Streams(self._network, [self._tokens], (None, *self._rounded))
         embedding = self._network.parts.embedding()
         for name in self._rounded:
             if new := self._round(name, embedding):
                 streams[name] = [self._network.embed(self._tokens, new)]
         mx.eval(dict(streams))
-        for layer, block in self._network.walk(progress):
+        for layer, block in self._network.walk(lambda done, total: progress(done, total + rows)):
             prefix = f"{self._network.paths[layer]}."
             there = {f"{prefix}{name}": array for name, array in tensors_of(block).items()}
             changed = {name: name for name in self._rounded if self._find(name, there)}
@@ -211,9 +221,13 @@ class _Comparison:
 
             streams.advance(layer, block, changed, make)
             streams.update({name: [h] for name, h in joined.get(layer, {}).items()})
-        return self._compare({name: take_stream(h) for name, (h,) in streams.items()})
+        layers = len(self._network.paths)
+        return self._compare(
+            {name: take_stream(h) for name, (h,) in streams.items()},
+            lambda done, total: progress(layers + done, layers + total),
+        )
 
-    def _compare(self, streams: Mapping[Any, mx.array]) -> dict[str, float]:
+    def _compare(self, streams: Mapping[Any, mx.array], progress: Steps) -> dict[str, float]:
         """Mean KL at the logits; None is the stream that nothing changes."""
         tied = self._network.args.tie_word_embeddings
         parts = self._network.parts
@@ -228,6 +242,7 @@ class _Comparison:
                 h = streams[name][row : row + 1]
                 got = self._network.logits(h, changes.get(name))
                 found[name] += float(measure_kl(wanted, got).mean().item()) / rows  # type: ignore[arg-type]
+            progress(row + 1, rows)
         return found
 
     def _find(self, name: str, tensors: Arrays) -> list[tuple[str, Format]]:

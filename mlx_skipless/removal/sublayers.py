@@ -18,7 +18,7 @@ from ..network.driver import Driver, StreamedNetwork, Streams, split_batches
 from ..network.metrics import measure_nll
 from ..network.model import ModelArgs, Stream, take_stream
 from ..network.parts import replace_at
-from ..progress import Steps
+from ..progress import Steps, tell_part
 
 PARTS = {"attention": "self_attn", "ffn": "mlp"}  # and what a block calls them
 KINDS = ("attention", "ffn", "block")  # what can be asked for; a block is both
@@ -189,14 +189,17 @@ def choose_drops(
     if greedy or any(wish.count is None for wish in wishes):
         search = _Search(network, judged, spared or {}, max_loss)
         return search.run({wish.kind: wish.count for wish in wishes}, progress)
-    measured = measure_importance(network, tokens, progress=progress)
+    walks = 1 + len(wishes)
+    measured = measure_importance(network, tokens, progress=tell_part(progress, 0, walks))
     dropped: Drops = {}
-    for wish in sorted(wishes, key=lambda wish: KINDS.index(wish.kind), reverse=True):
+    ordered = sorted(wishes, key=lambda wish: KINDS.index(wish.kind), reverse=True)
+    for walk, wish in enumerate(ordered, start=1):
         assert wish.count is not None
         there = _rank(measured[wish.kind], wish.kind, dropped, spared or {})
         there = there[: SHORTLIST * wish.count]
         alone = [_add({}, wish.kind, layer) for layer in there]
-        by_loss = sorted(zip(measure_losses(network, judged, alone, progress), there, strict=True))
+        losses = measure_losses(network, judged, alone, tell_part(progress, walk, walks))
+        by_loss = sorted(zip(losses, there, strict=True))
         for _, layer in by_loss[: wish.count]:
             dropped = _add(dropped, wish.kind, layer)
     return _sort(dropped), []
@@ -221,10 +224,21 @@ class _Search:
         self, left: dict[str, int | None], progress: Steps
     ) -> tuple[dict[str, list[int]], list[Step]]:
         """Drop as many of each kind as ``left`` says; None: as many as ``max_loss`` allows."""
-        whole = Step(measure_losses(self._network, self._tokens, [{}])[0])
-        steps = [whole]
-        while candidates := self._find_candidates([k for k, n in left.items() if n != 0]):
-            best = self._choose(candidates, steps[-1].loss)
+        steps: list[Step] = []
+
+        def tell(walk: int) -> Steps:
+            """Of the next step's two walks, which measure importance and losses; one is whole."""
+            rounds = max(0, len(steps) - 1) + sum(1 if n is None else n for n in left.values())
+            return tell_part(progress, 2 * len(steps) - 1 + walk, 2 * rounds + 1)
+
+        whole = Step(measure_losses(self._network, self._tokens, [{}], tell(1))[0])
+        steps.append(whole)
+
+        while kinds := [kind for kind, count in left.items() if count != 0]:
+            candidates = self._find_candidates(kinds, tell(0))
+            if not candidates:
+                break
+            best = self._choose(candidates, steps[-1].loss, tell(1))
             assert best.kind is not None and best.layer is not None
             count = left[best.kind]
             if count is None and best.loss > whole.loss * (1 + self._max_loss):
@@ -233,25 +247,21 @@ class _Search:
             self._dropped = _add(self._dropped, best.kind, best.layer)
             steps.append(best)
             left[best.kind] = None if count is None else count - 1
-            taken = len(steps) - 1
-            progress(taken, taken + sum(1 if n is None else n for n in left.values()))
         return _sort(self._dropped), steps
 
-    def _find_candidates(self, kinds: Sequence[str]) -> list[tuple[str, int]]:
+    def _find_candidates(self, kinds: Sequence[str], progress: Steps) -> list[tuple[str, int]]:
         """The least important sub-layers of each kind that are left."""
-        if not kinds:
-            return []
-        measured = measure_importance(self._network, self._tokens, self._dropped)
+        measured = measure_importance(self._network, self._tokens, self._dropped, progress)
         return [
             (kind, layer)
             for kind in kinds
             for layer in _rank(measured[kind], kind, self._dropped, self._spared)[:CANDIDATES]
         ]
 
-    def _choose(self, candidates: Sequence[tuple[str, int]], loss: float) -> Step:
+    def _choose(self, candidates: Sequence[tuple[str, int]], loss: float, progress: Steps) -> Step:
         """The candidate that costs least by the weights that go with it; ``loss`` is without it."""
         variants = [_add(self._dropped, kind, layer) for kind, layer in candidates]
-        losses = measure_losses(self._network, self._tokens, variants)
+        losses = measure_losses(self._network, self._tokens, variants, progress)
         steps = [Step(after, *which) for after, which in zip(losses, candidates, strict=True)]
         args = self._network.args
         return min(steps, key=lambda step: (step.loss - loss) / _count_weights(args, step.kind))

@@ -15,6 +15,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ..checkpoints.files import POINTED, POINTER
+from ..checkpoints.guarded import explain_panics
 from ..errors import UserError, first_line
 from ..options import expand_path
 
@@ -190,7 +191,8 @@ def encode(documents: Sequence[str], tokenizer: Any) -> np.ndarray:
         raise UserError("the tokenizer has no end token: give one that has")
     if not documents:
         return np.zeros(0, np.int32)
-    rows = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
+    with explain_panics(getattr(tokenizer, "name_or_path", None) or "this model"):
+        rows = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
     return np.concatenate([np.array([*row, end], np.int32) for row in rows])
 
 

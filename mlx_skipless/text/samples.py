@@ -11,12 +11,15 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..checkpoints import hub
 from ..errors import UserError
 from ..network.driver import StreamedNetwork
+from ..progress import Steps
 from . import corpus
 
 CHECK = (4, 32)  # sequences, tokens each
 LONG_CHECK = (16, 128)  # where quantization is compared with quantization
 LONG_CHECK_WEIGHTS = 1 << 25  # of a network that a CPU can run, quantized, on a long check
 CALIBRATION = (64, 256)
+FITTING = 16  # tokens for each input of the widest matrix that calibrate it, if no more is wanted
+SHORT = 64  # tokens that a sequence has even so
 # Where the layers are read from disk for each token, text is sampled in fewer steps.
 STREAMED_CHECK, STREAMED_CALIBRATION = (32, 4), (512, 16)
 SHORTEST = 16  # tokens in a row that calibrate anything
@@ -82,6 +85,7 @@ def cut_passages(
     calibrating: bool,
     long_check: bool = False,
     longest: int | None = None,
+    fitted: int | None = None,
 ) -> Passages:
     """Cut a text into passages: its end to check with, places all over the rest to calibrate with.
 
@@ -92,6 +96,7 @@ def cut_passages(
         calibrating: whether calibration is wanted.
         long_check: whether to check more than usual.
         longest: tokens that the model can read in a row.
+        fitted: inputs of the widest matrix, if calibration is for nothing but fitting matrices.
 
     Raises:
         UserError: if it is too short.
@@ -110,7 +115,7 @@ def cut_passages(
     if not calibrating:
         return Passages(check, None, name)
     rest = text[:-tail]
-    sequences, length = CALIBRATION
+    sequences, length = _size_calibration(fitted)
     step = max(PIECE, len(rest) // sequences)
     places = range(0, len(rest), step)
     share = math.ceil(sequences * length / max(1, len(places)))
@@ -125,6 +130,14 @@ def cut_passages(
     return Passages(check, mx.array(row[: count * length]).reshape(count, length), name)
 
 
+def _size_calibration(fitted: int | None) -> tuple[int, int]:
+    """Sequences and tokens of each; fewer where matrices with few inputs are fitted."""
+    sequences, length = CALIBRATION
+    if fitted is None:
+        return sequences, length
+    return sequences, min(length, max(SHORT, -(-FITTING * fitted // sequences)))
+
+
 def sample_passages(
     network: StreamedNetwork,
     *,
@@ -132,6 +145,8 @@ def sample_passages(
     start: int | None,
     calibrating: bool,
     long_check: bool = False,
+    fitted: int | None = None,
+    progress: Steps = lambda done, total: None,
 ) -> Passages:
     """Sample the text to check with and, if asked for, to calibrate with, from the source itself.
 
@@ -141,20 +156,29 @@ def sample_passages(
         start: the token that opens a text, if there is one.
         calibrating: whether calibration is wanted.
         long_check: whether to check more than usual.
+        fitted: inputs of the widest matrix, if calibration is for nothing but fitting matrices.
+        progress: called with (tokens of a sequence done, all).
     """
     check = (LONG_CHECK if long_check else CHECK) if network.resident else STREAMED_CHECK
     longest = network.args.max_position_embeddings or CALIBRATION[1]
-    calibration = None
+    sizes = [check]
     if calibrating:
-        sequences, length = CALIBRATION if network.resident else STREAMED_CALIBRATION
-        length = min(length, longest)
-        calibration = sample_text(network, sequences, length, seed=(seed + 1) % 2**64, start=start)
-    tokens = sample_text(network, check[0], min(check[1], longest), seed=seed, start=start)
-    return Passages(tokens, calibration, "sampled from the model")
+        sizes.append(_size_calibration(fitted) if network.resident else STREAMED_CALIBRATION)
+    # All in one batch: its steps take as long as they would for a part of it, or little longer.
+    rows, length = sum(rows for rows, _ in sizes), min(longest, max(length for _, length in sizes))
+    tokens = sample_text(network, rows, length, seed=seed, start=start, progress=progress)
+    calibration = tokens[check[0] :, : sizes[1][1]] if calibrating else None
+    return Passages(tokens[: check[0], : check[1]], calibration, "sampled from the model")
 
 
 def sample_text(
-    network: StreamedNetwork, sequences: int, length: int, *, seed: int, start: int | None
+    network: StreamedNetwork,
+    sequences: int,
+    length: int,
+    *,
+    seed: int,
+    start: int | None,
+    progress: Steps = lambda done, total: None,
 ) -> mx.array:
     """Sample text from a network, tokens (sequences, length): see ``sample_tokens``."""
     caches = make_prompt_cache(network.model)
@@ -164,8 +188,9 @@ def sample_text(
     def next_logits(fresh: mx.array) -> mx.array:
         return network.logits(network.hidden(fresh, caches)[:, -1:])[:, -1]
 
+    vocabulary = network.args.vocab_size
     return sample_tokens(
-        next_logits, network.args.vocab_size, sequences, length, seed=seed, start=start
+        next_logits, vocabulary, sequences, length, seed=seed, start=start, progress=progress
     )
 
 
@@ -177,6 +202,7 @@ def sample_tokens(
     *,
     seed: int,
     start: int | None,
+    progress: Steps = lambda done, total: None,
 ) -> mx.array:
     """Sample text from a network at temperature 1, tokens (sequences, length).
 
@@ -190,6 +216,7 @@ def sample_tokens(
         length: tokens of each.
         seed: of the random numbers.
         start: the token that opens a text, if there is one.
+        progress: called with (tokens of a sequence done, all).
     """
     key = mx.random.key(seed)
     key, first = mx.random.split(key)
@@ -200,8 +227,11 @@ def sample_tokens(
         )
     fresh = tokens
     while tokens.shape[1] < length:
+        progress(tokens.shape[1], length)
         logits = next_logits(fresh)
         key, now = mx.random.split(key)
         fresh = mx.random.categorical(mx.nan_to_num(logits), key=now)[:, None].astype(tokens.dtype)
         tokens = mx.concatenate([tokens, fresh], axis=1)
+        mx.eval(tokens)
+    progress(length, length)
     return tokens

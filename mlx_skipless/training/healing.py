@@ -199,7 +199,7 @@ def make_tokens(
     """
     tokenizer = pair.tokenizer._tokenizer
     if sources.data:
-        return encode_texts(sources.read(), tokenizer)
+        return encode_texts(sources.read(), pair.tokenizer)
     sequences = -(-treatment.sampled_tokens // SPOKEN)
     teacher: Any = pair.teacher
     cache = make_prompt_cache(teacher)

@@ -489,3 +489,29 @@ def test_a_data_set_without_its_package_is_one_line(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"no such file: a/b; .*pip install 'mlx-lm\[train\]'"):
         samples.read_text("a/b")
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]], ids=["convert", "plan"])
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["m.Q4_K_M.gguf"], "m.Q4_K_M.gguf: `hf download tales/gguf m.Q4_K_M.gguf` prints"),
+        (
+            ["b/m 2.GGUF", "a.gguf", "mmproj-m.gguf"],
+            "a.gguf, b/m 2.GGUF: `hf download tales/gguf a",
+        ),
+        (["sub/m 2.gguf"], "sub/m 2.gguf: `hf download tales/gguf 'sub/m 2.gguf'` prints the path"),
+    ],
+    ids=["one", "several", "elsewhere"],
+)
+def test_a_repository_of_gguf_files_says_which_file_to_fetch(
+    hub: HubServer, run: Run, tmp_path: Path, names: list[str], said: str, flags: list[str]
+):
+    repo = tmp_path / "repo"
+    for name in ["README.md", *names]:
+        (repo / name).parent.mkdir(parents=True, exist_ok=True)
+        (repo / name).write_bytes(b"GGUF")
+    hub.repos["tales/gguf"] = {"main": repo}
+    error = the_error(run("--model", "tales/gguf", *flags))
+    assert f"tales/gguf holds GGUF files, {said}" in error
+    assert not hub.sent() & {*names}  # files of many gigabytes, of which one is wanted
