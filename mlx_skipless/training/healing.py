@@ -374,7 +374,7 @@ class Run(ResumableRun[HealingResult]):
         if limit is None:  # what is written is measured, when it is fused
             return {}
         found = self._distance(self.model, limit)
-        return {"validation_loss": found.kl, "perplexity": math.exp(found.loss)}
+        return {"validation_loss": found.kl, "perplexity": math.exp(min(found.loss, 700.0))}
 
     def _distance(self, network: nn.Module, limit: int = MEASURED_TOKENS) -> Distance:
         """On the held-out text, or windows spread over it of ``limit`` tokens in all."""
