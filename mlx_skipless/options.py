@@ -6,9 +6,12 @@ Imports no library, so that a command's help does not wait for MLX.
 import contextlib
 import dataclasses
 import math
+import os
 import re
+import reprlib
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import UserError
@@ -56,6 +59,11 @@ def option(
 def flag_name(name: str) -> str:
     """Turn a field's name into its flag: ``batch_size`` into ``--batch-size``."""
     return f"--{name.replace('_', '-')}"
+
+
+def expand_path(path: str | Path) -> Path:
+    """The path that a user means by ``~/model``, which a shell does not always expand."""
+    return Path(os.path.expanduser(path))
 
 
 def check_choices(options: Any) -> None:
@@ -123,13 +131,27 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_share(text: str) -> float:
-    """The share that "1%" or "0.01" stands for."""
-    return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+    """The share that "1%" or "0.01" stands for.
+
+    Raises:
+        UserError: if the text is none.
+    """
+    try:
+        return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise UserError(f"{text!r} is no share: give for instance 1% or 0.01") from None
 
 
 def parse_count(text: str) -> int | str:
-    """The number that a text stands for, or "auto"."""
-    return text if text == "auto" else int(text)
+    """The number that a text stands for, or "auto".
+
+    Raises:
+        UserError: if the text is neither.
+    """
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise UserError(f"{text!r} is neither a whole number nor auto") from None
 
 
 def read_options(kind: type[Kind], what: str, given: Mapping[str, Any]) -> Kind:
@@ -144,16 +166,21 @@ def read_options(kind: type[Kind], what: str, given: Mapping[str, Any]) -> Kind:
         UserError: for an unknown key or a value of the wrong type.
     """
     known = {one.name: one.type for one in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if not isinstance(given, Mapping):
+        raise UserError(f"the {what} is {reprlib.repr(given)}; it must map keys to values")
     values = dict(given)
     for name, value in given.items():
         if name not in known:
-            raise UserError(f"{name!r} is no part of a {what}; known: {', '.join(known)}")
+            shown = reprlib.repr(name)
+            raise UserError(f"{shown} is no part of a {what}; known: {', '.join(known)}")
         accepted = typing.get_args(known[name]) or (known[name],)
         if float in accepted:
             accepted = (*accepted, int)
             with contextlib.suppress(TypeError, ValueError):  # YAML takes 1e-3 for text
                 values[name] = value = float(value) if isinstance(value, str) else value
+        shown = f"{name} in the {what} is {reprlib.repr(value)}"
         if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted):
-            expected = accepted[0].__name__
-            raise UserError(f"{name} in the {what} is {value!r}; it must be of type {expected}")
+            raise UserError(f"{shown}; it must be of type {accepted[0].__name__}")
+        if isinstance(value, int | float) and not abs(value) < 2**64:
+            raise UserError(f"{shown}; it must be a number that 64 bits hold")
     return kind(**values)

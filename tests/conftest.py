@@ -7,8 +7,12 @@ from pathlib import Path
 # MLX's CPU backend would make each fused kernel with the C++ compiler, for most of a second; what
 # is compiled is tested where it matters: see `compiled`.
 os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
+# What a test types is nobody's history.
+os.environ["XDG_STATE_HOME"] = os.devnull
 # One test a core: a BLAS that takes them all would only stand in the others' way.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# A fault of the code fails its test with a traceback; to users it is one more line of error.
+os.environ.setdefault("MLX_SKIPLESS_TRACEBACK", "1")
 
 import mlx.core as mx
 import pytest

@@ -204,6 +204,22 @@ def test_mutated_configs(name: str, options: dict[str, Any], rng: random.Random)
         check(*outcome, options)
 
 
+@cases(60)
+@given(SOURCES, RANDOM)
+def test_mutated_configs_are_loaded_or_refused(name: str, rng: random.Random) -> None:
+    """What loads also runs."""
+    config = source(name).config
+    for _ in range(rng.choice([1, 1, 2, 4])):
+        config = mutated(config, rng)
+    source(name).write(config)
+    with (
+        contextlib.suppress(UserError),
+        silence(),
+        mock.patch.dict(LIMITS, num_hidden_layers=fuzz_readers.LAYERS),
+    ):
+        mx.eval(load_network(source(name).folder)[0](mx.array(TEXT)))
+
+
 def disturbed(tensors: dict[str, np.ndarray], rng: random.Random) -> dict[str, np.ndarray]:
     """A set of tensors with one of them gone, or called, shaped or stored otherwise."""
     name, other = rng.choice([*tensors]), rng.choice([*tensors])

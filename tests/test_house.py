@@ -23,7 +23,7 @@ FLOORS = (
     ("training",),
     ("cli",),
 )
-GROUND = {"constants", "errors", "memory", "options", "progress"}
+GROUND = {"constants", "errors", "memory", "options", "progress", "terminal"}
 FLOOR = {station: floor for floor, stations in enumerate(FLOORS) for station in stations}
 # They travel in checkpoints, whole, and are read there as one file.
 TRAVELLING = {"network/model.py"}

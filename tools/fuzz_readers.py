@@ -92,6 +92,11 @@ def dense_folder() -> Path:
 
 
 @functools.cache
+def loaded_folder() -> Path:
+    return written(place() / "loaded", LLAMA, llama_tensors())
+
+
+@functools.cache
 def sharded_folder() -> Path:
     tensors = [*llama_tensors().items()]
     return written(place() / "sharded", LLAMA, dict(tensors[:5]), dict(tensors[5:]))
@@ -145,6 +150,28 @@ def config(data: bytes) -> None:
     with contextlib.suppress(UserError):
         convert(file, dry_run=True)
     read_all(dense_folder())
+
+
+def network(data: bytes) -> None:
+    """config.json, beside a Llama's weights, as mlx-lm builds the network that it describes."""
+    from mlx_skipless.inference.loading import load_network
+
+    (loaded_folder() / "config.json").write_bytes(data)
+    mx.eval(load_network(loaded_folder())[0](mx.array([[1, 2, 3]])))
+
+
+def adapters(data: bytes) -> None:
+    """adapter_config.json, of adapters that mlx-lm trained."""
+    from mlx_skipless.inference.loading import load_network
+
+    (loaded_folder() / "config.json").write_text(json.dumps(LLAMA))
+    folder = place() / "adapters"
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_bytes(data)
+    path = "model.layers.0.mlp.up_proj"
+    ranks = {f"{path}.lora_a": mx.ones((8, 2)), f"{path}.lora_b": mx.ones((2, 12))}
+    mx.save_safetensors(str(folder / "adapters.safetensors"), ranks)
+    mx.eval(load_network(loaded_folder(), adapter_path=str(folder))[0](mx.array([[1, 2, 3]])))
 
 
 def weights(data: bytes) -> None:
@@ -209,7 +236,8 @@ def tokenizer(data: bytes) -> None:
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target for target in (config, weights, index, gguf, quantization, tokenizer)
+    target.__name__: target
+    for target in (config, network, adapters, weights, index, gguf, quantization, tokenizer)
 }
 
 
@@ -253,6 +281,11 @@ def _json_starts(target: str) -> list[Any]:
         theirs = [(name.split(",")[0], kind.config) for name, kind in ARCHITECTURES.items()]
         configs = [config | {"model_type": name, "num_hidden_layers": 1} for name, config in theirs]
         return [LLAMA, LLAMA | {"model_type": "skipless", "rope_scaling": ROPE}, *configs]
+    if target == "network":
+        return [LLAMA, LLAMA | {"rope_scaling": ROPE, "layer_types": ["full_attention"]}]
+    if target == "adapters":
+        parameters = {"rank": 2, "scale": 10.0, "dropout": 0.0, "keys": ["mlp.up_proj"]}
+        return [{"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": parameters}]
     if target == "index":
         files = {name: f"model-{int(i > 4)}.safetensors" for i, name in enumerate(llama_tensors())}
         return [{"weight_map": files}]
@@ -306,7 +339,8 @@ KEYS = [
     "hidden_size", "intermediate_size", "layer_types", "logit_scale", "max_position_embeddings",
     "max_window_layers", "mode", "model_file", "model_type", "norm", "norm_type", "norms",
     "num_attention_heads", "num_experts_per_tok", "num_hidden_layers", "num_key_value_heads",
-    "num_local_experts", "original_max_position_embeddings", "partial_rotary_factor", "precomputed",
+    "num_local_experts", "original_max_position_embeddings", "output_skip", "partial_rotary_factor",
+    "precomputed",
     "qk_norm", "quant_method", "quantization", "quantization_config", "quantize_activations",
     "query_skip", "removed", "rms_norm_eps", "rope", "rope_parameters", "rope_scaling",
     "rope_theta", "rope_traditional", "rope_type", "rotary_dim", "rotary_pct", "shared_norm",

@@ -33,16 +33,16 @@ import yaml
 from mlx.utils import tree_flatten
 
 from mlx_skipless.checkpoints.tokenizer import fetch_tokenizer
+from mlx_skipless.cli.figures import add_figure_arguments, check_suffix
 from mlx_skipless.errors import UserError
-from mlx_skipless.evaluation.plots import COLOURS, DPI, MARKERS
+from mlx_skipless.evaluation.plots import Look, plot_curves
 from mlx_skipless.network.model import Model
 from mlx_skipless.options import flag_name, read_options
-from mlx_skipless.text import corpus
 from mlx_skipless.training.folder import RunFolder
 from mlx_skipless.training.initialization import make_model_args
-from mlx_skipless.training.pretraining import Run, Settings, TrainingText
+from mlx_skipless.training.pretraining import Run, Settings, TrainingText, make_tokens
 from mlx_skipless.training.recipe import Recipe, TrainingPace
-from mlx_skipless.training.tokens import Tokens, encode_texts, list_paths
+from mlx_skipless.training.tokens import Tokens, list_paths
 
 OWN = ("depths", "rates", "seeds", "weights")  # keys of a network that are none of a recipe
 QUIET = {"eval_every": 0, "save_every": 0, "sample_every": 0}
@@ -111,15 +111,10 @@ def count_weights(recipe: Recipe) -> int:
     return sum(array.size for _, array in weights)
 
 
-def write_tokens(text: TrainingText, vocabulary: int, output: Path) -> None:
+def write_tokens(settings: Settings, output: Path) -> None:
     """Make the text into tokens."""
-    texts = text.read()
-    if text.tokenizer is None:
-        tokenizer = corpus.make_tokenizer(texts.train, vocabulary, chat=texts.chat)
-    else:
-        tokenizer = fetch_tokenizer(text.tokenizer)
-    tokens = encode_texts(texts, tokenizer)
-    tokenizer.save_pretrained(str(output / "tokenizer"))
+    _, tokens = make_tokens(settings, None)
+    tokens.tokenizer.save_pretrained(str(output / "tokenizer"))
     np.savez(output / "tokens.npz", train=tokens.train, held_out=tokens.held_out)
 
 
@@ -240,25 +235,16 @@ def write_flags(own: dict[str, Any]) -> str:
     return " ".join(words)
 
 
-def draw(jobs: list[Job], file: Path) -> None:
+def draw(jobs: list[Job], file: Path, look: Look) -> None:
     """Draw the best loss of each network that ran at several depths against its depth."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), facecolor="white")
-    axes = figure.subplots()
-    curves: dict[str, dict[int, float]] = {}
+    curves: dict[str, dict[float, float]] = {}
     for (name, depth), job in sorted(find_best(jobs).items()):
         curves.setdefault(name, {})[depth] = job.loss
-    for i, (name, curve) in enumerate((n, c) for n, c in curves.items() if len(c) > 1):
-        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-        axes.plot([*curve], [*curve.values()], color=colour, marker=marker, label=name)
-    axes.set(xlabel="layers", ylabel="loss, nats per token of held-out text")
-    axes.set_xticks(sorted({job.recipe.layers for job in jobs}))
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend(fontsize="small")
-    figure.tight_layout()
-    figure.savefig(file, dpi=DPI)
+    plot_curves(
+        {name: curve for name, curve in curves.items() if len(curve) > 1}, file, look,
+        xlabel="layers", ylabel="loss, nats per token of held-out text",
+        xticks=sorted({job.recipe.layers for job in jobs}),
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -271,22 +257,29 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so many")
+    add_figure_arguments(parser, "--figure", "draw loss against depth")
     options = parser.parse_args()
+    figure = options.figure or options.output / "depth.png"
+    look = Look(check_suffix("--figure", str(figure)), options.figure_size, options.figure_style)
     deadline, output = time.time() + options.seconds, options.output
     table = yaml.safe_load(options.table.read_text(encoding="utf-8"))
     data, validation = list_paths(options.data), list_paths(options.validation)
     text = TrainingText(data, validation, 0.03, options.tokenizer)
     output.mkdir(parents=True, exist_ok=True)
+    settings = Settings(
+        read_options(Recipe, "recipe", table["base"]), TrainingPace(), text, options.dtype
+    )
     if not (output / "tokens.npz").is_file():
-        write_tokens(text, table["base"]["vocab_size"], output)
+        write_tokens(settings, output)
     table["base"]["vocab_size"] = len(fetch_tokenizer(str(output / "tokenizer")))
     pace = TrainingPace(**{**QUIET, **table.get("pace", {})})
     jobs = list_jobs(table, output)
-    carry_out_all(jobs, Settings(Recipe(), pace, text, options.dtype), options.jobs, deadline)
+    settings = dataclasses.replace(settings, pace=pace)
+    carry_out_all(jobs, settings, options.jobs, deadline)
     results = [job.result for job in jobs if job.result]
     (output / "results.json").write_text(json.dumps(results, indent=1))
     print(describe(table, jobs))
-    draw(jobs, output / "depth.png")
+    draw(jobs, Path(figure), look)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("algebra", "else q.bias @ inverse)", "else -q.bias @ inverse)", EXACT),
     ("algebra", "else -p.bias)", "else p.bias)", EXACT),
     ("algebra", "- reads.shift @ weight", "+ reads.shift @ weight", EXACT),
-    ("algebra", "if owns_shift and writes.shift", "if writes.shift", EXACT),
+    ("algebra", "+ shift_share * writes.shift", "+ writes.shift", EXACT),
     (
         "algebra",
         "Basis(basis.inverse.T, basis.matrix.T)",
@@ -184,8 +184,8 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("network", "blend(out, beta, q, alpha)", "blend(out, beta, q, beta)", SKIPS),
     (
         "network",
-        "return (out, heads) if self.passes_heads",
-        "return (out, out) if self.passes_heads",
+        "return (out, heads) if self.gives_heads",
+        "return (out, out) if self.gives_heads",
         SKIPS,
     ),
     (
@@ -214,10 +214,25 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ),
     (
         "network",
-        '"uniform_gain", "query_skip", "head_skip"):',
-        '"uniform_gain", "query_skip"):',
+        '"query_skip", "head_skip", "output_skip")\n        for',
+        '"query_skip", "output_skip")\n        for',
         "tests/network/test_parallel.py",
     ),
+    (
+        "network",
+        "return x + gather_last_axis(scaled, self.group)",
+        "return x + gather_last_axis(heads, self.group)",
+        "tests/network/test_parallel.py",
+    ),
+    (
+        "network",
+        "return self.output_skip and last and not",
+        "return self.output_skip and last or not",
+        SKIPS,
+    ),
+    ("network", "return add_scaled(x, heads, delta).flatten(-2)", "return x.flatten(-2)", SKIPS),
+    ("network", 'points[-1].pin(f"the heads of layer', 'str(f"the heads of layer', SKIPS),
+    ("removal", "        and not source.output_skip\n", "", SKIPS),
     ("network", "raise _Reached(take_stream(out))", "raise _Reached(out)", f"{DROPS} converted"),
     ("network", "if norm in args.norms}", "}", f"{BAD} broken_config"),
     ("network", 'if "hidden" in args.norms:', 'if args.norm == "qkv":', SKIPS),
@@ -231,11 +246,12 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("removal", '("head_skip", args.has_head_skip(layer), skips),', "", SKIPS),
     (
         "removal",
-        "other = source.query_skip or source.head_skip",
-        "other = source.query_skip",
+        "skips = source.query_skip or source.head_skip or source.output_skip",
+        "skips = source.query_skip or source.output_skip",
         SKIPS,
     ),
-    ("removal", "other = source.query_skip or source.head_skip", "other = source.head_skip", SKIPS),
+    ("removal", "skips = source.query_skip or source.head_skip", "skips = source.head_skip", SKIPS),
+    ("removal", "or source.head_skip or source.output_skip", "or source.head_skip", SKIPS),
     ("removal", ' or "heads" in source.norms', "", SKIPS),
     ("removal", '"v": kv_width, "heads": width}', '"v": kv_width}', SKIPS),
     (
@@ -272,8 +288,8 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ),
     (
         "checkpoints",
-        'if name.endswith(".head_skip") and name not in expected:',
-        "if False:",
+        "if (needed := _find_needed(name)) and name not in expected:",
+        "if False and (needed := ''):",
         f"{BAD} tensor",
     ),
     # What a source means.

@@ -10,17 +10,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import mlx.core as mx
 
 import mlx_skipless
 from mlx_skipless.architectures.families import FAMILIES
 from mlx_skipless.checkpoints.checkpoint import open_checkpoint
+from mlx_skipless.cli.figures import add_figure_arguments, check_suffix
 from mlx_skipless.conversion.check import WrittenParts, compare_networks
-from mlx_skipless.evaluation.plots import COLOURS
+from mlx_skipless.evaluation.plots import Look, plot_curves
 from mlx_skipless.network.driver import StreamedNetwork
 from mlx_skipless.quantization.calibration import CalibratedParts, NearestParts
 from mlx_skipless.quantization.layout import Layout, Quantization
@@ -145,31 +142,29 @@ def curves(bench: Bench) -> dict[str, list[Point]]:
     }
 
 
-def draw(found: dict[str, list[Point]], weights: int, file: str) -> None:
-    figure, axes = plt.subplots(figsize=(8, 5), facecolor="white")
-    for (label, points), colour in zip(found.items(), COLOURS, strict=False):
-        per_weight = [nbytes / weights for nbytes, _ in points]
-        values = [kl for _, kl in points]
-        for x, y in zip(per_weight, values, strict=True):
+def draw(found: dict[str, list[Point]], weights: int, file: str, look: Look) -> None:
+    curves = {
+        label: {nbytes / weights: kl for nbytes, kl in points} for label, points in found.items()
+    }
+    for label, curve in curves.items():
+        for x, y in curve.items():
             print(f"{label} | {x:.3f} bytes per weight | {y:.6f} nats")
-        axes.plot(per_weight, values, color=colour, marker="o", markersize=4, label=label)
-    axes.set_yscale("log")
-    axes.set_xlabel("bytes per weight of the source")
-    axes.set_ylabel("KL(source || result), nats per token")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(file, dpi=120)
+    plot_curves(
+        curves, Path(file), look, yscale="log", xlabel="bytes per weight of the source",
+        ylabel="KL(source || result), nats per token",
+    )  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    for name in ("source", "calibration", "test", "output"):
+    for name in ("source", "calibration", "test"):
         parser.add_argument(name)
+    add_figure_arguments(parser, "output", "draw KL against bytes")
     options = parser.parse_args()
+    look = Look(check_suffix("", options.output), options.figure_size, options.figure_style)
     bench = Bench(options.source, options.calibration, options.test)
     table(bench)
-    draw(curves(bench), bench.weights, options.output)
+    draw(curves(bench), bench.weights, options.output, look)
 
 
 if __name__ == "__main__":

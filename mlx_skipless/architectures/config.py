@@ -1,5 +1,6 @@
 """What a config.json says of a network: every key read, checked and completed."""
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -38,6 +39,13 @@ LIMITS = {
     "num_local_experts": 1 << 12,
     "num_experts_per_tok": 1 << 12,
 }
+# What the names of sizes end with in the configs of other architectures, and the largest believed.
+ENDINGS = {
+    **dict.fromkeys(("layer", "layers"), LIMITS["num_hidden_layers"]),
+    **dict.fromkeys(("head", "heads", "experts", "groups", "inputs", "loops"), 1 << 14),
+    **dict.fromkeys(("size", "dim", "rank", "embd", "inner", "model", "channels"), 1 << 23),
+}
+POSITIVE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 LAYER_TYPES = ["full_attention", "sliding_attention"]
 # Keys that map parts of a layer to lists of layers.
 LAYER_LISTS: dict[str, Collection[str]] = {
@@ -45,6 +53,39 @@ LAYER_LISTS: dict[str, Collection[str]] = {
     "fused": FUSED,
     "biases": PROJECTIONS,
 }
+
+
+def check_sizes(config: Mapping[str, Any], tensors: int) -> None:
+    """Check sizes in the config of any architecture, before a network is built as it says.
+
+    Only what no network has is refused, for an architecture may have keys of its own. What passes
+    is compared with the tensors later; until then MLX's arrays take no memory.
+
+    Args:
+        config: a config.json, or an object in one.
+        tensors: how many tensors the model has; a layer has one at least.
+
+    Raises:
+        UserError: for a size that is not a number, not positive or absurd.
+    """
+    for key, value in config.items():
+        if isinstance(value, dict):
+            check_sizes(value, tensors)
+        elif key in POSITIVE and value is not None and not isinstance(value, list):
+            _check_whole(key, value)
+        most = ENDINGS.get(key.rpartition("_")[2], math.inf)
+        for size in value if isinstance(value, list) else [value]:
+            if type(size) in (int, float) and abs(size) > most:
+                raise UserError(
+                    f'"{key}" in config.json has {size!r}; no model has more than {most:,}: '
+                    "download it again"
+                )
+    layers = config.get("num_hidden_layers")
+    if type(layers) is int and layers > tensors:
+        raise UserError(
+            f'"num_hidden_layers" in config.json is {layers:,}, and the files have {tensors:,} '
+            "tensors: config.json describes another model"
+        )
 
 
 def _check_whole(key: str, value: Any) -> int:
@@ -171,6 +212,12 @@ def read_model_args(
                 'config.json says "precomputed", which needs an attention in layer 0 and a head of '
                 "its own: correct config.json"
             )
+        width = args.num_attention_heads * args.head_dim
+        if args.output_skip and width != args.hidden_size:
+            raise UserError(
+                f"an output skip adds heads that are {width} wide to a stream of "
+                f"{args.hidden_size}: correct config.json or take it out"
+            )
     except UserError as error:
         raise UserError(family.quote_its_keys(str(error))) from error
     return args
@@ -265,9 +312,13 @@ def _find_contradictions(args: ModelArgs) -> Iterator[str]:
             f"{heads} attention heads cannot share {kv_heads} key-value heads: correct "
             '"num_key_value_heads" in config.json'
         )
-    # Without Q, K or V the stream itself takes its place; without P the heads are added to it.
+    # Without Q, K or V the stream itself takes its place; without P the heads take the stream's,
+    # but where an FFN alone reads them.
     counts = {"q": heads, "k": kv_heads, "v": kv_heads}
-    if args.block == "parallel" or args.skip == "both":
+    without_p = {*args.removed.get("p", ())} - {*args.removed.get("attention", ())}
+    bare = without_p & {*args.removed.get("ffn", ())}
+    alone = args.block == "serial" and args.skip == "none" and args.norm != "pre"
+    if bare or not alone:
         counts["p"] = heads
     for part, count in counts.items():
         if args.removed.get(part) and count * args.head_dim != args.hidden_size:

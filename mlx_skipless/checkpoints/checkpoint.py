@@ -7,7 +7,7 @@ checkpoint is run, and nothing is unpickled.
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, overload
@@ -32,7 +32,7 @@ from ..network.model import Model, ModelArgs
 from ..network.names import CHANNEL_PATHS, LINEAR_PATHS
 from ..network.parts import tensors_of
 from . import files, hub
-from .files import read_json
+from .files import read_config, read_json
 from .gguf_file import GGUFStore
 from .packed import UnpackedStore, find_scheme
 from .safetensors import FLOATS, SafetensorsStore, Shape, Store, is_float
@@ -53,12 +53,14 @@ class Blueprint:
         config: its config.json, or the same made from a GGUF file's metadata.
         family: its architecture.
         args: the network that it describes, in this package's terms.
+        notes: what there is to know of it, a sentence each.
     """
 
     name: str
     config: Config
     family: Family
     args: ModelArgs
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
 
     @property
     def packing(self) -> str | None:
@@ -181,10 +183,9 @@ class Checkpoint(Blueprint):
         for name, place in self._places.items():
             tied_head = self.args.tie_word_embeddings and name == "lm_head.weight"
             ignored = place.names[0].endswith(self.family.ignored)
-            if name.endswith(".head_skip") and name not in expected:
+            if (needed := _find_needed(name)) and name not in expected:
                 raise UserError(
-                    f"{self.name} has a tensor {place.names[0]}, which needs an attention in its "
-                    "layer and in the one before: take it out"
+                    f"{self.name} has a tensor {place.names[0]}, which needs {needed}: take it out"
                 )
             if name not in expected and not tied_head and not ignored:
                 raise UserError(
@@ -228,6 +229,15 @@ def _describe(place: Place, name: str) -> str:
     return place.names[0] if whole else f"{name}, from {place.names[0]},"
 
 
+def _find_needed(name: str) -> str | None:
+    """What the tensor of a skip needs to be where it is; None for any other tensor."""
+    needs = {
+        "head_skip": "an attention in its layer and in the one before",
+        "output_skip": "to be in the last layer, with an attention",
+    }
+    return needs.get(name.rpartition(".")[2])
+
+
 def _find_optional(names: Iterable[str], args: ModelArgs) -> set[str]:
     """The tensors that a layer may lack: norm weights (then 1) and linear paths (then 0)."""
     norms = ("_norm.weight",) if args.norm == "qkv" else ()
@@ -264,7 +274,7 @@ def open_checkpoint(
     """Open a model for reading.
 
     Args:
-        source: a Hugging Face folder, a .gguf file, a Hub id, or with ``config_only`` a
+        source: a Hugging Face folder, a GGUF file, a Hub id, or with ``config_only`` a
             config.json.
         revision: a branch, tag or commit of a Hub id.
         config_only: do without the weights; those of a Hub id are not fetched.
@@ -279,7 +289,8 @@ def open_checkpoint(
     path = hub.resolve(
         str(source), revision=revision, config_only=config_only, code=trust_remote_code
     )
-    config, store = _open_folder(path, config_only) if path.is_dir() else _open_file(path)
+    notes: list[str] = []
+    config, store = _open_folder(path, config_only, notes) if path.is_dir() else _open_file(path)
     family = find_family(config)
     if config.get("model_file") is not None and config["model_type"] != "skipless":
         raise UserError(
@@ -298,25 +309,34 @@ def open_checkpoint(
         return checkpoint
     if not config_only:
         raise UserError(f"{source} is a config without weights: add --dry-run, or give the model")
-    return Blueprint(str(source), config, family, args)
+    return Blueprint(str(source), config, family, args, notes=tuple(notes))
 
 
 def _open_file(path: Path) -> tuple[Config, Store | None]:
     files.is_there(path)
-    if path.suffix == ".gguf":
+    if files.is_gguf(path):
         store = GGUFStore(path)
         return store.config, store
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         return read_json(path), None
-    raise UserError(f"{path} is no model: give a folder, a .gguf file or a Hub id")
+    raise UserError(f"{path} is no model: give a folder, a GGUF file or a Hub id")
 
 
-def _open_folder(folder: Path, config_only: bool) -> tuple[Config, Store | None]:
-    config = read_json(folder / "config.json")
+def _open_folder(folder: Path, config_only: bool, notes: list[str]) -> tuple[Config, Store | None]:
+    """Read a folder's config and open its weights; ``notes`` says why a plan has none."""
+    config = read_config(folder)
     files.check_small(folder)
     find_family(config)  # an unknown architecture is the more helpful complaint
-    scheme = find_scheme(config)
     if config_only and not any(folder.glob("*.safetensors")):
+        find_scheme(config)
         return config, None
-    store = SafetensorsStore(folder)
+    try:
+        store = SafetensorsStore(folder)
+    except UserError as error:
+        if not config_only:
+            raise
+        find_scheme(config)
+        notes.append(f"this is planned from config.json alone: {error}")
+        return config, None
+    scheme = find_scheme(config, store)
     return config, store if scheme is None else UnpackedStore(store, scheme)

@@ -1,10 +1,11 @@
-"""Files that anyone may have made: read with care, and replaced whole or not at all."""
+"""Files that anyone may have made, read with care."""
 
 import json
 import os
+import re
 import stat
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,19 @@ SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")  # what is read 
 # The largest files of these kinds on the Hub have a few tens of MB.
 CONFIG_BYTES = 64 << 20
 TOKENIZER_BYTES = 256 << 20
+MOST_TOKENS = 1 << 23  # as a config may have embeddings
 DEEPEST = 64  # levels of a config
 TEMPLATES = "additional_chat_templates"  # transformers' folder of them
+ADAPTERS, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"  # mlx-lm's
+PEFT_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+POINTER = b"version https://git-lfs.github.com/spec/"
+POINTER_BYTES = 1024  # a Git LFS pointer has fewer
+POINTED = (
+    "{} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder, or download "
+    "it with `hf download`"
+)
+GGUF, GGUF_MAGIC = ".gguf", b"GGUF"
+MODEL_OF_GGUF = re.compile(r"(?i)(?:^|/)(?!\.|[^/]*mmproj)[^/]+\.gguf$")
 AT_ONCE = 16 << 20  # bytes of a read that the background makes
 AHEAD_BYTES = 1 << 30  # more might leave the system's cache before its turn comes
 
@@ -33,7 +45,7 @@ def is_there(path: Path, most: int | None = None) -> bool:
 
     Raises:
         UserError: if something else has its name (a pipe would block, a device never end), or a
-            link that leads nowhere, or if it is too large.
+            link that leads nowhere, if it is too large, or if Git has put a pointer in its place.
     """
     try:
         found = path.stat()
@@ -50,7 +62,82 @@ def is_there(path: Path, most: int | None = None) -> bool:
             f"{path} has {found.st_size / 1e6:,.0f} MB, and a file of this kind {most / 1e6:.0f} "
             "at most: download it again"
         )
+    if found.st_size < POINTER_BYTES and _starts_as_pointer(path):
+        raise UserError(POINTED.format(path))
     return True
+
+
+def _starts_as_pointer(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(POINTER)) == POINTER
+    except OSError:
+        return False  # whoever reads it says why it cannot be read
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file is called a GGUF file or begins as one, whatever it is called."""
+    if path.suffix.lower() == GGUF:
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+    except OSError:
+        return False  # whoever reads it says why it cannot be read
+
+
+State = tuple[int, int]
+
+
+def take_state(path: Path) -> State:
+    """Return what changes when a file is written to: its size and its time.
+
+    Raises:
+        UserError: if the file is gone or cannot be looked at.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error}): copy or download it again") from error
+    return found.st_size, found.st_mtime_ns
+
+
+def check_states(states: Mapping[Path, State]) -> None:
+    """Check that files are still as they were when ``take_state`` looked at them.
+
+    Raises:
+        UserError: if one has changed.
+    """
+    for path, state in states.items():
+        if take_state(path) != state:
+            raise UserError(f"{path} changed while it was read: try again")
+
+
+def find_gguf(folder: Path) -> Path | None:
+    """The GGUF file of a folder without other weights; None if there is none.
+
+    Raises:
+        UserError: if there are several.
+    """
+    if any(folder.glob("*.safetensors")):
+        return None
+    found = list_gguf(file.name for file in folder.iterdir())
+    if len(found) > 1:
+        raise UserError(f"{folder} holds {len(found)} GGUF files, {list_names(found)}: give one")
+    return folder / found[0] if found else None
+
+
+def list_gguf(names: Iterable[str]) -> list[str]:
+    """The names of GGUF files of models; the half of a model that sees pictures is none."""
+    last = ((name, name.lower().rpartition("/")[2]) for name in names)
+    return sorted(
+        n for n, own in last if own.endswith(GGUF) and own[:1] != "." and "mmproj" not in own
+    )
+
+
+def list_names(names: Sequence[str], most: int = 6) -> str:
+    """The first names of many, for a message."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def check_small(folder: Path) -> None:
@@ -59,7 +146,7 @@ def check_small(folder: Path) -> None:
     Raises:
         UserError: if something is no regular file or too large.
     """
-    for pattern in SMALL:
+    for pattern in (*SMALL, f"{TEMPLATES}/*"):
         for file in folder.glob(pattern):
             if not file.name.startswith("."):
                 is_there(file, TOKENIZER_BYTES)
@@ -139,14 +226,14 @@ def _read_spans(spans: list[tuple[Path, int, int]]) -> None:
             return
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Read the JSON object in a file of a checkpoint.
+def read_json(file: Path, most: int | None = None) -> dict[str, Any]:
+    """Read the JSON object in a file of a checkpoint, which has ``most`` bytes at most.
 
     Raises:
         UserError: if the file is missing, malformed or no object, or too large or deep to be
             believed.
     """
-    if not is_there(file, CONFIG_BYTES):
+    if not is_there(file, CONFIG_BYTES if most is None else most):
         raise UserError(f"no {file.name} in {file.parent}: give a Hugging Face model folder")
     try:
         read = json.loads(file.read_text(encoding="utf-8"))
@@ -157,6 +244,34 @@ def read_json(file: Path) -> dict[str, Any]:
     if _is_deeper(read, DEEPEST):
         raise UserError(f"{file} has more than {DEEPEST} levels: download it again")
     return read
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read the config.json of a model's folder.
+
+    Raises:
+        UserError: if it is missing, malformed or no object, or too large or deep to be believed.
+    """
+    file = folder / "config.json"
+    if not is_there(file, CONFIG_BYTES) and (explained := explain_adapters(folder)):
+        raise UserError(explained)
+    return read_json(file)
+
+
+def explain_adapters(folder: Path) -> str | None:
+    """Say how the LoRA adapters in a folder become a model; None if there are none."""
+    theirs = any(is_there(folder / name) for name in PEFT_ADAPTERS)
+    config = folder / ADAPTER_CONFIG
+    if not theirs and not is_there(config) and not is_there(folder / ADAPTERS):
+        return None
+    said = read_json(config) if is_there(config) else {}
+    base = said.get("base_model_name_or_path") or said.get("model")
+    base = base if isinstance(base, str) else "MODEL"
+    if theirs:
+        way_out = f"merge them into {base} with PEFT's merge_and_unload() and save_pretrained()"
+    else:
+        way_out = f"`mlx_lm.fuse --model {base} --adapter-path {folder}` makes a model of both"
+    return f"{folder} holds LoRA adapters and no model: {way_out}"
 
 
 def _is_deeper(value: Any, most: int) -> bool:
@@ -170,26 +285,3 @@ def _is_deeper(value: Any, most: int) -> bool:
             for inner in (one.values() if isinstance(one, dict) else one)
         ]
     return any(isinstance(one, dict | list) for one in level)
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file, atomically."""
-    text = json.dumps(content, indent=4) + "\n"
-    replace_file(file, lambda partial: partial.write_text(text, encoding="utf-8"))
-
-
-def replace_file(file: Path, write: Callable[[Path], Any]) -> None:
-    """Create or replace a file atomically; ``write`` writes it to a path that it is given."""
-    partial = file.with_name(f".partial-{file.name}")
-    try:
-        write(partial)
-        sync_file(partial)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def sync_file(file: Path) -> None:
-    """Wait until a file's content is on the disk."""
-    with file.open("rb") as written:
-        os.fsync(written.fileno())

@@ -1,6 +1,7 @@
 """GGUF files: metadata as a Hugging Face config, tensors dense and in Hugging Face's names."""
 
 import re
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,26 +17,75 @@ from . import files, gguf_config, gguf_tokenizer
 from .safetensors import FLOATS
 
 ROPE_FACTORS = "rope_freqs.weight"
-MOST_VALUES = 1 << 23  # in the metadata; a vocabulary of a quarter of a million takes a million
+# The metadata of a vocabulary of a quarter of a million, with its merges, has a million values.
+MOST_VALUES, MOST_KEYS, MOST_TENSORS = 3 << 20, 1 << 12, 1 << 14
 
 
 class _Reader(gguf.GGUFReader):
-    """A reader that notices where a file ends.
+    """A reader that notices where a file ends, and reads arrays as a whole.
 
-    The original reads on for as long as the header says. It maps the file, so only metadata is
-    read through it, and only when the file is opened.
+    The original reads on for as long as the header says, and takes an array value by value. It maps
+    the file, so only metadata is read through it, and only when the file is opened.
     """
 
-    _values = 0
+    _values = _keys = 0
 
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
-        self._values += 1
+        if offset + count > len(self.data):  # before a count overflows
+            raise ValueError("it ends early")
         found = super()._get(offset, dtype, count, override_order)
         if len(found) < count:
             raise ValueError("it ends early")
-        if self._values > MOST_VALUES:
-            raise ValueError("it has more metadata than any model")
         return found
+
+    def _build_fields(self, offs: int, count: int) -> int:
+        _check_count(count, MOST_KEYS, "keys")
+        return super()._build_fields(offs, count)
+
+    def _build_tensor_info(self, offs: int, count: int) -> tuple[int, list[gguf.ReaderField]]:
+        _check_count(count, MOST_TENSORS, "tensors")
+        return super()._build_tensor_info(offs, count)
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list, list, list]:
+        """Read a value; an array of numbers is one part, one of strings a part for each."""
+        if raw_type != gguf.GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        raw_kind = self._get(orig_offs, np.uint32)
+        length = self._get(orig_offs + 4, np.uint64)
+        start, count = orig_offs + 12, int(length[0])
+        self._values += count
+        _check_count(self._values, MOST_VALUES, "values")
+        kind = gguf.GGUFValueType(raw_kind[0])
+        types = [gguf.GGUFValueType.ARRAY, *([kind] if count else [])]
+        if kind in self.gguf_scalar_to_np:
+            values = self._get(start, self.gguf_scalar_to_np[kind], count)
+            return 12 + values.nbytes, [raw_kind, length, values], [2], types
+        if kind != gguf.GGUFValueType.STRING:
+            raise ValueError("it has arrays of arrays")
+        parts = self._read_strings(start, count)
+        size = 12 + 8 * count + sum(map(len, parts))
+        return size, [raw_kind, length, *parts], list(range(2, 2 + count)), types
+
+    def _read_strings(self, offset: int, count: int) -> list[np.ndarray]:
+        """The bytes of strings that follow each other."""
+        data: Any = np.asarray(self.data)
+        order = ">" if self.byte_order == "S" else "<"
+        length_at = struct.Struct(f"{order}Q").unpack_from
+        parts = []
+        for _ in range(count):
+            start = offset + 8
+            if start > len(data):
+                raise ValueError("it ends early")
+            offset = start + length_at(data, offset)[0]
+            parts.append(data[start:offset])
+        if offset > len(data):
+            raise ValueError("it ends early")
+        return parts
+
+
+def _check_count(count: int, most: int, what: str) -> None:
+    if count > most:
+        raise ValueError(f"it has {count:,} {what} or more, and no model has {most:,}")
 
 
 class GGUFStore:
@@ -53,7 +103,7 @@ class GGUFStore:
     """
 
     def __init__(self, path: Path):
-        self._path, self._bytes = path, path.stat().st_size
+        self._path, self._state = path, files.take_state(path)
         try:
             with np.errstate(over="raise", divide="raise", invalid="raise"):
                 self._reader = _Reader(path)
@@ -66,7 +116,7 @@ class GGUFStore:
             ) from error
 
     def _parse(self, stored: dict[str, gguf.ReaderTensor]) -> None:
-        gguf_config.check_support(self._field, str(self._path))
+        gguf_config.check_support(self._field, self._reader.fields, str(self._path))
         if self._reader.byte_order == "S":
             raise UserError(f"{self._path} is of the other byte order, which is not supported")
         for tensor in stored.values():
@@ -132,10 +182,12 @@ class GGUFStore:
         Raises:
             UserError: if it is broken or of an unknown kind.
         """
-        if self._path.stat().st_size < self._bytes:  # the map, which this reads, may end early, too
+        if self._path.stat().st_size < self._state[0]:  # the map, which this reads, ends early, too
             raise UserError(f"{self._path} has become shorter: copy or download it again")
         try:
-            tokenizer = gguf_tokenizer.make_tokenizer(self._field, str(self._path))
+            tokenizer = gguf_tokenizer.make_tokenizer(
+                self._field, self._reader.fields, str(self._path)
+            )
         except UserError:
             raise
         except Exception as error:  # transformers and tokenizers raise whatever they like
@@ -161,6 +213,14 @@ class GGUFStore:
         """Have the system fetch these tensors in the background."""
         found = (self._tensors[name] for name in names)
         files.read_ahead((self._path, int(t.data_offset), int(t.n_bytes)) for t in found)
+
+    def check_unchanged(self) -> None:
+        """Check that the file has not changed since it was opened.
+
+        Raises:
+            UserError: if it has.
+        """
+        files.check_states({self._path: self._state})
 
     def _read_as_hugging_face(self, name: str) -> mx.array:
         values = self._read(self._tensors[name]).reshape(self.shapes[name])

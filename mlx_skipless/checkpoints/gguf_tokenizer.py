@@ -5,7 +5,7 @@ text is cut into words (``tokenizer.ggml.pre``). A SentencePiece model's merges 
 scores.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,19 @@ Field = Callable[[str], Any]  # a metadata key to its value, None where the file
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # of tokenizer.ggml.token_type
 ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 SENTENCEPIECE_IDS = {"unk": 0, "bos": 1, "eos": 2}  # where a file of that kind names none
+ENDS = ("eos", "eot", "eom")  # of a text, of a turn, of a message that calls a tool
+# Tokens that llama.cpp lets end an answer by their names, whatever else a file says of them.
+END_NAMES = {
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>",
+    "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|eot|>",
+    "<end_of_utterance>", "<|end_of_turn|>", "<|endofturn|>", "<|END_OF_TURN_TOKEN|>",
+}  # fmt: skip
 NONE = (None, "none", "no_vocab")
+# The longest tokens that are known are runs of some hundred spaces. The largest vocabularies have
+# two million characters, and their merges some times as many.
+LONGEST_TOKEN, MOST_CHARACTERS, MOST_MERGED = 1024, 1 << 22, 1 << 26
+LONGEST_TEMPLATE = 1 << 20
+TEMPLATE = "tokenizer.chat_template"
 SPACE = "▁"
 
 CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -91,11 +103,29 @@ WORDS = {
 }
 
 
-def make_tokenizer(field: Field, source: str) -> PreTrainedTokenizerFast | None:
+def find_id(field: Field, name: str, vocab_size: int) -> int | None:
+    """The id that a file gives a special token; None if it gives none that there is."""
+    index = field(f"tokenizer.ggml.{name}_token_id")
+    return index if type(index) is int and 0 <= index < vocab_size else None
+
+
+def find_ends(field: Field, vocab_size: int) -> list[int]:
+    """The ids of the tokens that end an answer, that of the end of a text first."""
+    ends = [find_id(field, name, vocab_size) for name in ENDS]
+    tokens = field("tokenizer.ggml.tokens")
+    if _are_strings(tokens):
+        ends += [i for i, token in enumerate(tokens[:vocab_size]) if token in END_NAMES]
+    return list(dict.fromkeys(index for index in ends if index is not None))
+
+
+def make_tokenizer(
+    field: Field, keys: Iterable[str], source: str
+) -> PreTrainedTokenizerFast | None:
     """Make the tokenizer that a GGUF file describes; None if it describes none.
 
     Args:
         field: the file's metadata by key.
+        keys: all keys of the metadata.
         source: what to call the file in a message.
 
     Raises:
@@ -108,11 +138,15 @@ def make_tokenizer(field: Field, source: str) -> PreTrainedTokenizerFast | None:
     types = field("tokenizer.ggml.token_type") or [NORMAL] * len(tokens or ())
     if not _are_strings(tokens) or len(set(tokens)) < len(tokens) or len(types) != len(tokens):
         raise UserError(f"{source} has a broken list of tokens: download it again")
+    check_lengths(tokens, source)
+    types = [
+        CONTROL if token in END_NAMES else type_ for token, type_ in zip(tokens, types, strict=True)
+    ]
     ids = dict(SENTENCEPIECE_IDS) if kind == "llama" else {}
     for role, name in ROLES.items():
-        index = field(f"tokenizer.ggml.{name}_token_id")
-        known = isinstance(index, int) and 0 <= index < len(tokens)
-        if known and not (role == "pad" and types[index] == NORMAL):  # some files pad with a word
+        index = find_id(field, name, len(tokens))
+        # Some files pad with a word.
+        if index is not None and not (role == "pad" and types[index] == NORMAL):
             ids[role] = index
     named = {role: tokens[index] for role, index in ids.items() if index < len(tokens)}
     if kind == "gpt2":
@@ -132,14 +166,36 @@ def make_tokenizer(field: Field, source: str) -> PreTrainedTokenizerFast | None:
     add_bos, add_eos = field("tokenizer.ggml.add_bos_token"), field("tokenizer.ggml.add_eos_token")
     first = named.get("bos") if (begins if add_bos is None else add_bos) else None
     last = named.get("eos") if add_eos else None
-    tokenizer.post_processor = _make_frame(tokenizer, first, last)
-    template = field("tokenizer.chat_template")
+    tokenizer.post_processor = make_frame(tokenizer, first, last)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        chat_template=template if isinstance(template, str) else None,
+        chat_template=_find_templates(field, keys, source),
         clean_up_tokenization_spaces=False,
         **{f"{role}_token": token for role, token in named.items()},
     )
+
+
+def check_lengths(tokens: Sequence[str], source: str) -> None:
+    """Refuse tokens that are longer than any model's; what merges they have takes their square."""
+    longest = max(map(len, tokens))
+    if longest > LONGEST_TOKEN or sum(map(len, tokens)) > MOST_CHARACTERS:
+        raise UserError(
+            f"{source} has a token of {longest:,} characters, {sum(map(len, tokens)):,} in all; "
+            "no model has such tokens: download it again"
+        )
+
+
+def _find_templates(field: Field, keys: Iterable[str], source: str) -> str | dict[str, str] | None:
+    """The chat template; by their names where there are several."""
+    found = {
+        key.removeprefix(TEMPLATE).lstrip(".") or "default": field(key)
+        for key in keys
+        if key == TEMPLATE or key.startswith(f"{TEMPLATE}.")
+    }
+    templates = {name: text for name, text in found.items() if isinstance(text, str)}
+    if max(map(len, templates.values()), default=0) > LONGEST_TEMPLATE:
+        raise UserError(f"{source} has a chat template of more than a million characters")
+    return templates.get("default") if templates.keys() <= {"default"} else templates
 
 
 def _are_strings(values: Any) -> bool:
@@ -186,7 +242,9 @@ def _make_sentencepiece(
     score = {t: s for t, s, k in zip(tokens, scores, types, strict=True) if k == NORMAL}
     vocab = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(
-        models.BPE(vocab, _find_merges(score), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+        models.BPE(
+            vocab, find_merges(score, source), unk_token=unknown, fuse_unk=True, byte_fallback=True
+        )
     )
     # SentencePiece and llama.cpp put a space before any text, even before one. llama.cpp puts one
     # after a special token, too.
@@ -202,18 +260,22 @@ def _make_sentencepiece(
     return tokenizer
 
 
-def _find_merges(score: dict[str, float]) -> list[tuple[str, str]]:
+def find_merges(score: dict[str, float], source: str) -> list[tuple[str, str]]:
     """The pairs of tokens whose concatenation is a token, by its score, the highest first."""
-    pairs = [
-        (token[:cut], token[cut:])
-        for token in score
-        for cut in range(1, len(token))
-        if token[:cut] in score and token[cut:] in score
-    ]
-    return sorted(pairs, key=lambda pair: -score["".join(pair)])
+    pairs, left = [], MOST_MERGED
+    for token in sorted(score, key=lambda token: -score[token]):
+        cuts = range(1, len(token))
+        own = [(token[:c], token[c:]) for c in cuts if token[:c] in score and token[c:] in score]
+        left -= len(own) * len(token)
+        if left < 0:
+            raise UserError(
+                f"{source} has tokens with more merges than any model: download it again"
+            )
+        pairs += own
+    return pairs
 
 
-def _make_frame(tokenizer: Tokenizer, first: str | None, last: str | None) -> Any:
+def make_frame(tokenizer: Tokenizer, first: str | None, last: str | None) -> Any:
     """Make the step that puts the bos and eos tokens around a text."""
     before, after = [first] if first else [], [last] if last else []
     second = [f"{piece}:1" for piece in (*before, "$B", *after)]

@@ -1,8 +1,11 @@
 """The Hugging Face Hub: what a user calls a model becomes a path on this machine, and back."""
 
+import contextlib
+import glob
 import os
 import re
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    IncompleteSnapshotError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -20,8 +24,11 @@ from huggingface_hub.errors import (
 from ..constants import HUB_ID
 from ..errors import UserError, first_line
 from . import files
+from .safetensors import INDEX, WHOLE, read_index
 
-WEIGHTS = ["model*.safetensors"]
+# All of a repository's subfolders but additional_chat_templates: a pattern's * also matches a "/".
+SUBFOLDERS = ["[!a]*/*", "a[!d]*/*"]
+TOKENIZERS = ["tokenizer.*", "tekken.json", "vocab.*", "*.model", "*.tiktoken"]
 DATA_SET = re.compile(rf"({HUB_ID.pattern})(?::([\w.-]*))?(?::([\w.-]+))?")
 PRIVATE = "(a private one needs `hf auth login`)"
 
@@ -29,7 +36,7 @@ PRIVATE = "(a private one needs `hf auth login`)"
 def is_id(source: str) -> bool:
     """Whether a source is a Hub id: it looks like one, and no such path exists."""
     path = os.path.expanduser(source)
-    is_file = source.endswith((".gguf", ".json"))
+    is_file = source.lower().endswith((".gguf", ".json"))
     return bool(HUB_ID.fullmatch(source)) and not is_file and not os.path.exists(path)
 
 
@@ -60,17 +67,91 @@ def resolve(
     path = os.path.expanduser(source)
     if os.path.exists(path):
         files.check_name(Path(path))
-        return Path(path)
+        return (Path(path).is_dir() and files.find_gguf(Path(path))) or Path(path)
     if not is_id(source):
         raise UserError(f"no such file or folder: {source} (a Hub id looks like owner/name)")
-    patterns = [*files.SMALL, *([] if config_only else WEIGHTS), *(["*.py"] if code else [])]
+    patterns = [*files.SMALL, *(["*.py"] if code else [])]
+    folder = _fetch(source, revision, patterns, ["*"] if config_only else TOKENIZERS)
+    if not config_only and any(one != folder for one in _fetch_weights(source, revision, folder)):
+        raise UserError(f"{source} changed while it was fetched: try again")
+    _check_gguf(source, folder, config_only)
+    return folder
+
+
+def _fetch_weights(source: str, revision: str | None, folder: Path) -> Iterator[Path]:
+    """Fetch the files that ``find_weight_files`` will list; yield the folders that they are in.
+
+    ``folder`` has the small files.
+    """
+    also = "config.json"  # for the client warns of patterns that no file matches
+    if not files.is_there(folder / INDEX):
+        yield _fetch(source, revision, [also, "model*.safetensors"])
+        return
+    named = read_index(folder / INDEX)
+    yield _fetch(source, revision, [also, *map(glob.escape, named)])
+    if not any((folder / name).exists() for name in named):
+        yield _fetch(source, revision, [also, WHOLE])
+
+
+def _fetch(
+    source: str, revision: str | None, patterns: list[str], enough: Sequence[str] = ()
+) -> Path:
+    """Fetch the files of a repository that patterns name, unless they are in the cache.
+
+    Args:
+        source: the Hub id.
+        revision: a branch, tag or commit of it.
+        patterns: of the files.
+        enough: one file of these patterns makes do if the Hub cannot be reached: another program
+            may have filled the cache, and with less.
+
+    Returns:
+        The folder of the revision's files.
+
+    Raises:
+        UserError: if they cannot be had.
+    """
     try:
-        folder = huggingface_hub.snapshot_download(
-            source, revision=revision, allow_patterns=patterns, tqdm_class=_Bar
-        )
+        with _without_warnings():  # of patterns that match nothing
+            folder = huggingface_hub.snapshot_download(
+                source,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=SUBFOLDERS,
+                tqdm_class=_Bar,
+            )
     except Exception as error:  # also those of the client's network library, which has changed
-        raise UserError(_explain_failure(error, source, revision)) from error
+        folder = error.snapshot_path if isinstance(error, IncompleteSnapshotError) else ""
+        if not any(file for pattern in enough for file in Path(folder).glob(pattern)):
+            raise UserError(_explain_failure(error, source, revision)) from error
     return Path(folder)
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Keep the client's warnings from standing beside an error."""
+    logging = huggingface_hub.utils.logging
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _check_gguf(source: str, folder: Path, config_only: bool) -> None:
+    """Say which file to give of a repository that holds GGUF files and nothing else to read."""
+    if any(folder.glob("*.safetensors")) or (config_only and (folder / "config.json").exists()):
+        return
+    try:
+        names = huggingface_hub.list_repo_files(source, revision=folder.name)
+    except Exception:  # the Hub cannot be reached, and what is missing will be named
+        names = [str(file.relative_to(folder)) for file in folder.rglob("*")]
+    if found := files.list_gguf(names):
+        raise UserError(
+            f"{source} holds GGUF files, {files.list_names(found)}: `hf download {source} "
+            f"{shlex.quote(found[0])}` prints the path to give"
+        )
 
 
 def _explain_failure(error: Exception, source: str, revision: str | None) -> str:
@@ -95,7 +176,8 @@ def _explain_failure(error: Exception, source: str, revision: str | None) -> str
             )
     if cause is error or isinstance(cause, HfHubHTTPError):
         return f"{where} could not be downloaded ({first_line(cause)}): try again"
-    return f"the Hub cannot be reached and {where} is not in the cache: connect, or give a folder"
+    part = "only in part " if isinstance(error, IncompleteSnapshotError) else "not "
+    return f"the Hub cannot be reached and {where} is {part}in the cache: connect, or give a folder"
 
 
 def is_data_set(source: str) -> bool:

@@ -224,8 +224,20 @@ def _unpack_bits(words: mx.array, bits: int) -> mx.array:
     return values.reshape(-1, words.shape[-1]).astype(mx.int32)
 
 
-def find_scheme(config: Mapping[str, Any]) -> Scheme | None:
+def is_packed(store: Store) -> bool:
+    """Whether a checkpoint has packed matrices: of whatever kind, they are no float numbers."""
+    return any(len(store.shapes[n]) > 1 and not is_float(kind) for n, kind in store.dtypes.items())
+
+
+def find_scheme(config: Mapping[str, Any], store: Store | None = None) -> Scheme | None:
     """Find the packing that a config.json declares; None for dense weights.
+
+    Tools leave the declaration in the config of what they have made dense, so the tensors have the
+    last word.
+
+    Args:
+        config: a model's config.json.
+        store: its tensors; None: the config alone is believed.
 
     Raises:
         UserError: for a packing that cannot be read.
@@ -234,6 +246,8 @@ def find_scheme(config: Mapping[str, Any]) -> Scheme | None:
     for key, value in (("quantization", own), ("quantization_config", declared)):
         if value is not None and not isinstance(value, Mapping):
             raise UserError(f'"{key}" in config.json is {value!r}; it must be an object')
+    if store is not None and not is_packed(store):
+        return None
     if own is not None:
         return MLXScheme(own)
     if declared is None:
@@ -312,3 +326,11 @@ class UnpackedStore:
     def read_ahead(self, names: Iterable[str]) -> None:
         """Have the system fetch these tensors' parts in the background."""
         self.packed.read_ahead(part for name in names for part in self._find_parts(name))
+
+    def check_unchanged(self) -> None:
+        """Check that no file has changed since it was opened.
+
+        Raises:
+            UserError: if one has changed.
+        """
+        self.packed.check_unchanged()

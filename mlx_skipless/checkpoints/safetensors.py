@@ -20,7 +20,9 @@ TYPES = FLOATS | {
     "U8": mx.uint8, "U16": mx.uint16, "U32": mx.uint32, "U64": mx.uint64,
     "I8": mx.int8, "I16": mx.int16, "I32": mx.int32, "I64": mx.int64, "BOOL": mx.bool_,
 }  # fmt: skip
-INDEX = "model.safetensors.index.json"
+FP8 = ("F8_E4M3", "F8_E5M2")
+WHOLE = "model.safetensors"
+INDEX = f"{WHOLE}.index.json"
 LARGEST = 1 << 31  # MLX's sizes along an axis are 32-bit
 
 Shape = tuple[int, ...]
@@ -32,6 +34,7 @@ class Store(Protocol):
     ``shapes`` and ``dtypes`` are known before anything is read; a dtype is None if MLX has no such
     number type. ``packing`` says how the tensors are quantized on disk, None if they are not.
     ``read`` returns tensors, and ``read_ahead`` asks the system to fetch them early.
+    ``check_unchanged`` raises a ``UserError`` if a file has changed since it was opened.
     """
 
     @property
@@ -42,6 +45,7 @@ class Store(Protocol):
     def dtypes(self) -> Mapping[str, mx.Dtype | None]: ...
     def read(self, names: Iterable[str]) -> dict[str, mx.array]: ...
     def read_ahead(self, names: Iterable[str]) -> None: ...
+    def check_unchanged(self) -> None: ...
 
 
 def is_float(dtype: mx.Dtype | None) -> TypeGuard[mx.Dtype]:
@@ -51,18 +55,19 @@ def is_float(dtype: mx.Dtype | None) -> TypeGuard[mx.Dtype]:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """Where a file has a tensor; ``dtype`` is None if MLX has no such number type."""
+    """Where a file has a tensor; ``dtype`` is None if MLX has no such number type as ``kind``."""
 
     file: Path
     offset: int
     nbytes: int
     shape: Shape
     dtype: mx.Dtype | None
+    kind: str
 
     def read(self, name: str) -> mx.array:
         """The tensor's values. MLX's own reader reports no error when a read fails."""
         if self.dtype is None:
-            raise UserError(f"{name} in {self.file} has a number type that is not read")
+            raise UserError(f"{name} in {self.file} has the number type {self.kind}, not read here")
         if self.nbytes == 0:
             return mx.zeros(self.shape, self.dtype)
         *rows, last = self.shape or (1,)
@@ -75,6 +80,10 @@ class _Tensor:
 class SafetensorsStore:
     """The tensors of a folder's safetensors files.
 
+    Attributes:
+        files: the files that they are in, as ``find_weight_files`` lists them.
+        has_fp8: whether there are floats of 8 bits.
+
     Raises:
         UserError: if there are no such files, if one is missing, truncated, corrupt or outside the
             folder, or if two have tensors of the same name.
@@ -84,8 +93,10 @@ class SafetensorsStore:
 
     def __init__(self, folder: Path):
         self._tensors: dict[str, _Tensor] = {}
-        for file in _find_weight_files(folder):
-            for name, tensor in _read_header(file).items():
+        self.files = find_weight_files(folder)
+        self._states = {file: files.take_state(file) for file in self.files}
+        for file in self.files:
+            for name, tensor in read_header(file).items():
                 if name in self._tensors:
                     raise UserError(
                         f"{name} is in {file} and in {self._tensors[name].file.name}: "
@@ -94,24 +105,18 @@ class SafetensorsStore:
                 self._tensors[name] = tensor
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
         self.dtypes = {name: tensor.dtype for name, tensor in self._tensors.items()}
-        self._state = self._stat_files()
-
-    def _stat_files(self) -> dict[Path, tuple[int, int]]:
-        found = {tensor.file: tensor.file.stat() for tensor in self._tensors.values()}
-        return {file: (state.st_size, state.st_mtime_ns) for file, state in found.items()}
+        self.has_fp8 = any(tensor.kind in FP8 for tensor in self._tensors.values())
 
     def check_unchanged(self) -> None:
         """Check that no file has changed since it was opened.
 
-        A caller that lets MLX read the files calls this afterwards, because MLX reports no error
-        when a read fails.
+        Whoever has read the tensors calls this afterwards. What was read before and after a change
+        is of two models, and MLX reports no error when a read of its own fails.
 
         Raises:
             UserError: if one has changed.
         """
-        for file, state in self._stat_files().items():
-            if state != self._state[file]:
-                raise UserError(f"{file} changed while it was read: try again")
+        files.check_states(self._states)
 
     def read(self, names: Iterable[str]) -> dict[str, mx.array]:
         """Read the tensors of these names.
@@ -127,7 +132,7 @@ class SafetensorsStore:
         files.read_ahead((tensor.file, tensor.offset, tensor.nbytes) for tensor in found)
 
 
-def _read_header(file: Path) -> dict[str, _Tensor]:
+def read_header(file: Path) -> dict[str, _Tensor]:
     """The tensors that the header of a safetensors file lists.
 
     The safetensors library checks the header, except for names that occur twice: parsers differ in
@@ -154,8 +159,9 @@ def _read_header(file: Path) -> dict[str, _Tensor]:
     found = {}
     for name, entry in header.items():
         start, end = entry["data_offsets"]
-        dtype = TYPES.get(entry["dtype"])
-        found[name] = _Tensor(file, 8 + length + start, end - start, tuple(entry["shape"]), dtype)
+        kind, shape = entry["dtype"], tuple(entry["shape"])
+        at, nbytes = 8 + length + start, end - start
+        found[name] = _Tensor(file, at, nbytes, shape, TYPES.get(kind), kind)
     return found
 
 
@@ -166,35 +172,59 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _find_weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model's folder: those that its index names, if it has one.
+def find_weight_files(folder: Path) -> list[Path]:
+    """List the files that a model's weights are in, by one rule for whatever reads them.
 
-    Every tensor in them belongs to the model, also one that the index does not list: transformers
-    and mlx-lm read them in this way, too.
+    A folder's index names them. Any other file is no part of the model then: a stray shard, or one
+    of an earlier version. Without an index they are all that are called model*.safetensors. Every
+    tensor in these files belongs to the model, also one that the index does not list.
+
+    An index is left over from another version if a model.safetensors is there, which it does not
+    name, and none of those that it names.
+
+    Raises:
+        UserError: if there is none, or if the index is malformed or names one that is missing.
     """
     index = folder / INDEX
     if files.is_there(index):
-        return _read_index(index)
+        named = [folder / name for name in read_index(index)]
+        missing = [file.name for file in named if not files.is_there(file)]
+        if not missing:
+            return named
+        if len(missing) < len(named) or not files.is_there(folder / WHOLE):
+            raise UserError(_explain_missing(folder, missing, len(named)))
+        return [folder / WHOLE]
     found = sorted(folder.glob("model*.safetensors"))
     if not found:
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
         why = " (pickled .bin and .pt files are never read)" if pickled else ""
-        raise UserError(f"no model*.safetensors in {folder}{why}: give a safetensors checkpoint")
+        raise UserError(
+            files.explain_adapters(folder)
+            or f"no model*.safetensors in {folder}{why}: give a safetensors checkpoint"
+        )
     return found
 
 
-def _read_index(index: Path) -> list[Path]:
-    """The files that an index names; all of them exist and lie in its folder."""
+def _explain_missing(folder: Path, missing: list[str], named: int) -> str:
+    """Say which of the files that an index names are missing, and what to do."""
+    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    way_out = "download it again"
+    if len(missing) == named and any(folder.glob("model*.safetensors")):
+        way_out += f", or delete {INDEX} if it is left over from another version"
+    return f"{folder} lacks {missing[0]}{more}, which its index names: {way_out}"
+
+
+def read_index(index: Path) -> list[str]:
+    """List the names of the files that an index names; they may be missing.
+
+    Raises:
+        UserError: if it is malformed, or names something outside its folder.
+    """
     names = files.read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+    if not isinstance(names, dict) or not {*map(type, names.values())} == {str}:
         raise UserError(f'{index} has no "weight_map": download the checkpoint again')
     found = sorted(set(names.values()))
     for name in found:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise UserError(f"{index} names {name!r}, which is not a file of its folder: refused")
-    for name in found:
-        if not files.is_there(index.parent / name):
-            raise UserError(
-                f"{index.parent} lacks {name}, which its index names: download it again"
-            )
-    return [index.parent / name for name in found]
+    return found

@@ -3,37 +3,54 @@
 import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx_lm.utils
 import transformers
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import UserError, first_line
 from . import files, hub
 from .checkpoint import Checkpoint
 from .files import read_json
 from .gguf_file import GGUFStore
+from .guarded import GuardedTokenizer, explain_panics
+from .tekken import TEKKEN, read_tekken
+from .tokenizer_json import fill_holes, has_holes, read_tokenizer
 
-VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+JSON, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+PROCESSOR_TEMPLATE = "chat_template.json"  # where models that see pictures have theirs
+VOCABULARY_FILES = (JSON, "*.model", "vocab.json", "vocab.txt", "*.tiktoken", TEKKEN)
 TOKENIZER_FILES = (
     *VOCABULARY_FILES,
-    "tokenizer_config.json",
+    CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
+    TEMPLATE,
+    PROCESSOR_TEMPLATE,
+    f"{files.TEMPLATES}/*.jinja",
 )
+# For a config.json of a model type of ours: transformers, which reads tokenizers for mlx-lm, warns
+# of a type that it does not know unless it finds settings of none.
+NO_MODEL_TYPE = {"transformers": {"model_type": ""}}
 GENERATION_CONFIG = "generation_config.json"
 GIVE_CHECKPOINT = "give a checkpoint with a Hugging Face tokenizer"
 
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a model's folder holds a tokenizer."""
-    return any((folder / name).is_file() for name in VOCABULARY_FILES)
+    return any(_find_files(folder, *VOCABULARY_FILES))
+
+
+def _find_files(folder: Path, *patterns: str) -> Iterator[Path]:
+    """The files of a folder that have these names and are no link to nothing, pipe or device."""
+    for pattern in patterns:
+        for file in sorted(folder.glob(pattern)):
+            if not file.name.startswith(".") and files.is_there(file):
+                yield file
 
 
 def carry_tokenizer(
@@ -55,16 +72,18 @@ def carry_tokenizer(
     source = checkpoint.path
     files.check_links(source, code=trust_remote_code)
     _check_named_files(source)
-    present = [name for name in TOKENIZER_FILES if files.is_there(source / name)]
     if files.is_there(source / GENERATION_CONFIG):
         shutil.copyfile(source / GENERATION_CONFIG, folder / GENERATION_CONFIG)
-    if not set(present) & set(VOCABULARY_FILES):
+    if not has_tokenizer(source):
         return False
     if not stock:
         return _save_tokenizer(checkpoint, folder, trust_remote_code)
-    code = [file.name for file in source.glob("*.py")] if trust_remote_code else []
-    for name in (*present, *code):
-        shutil.copyfile(source / name, folder / name)
+    code = ["*.py"] if trust_remote_code else []
+    with _prepare(source, checkpoint.config, trust_remote_code) as ready:
+        for file in _find_files(ready, *TOKENIZER_FILES, *code):
+            copy = folder / file.relative_to(ready)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
     return True
 
 
@@ -92,6 +111,53 @@ def _save_tokenizer(checkpoint: Checkpoint, folder: Path, trust_remote_code: boo
     return tokenizer is not None
 
 
+@contextlib.contextmanager
+def _prepare(folder: Path, config: Mapping[str, Any], trust_remote_code: bool) -> Iterator[Path]:
+    """Yield a folder with a tokenizer that transformers and mlx-lm can read, the same or a copy.
+
+    Raises:
+        UserError: if the tokenizer is broken, or makes of a text what no memory holds.
+    """
+    texts: dict[str, str] = {}
+    content = read_tokenizer(folder / JSON) if files.is_there(folder / JSON) else None
+    made = None
+    if content is not None and has_holes(content, folder / JSON):
+        options = _make_options(config, trust_remote_code)
+        found = transformers.AutoTokenizer.from_pretrained(str(folder), **options)
+        texts[JSON] = fill_holes(content, found)
+    elif content is None and not any(_find_files(folder, *VOCABULARY_FILES[:-1])):
+        made = read_tekken(folder / TEKKEN) if files.is_there(folder / TEKKEN) else None
+    if template := _read_processor_template(folder):
+        texts[TEMPLATE] = template
+    if not texts and made is None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as place:
+        copy = Path(place)
+        if made is not None:
+            made.save_pretrained(place)
+        for file in _find_files(folder, "config.json", *TOKENIZER_FILES, "*.py"):
+            kept = copy / file.relative_to(folder)
+            kept.parent.mkdir(exist_ok=True)
+            if made is None or file.name not in (TEKKEN, JSON, CONFIG):
+                kept.unlink(missing_ok=True)
+                kept.symlink_to(file.resolve())
+        for name, text in texts.items():
+            (copy / name).unlink(missing_ok=True)
+            (copy / name).write_text(text, encoding="utf-8")
+        yield copy
+
+
+def _read_processor_template(folder: Path) -> str | None:
+    """The chat template that a model's processor has, where its tokenizer has none."""
+    if not files.is_there(folder / PROCESSOR_TEMPLATE) or files.is_there(folder / TEMPLATE):
+        return None
+    if files.is_there(folder / CONFIG) and read_json(folder / CONFIG).get("chat_template"):
+        return None
+    template = read_json(folder / PROCESSOR_TEMPLATE).get("chat_template")
+    return template if isinstance(template, str) else None
+
+
 def open_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
     """Load the tokenizer of a checkpoint; None if it has none.
 
@@ -107,19 +173,30 @@ def open_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
 
 def load_tokenizer(
     folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool, name: str | None = None
-) -> TokenizerWrapper:
+) -> GuardedTokenizer:
     """Load the tokenizer of a model's folder, as mlx-lm wraps it.
 
     ``config`` is the model's config.json. ``name`` is what an error calls it, not its folder.
 
     Raises:
-        UserError: if it is missing or cannot be read.
+        UserError: if it is missing, cannot be read, or belongs to another model.
     """
-    options = _make_options(config, trust_remote_code)
-    with _explain_errors(name or folder, f"copy it again, or {GIVE_CHECKPOINT}"):
-        return mlx_lm.utils.load_tokenizer(
-            folder, options, eos_token_ids=config.get("eos_token_id")
-        )
+    options, called = _make_options(config, trust_remote_code), str(name or folder)
+    with _explain_errors(called, f"copy it again, or {GIVE_CHECKPOINT}"):
+        with _prepare(folder, config, trust_remote_code) as ready:
+            wrapper = mlx_lm.utils.load_tokenizer(
+                ready, options, eos_token_ids=config.get("eos_token_id")
+            )
+        return GuardedTokenizer(wrapper, called, _count_rows(config))
+
+
+def _count_rows(config: Mapping[str, Any]) -> int | None:
+    """The number of embeddings that a config.json tells; None if it tells none."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, Mapping) else {}):
+        if type(part.get("vocab_size")) is int:
+            return part["vocab_size"]
+    return None
 
 
 def fetch_tokenizer(source: str) -> transformers.PreTrainedTokenizerBase:
@@ -138,7 +215,8 @@ def _read_tokenizer(
     folder: Path, config: Mapping[str, Any], trust_remote_code: bool
 ) -> transformers.PreTrainedTokenizerBase:
     options = _make_options(config, trust_remote_code)
-    return transformers.AutoTokenizer.from_pretrained(str(folder), **options)
+    with _prepare(folder, config, trust_remote_code) as ready:
+        return transformers.AutoTokenizer.from_pretrained(str(ready), **options)
 
 
 def _make_options(config: Mapping[str, Any], trust_remote_code: bool) -> dict[str, Any]:
@@ -153,7 +231,8 @@ def _make_options(config: Mapping[str, Any], trust_remote_code: bool) -> dict[st
 def _explain_errors(name: str | Path, remedy: str) -> Iterator[None]:
     """Turn whatever transformers and tokenizers raise into a UserError."""
     try:
-        yield
+        with explain_panics(name):
+            yield
     except UserError:
         raise
     except Exception as error:

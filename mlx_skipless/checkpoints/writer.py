@@ -1,14 +1,11 @@
 """Writing a model atomically, in shards, with everything that mlx-lm needs beside them."""
 
-import fcntl
-import glob
 import json
 import os
-import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ import mlx.core as mx
 
 from ..errors import UserError
 from . import files
+from .output import hide_paths, remove_abandoned, sync_file, temporary_folder
 from .safetensors import INDEX
 
 SHARD_BYTES = 1 << 29  # two are in memory, one being written; mlx-lm reads any number of shards
@@ -42,7 +40,7 @@ class Writer:
     def __init__(self, out: Path, expected_bytes: int, flag: str = "--mlx-path"):
         self._out, self._flag = out, flag
         check_free(out, flag)
-        _remove_abandoned(out, flag)
+        remove_abandoned(out, flag)
         _check_space(out, expected_bytes, flag)
         self._shards: list[list[str]] = []
         self._pending: dict[str, mx.array] = {}
@@ -52,7 +50,13 @@ class Writer:
 
     def __enter__(self) -> "Writer":
         self._held = ExitStack()
-        self.folder = self._held.enter_context(_temporary_folder(self._out, self._flag))
+        try:
+            self.folder = self._held.enter_context(temporary_folder(self._out))
+        except OSError as error:
+            where, flag = self._out, self._flag
+            raise UserError(
+                f"cannot write beside {where} ({error}): give another {flag}"
+            ) from error
         self._held.callback(self._worker.shutdown, cancel_futures=True)
         return self
 
@@ -133,6 +137,10 @@ class Writer:
     def commit(self) -> None:
         """Make the folder appear under its name."""
         check_free(self._out, self._flag)
+        try:
+            hide_paths(self.folder)
+        except OSError as error:
+            raise self._make_error(error) from error
         # The temporary folder is private; a model is as readable as any other new folder.
         umask = os.umask(0)
         os.umask(umask)
@@ -163,71 +171,7 @@ def _check_space(out: Path, expected_bytes: int, flag: str) -> None:
         )
 
 
-def _remove_abandoned(out: Path, flag: str) -> None:
-    """Remove the temporary folders of runs that were killed."""
-    for folder in out.absolute().parent.glob(f"{glob.escape(_make_prefix(out))}*"):
-        with _lock_folder(folder) as ours:
-            if ours is False:
-                raise UserError(
-                    f"another run is writing {out}: wait for it, or give another {flag}"
-                )
-            if ours:
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def _make_prefix(out: Path) -> str:
-    return f".{out.name}.partial-"
-
-
-@contextmanager
-def _temporary_folder(out: Path, flag: str) -> Iterator[Path]:
-    """Make a locked folder beside ``out``, which is removed at the end of the block."""
-    with ExitStack() as locks:
-        while True:
-            folder = out.absolute().parent / f"{_make_prefix(out)}{secrets.token_hex(8)}"
-            try:  # from here on a signal leaves nothing behind
-                _make_private_folder(folder, out, flag)
-                # A run that starts at this moment may take it for abandoned: it is not locked yet.
-                if locks.enter_context(_lock_folder(folder)) is not False and folder.is_dir():
-                    yield folder
-                    return
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def _make_private_folder(folder: Path, out: Path, flag: str) -> None:
-    try:
-        folder.mkdir(0o700)
-    except OSError as error:
-        raise UserError(f"cannot write beside {out} ({error}): give another {flag}") from error
-
-
-@contextmanager
-def _lock_folder(folder: Path) -> Iterator[bool | None]:
-    """Lock a folder until the end of the block or of this process.
-
-    Yields True if that succeeded, False if another process holds the lock, and None if nobody can
-    tell: the file system has no locks, or the folder has gone.
-    """
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        yield None
-        return
-    ours: bool | None = True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        ours = False
-    except OSError:
-        ours = None
-    try:
-        yield ours
-    finally:
-        os.close(descriptor)
-
-
 def _save_shard(file: Path, tensors: dict[str, mx.array]) -> None:
     """Write a file and wait until it is on the disk; a folder that appears survives a power cut."""
     mx.save_safetensors(str(file), tensors, metadata={"format": "mlx"})
-    files.sync_file(file)
+    sync_file(file)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .figures import open_figure
+from .figures import add_figure_arguments, open_figure
 from .shared import add_output_arguments, open_output
 from .tables import Grid
 
@@ -37,9 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--trust-remote-code", action="store_true", help="let the source's tokenizer run its code"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the sampled text (default: 0)")
-    parser.add_argument(
-        "--plot", metavar="FILE", help="draw what was measured there, as .png, .pdf or .svg"
-    )
+    add_figure_arguments(parser, "--plot", "draw what was measured")
     add_output_arguments(parser, "every figure")
 
 
@@ -48,10 +46,11 @@ def run(options: dict[str, Any]) -> None:
     from ..evaluation.plots import plot_analysis
     from .analyze_tables import describe_analysis
 
-    figure, numbers = options.pop("plot"), options["json"]
+    figure, width, style = map(options.pop, ("plot", "figure_size", "figure_style"))
+    numbers = options["json"]
     if figure is not None and numbers is not None and Path(figure) == Path(numbers):
         raise UserError(f"--plot and --json both name {figure}: give two files")
-    with open_output(options) as shown, open_figure("--plot", figure) as draw:
+    with open_output(options) as shown, open_figure("--plot", figure, width, style) as draw:
         with shown.progress() as progress:
             found = analyze(**options, progress=progress)
         if figure is not None and found.layers[0].condition is None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from ..evaluation.analysis import Analysis
+from ..memory import format_bytes
 from ..network.wiring import LETTERS
 from .tables import Grid
 
@@ -52,7 +53,7 @@ def _tabulate_removals(analysis: Analysis) -> Grid:
     skipless = any(one.skipless for one in analysis.removals)
     titles = [
         f"{'--skipless' if skipless else ''}\n--remove", "weights\nthat go", "\nshare",
-        "weights\nbefore/after", "MB less\nper token", "MB per token\nbefore/after",
+        "weights\nbefore/after", "less read\nper token", "per token\nbefore/after",
     ]  # fmt: skip
     rows = []
     for one in analysis.removals:
@@ -62,7 +63,7 @@ def _tabulate_removals(analysis: Analysis) -> Grid:
         rows.append(
             [
                 one.letters, f"{one.weights:,}", f"{one.share:.1%}", f"{one.speedup:.2f} x",
-                f"{one.bytes_per_token / 1e6:,.2f}", f"{one.reads:.2f} x",
+                format_bytes(one.bytes_per_token), f"{one.reads:.2f} x",
             ]
         )  # fmt: skip
     if not skipless:
@@ -95,13 +96,13 @@ def _cell(figure: float | None, form: str) -> str:
 
 def _tabulate_drops(analysis: Analysis) -> Grid:
     titles = (
-        "attentions\ndropped", "last of\nlayer", "\nweights", "MB read\nper token",
+        "attentions\ndropped", "last of\nlayer", "\nweights", "read\nper token",
         "KV cache\nper token", "\nloss", "\nperplexity",
     )  # fmt: skip
     rows = [
         (
             str(len(one.layers)), str(one.layers[-1]) if one.layers else "", f"{one.weights:,}",
-            f"{one.bytes_per_token / 1e6:,.2f}", f"{one.cache_bytes:,}", f"{one.loss:.4f}",
+            format_bytes(one.bytes_per_token), f"{one.cache_bytes:,}", f"{one.loss:.4f}",
             f"{one.perplexity:.2f}",
         )
         for one in analysis.drops or ()

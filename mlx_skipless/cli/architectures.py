@@ -2,14 +2,15 @@
 
 import argparse
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from ..evaluation.catalogue import Entry, list_entries
 from .shared import add_output_arguments, open_output
-from .tables import Grid
+from .tables import Grid, format_count
 
 EXAMPLES = (
-    ("", "the table"),
+    ("", "the table; in a pipe with more columns, as Markdown"),
     ("--json -", "for a script"),
 )
 TITLES = (
@@ -22,6 +23,10 @@ TITLES = (
     "why no more",
     "attention dropped: runs in",
 )
+LEGEND = """\
+goes: what can go exactly once the skips are gone (--skipless, or trained without them)
+first layer a table: the weights that --precompute-first-layer adds where it pays
+| cat shows all columns, as Markdown; --json - the figures"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,8 +37,33 @@ def run(options: dict[str, Any]) -> None:
     with open_output(options) as shown:
         entries = list_entries()
         rows = [_make_row(entry) for entry in entries]
-        shown.say(Grid(TITLES, rows, words=len(TITLES)).markdown())
+        if shown.console.is_terminal:
+            _tabulate(entries).show(shown.console)
+            shown.say(LEGEND)
+        else:
+            shown.say(Grid(TITLES, rows, words=len(TITLES)).markdown())
         shown.write_json({"models": [entry.as_dict() for entry in entries]})
+
+
+def _tabulate(entries: Sequence[Entry]) -> Grid:
+    """Make the table for a terminal, with the columns that fit there."""
+    titles = (
+        "\nmodel",
+        "\nweights",
+        "\ngoes",
+        "\nof them",
+        "fewer bytes\na token",
+        "first layer\na table",
+    )
+    rows = []
+    for entry in entries:
+        best = entry.removal
+        gone = ("nothing", "", "")
+        if best is not None:
+            gone = (best.letters.upper(), f"{best.share:.1%}", f"{best.reads:.2f} x")
+        pays = f"{entry.table_growth:+.1%}" if entry.table_pays else "too large"
+        rows.append((entry.name, format_count(entry.weights), *gone, pays))
+    return Grid(titles, rows)
 
 
 def _make_row(entry: Entry) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..constants import REMOVALS
 from ..errors import UserError
-from .figures import open_figure
+from .figures import add_figure_arguments, open_figure
 from .shared import add_output_arguments, add_quantization_arguments, open_output, open_output_file
 
 EXAMPLES = (
@@ -65,9 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repeats", type=int, default=5, metavar="N",
         help="rounds in which the models take turns (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument(
-        "--plot", metavar="FILE", help="draw the speeds there, as .png, .pdf or .svg"
-    )
+    add_figure_arguments(parser, "--plot", "draw the speeds")
     parser.add_argument("--markdown", metavar="FILE", help="write the tables there")
     add_output_arguments(parser, "every figure")
 
@@ -78,6 +76,7 @@ def run(options: dict[str, Any]) -> None:
     from .bench_tables import describe_measurement, tabulate_benchmark, write_markdown
 
     figure, text, numbers = (*map(options.pop, ("plot", "markdown")), options["json"])
+    width, style = options.pop("figure_size"), options.pop("figure_style")
     given = [Path(name) for name in (figure, text, numbers) if name is not None]
     if len({*given}) < len(given):
         raise UserError("--plot, --markdown and --json name one file: give one each")
@@ -86,7 +85,7 @@ def run(options: dict[str, Any]) -> None:
     with (
         open_output(options) as shown,
         open_output_file("--markdown", text) as write,
-        open_figure("--plot", figure) as draw,
+        open_figure("--plot", figure, width, style) as draw,
     ):
         with shown.progress() as progress:
             found = benchmark(**options, progress=progress)

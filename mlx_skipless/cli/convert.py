@@ -1,11 +1,12 @@
 """convert: remove weights from a model."""
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..conversion.options import CHECK, Options
 from .shared import Output, add_fields, add_output_arguments, open_output, take_fields
-from .tables import Grid
+from .tables import Grid, format_count, join_layers
 
 if TYPE_CHECKING:
     from ..conversion.report import LayerRow, Report
@@ -58,15 +59,13 @@ def _show(report: "Report", shown: Output) -> None:
         again = "" if report.quantization else ", and not quantized again: -q does that"
         done = "and stays as it is" if report.kept_packed else f"dequantized first{again}"
         shown.say(f"the source is quantized ({report.packing}): {done}")
-    titles = ["part", "goes", "weights", "after", "MB", "after", "condition"]
-    titles += ["KL without", "KL with"] if any(row.cost for row in report.rows) else []
-    rows = [_list_cells(row)[: len(titles)] for row in report.rows]
-    Grid(titles, rows, words=2).show(shown.console)
+    tabulate_plan(report.rows).show(shown.console)
     lines = [f"note: {note}" for note in report.notes]
     if report.stock:
         done = "norm gains folded, exactly" if report.folded else "matrices as they were"
         lines.append(f"note: {done}; the result runs in plain mlx-lm")
     lines += describe_effect(report)
+    lines += [f"note: {advice}" for advice in report.advice]
     for line in lines:
         shown.say(line)
     for warning in report.warnings:
@@ -77,14 +76,28 @@ def _show(report: "Report", shown: Output) -> None:
     shown.say(f"{where}; {time}, peak memory {memory}")
 
 
-def _list_cells(row: "LayerRow") -> tuple[str, ...]:
+def tabulate_plan(rows: Sequence["LayerRow"]) -> Grid:
+    """Make the table of a plan, with like layers in one row."""
+    costly = any(row.cost for row in rows)
+    titles = ["part", "goes", "weights", "after", "bytes", "after"]
+    titles += ["condition"] if any(row.condition is not None for row in rows) else []
+    titles += ["KL\nwithout", "KL\nwith"] if costly else []
+    cells = [_list_cells(row, brief=costly)[: len(titles)] for row in rows]
+    return Grid(titles, join_layers(cells), words=2)
+
+
+def _list_cells(row: "LayerRow", brief: bool) -> tuple[str, ...]:
+    """The cells of a row; ``brief``: with rounded counts, as there are many columns."""
+    from ..memory import format_bytes
+
     condition = "" if row.condition is None else f"{row.condition:.1e}"
     costs = ("", "")
     if row.cost is not None:
         costs = (f"{row.cost.removed:.1e}", f"{row.cost.rounded:.1e}")
+    weights = (row.weights_before, row.weights_after)
     return (
-        row.name, row.goes, f"{row.weights_before:,}", f"{row.weights_after:,}",
-        f"{row.bytes_before / 1e6:.2f}", f"{row.bytes_after / 1e6:.2f}", condition, *costs,
+        row.name, row.goes, *(format_count(n) if brief else f"{n:,}" for n in weights),
+        format_bytes(row.bytes_before), format_bytes(row.bytes_after), condition, *costs,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..memory import format_bytes
+from ..terminal import make_visible
 from ..training.results import RunResult
 
 
@@ -15,7 +16,7 @@ def describe_event(event: dict[str, Any]) -> str:
             f"{event['validation_tokens']:,} held out; {event['steps']:,} steps"
         )
     if "sample" in event:
-        return f"{step}  sample: {event['sample']}"
+        return f"{step}  sample: {make_visible(event['sample'])}"
     if "before" in event or "after" in event:
         when, found = next((k, event[k]) for k in ("before", "after") if k in event)
         return (

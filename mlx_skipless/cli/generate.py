@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..terminal import make_visible
+from .parser import read_text
 from .shared import DEFAULT_MODEL, Output, add_output_arguments, open_output
+from .streams import read_input
 from .tables import Grid
 
 EXAMPLES = (
@@ -30,17 +33,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--prompt",
+        type=read_text,
         help="text to answer; - reads it from stdin; none: chat in a terminal, else a tale",
     )
-    parser.add_argument("--max-tokens", type=int, default=256, help="per answer (default: 256)")
     parser.add_argument(
+        "--system-prompt", metavar="TEXT",
+        help="what the system says first, of a model that takes turns",
+    )  # fmt: skip
+    parser.add_argument("--max-tokens", type=int, default=256, help="per answer (default: 256)")
+    sampling = parser.add_argument_group(
+        "sampling",
+        "In a chat, what generation_config.json recommends is taken where a flag is not given.",
+    )
+    sampling.add_argument(
         "--temp", type=float, help="temperature (default: 0, greedy; of an unasked tale 0.8)"
     )
-    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default: off)")
-    parser.add_argument("--min-p", type=float, default=0.0, help="min-p sampling (default: off)")
-    parser.add_argument("--seed", type=int, help="of the sampling")
+    sampling.add_argument("--top-p", type=float, help="nucleus sampling (default: off)")
+    sampling.add_argument("--min-p", type=float, help="min-p sampling (default: off)")
+    sampling.add_argument(
+        "--top-k", type=int, metavar="K", help="sample from the likeliest K (default: all)"
+    )
+    sampling.add_argument(
+        "--repetition-penalty", type=float, metavar="FACTOR",
+        help="make the last 20 tokens less likely (default: off)",
+    )  # fmt: skip
+    sampling.add_argument("--seed", type=int, help="of the sampling")
     parser.add_argument("--max-kv-size", type=int, help="tokens that the KV cache keeps at most")
     parser.add_argument("--kv-bits", type=int, help="quantize the KV cache to so many bits")
+    parser.add_argument(
+        "--adapter-path", metavar="DIR", help="LoRA adapters of --model, as mlx_lm.lora wrote them"
+    )
     parser.add_argument(
         "--prompt-cache-file", metavar="FILE",
         help="go on from a prompt that mlx_lm.cache_prompt stored there",
@@ -63,33 +85,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: dict[str, Any]) -> None:
     from ..inference import chat, comparison, generation
     from ..inference.caches import load_cache
+    from ..inference.context import describe_overflow
     from ..inference.loading import load
-    from ..inference.prompts import encode_prompt
+    from ..inference.prompts import encode_prompt, has_turns
 
     json_name, other = options["json"], options.pop("compare")
-    name, prompt = options.pop("model"), options.pop("prompt")
+    name, prompt, system = (options.pop(key) for key in ("model", "prompt", "system_prompt"))
     trust, cache_file = options.pop("trust_remote_code"), options.pop("prompt_cache_file")
     draft, drafts = options.pop("draft_model"), options.pop("num_draft_tokens")
-    if prompt is None and (other or cache_file or draft):
-        raise UserError("--compare, --prompt-cache-file and --draft-model need a --prompt")
-    if other is not None and cache_file is not None:
-        raise UserError("--compare runs two models and --prompt-cache-file is one's: drop one")
-    if draft is not None and (other or cache_file):
-        raise UserError("--draft-model goes with neither --compare nor --prompt-cache-file")
+    adapters = options.pop("adapter_path")
+    _check_flags(prompt, other, cache_file, draft, system)
     with open_output(options) as shown:
         if name == DEFAULT_MODEL and not Path(name).exists():
             _convert_bundled(name, shown)
-        model, tokenizer = load(name, trust_remote_code=trust)
+        model, tokenizer = load(name, adapter_path=adapters, trust_remote_code=trust)
         if prompt == "-":
-            prompt = sys.stdin.read()
+            prompt = read_input()
         elif prompt is None and _piped():
-            prompt = sys.stdin.read() or None
+            prompt = read_input() or None
         talk = prompt is None and sys.stdin.isatty() and not json_name
-        tale = prompt is None and not (talk and tokenizer.has_chat_template)
-        if options["temp"] is None:
-            options["temp"] = generation.TALE_TEMP if tale else 0.0
+        tale = prompt is None and not (talk and has_turns(tokenizer))
+        options, remarks = _choose_sampling(options, name if talk else None, tale)
         if talk:
-            chat.chat(model, tokenizer, opening=generation.TALE if tale else None, **options)
+            generation.warm_up(model, tokenizer, **options)
+            opening = generation.TALE if tale else None
+            chat.chat(
+                model, tokenizer, opening=opening, remarks=remarks, system_prompt=system, **options
+            )
             return
         if tale:
             prompt = encode_prompt(tokenizer, generation.TALE, chat=False)
@@ -97,6 +119,11 @@ def run(options: dict[str, Any]) -> None:
         if other is not None:
             second = load(other, trust_remote_code=trust)
             result = comparison.compare([(model, tokenizer), second], prompt, **options)
+            told = describe_overflow(
+                model, result.first.prompt_tokens, max_kv_size=options.get("max_kv_size")
+            )
+            if told is not None:
+                shown.warn(told)
             _tabulate(result, name, other).show(shown.console)
             shown.write_json(result.as_dict())
             return
@@ -107,19 +134,87 @@ def run(options: dict[str, Any]) -> None:
             options["num_draft_tokens"] = drafts
         if cache_file is not None:
             options["prompt_cache"] = load_cache(cache_file, model)
-            prompt = encode_prompt(tokenizer, prompt, continued=True)
-        stream = generation.stream(model, tokenizer, prompt, **options)
-        for piece in generation.restore_first_space(stream, tokenizer) if tale else stream:
-            _speak(piece, shown)
-        _speak("\n", shown)
-        _aside(generation.summarize(stream.answer), shown)
-        shown.write_json(stream.answer.as_dict())
+        if not tale:
+            prompt = encode_prompt(
+                tokenizer, prompt, continued=cache_file is not None, system=system
+            )
+        answer = _answer(model, tokenizer, prompt, options, shown, same_line=tale)
+        shown.write_json(answer.as_dict())
+
+
+def _answer(
+    model: Any,
+    tokenizer: Any,
+    prompt: list[int],
+    options: dict[str, Any],
+    shown: Output,
+    *,
+    same_line: bool,
+) -> Any:
+    """Show an answer as it comes, and what it took."""
+    from ..inference import generation
+    from ..inference.context import describe_overflow
+
+    stream = generation.stream(model, tokenizer, prompt, **options)
+    bound = options.get("max_kv_size")
+    if overflow := describe_overflow(model, len(prompt), max_kv_size=bound):
+        shown.warn(overflow)
+    generation.warm_up(model, tokenizer, len(prompt), **options)
+    for piece in generation.restore_first_space(stream, tokenizer) if same_line else stream:
+        _speak(piece, shown)
+    _speak("\n", shown)
+    answer = stream.answer
+    _aside(generation.summarize(answer, cut=stream.cut), shown)
+    tokens, what = len(prompt) + answer.generation_tokens, "prompt and answer have"
+    if not overflow and (told := describe_overflow(model, tokens, max_kv_size=bound, what=what)):
+        _aside(told, shown)
+    return answer
+
+
+def _check_flags(
+    prompt: str | None,
+    other: str | None,
+    cache_file: str | None,
+    draft: str | None,
+    system: str | None,
+) -> None:
+    """Refuse flags that do not go together, before any work."""
+    if prompt is None and (other or cache_file or draft):
+        raise UserError("--compare, --prompt-cache-file and --draft-model need a --prompt")
+    if other is not None and cache_file is not None:
+        raise UserError("--compare runs two models and --prompt-cache-file is one's: drop one")
+    if draft is not None and (other or cache_file):
+        raise UserError("--draft-model goes with neither --compare nor --prompt-cache-file")
+    if system is not None and (other or cache_file):
+        raise UserError("--system-prompt goes with neither --compare nor --prompt-cache-file")
+
+
+def _choose_sampling(
+    options: dict[str, Any], source: str | None, tale: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """Fill in options that were not given, of a chat with what ``source`` recommends.
+
+    Returns:
+        The options, and lines that say what was taken.
+    """
+    from ..checkpoints import hub
+    from ..inference.generation import TALE_TEMP
+    from ..inference.sampling import read_defaults
+
+    given = {key: value for key, value in options.items() if value is not None}
+    found = read_defaults(hub.resolve(source, config_only=True)) if source is not None else {}
+    if given.get("temp") == 0:  # the likeliest token, whatever narrows the choice
+        found = {key: found[key] for key in found.keys() & {"repetition_penalty"}}
+    taken = {key: value for key, value in found.items() if key not in given}
+    lines = [f"--{key.replace('_', '-')} {value:g}" for key, value in taken.items()]
+    remarks = [f"As generation_config.json recommends: {' '.join(lines)}"] if lines else []
+    return {"temp": TALE_TEMP if tale else 0.0} | taken | given, remarks
 
 
 def _speak(text: str, shown: Output) -> None:
-    """The answer is the result, which no --quiet hides."""
+    """Show a part of the answer, the result, which no --quiet hides."""
     if not shown.to_stdout:
-        print(text, end="", flush=True)
+        print(make_visible(text), end="", flush=True)
 
 
 def _aside(line: str, shown: Output) -> None:

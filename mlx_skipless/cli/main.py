@@ -16,7 +16,12 @@ from rich.text import Text
 
 from .. import __version__
 from ..errors import UserError, first_line
+from .parser import BadArguments, Parser, suggest
 from .shared import make_stderr
+from .streams import Stream, hold_streams
+
+Options = dict[str, Any]
+TRACEBACK = "MLX_SKIPLESS_TRACEBACK"  # if set, a fault of the code ends with its traceback
 
 SUMMARY = "Makes language models smaller and faster by removing weights, inside mlx-lm."
 HELP = {
@@ -55,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """``mlx-skipless COMMAND``; returns the exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
 
-    def run() -> None:
-        parser = argparse.ArgumentParser(
+    def parse() -> Options:
+        parser = Parser(
             prog="mlx-skipless",
             description=SUMMARY,
             epilog="mlx-skipless COMMAND --help explains a command, with examples",
@@ -67,21 +72,35 @@ def main(argv: Sequence[str] | None = None) -> int:
             subparser = commands.add_parser(name, help=text)
             if name in arguments:
                 _explain(subparser, name)
-        options = vars(parser.parse_args(arguments))
-        COMMANDS[options.pop("command")].run(options)
+        if not arguments:
+            parser.print_help()
+            parser.exit()
+        _check_command(arguments[0])
+        return vars(parser.parse_args(arguments))
 
-    return _exit_code(run)
+    return _exit_code(parse)
 
 
 def command(name: str) -> int:
     """``python NAME.py``: one command with its own help; returns the exit code."""
 
-    def run() -> None:
-        parser = argparse.ArgumentParser(prog=f"python {name}.py")
+    def parse() -> Options:
+        parser = Parser(prog=f"python {name}.py")
         _explain(parser, name)
-        COMMANDS[name].run(vars(parser.parse_args()))
+        return {"command": name, **vars(parser.parse_args(sys.argv[1:]))}
 
-    return _exit_code(run)
+    return _exit_code(parse)
+
+
+def _check_command(name: str) -> None:
+    """Refuse a first argument that is neither a command nor one of the flags before them."""
+    if name in HELP or any(flag.startswith(name) for flag in ("-h", "--help", "--version")):
+        return
+    if name.startswith("-"):
+        raise BadArguments(f"{name}: the command comes first; mlx-skipless --help lists them")
+    meant = suggest(name, [*HELP])
+    hint = f"did you mean {meant}?" if meant else f"choose one of {', '.join(HELP)}"
+    raise BadArguments(f"no command {name!r}: {hint}")
 
 
 def _explain(parser: argparse.ArgumentParser, name: str) -> None:
@@ -96,8 +115,11 @@ def _explain(parser: argparse.ArgumentParser, name: str) -> None:
     module.add_arguments(parser)
 
 
-def _exit_code(run: Callable[[], None]) -> int:
-    """Run until the end, a failure or a signal; return the exit code, and say in a line why."""
+def _exit_code(parse: Callable[[], Options]) -> int:
+    """Run a command until its end, a failure or a signal; return the exit code.
+
+    What failed is said in a line.
+    """
 
     def terminate(signum: int, frame: Any) -> None:
         raise KeyboardInterrupt  # unwinds, so that nothing is left behind
@@ -105,25 +127,77 @@ def _exit_code(run: Callable[[], None]) -> int:
     for end in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(end) != signal.SIG_IGN:  # nohup's run outlives its terminal
             signal.signal(end, terminate)
-    if sys.stdin is None:  # closed: else the next file is descriptor 0, which MLX takes for none
-        sys.stdin = open(os.devnull)  # noqa: SIM115
-    try:
-        run()
-    except UserError as error:
-        _complain(error)
-        return 1
-    except KeyboardInterrupt:
-        _complain(UserError("interrupted"))
-        return 1
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (OSError, MemoryError, RuntimeError) as error:  # MLX is out of memory as a RuntimeError
-        _complain(UserError(first_line(error)))
-        return 1
+    with hold_streams() as out:
+        try:
+            return _run(parse, out)
+        except UserError as error:
+            _complain(error)
+            if isinstance(error, BadArguments):
+                sys.exit(2)  # as argparse does
+        except KeyboardInterrupt:
+            _complain(UserError("interrupted"))
+        except BrokenPipeError:
+            pass  # whoever read the output has seen enough
+        except SystemExit as end:  # after --help and --version
+            out.stops = False
+            if end.code or not (lost := _describe_loss(out)):
+                raise
+            if not isinstance(out.failure, BrokenPipeError):
+                _complain(UserError(lost))
+        except BaseException as error:  # PanicException, of tokenizers, is no Exception
+            if _is_fault(error) and os.environ.get(TRACEBACK):
+                raise
+            _complain(UserError(_describe(error)))
+    return 1
+
+
+def _run(parse: Callable[[], Options], out: Stream) -> int:
+    """Run the command that the arguments name; return the exit code."""
+    options = parse()
+    made = None if options.get("dry_run") else options.get("mlx_path") or options.get("output")
+    needed = made is None or options.get("json") == "-"  # what is printed is what was asked for
+    out.stops = needed
+    COMMANDS[options.pop("command")].run(options)
+    if lost := _describe_loss(out):
+        done = f"; {made} is written" if made is not None else ""
+        if needed:
+            raise UserError(f"{lost}{done}")
+        if not isinstance(out.failure, BrokenPipeError):
+            _print_line("WARNING:", f"{lost}{done}")
     return 0
+
+
+def _describe_loss(out: Stream) -> str:
+    """Say why standard output did not take all; nothing if it did."""
+    out.flush()
+    if out.failure is None:
+        return ""
+    return f"standard output cannot be written ({out.failure.strerror or out.failure})"
+
+
+def _is_fault(error: BaseException) -> bool:
+    """Whether an exception shows a fault of the code rather than of the machine.
+
+    MLX is out of memory as a RuntimeError.
+    """
+    machine = isinstance(error, OSError | MemoryError | RuntimeError)
+    return not machine or isinstance(error, RecursionError | NotImplementedError)
+
+
+def _describe(error: BaseException) -> str:
+    """What an exception says that nothing else has put into words."""
+    if not _is_fault(error):
+        return first_line(error)
+    return (
+        f"{type(error).__name__}: {first_line(error)}; this is a fault of mlx-skipless: "
+        f"{TRACEBACK}=1 shows where it is, please report that"
+    )
 
 
 def _complain(error: UserError) -> None:
     """Print one line on stderr, red on a terminal."""
-    make_stderr().print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
+    _print_line("error:", str(error))
+
+
+def _print_line(kind: str, line: str) -> None:
+    make_stderr().print(Text.assemble((kind, "bold red"), f" {line}"), soft_wrap=True)

@@ -37,7 +37,7 @@ def run(options: dict[str, Any]) -> None:
     if not (options["data"] or options["validation"]):
         raise UserError("no text: give --data, whose end is held out, or --validation")
     with open_output(options) as shown:
-        score = measure_perplexity(**options | {"data": options["data"] or ()})
+        score = measure_perplexity(**options | {"data": options["data"] or ()}, warn=shown.warn)
         shown.say(
             f"{score.loss:.4f} nats per token, {score.bits_per_character:.4f} bits per character "
             f"({score.tokens:,} tokens, {score.characters:,} characters)"

@@ -13,9 +13,10 @@ from typing import Any, get_args
 from rich import progress as bars
 from rich.console import Console
 
+from ..checkpoints.output import check_output, replace_file
 from ..constants import MODES
 from ..errors import UserError
-from ..options import flag_name
+from ..options import expand_path, flag_name
 from ..progress import Progress
 
 DEFAULT_MODEL = "mlx_model"
@@ -31,26 +32,25 @@ def open_output_file(flag: str, name: str | None, out: str | None = None) -> Ite
     if name is None:
         yield lambda write: None
         return
-    path = Path(name)
-    if out is not None and (made := Path(out).absolute()) in [(p := path.absolute()), *p.parents]:
+    path = expand_path(name)
+    made = None if out is None else Path(os.path.realpath(expand_path(out)))
+    if made is not None and Path(os.path.realpath(path)).is_relative_to(made):
         raise UserError(f"{flag} {name}: --mlx-path {made} is made there, give another file")
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        if path.is_dir():
-            raise IsADirectoryError("it is a folder")
-        partial.touch()
-        partial.unlink()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"{flag} {name}: cannot be written ({reason}), give a file") from error
+
+    def attempt(do: Callable[[], Any], remedy: Callable[[], str]) -> None:
+        try:
+            do()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise UserError(f"{flag} {name}: cannot be written ({reason}){remedy()}") from error
 
     def put(write: Callable[[Path], Any]) -> None:
-        try:
-            write(partial)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        done = f"; {made} is written"
+        attempt(lambda: replace_file(path, write), lambda: done if made and made.is_dir() else "")
 
+    attempt(lambda: check_output(path), lambda: ", give a file")
     yield put
 
 
@@ -231,10 +231,31 @@ def _describe_value(field: Field[Any], kinds: tuple[Any, ...]) -> dict[str, Any]
     if choices := [choice for choice in facts["choices"] if choice]:
         return {"choices": choices}
     if facts["parse"] is not None or str in kinds:
-        return {"type": facts["parse"] or str, "metavar": facts["metavar"]}
+        return {"type": _make_reader(facts["parse"] or str), "metavar": facts["metavar"]}
     if type(None) in kinds:
-        return {"type": lambda text: None if text == "none" else float(text), "metavar": "NUMBER"}
+        return {"type": _read_number_or_none, "metavar": "NUMBER"}
     return {"type": kinds[0], "metavar": facts["metavar"] or "N"}
+
+
+def _make_reader(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A type of argparse's that says what ``parse`` says of a wrong value."""
+    if parse in (int, float):
+        return parse  # the parser has words for these
+
+    def read(text: str) -> Any:
+        try:
+            return parse(text)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return read
+
+
+def _read_number_or_none(text: str) -> float | None:
+    try:
+        return None if text == "none" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor none") from None
 
 
 def take_fields(options: dict[str, Any], kind: type) -> dict[str, Any]:

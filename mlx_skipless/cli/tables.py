@@ -1,7 +1,8 @@
 """Tables that commands print and write into documents. Knows nothing of what is in them."""
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -9,6 +10,7 @@ from rich.table import Table
 
 GAP = 2  # spaces between two columns
 FOLDED = 12  # columns of words stay at least so wide when a terminal is too narrow for them
+LAYER = re.compile(r"(.*\.)(\d+)")
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Grid:
         rows: cells, as many in each row as there are titles.
         words: how many columns are words, aligned left and folded where the terminal is narrow;
             figures are aligned right and never cut short.
-        dense: put one space between columns instead of two.
+        dense: put one space between columns instead of two, however much room there is.
     """
 
     titles: Sequence[str]
@@ -41,15 +43,19 @@ class Grid:
         return table
 
     def show(self, console: Console) -> None:
-        """Print the table; a terminal too narrow for its figures wraps the lines."""
+        """Print the table, densely where it does not fit else.
+
+        A terminal too narrow for its figures wraps the lines.
+        """
         widths = [
             max(cell_len(line) for cell in column for line in cell.split("\n"))
             for column in zip(self.titles, *self.rows, strict=True)
         ]
         folded = [min(width, FOLDED) for width in widths[: self.words]]
-        needed = sum(folded) + sum(widths[self.words :]) + GAP * (len(widths) - 1)
-        console.width = max(console.width, needed)
-        console.print(self.rich())
+        figures, gaps = sum(folded) + sum(widths[self.words :]), len(widths) - 1
+        dense = self.dense or figures + GAP * gaps > console.width
+        console.width = max(console.width, figures + (1 if dense else GAP) * gaps)
+        console.print(replace(self, dense=dense).rich())
 
     def markdown(self) -> str:
         """Write the table as Markdown."""
@@ -57,3 +63,39 @@ class Grid:
         titles = [title.replace("\n", " ") for title in self.titles]
         lines = ["| " + " | ".join(row) + " |" for row in (titles, *self.rows)]
         return "\n".join([lines[0], f"|{'|'.join(rule)}|", *lines[1:]])
+
+
+def join_layers(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Join rows of like layers that follow each other into one, which names first and last.
+
+    Args:
+        rows: cells, the first of which is the name.
+    """
+    runs: list[list[Sequence[str]]] = []
+    for row in rows:
+        name, last = LAYER.fullmatch(row[0]), LAYER.fullmatch(runs[-1][-1][0]) if runs else None
+        follows = name and last and name[1] == last[1] and int(name[2]) == int(last[2]) + 1
+        if follows and [*row[1:]] == [*runs[-1][-1][1:]]:
+            runs[-1].append(row)
+        else:
+            runs.append([row])
+    return [[_name_run(run), *run[0][1:]] for run in runs]
+
+
+def _name_run(run: Sequence[Sequence[str]]) -> str:
+    first, last = run[0][0], run[-1][0].rpartition(".")[2]
+    return (
+        first if len(run) == 1 else f"{first}\N{EN DASH}{last} \N{MULTIPLICATION SIGN} {len(run)}"
+    )
+
+
+def format_count(number: int) -> str:
+    """A number for reading: "7.24 B"."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return (
+                f"{number / size:.3g} {unit}"
+                if number < 1000 * size
+                else f"{number / size:,.0f} {unit}"
+            )
+    return str(number)

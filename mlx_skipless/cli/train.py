@@ -1,11 +1,10 @@
 """train: a model of the user's own, skipless unless told otherwise."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, first_line
-from ..options import read_options
+from ..options import expand_path, read_options
 from ..training.recipe import Recipe, TrainingPace
 from .shared import add_fields, add_held_out_arguments, add_run_arguments, open_output, take_fields
 
@@ -63,7 +62,7 @@ def _read_yaml(name: str | None) -> dict[str, Any]:
     if name is None:
         return {}
     try:
-        content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+        content = yaml.safe_load(expand_path(name).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config {name}: {first_line(error)}") from error
     if not isinstance(content, dict):

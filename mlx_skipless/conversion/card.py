@@ -1,5 +1,7 @@
 """The model card of a result: what was done to which model, and the measured effect."""
 
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,8 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..checkpoints import hub
+from ..memory import format_bytes
+from ..options import expand_path
 from .report import Report
 
 NAMES = {"q": "Q", "k": "K", "v": "V", "p": "P", "attention": "Attention", "ffn": "The FFN"}
@@ -28,6 +32,8 @@ TEMPLATE = """\
 {% endfor %}
 {%- endif %}
 {%- endfor %}"""
+LOCAL = "a local model"  # in the place of a path whose last part says nothing, or too much
+PATH = re.compile(r"(?<![\w:/.~<])~?(?:/[^\s/`'\"()<>*,;]+){2,}")
 USE = """\
 ```python
 from mlx_lm import load, generate
@@ -44,7 +50,10 @@ def name_source(source: str) -> str:
 
     A card is published, and a path tells of the machine that wrote it.
     """
-    return source if hub.is_id(source) else Path(source).name
+    if hub.is_id(source):
+        return source
+    path = Path(os.path.abspath(expand_path(source)))
+    return LOCAL if path in (expand_path("~"), Path(path.anchor)) else path.name
 
 
 def render_card(
@@ -72,7 +81,8 @@ def render_card(
         tags=[*tags],
     )
     parts: Any = {"name": name, "paragraphs": paragraphs, "sections": sections}
-    return f"{ModelCard.from_template(data, template_str=TEMPLATE, **parts)}"
+    card = f"{ModelCard.from_template(data, template_str=TEMPLATE, **parts)}"
+    return PATH.sub(lambda found: name_source(found[0]), card)
 
 
 def describe_effect(report: Report) -> list[str]:
@@ -85,7 +95,7 @@ def _describe_size(report: Report) -> Iterator[str]:
     share = f"{abs(saved):.1%} {'fewer' if saved >= 0 else 'more'}"
     yield (
         f"{report.params_before:,} weights before, {report.params_after:,} after ({share}); "
-        f"{report.bytes_before / 1e6:,.1f} MB before, {report.bytes_after / 1e6:,.1f} MB after."
+        f"{format_bytes(report.bytes_before)} before, {format_bytes(report.bytes_after)} after."
     )
     if (table := report.first_layer) is not None:
         times = [table.reads_before(batch) / table.reads_after(batch) for batch in (1, 16, 256)]
@@ -152,7 +162,9 @@ def write_card(report: Report, name: str, given: Sequence[str] = ()) -> str:
     )
     for path in given:
         if "/" in path and not hub.is_data_set(path):  # notes quote it
-            card = card.replace(path, name_source(path))
+            expanded = str(expand_path(path))
+            for form in (os.path.realpath(expanded), os.path.abspath(expanded), expanded, path):
+                card = card.replace(form, name_source(path))
     return card
 
 

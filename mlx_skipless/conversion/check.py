@@ -11,21 +11,25 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.utils import load_model
 
 from ..architectures.family import Family
 from ..architectures.tensors import arrange, find_places, restore_gains
 from ..checkpoints.safetensors import SafetensorsStore
 from ..errors import UserError
-from ..network.driver import Driver
+from ..inference.loading import load_network
+from ..network.driver import Driver, StreamedNetwork
 from ..network.magnitudes import Magnitude, NotFinite, Watch
 from ..network.metrics import measure_kl, measure_nll
 from ..network.model import ModelArgs
 from ..network.names import EMBEDDING, FINAL_NORM, HEAD
-from ..network.parts import Arrays
+from ..network.parts import Arrays, Parts
 from ..progress import Steps, tell_part
+from ..removal.products import UNIT_ROUNDOFF
 
 HEAD_TOKENS = 128  # whose logits are in memory at a time
+CERTAIN = 1e-5  # relative logit error of a float32 result that nobody asks about
+CHAOS = 0.5  # relative logit error from which two networks could be any two
+COARSER = 100  # times as large as rounding's errors may the errors of its weights seem
 SOURCE_OVERFLOWS = (
     "the source itself overflows {} on the check's text, at {}: its stream has no norms to hold "
     "it; --no-verify converts it all the same"
@@ -39,14 +43,14 @@ class StockNetwork(Driver):
     """A folder of one of mlx-lm's own architectures, in mlx-lm's own code, read layer by layer."""
 
     def __init__(self, folder: Path):
-        super().__init__(load_model(folder, lazy=True)[0], resident=False)
+        super().__init__(load_network(folder, lazy=True)[0], resident=False)
         self._folder = folder
         self._unread: dict[int, nn.Module] = {}
 
     def load_layer(self, layer: int) -> nn.Module:
         """Read a layer's tensors; they go when the layer that is returned goes."""
         if layer not in self._unread:
-            self._unread = dict(enumerate(load_model(self._folder, lazy=True)[0].layers))
+            self._unread = dict(enumerate(load_network(self._folder, lazy=True)[0].layers))
         return self._unread.pop(layer)
 
 
@@ -94,6 +98,9 @@ class Verification:
         quantized_only: for a quantized result, what comes of its source if that is quantized in
             the same way, to nearest, without removals.
         kl_ratio: ``kl`` as a multiple of the one in ``quantized_only``.
+        rounding_ratio: the error as a multiple of what weights rounded a hundred times as coarsely
+            as float32's would make; above 1 it is more than rounding. None where that was not
+            measured: the error is next to none, or the result is no exact one in float32.
     """
 
     max_rel_logit_error: float
@@ -106,11 +113,85 @@ class Verification:
     magnitudes: tuple[Magnitude, ...] = ()
     quantized_only: "Verification | None" = None
     kl_ratio: float | None = None
+    rounding_ratio: float | None = None
 
     def beside(self, quantized_only: "Verification") -> "Verification":
         """Add the figures of the source that is quantized alone."""
         ratio = self.kl / quantized_only.kl if quantized_only.kl > 0 else None
         return replace(self, quantized_only=quantized_only, kl_ratio=ratio)
+
+
+class ShakenParts:
+    """A network's tensors with random errors.
+
+    Args:
+        parts: the tensors, in float32.
+        size: of the errors, relative to each number.
+    """
+
+    def __init__(self, parts: Parts, size: float):
+        self._parts, self._size = parts, size
+        self._key = mx.random.key(0)
+
+    def embedding(self) -> Arrays:
+        """Read the embedding."""
+        return self._shake(self._parts.embedding())
+
+    def layer(self, layer: int) -> Arrays:
+        """Read one layer."""
+        return self._shake(self._parts.layer(layer))
+
+    def head(self) -> Arrays:
+        """Read the final norm and the head."""
+        return self._shake(self._parts.head())
+
+    def _shake(self, tensors: Arrays) -> Arrays:
+        return {name: array * (1 + self._draw(array)) for name, array in tensors.items()}
+
+    def _draw(self, array: mx.array) -> mx.array:
+        self._key, key = mx.random.split(self._key)
+        return self._size * mx.random.normal(array.shape, key=key)
+
+
+def measure_roundoff() -> float:
+    """Measure the relative error of float32 products on MLX's default device.
+
+    It is that of storing float32 or, where a GPU rounds what it multiplies (TF32), more.
+    """
+    a, b = np.random.default_rng(0).standard_normal((2, 256, 256)).astype(np.float32)
+    exact = a.astype(np.float64) @ b.astype(np.float64)
+    error = np.linalg.norm(np.array(mx.array(a) @ mx.array(b)) - exact) / np.linalg.norm(exact)
+    return max(UNIT_ROUNDOFF[mx.float32], float(error))
+
+
+def compare_with_rounding(
+    source: Driver, args: ModelArgs, parts: Parts, tokens: mx.array
+) -> float | None:
+    """Compare the error of a float32 result with the error that rounding could make in it.
+
+    What conditioning and the network itself make of rounding is measured: every number of the
+    result gets an error ``COARSER`` times as large as rounding's.
+
+    Args:
+        source: the network that the result should be like.
+        args: the result's network, as this package runs it.
+        parts: the result's tensors.
+        tokens: (batch, length).
+
+    Returns:
+        The result's worst relative logit error as a multiple of that; above 1 rounding does not
+        explain it. None if such errors leave so little of the network that nothing can be said.
+    """
+    result = StreamedNetwork(args, parts)
+    shaken = StreamedNetwork(args, ShakenParts(parts, COARSER * measure_roundoff()))
+    try:
+        error, explained = compare_networks(result, [source, shaken], tokens, "")
+    except UserError:
+        return None
+    if explained.max_rel_logit_error > CHAOS:
+        return None
+    least = float(np.finfo(np.float64).tiny)
+    return error.max_rel_logit_error / max(explained.max_rel_logit_error, least)
 
 
 def compare_networks(

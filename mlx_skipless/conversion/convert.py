@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from ..checkpoints import hub
 from ..checkpoints.checkpoint import open_checkpoint
+from ..checkpoints.guarded import GuardedTokenizer
 from ..checkpoints.tokenizer import carry_tokenizer, load_tokenizer
 from ..checkpoints.writer import SHARD_BYTES, Writer, check_free
 from ..errors import UserError
@@ -22,6 +23,7 @@ from ..inference.loading import BUNDLED
 from ..memory import machine_memory_bytes, peak_memory_bytes
 from ..network import model as model_module
 from ..network.driver import RESIDENT_BYTES, Driver, StreamedNetwork
+from ..options import expand_path
 from ..progress import Progress, Stopwatch
 from ..quantization import bits
 from ..quantization.calibration import NearestParts
@@ -31,12 +33,27 @@ from ..quantization.layout import Layout
 from ..text import samples
 from ..text.samples import Passages
 from .card import write_card
-from .check import StockNetwork, Verification, WrittenParts, compare_networks
+from .check import (
+    CERTAIN,
+    StockNetwork,
+    Verification,
+    WrittenParts,
+    compare_networks,
+    compare_with_rounding,
+)
 from .decisions import decide, search_bits
 from .job import Job
 from .options import Options
 from .planning import plan
-from .report import Report, add_calibration, add_check, add_wishes, make_report
+from .report import (
+    Report,
+    add_calibration,
+    add_check,
+    add_tokenizer,
+    add_wishes,
+    explain_difference,
+    make_report,
+)
 from .writing import MODEL_FILE, make_config, write
 
 BUFFER_CACHE_BYTES = 256 << 20
@@ -71,23 +88,26 @@ def convert(
     fields |= {} if model is None else {"model": model}
     fields |= {} if mlx_path is None else {"mlx_path": mlx_path}
     options = replace(options or Options(), **fields)
+    options = replace(options, mlx_path=expand_path(options.mlx_path))
     job = plan(open_source(options), watch)
     if options.dry_run:
         report = add_wishes(make_report(job), job)
     else:
         with _open_result(job) as writer:
-            passages = _find_passages(job, writer, watch)
+            tokenizer = _write_beside(job, writer)
+            passages = _take_text(job, tokenizer, watch)
             job = decide(job, passages, watch)
 
             def attempt(job: Job) -> Verification | None:
                 write(job, writer, passages, watch)
+                job.opened.store.check_unchanged()
                 return check(job, writer, passages, watch)
 
             if options.target_kl is None:
                 outcome = attempt(job)
             else:
                 job, outcome = search_bits(job, passages, attempt, watch)
-            report = _finish(job, writer, passages, outcome)
+            report = _finish(job, writer, passages, outcome, tokenizer)
         if options.upload_repo is not None:
             watch("uploading", 0, 1)
             hub.upload(Path(options.mlx_path), options.upload_repo)
@@ -126,7 +146,7 @@ def check(
     result is compared with the source quantized alone, too.
 
     Raises:
-        UserError: if a network overflows.
+        UserError: if a network overflows, or an exact result is not its source's function.
     """
     if not job.options.verify or passages is None:
         return None
@@ -139,6 +159,13 @@ def check(
     found, *alone = compare_networks(
         source, results, passages.check, passages.origin, partial(progress, "checking")
     )
+    job.opened.store.check_unchanged()
+    if job.exact and found.max_rel_logit_error > CERTAIN:
+        parts = WrittenParts(writer.folder, job.layout.args, job.family)
+        ratio = compare_with_rounding(source, job.layout.args, parts, passages.check)
+        found = replace(found, rounding_ratio=ratio)
+    if (wrong := explain_difference(found)) is not None and not job.options.force:
+        raise UserError(f"{wrong}. Nothing is written; --force keeps it all the same")
     return found.beside(*alone) if alone else found
 
 
@@ -198,8 +225,8 @@ def _most_bytes(job: Job) -> int:
     return max(whole.nbytes(), job.layout.nbytes())
 
 
-def _find_passages(job: Job, writer: Writer, progress: Progress) -> Passages | None:
-    """Write what the result has beside its weights, and find the text that the rest needs."""
+def _write_beside(job: Job, writer: Writer) -> GuardedTokenizer | None:
+    """Write what the result has beside its weights; return its tokenizer."""
     if not job.form.stock:
         code = Path(str(model_module.__file__)).read_text(encoding="utf-8")
         writer.write_text(MODEL_FILE, code)
@@ -207,14 +234,12 @@ def _find_passages(job: Job, writer: Writer, progress: Progress) -> Passages | N
     writer.write_json("config.json", config)  # transformers reads it with the tokenizer
     trust = {"trust_remote_code": job.options.trust_remote_code}
     same_type = job.form.stock and not job.options.drops
-    tokenizer = None
-    if carry_tokenizer(job.opened, writer.folder, stock=same_type, **trust):
-        name = job.checkpoint.name
-        tokenizer = load_tokenizer(writer.folder, config, name=name, **trust)
-    return _take_text(job, tokenizer, progress)
+    if not carry_tokenizer(job.opened, writer.folder, stock=same_type, **trust):
+        return None
+    return load_tokenizer(writer.folder, config, name=job.checkpoint.name, **trust)
 
 
-def _take_text(job: Job, tokenizer: Any, progress: Progress) -> Passages | None:
+def _take_text(job: Job, tokenizer: GuardedTokenizer | None, progress: Progress) -> Passages | None:
     """The tokens that deciding, calibrating and checking need; None if nothing does."""
     options = job.options
     calibrating = job.calibrated or bool(options.drops)
@@ -248,11 +273,15 @@ def _take_text(job: Job, tokenizer: Any, progress: Progress) -> Passages | None:
 
 
 def _finish(
-    job: Job, writer: Writer, passages: Passages | None, outcome: Verification | None
+    job: Job,
+    writer: Writer,
+    passages: Passages | None,
+    outcome: Verification | None,
+    tokenizer: GuardedTokenizer | None,
 ) -> Report:
     """Report what was done, write the model card, and make the result's folder appear."""
     options, out = job.options, Path(job.options.mlx_path)
-    report = replace(make_report(job), output=str(out))
+    report = add_tokenizer(replace(make_report(job), output=str(out)), tokenizer)
     if job.calibrated and passages is not None:
         report = add_calibration(report, passages)
     if outcome is not None:

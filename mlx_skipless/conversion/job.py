@@ -98,9 +98,11 @@ class Job:
         """What goes, by all that is known."""
         options, args = self.options, self.checkpoint.args
         quantized = options.quantization is not None
-        # Folding is what is exact for it; but gains of many sizes in one matrix round worse.
+        # Folding is what is exact for it; but gains of many sizes in one matrix round worse, and
+        # mlx-lm's own network has norms with weights anyhow.
         pretrained = args.norm == "pre" and not options.skipless and not self.form.packed
-        unasked = pretrained and options.remove == "auto" and not quantized
+        pays = not quantized and not self.form.stock
+        unasked = pretrained and options.remove == "auto" and pays
         return make_plan(
             args,
             remove=options.remove,
@@ -144,6 +146,12 @@ class Job:
         """The network as it lies on disk."""
         args = self.layout.args
         return args if self.form.stock else replace(args, fused=self.layout.fusable_layers)
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing but the rounding of float32 parts the result from its source."""
+        approximate = self.options.drops or self.layout.config_entry is not None
+        return self.dtype == mx.float32 and not approximate
 
     def source_parts(self, dtype: mx.Dtype = mx.float32) -> Merger:
         """The network that the removals start from; in float32, however its weights are stored."""

@@ -59,8 +59,8 @@ class Options:
     )
     fold_norms: bool = exact(
         False,
-        "put every norm's gain into the matrices behind it (exact); --remove auto does that to a "
-        "pretrained model unasked, unless it is to be quantized",
+        "put every norm's gain into the matrices behind it (exact); --remove auto does that "
+        "unasked to a pretrained model of which mlx-lm has no network, unless it is quantized",
         const=True,
     )
     precompute_first_layer: str | None = exact(
@@ -137,6 +137,12 @@ class Options:
         "whether to compare source and result at the end (default); --no-verify leaves that out",
         flags=("--no-verify",),
         const=False,
+    )
+    force: bool = checking(
+        False,
+        "keep an exact float32 result whose error is more than rounding explains; else it is "
+        "refused",
+        const=True,
     )
     seed: int = checking(0, "of the sampled text", metavar="SEED")
 

@@ -3,7 +3,7 @@
 Reads no text. Weights are read to measure condition numbers, where they are at hand.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from ..checkpoints.checkpoint import Checkpoint
@@ -29,8 +29,19 @@ NO_STOCK_DROPS = (
 NO_STOCK_TABLE = (
     "mlx-lm's own network computes its first layer: the result carries one that reads it"
 )
+# Tokens that an attention looks back at least, so that few texts are longer.
+LONG_WINDOW = 1024
+FORGETS_WINDOW = (
+    "the source's attentions look back {:,} tokens, mlx-lm's own network looks back on all: they "
+    "differ in longer texts. The result is mlx-lm's; --fold-norms makes one with the window"
+)
+SAVINGS = (
+    "nothing exact makes a model with skip connections smaller; -q quantizes it, --drop-attention "
+    "auto leaves out the attentions that it hardly needs, and `mlx-skipless heal` makes up for that"
+)
 SKIPLESS_NETWORK = (
-    "for the speed and size of its skipless network (no language model until it is trained): {}"
+    "--skipless --remove {} shows the speed and size of its skipless network, which is no language "
+    "model until it is trained"
 )
 
 
@@ -86,20 +97,44 @@ def choose_form(job: Job) -> Form:
     known = family.stock is not None and not options.skipless
     express = family.expresses_without_sublayers if options.drops else family.expresses
     expressed = known and express(args)
+    forgets_window = known and not expressed and _differs_by_long_window(job)
     # What one matrix holds has bits of its own only as a whole.
     split = options.mixes_bits and bool(family.fused)
     notes = []
-    if known and not expressed:
+    if forgets_window:
+        notes.append(FORGETS_WINDOW.format(args.sliding_window))
+        expressed = True
+    elif known and not expressed:
         notes.append(NO_STOCK_DROPS if family.expresses(args) else STOCK_CANNOT)
     if expressed and table:
         notes.append(NO_STOCK_TABLE)
     stock = expressed and not table and not split
-    if stock and (letters := "".join(_plan_skipless(job))):
-        name = checkpoint.name
-        notes.append(SKIPLESS_NETWORK.format(f"--model {name} --skipless --remove {letters}"))
     if declined is not None:
         notes.append(f"the first layer stays computed: {declined} (--precompute-first-layer force)")
     return replace(form, table=table, stock=stock, notes=tuple(notes))
+
+
+def advise(job: Job) -> Iterator[str]:
+    """Say what makes a pretrained model smaller, where nothing that was asked for does."""
+    options, args = job.options, job.checkpoint.args
+    if options.skipless or options.drops or options.quantization is not None:
+        return
+    if sublayers.explain_undroppable(args) is None:
+        yield SAVINGS
+    if args.norm == "pre" and (letters := "".join(_plan_skipless(job))):
+        yield SKIPLESS_NETWORK.format(letters)
+
+
+def _differs_by_long_window(job: Job) -> bool:
+    """Whether mlx-lm's own network lacks a window alone, which few texts are longer than."""
+    args, options = job.checkpoint.args, job.options
+    whole = replace(args, sliding_window=None, layer_types=[])
+    wanted = options.fold_norms or options.drops or options.precompute_first_layer == "force"
+    return (
+        not wanted
+        and (args.sliding_window or 0) >= LONG_WINDOW
+        and job.checkpoint.family.expresses(whole)
+    )
 
 
 def _can_stay_packed(job: Job) -> bool:

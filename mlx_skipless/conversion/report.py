@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..checkpoints.guarded import GuardedTokenizer
 from ..network.names import EMBEDDING, HEAD
 from ..network.parts import dtype_name
 from ..network.wiring import LETTERS
@@ -18,7 +19,7 @@ from ..text.samples import Passages
 from .check import Verification
 from .decisions import describe_decisions
 from .job import Job
-from .planning import list_wishes
+from .planning import advise, list_wishes
 
 NOTABLE_ERROR = 1e-3  # relative logit error; a well-conditioned merge in float32 stays below
 ALARMING_KL = 0.02  # nats per token: what plain 4-bit quantization costs a small skipless model
@@ -79,6 +80,7 @@ class Report:
         cache_bytes_before, cache_bytes_after: of KV cache, that a token takes.
         rows: of the plan, a part of the network each.
         notes: what else there is to know, a sentence each.
+        advice: what would make the result smaller, a sentence each.
         warnings: what must not be overlooked, a sentence each.
         verification: how far the result is from its source, None where that was not checked.
         seconds: that all took.
@@ -107,6 +109,7 @@ class Report:
     cache_bytes_after: int
     rows: tuple[LayerRow, ...]
     notes: tuple[str, ...]
+    advice: tuple[str, ...]
     warnings: tuple[str, ...]
     verification: Verification | None
     seconds: float
@@ -143,7 +146,8 @@ def make_report(job: Job) -> Report:
         cache_bytes_before=same_format.cache_bytes_per_token,
         cache_bytes_after=layout.cache_bytes_per_token,
         rows=tuple(_make_rows(job, source)),
-        notes=(*plan.notes, *job.form.notes, *describe_decisions(job)),
+        notes=(*job.checkpoint.notes, *plan.notes, *job.form.notes, *describe_decisions(job)),
+        advice=tuple(advise(job)),
         warnings=tuple(_warn_of_plan(job)),
         verification=None,
         seconds=0.0,
@@ -167,14 +171,36 @@ def add_calibration(report: Report, passages: Passages) -> Report:
     return replace(report, notes=(*report.notes, note))
 
 
+def add_tokenizer(report: Report, tokenizer: GuardedTokenizer | None) -> Report:
+    """Add what is wrong with a result's tokenizer, or that it has none."""
+    if tokenizer is not None:
+        return replace(report, warnings=(*report.warnings, *tokenizer.warnings))
+    note = "the source has no tokenizer, so the result has none: put one into its folder"
+    return replace(report, notes=(*report.notes, note))
+
+
 def add_check(report: Report, check: Verification) -> Report:
     """Add the outcome of the check, and a warning if that is bad."""
     notes, warnings = _judge_kl(report, check)
+    if (wrong := explain_difference(check)) is not None:
+        notes, warnings = [], [wrong]
     return replace(
         report,
         verification=check,
         notes=(*report.notes, *_explain_logit_error(report, check), *notes),
         warnings=(*report.warnings, *warnings, *_warn_of_overflow(check)),
+    )
+
+
+def explain_difference(check: Verification) -> str | None:
+    """Say that a result is not the function that its source is; None if it is."""
+    if check.rounding_ratio is None or check.rounding_ratio <= 1:
+        return None
+    return (
+        f"the result is not the same function as its source: its logits are off by up to "
+        f"{check.max_rel_logit_error:.1e}, {check.rounding_ratio:,.0f} times what weights rounded "
+        "a hundred times as coarsely as float32's explain. This is a fault of mlx-skipless: report "
+        "this model"
     )
 
 

@@ -22,7 +22,7 @@ from ..network.driver import RESIDENT_BYTES, StreamedNetwork
 from ..network.model import ModelArgs
 from ..network.names import EMBEDDING, HEAD, MLP, PROJECTIONS, module_path
 from ..network.wiring import LETTERS
-from ..options import check_seed
+from ..options import check_seed, expand_path
 from ..progress import Progress, Steps
 from ..quantization.layout import Layout
 from ..quantization.sensitivity import limit_tokens
@@ -208,6 +208,8 @@ def analyze(
         checkpoint = checkpoint.without_weights()
     text = _Text(str(calibration), content, seed)
     measured = _measure(checkpoint, text, trust_remote_code, progress)
+    if isinstance(checkpoint, Checkpoint):
+        checkpoint.store.check_unchanged()
     return _describe(str(model), checkpoint, measured, _find_notes(checkpoint, content))
 
 
@@ -252,6 +254,7 @@ def _describe(
 def _find_notes(checkpoint: Blueprint, text: str | None) -> Iterator[str]:
     """Say what the figures of a source do not; ``text`` is what the user gave to measure on."""
     args = checkpoint.args
+    yield from checkpoint.notes
     if not isinstance(checkpoint, Checkpoint):
         yield "a config alone: nothing could be measured"
     if (reason := sublayers.explain_undroppable(args)) is not None:
@@ -272,7 +275,7 @@ def _find_notes(checkpoint: Blueprint, text: str | None) -> Iterator[str]:
 
 def _lacks_weights(model: str | Path) -> bool:
     """Whether a model is a folder of a config without weights of any kind."""
-    folder = Path(model).expanduser()
+    folder = expand_path(model)
     weights = ("*.safetensors*", "*.bin*", "*.pt*", "*.gguf")
     has_config = (folder / "config.json").is_file()
     return has_config and not any(file for kind in weights for file in folder.glob(kind))

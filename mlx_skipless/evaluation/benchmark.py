@@ -26,6 +26,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from ..constants import FLOAT_NAMES, REMOVALS
 from ..errors import UserError
+from ..inference.context import check_windows
 from ..inference.loading import load_network
 from ..memory import device_memory_bytes, format_bytes, weight_bytes
 from ..network.model import Model
@@ -247,6 +248,7 @@ def benchmark(
         _check_models_alone(models, remove, dtype, quantization, save)
     found, notes = _gather_models(models, pair)
     _check_memory(found.values(), cases, decode_tokens)
+    notes += _check_contexts(found, cases, decode_tokens)
     if pair is not None and save is not None:
         write_checkpoint(pair.shape, pair.dtype, save, progress)
         notes.append(f"wrote {save}")
@@ -310,6 +312,21 @@ def _gather_models(
         found[baseline] = vanilla
         notes.append(f"{baseline}: random weights, of the sizes of {first}")
     return {baseline: found[baseline], **found}, notes
+
+
+def _check_contexts(
+    found: Mapping[str, nn.Module], cases: Sequence[Case], decode_tokens: int
+) -> Iterable[str]:
+    """Say of each model if cases are longer than what it was made for, which costs it no time.
+
+    Raises:
+        UserError: if it has no positions for them.
+    """
+    for label, model in found.items():
+        for flag, alone in (("--prompt-lengths", False), ("--contexts", True)):
+            lengths = [case.length + decode_tokens for case in cases if case.decode_only == alone]
+            beyond = check_windows(model, lengths, f"{label}: {flag} and --decode-tokens make")
+            yield from () if beyond is None else (beyond,)
 
 
 def _load_models(models: Sequence[str | Path]) -> dict[str, nn.Module]:

@@ -13,6 +13,7 @@ from mlx_lm.evaluate import MLXLM
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import UserError, first_line
+from ..options import expand_path
 
 
 class LoadedLM(MLXLM):
@@ -42,8 +43,8 @@ def find_tasks(tasks: Sequence[str], include_path: Path | None) -> list[str]:
     found = []
     for task in tasks:
         matches = _make_manager(include_path).match_tasks([task])
-        if not matches and Path(task).is_file():
-            matches = [task]
+        if not matches and expand_path(task).is_file():
+            matches = [str(expand_path(task))]
         if not matches:
             raise UserError(
                 f"--tasks {task}: no such task or file; `lm-eval ls tasks` lists the tasks, "

@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import UserError
+from ..inference.context import check_windows, find_context
 from ..inference.loading import load
 from ..network.metrics import measure_nll
 from ..text import corpus
@@ -47,6 +48,7 @@ def measure_perplexity(
     context: int | None = None,
     batch_size: int = 16,
     trust_remote_code: bool = False,
+    warn: Callable[[str], None] = lambda line: None,
 ) -> Score:
     """Score a model on held-out text, in windows that do not overlap.
 
@@ -58,6 +60,7 @@ def measure_perplexity(
         context: tokens of a window; default: what the model was made for, at most 512.
         batch_size: windows at once.
         trust_remote_code: let a model of another architecture run the code that it brings.
+        warn: called with a line if windows are longer than what the model was made for.
 
     Raises:
         UserError: for a model or text that cannot be used.
@@ -72,9 +75,10 @@ def measure_perplexity(
         share=validation_share,
     )
     network, tokenizer = load(model, trust_remote_code=trust_remote_code)
-    longest = getattr(getattr(network, "args", None), "max_position_embeddings", None)
-    length = context or min(CONTEXT, longest or CONTEXT)
-    tokens = corpus.encode(texts.validation, tokenizer._tokenizer)
+    length = context or min(CONTEXT, find_context(network) or CONTEXT)
+    if (beyond := check_windows(network, [length], "--context")) is not None:
+        warn(beyond)
+    tokens = corpus.encode(texts.validation, tokenizer)
     check_length(tokens, length)
     return score_tokens(
         lambda batch: sum_nll(network, batch), tokens, tokenizer._tokenizer, length, batch_size

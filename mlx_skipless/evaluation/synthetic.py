@@ -22,6 +22,7 @@ from ..errors import UserError, first_line
 from ..network.model import Model, ModelArgs
 from ..network.names import EMBEDDING, FINAL_NORM, HEAD
 from ..network.parts import dtype_name
+from ..options import expand_path
 from ..progress import Progress
 from ..quantization.layout import Layout, quantize_nearest
 from ..quantization.settings import Quantization
@@ -82,7 +83,7 @@ def find_shape(name: str) -> Shape:
     stem, _, layers = name.rpartition(":")
     if not (stem and layers.isdecimal()):
         stem, layers = name, ""
-    path = Path(stem).expanduser()
+    path = expand_path(stem)
     if path.is_dir():
         path = path / "config.json"
     if path.is_file() or path.suffix == ".json":
@@ -245,7 +246,7 @@ def write_checkpoint(
     layout = Layout(shape.args, dtype)
     layers = range(shape.args.num_hidden_layers)
     parts = [EMBEDDING, *(f"model.layers.{layer}" for layer in layers), FINAL_NORM, HEAD]
-    with Writer(Path(out), layout.nbytes(), "--save") as writer:
+    with Writer(expand_path(out), layout.nbytes(), "--save") as writer:
         writer.write_json("config.json", shape.stock_config | {"torch_dtype": dtype_name(dtype)})
         for done, part in enumerate(parts):
             progress("saving", done, len(parts))

@@ -13,6 +13,8 @@ from typing import Any
 
 from ..errors import UserError, first_line
 from ..inference.loading import load
+from ..inference.prompts import has_turns
+from ..options import expand_path
 
 Results = Mapping[str, Any]  # what lm_eval.simple_evaluate returns
 SEED = 123  # mlx_lm.evaluate's
@@ -74,7 +76,7 @@ def evaluate(
         num_shots: examples in the prompt; default: what the task says.
         limit: items of each task to run; default: all.
         batch_size: sequences at once.
-        apply_chat_template: ask in turns of a chat; default: if the source has a chat template.
+        apply_chat_template: ask in turns of a chat; default: if the source takes turns.
         seed: seed of the choice of examples.
         confirm_run_unsafe_code: let tasks run what the model wrote.
         trust_remote_code: let models of other architectures run the code that they bring.
@@ -90,21 +92,22 @@ def evaluate(
     ):  # fmt: skip
         if value is not None and value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
-    folder = None if include_path is None else Path(include_path)
+    folder = None if include_path is None else expand_path(include_path)
     if folder is not None and not folder.is_dir():
         raise UserError(f"--include-path {include_path}: no such folder")
     harness = _import_harness()
     names = harness.find_tasks(tasks, folder)
     # Both are opened before either is run, and neither is read before its turn.
-    opened = [load(m, lazy=True, trust_remote_code=trust_remote_code) for m in (source, result)]
+    read = partial(load, trust_remote_code=trust_remote_code)
+    tokenizers = [read(model, lazy=True)[1] for model in (source, result)]
     if apply_chat_template is None:
-        apply_chat_template = opened[0][1].chat_template is not None
+        apply_chat_template = has_turns(tokenizers[0])
     run = partial(
         harness.run_tasks, tasks=names, include_path=folder, batch_size=batch_size, seed=seed,
         apply_chat_template=apply_chat_template, num_fewshot=num_shots, limit=limit,
         confirm_run_unsafe_code=confirm_run_unsafe_code,
     )  # fmt: skip
-    return list(pair_scores(*(run(*opened.pop(0)) for _ in (source, result))))
+    return list(pair_scores(*(run(*read(model)) for model in (source, result))))
 
 
 def _import_harness() -> Any:

@@ -20,6 +20,8 @@ from mlx_lm.models.cache import (
 )
 
 from ..errors import UserError, first_line
+from ..options import expand_path
+from .context import find_context, has_position_table
 
 KV_BITS = (2, 3, 4, 6, 8)
 KEEP = 4  # a rotating cache never drops the first tokens: attention leans on them
@@ -62,6 +64,17 @@ def make_cache(
     return cache
 
 
+def make_sliding_cache(model: nn.Module) -> list[Any]:
+    """Make a cache that holds the model's context and no more, if it has one and that can be."""
+    size = find_context(model)
+    if size is None or size <= KEEP or has_position_table(model):
+        return make_cache(model)
+    try:
+        return make_cache(model, max_kv_size=size)
+    except UserError:  # of layers whose caches cannot be bounded
+        return make_cache(model)
+
+
 def make_draft_caches(
     model: nn.Module, draft_model: nn.Module, tokens: int, kv_bits: int | None
 ) -> list[Any]:
@@ -91,7 +104,7 @@ def load_cache(file: str | Path, model: nn.Module) -> list[Any]:
         UserError: if there is none, or it is another model's.
     """
     try:
-        cache = load_prompt_cache(str(file))
+        cache = load_prompt_cache(str(expand_path(file)))
     except (OSError, RuntimeError, ValueError, KeyError) as e:
         raise UserError(
             f"{file} is no prompt cache ({first_line(e)}): `mlx_lm.cache_prompt` makes one"

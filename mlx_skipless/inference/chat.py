@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import takewhile
 from typing import Any, TextIO
 
@@ -13,21 +13,24 @@ import mlx.nn as nn
 from mlx_lm.models.cache import trim_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..errors import UserError
 from ..memory import format_bytes
-from .caches import make_cache
-from .generation import Answer, Stream, check_options, restore_first_space, stream, summarize
-from .prompts import apply_template, encode_prompt
+from ..terminal import make_visible
+from .caches import make_cache, make_sliding_cache
+from .context import find_context
+from .generation import Answer, Stream, restore_first_space, stream, summarize
+from .keyboard import edit_lines, read_message
+from .prompts import apply_template, check_text, encode_prompt, has_turns, open_conversation
+from .sampling import check_options
 
 HELP = """\
 /reset  forget the conversation
 /stats  what it has taken so far
 /help   this list
-/quit   leave (so does Ctrl-D)
-Ctrl-C stops an answer."""
-
-# An untrained model says anything, terminal commands too.
-_VISIBLE = dict.fromkeys((*range(32), *range(127, 160)), "�")
-del _VISIBLE[ord("\n")], _VISIBLE[ord("\t")]
+/quit   leave (so do /exit, quit, exit and Ctrl-D)
+\"\"\" opens a message of several lines, and ends it. Ctrl-C stops an answer."""
+LEAVING = ("/quit", "/exit", "quit", "exit")
+FULL = 0.75  # of the context: time to say so
 
 
 class Conversation:
@@ -41,6 +44,10 @@ class Conversation:
         cached: the ids in the cache.
         reused: how many of them the last turn found there.
         last: the last turn's answer, None before the first.
+        cut: what ended it, if not an end token.
+        forgotten: how many messages, or tokens where there are no turns, the last turn left out at
+            the beginning, because the model's context was full.
+        context: the tokens that the model was made for; None: unknown, or the cache is smaller.
         turns: how many there were.
         prompt_tokens: that were processed in all turns.
         generation_tokens: that were generated in all turns.
@@ -51,6 +58,7 @@ class Conversation:
         model: nn.Module,
         tokenizer: TokenizerWrapper,
         *,
+        system_prompt: str | None = None,
         max_kv_size: int | None = None,
         kv_bits: int | None = None,
         **sampling: Any,
@@ -58,8 +66,10 @@ class Conversation:
         self.cached: list[int]
         self._model = model
         self._tokenizer = tokenizer
+        self._system = open_conversation(tokenizer, system_prompt)
         self._shape = {"max_kv_size": max_kv_size, "kv_bits": kv_bits}
         self._sampling = sampling
+        self.context = find_context(model) if max_kv_size is None else None
         self.reset()
 
     def reset(self) -> None:
@@ -68,6 +78,7 @@ class Conversation:
         self.last: Answer | None = None
         self._transcript: list[int] = []
         self.turns = self.prompt_tokens = self.generation_tokens = self.reused = 0
+        self.forgotten, self.cut = 0, ""
         self._drop_cache()
 
     def ask(self, text: str, *, same_line: bool = False) -> Generator[str, None, None]:
@@ -98,10 +109,28 @@ class Conversation:
         self._remember(text, ids, pieces)
 
     def _encode_turn(self, text: str) -> list[int]:
-        """Encode the whole conversation, with ``text`` as its next turn."""
-        if self._tokenizer.has_chat_template:
-            messages = [*self.messages, {"role": "user", "content": text}]
-            return list(apply_template(self._tokenizer, messages))
+        """Encode the conversation, with ``text`` as its next turn.
+
+        Where it would leave an answer less than a quarter of the model's context, its beginning is
+        dropped until it takes half of that.
+        """
+        self.forgotten = 0
+        ids = self._encode_all(text)
+        if self.context is None or len(ids) <= self.context * FULL:
+            return ids
+        if has_turns(self._tokenizer):
+            while self.forgotten < len(self.messages) and len(ids) > self.context // 2:
+                self.forgotten += 2
+                ids = self._encode_all(text)
+        elif self._transcript:
+            self.forgotten = min(len(ids) - self.context // 2, len(self._transcript))
+        return ids if has_turns(self._tokenizer) else ids[self.forgotten :]
+
+    def _encode_all(self, text: str) -> list[int]:
+        check_text(text)
+        if has_turns(self._tokenizer):
+            said = [*self._system, *self.messages[self.forgotten :]]
+            return list(apply_template(self._tokenizer, [*said, {"role": "user", "content": text}]))
         if not self._transcript:
             return encode_prompt(self._tokenizer, text, chat=False)
         more = self._tokenizer.encode("\n" + text, add_special_tokens=False)
@@ -120,10 +149,12 @@ class Conversation:
         return ids[common:]
 
     def _remember(self, text: str, ids: list[int], pieces: Stream) -> None:
-        self.last = pieces.answer
+        self.last, self.cut = pieces.answer, pieces.cut
         self.turns += 1
         self.prompt_tokens += self.last.prompt_tokens
         self.generation_tokens += self.last.generation_tokens
+        if has_turns(self._tokenizer):
+            del self.messages[: self.forgotten]
         self.messages += [
             {"role": "user", "content": text},
             {"role": "assistant", "content": pieces.text},
@@ -133,7 +164,10 @@ class Conversation:
             self._transcript.pop()
 
     def _drop_cache(self) -> None:
-        self.cache = make_cache(self._model, **self._shape)
+        bounded = any(size is not None for size in self._shape.values())
+        self.cache = (
+            make_cache(self._model, **self._shape) if bounded else make_sliding_cache(self._model)
+        )
         self.cached = []
 
 
@@ -145,6 +179,8 @@ def chat(
     err: TextIO | None = None,
     seed: int | None = None,
     opening: str | None = None,
+    remarks: Sequence[str] = (),
+    system_prompt: str | None = None,
     max_kv_size: int | None = None,
     kv_bits: int | None = None,
     **sampling: Any,
@@ -158,6 +194,8 @@ def chat(
         err: where all else goes; None: standard error.
         seed: of the whole chat.
         opening: what the model goes on from before the first turn.
+        remarks: lines to show before the first turn.
+        system_prompt: what the system says before the first turn.
         max_kv_size, kv_bits: as ``make_cache`` takes them.
         sampling: options of ``generation.stream``.
 
@@ -166,35 +204,51 @@ def chat(
     """
     out, err = out or sys.stdout, err or sys.stderr
     check_options(seed=seed, **sampling)
-    talk = Conversation(model, tokenizer, max_kv_size=max_kv_size, kv_bits=kv_bits, **sampling)
+    talk = Conversation(
+        model, tokenizer, system_prompt=system_prompt, max_kv_size=max_kv_size, kv_bits=kv_bits,
+        **sampling,
+    )  # fmt: skip
     if seed is not None:
         mx.random.seed(seed)
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (gives input() its editing and history)
 
     def note(text: str) -> None:
-        print(_make_dim(text, err), file=err, flush=True)
+        print(_make_dim(make_visible(text), err), file=err, flush=True)
 
-    note("Write to the model; /help lists the commands, Ctrl-D leaves.")
-    if opening:
-        out.write(opening)
-        note(_describe_costs(talk) if _answer(talk, opening, out, same_line=True) else "")
-    while True:
-        try:
-            line = input("> ").encode(errors="replace").decode().strip()
-            if line == "/quit":
-                return
-            _handle_line(talk, line, out, note)
-        except EOFError:
-            note("")
-            return
-        except KeyboardInterrupt:
-            note("\nCtrl-D or /quit leaves.")
-        except UnicodeDecodeError as e:
-            note(f"error: this terminal does not send {e.encoding}; set its encoding to that")
+    for line in ("Write to the model; /help lists the commands, Ctrl-D leaves.", *remarks):
+        note(line)
+    with edit_lines():
+        while _take_turn(talk, out, note, opening):
+            opening = None
 
 
-def _handle_line(talk: Conversation, line: str, out: TextIO, note: Callable[[str], None]) -> None:
+def _take_turn(
+    talk: Conversation, out: TextIO, note: Callable[[str], None], opening: str | None
+) -> bool:
+    """Go on from an opening, or read a message and do what it asks; False if the user leaves."""
+    try:
+        if opening:
+            out.write(opening)
+            _report(talk, _answer(talk, opening, out, same_line=True), note, stopped="")
+            return True
+        message = read_message()
+        if message in LEAVING:
+            return False
+        _handle_message(talk, message, out, note)
+    except EOFError:
+        note("")
+        return False
+    except KeyboardInterrupt:
+        note("\nCtrl-D or /quit leaves.")
+    except UnicodeDecodeError as e:
+        note(f"error: this terminal does not send {e.encoding}; set its encoding to that")
+    except UserError as e:
+        note(f"error: {e}")
+    return True
+
+
+def _handle_message(
+    talk: Conversation, line: str, out: TextIO, note: Callable[[str], None]
+) -> None:
     """Do a command other than /quit, or answer what else the user wrote."""
     if line == "/reset":
         talk.reset()
@@ -203,11 +257,10 @@ def _handle_line(talk: Conversation, line: str, out: TextIO, note: Callable[[str
         note(_describe_totals(talk))
     elif line == "/help":
         note(HELP)
-    elif line.startswith("/"):
+    elif line.startswith("/") and "\n" not in line:
         note(f"{line.split()[0]} is no command; /help lists them.")
     elif line:
-        said = _answer(talk, line, out)
-        note(_describe_costs(talk) if said else "Stopped; the message is forgotten.")
+        _report(talk, _answer(talk, line, out), note)
 
 
 def _answer(talk: Conversation, text: str, out: TextIO, *, same_line: bool = False) -> bool:
@@ -226,7 +279,7 @@ def _answer(talk: Conversation, text: str, out: TextIO, *, same_line: bool = Fal
         with contextlib.closing(talk.ask(text, same_line=same_line)) as pieces:
             for piece in pieces:
                 begun = True
-                out.write(piece.translate(_VISIBLE))
+                out.write(make_visible(piece))
                 out.flush()
                 if stopped:
                     break
@@ -238,9 +291,38 @@ def _answer(talk: Conversation, text: str, out: TextIO, *, same_line: bool = Fal
     return begun
 
 
+def _report(
+    talk: Conversation,
+    said: bool,
+    note: Callable[[str], None],
+    stopped: str = "Stopped; the message is forgotten.",
+) -> None:
+    """Tell what an answer took and how much room is left, or that it was stopped."""
+    note(_describe_costs(talk) if said else stopped)
+    for remark in _describe_room(talk) if said else ():
+        note(remark)
+
+
 def _describe_costs(talk: Conversation) -> str:
     assert talk.last is not None, "no answer yet"
-    return summarize(talk.last, reused=talk.reused)
+    return summarize(talk.last, reused=talk.reused, cut=talk.cut)
+
+
+def _describe_room(talk: Conversation) -> Iterator[str]:
+    """Say what the model's context made the last turn forget, and if it is about to overflow."""
+    if talk.context is None or talk.last is None:
+        return
+    size, held = talk.context, len(talk.cached)
+    context = f"the model's context of {size:,} tokens"
+    if talk.forgotten:
+        yield f"The conversation outgrew {context}: its beginning is forgotten."
+    if held > size:
+        yield f"This turn is longer than {context}: the model saw only the end of it."
+    elif held > size * FULL:
+        yield (
+            f"{held:,} of the {size:,} tokens of the model's context are taken: the beginning is "
+            "about to be forgotten; /reset forgets all."
+        )
 
 
 def _describe_totals(talk: Conversation) -> str:

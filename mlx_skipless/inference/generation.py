@@ -5,7 +5,6 @@ mlx-lm does the sampling and the decoding. Nothing here prints or parses argumen
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +13,16 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse, stream_generate
-from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..memory import format_bytes
 from ..network.parts import dtype_name
-from .caches import make_cache, make_draft_caches
+from .caches import make_cache, make_draft_caches, make_sliding_cache
+from .context import find_context, limit_answer
 from .loading import load
 from .prompts import encode_prompt
+from .sampling import check_options, make_samplers
 
 DRAFTS = 3  # tokens that a draft model proposes at a time
 TALE, TALE_TEMP = "Once upon a time", 0.8  # where nobody asks for anything
@@ -67,6 +67,7 @@ class Stream(Iterator[str]):
         tokens: the generated ids so far, the end token included; between two pieces all of them are
             in the cache, unless there is a draft model.
         text: what they say.
+        cut: what ends an answer that has no end token.
     """
 
     def __init__(
@@ -75,9 +76,11 @@ class Stream(Iterator[str]):
         *,
         drafts: int = 0,
         max_tokens: int = 0,
+        cut: str = "--max-tokens",
     ):
         """``drafts``: what a draft model proposes at a time, within ``max_tokens`` in all."""
         self._responses = responses
+        self.cut = cut
         self._drafts, self._max_tokens = drafts, max_tokens
         self._last: GenerationResponse | None = None
         self._drafted = self._accepted = 0
@@ -85,7 +88,16 @@ class Stream(Iterator[str]):
         self.text = ""
 
     def __next__(self) -> str:
-        response = next(self._responses)
+        try:
+            response = next(self._responses)
+        except (StopIteration, UserError):
+            raise
+        except Exception as error:  # of mlx-lm's detokenizers and samplers, and of the model
+            raise UserError(
+                f"the answer breaks off after {len(self.tokens):,} tokens "
+                f"({type(error).__name__}: {first_line(error)}): the model or its tokenizer cannot "
+                "go on; download it again, or ask otherwise"
+            ) from error
         if self._drafts:
             # A round of drafts ends with a token of the model's own.
             if self._last is None or not self._last.from_draft:
@@ -143,64 +155,77 @@ def stream(
     prompt: str | list[int],
     *,
     max_tokens: int = 256,
-    temp: float = 0.0,
-    top_p: float = 0.0,
-    min_p: float = 0.0,
     seed: int | None = None,
     max_kv_size: int | None = None,
     kv_bits: int | None = None,
     prompt_cache: list[Any] | None = None,
     draft_model: nn.Module | None = None,
     num_draft_tokens: int = DRAFTS,
+    **choice: Any,
 ) -> Stream:
     """Start an answer to a prompt; iterate for its text, then read ``answer``.
+
+    An answer that outgrows the model's context goes on with the oldest tokens out of sight, or ends
+    there if its cache cannot slide.
 
     Args:
         model: what answers.
         tokenizer: the model's.
         prompt: text, which goes through the chat template if there is one, or token ids.
         max_tokens: of the answer.
-        temp, top_p, min_p: as ``mlx_lm.sample_utils.make_sampler`` takes them; top_p 1 is off, too.
         seed: of MLX's random state, set when the first piece is asked for.
         max_kv_size, kv_bits: as ``make_cache`` takes them.
         prompt_cache: a cache to go on from, which is extended in place.
         draft_model: proposes ``num_draft_tokens`` at a time, which ``model`` checks at once: the
             answer is ``model``'s (arXiv 2211.17192, as mlx-lm does it). Its tokens are the same.
+        choice: ``temp``, ``top_p``, ``min_p``, ``top_k`` and ``repetition_penalty``, as
+            ``sampling.make_samplers`` takes them.
 
     Raises:
         UserError: for options and prompts that cannot be.
     """
-    check_options(max_tokens=max_tokens, temp=temp, top_p=top_p, min_p=min_p, seed=seed)
+    check_options(max_tokens=max_tokens, seed=seed, **choice)
     ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
     if not ids:
         raise UserError("the prompt is empty: give at least one token")
+    tokens = len(ids) + max_tokens
     if draft_model is None:
-        cache = _choose_cache(model, prompt_cache, max_kv_size, kv_bits)
+        cache = _choose_cache(model, prompt_cache, tokens, max_kv_size, kv_bits)
     elif max_kv_size is not None or prompt_cache is not None:
         raise UserError(
             "--draft-model takes back tokens from caches of its own: drop --max-kv-size and a "
             "cache to go on from"
         )
+    elif choice.get("repetition_penalty") not in (None, 1):
+        raise UserError("--draft-model: mlx-lm penalizes no prompt then; drop --repetition-penalty")
     elif num_draft_tokens < 1:
         raise UserError(f"--num-draft-tokens {num_draft_tokens}: must be at least 1")
     else:
-        cache = make_draft_caches(model, draft_model, len(ids) + max_tokens, kv_bits)
-    options: dict[str, Any] = {"max_tokens": max_tokens, "prompt_cache": cache}
+        cache = make_draft_caches(model, draft_model, tokens, kv_bits)
+    most = limit_answer(model, cache, len(ids), max_tokens)
+    options: dict[str, Any] = {"max_tokens": most, "prompt_cache": cache}
     options |= {"draft_model": draft_model, "num_draft_tokens": num_draft_tokens}
-    options |= {"sampler": make_sampler(temp, top_p, min_p)}
+    responses = _respond(model, tokenizer, ids, seed, options | make_samplers(**choice))
     drafts = 0 if draft_model is None else num_draft_tokens
-    responses = _respond(model, tokenizer, ids, seed, options)
-    return Stream(responses, drafts=drafts, max_tokens=max_tokens)
+    cut = "--max-tokens" if most == max_tokens else "the end of the model's context"
+    return Stream(responses, drafts=drafts, max_tokens=most, cut=cut)
 
 
 def _choose_cache(
-    model: nn.Module, given: list[Any] | None, max_kv_size: int | None, kv_bits: int | None
+    model: nn.Module,
+    given: list[Any] | None,
+    tokens: int,
+    max_kv_size: int | None,
+    kv_bits: int | None,
 ) -> list[Any]:
-    if given is None:
-        return make_cache(model, max_kv_size=max_kv_size, kv_bits=kv_bits)
-    if max_kv_size is not None or kv_bits is not None:
-        raise UserError("max_kv_size and kv_bits shape a new cache: give them to make_cache")
-    return given
+    """Make a cache for so many tokens, bounded where they are more than the model's context."""
+    if given is not None:
+        if max_kv_size is not None or kv_bits is not None:
+            raise UserError("max_kv_size and kv_bits shape a new cache: give them to make_cache")
+        return given
+    if max_kv_size is None and kv_bits is None and tokens > (find_context(model) or tokens):
+        return make_sliding_cache(model)
+    return make_cache(model, max_kv_size=max_kv_size, kv_bits=kv_bits)
 
 
 def _respond(
@@ -247,9 +272,9 @@ def generate(
         tokenizer: the model's; None: that of the folder.
         prompt: text, which goes through the chat template if there is one, or token ids as they
             are.
-        options: those of ``stream``: ``max_tokens`` (256), ``temp`` (0: greedy), ``top_p`` and
-            ``min_p`` (0: off), ``seed``, ``max_kv_size``, ``kv_bits``, ``prompt_cache``,
-            ``draft_model``, ``num_draft_tokens`` (3).
+        options: those of ``stream``: ``max_tokens`` (256), ``temp`` (0: greedy), ``top_p``,
+            ``min_p`` and ``top_k`` (0: off), ``repetition_penalty``, ``seed``, ``max_kv_size``,
+            ``kv_bits``, ``prompt_cache``, ``draft_model``, ``num_draft_tokens`` (3).
 
     Raises:
         UserError: for options and prompts that cannot be.
@@ -263,6 +288,33 @@ def generate(
     for _ in pieces:
         pass
     return pieces.answer
+
+
+def warm_up(
+    model: nn.Module, tokenizer: TokenizerWrapper, prompt_tokens: int = 64, **options: Any
+) -> None:
+    """Answer something that nobody sees, so that what comes next is timed truly.
+
+    Kernels are compiled or fetched when they are first used, and which ones depends on lengths:
+    this prompt is as long as the one to come, less whole blocks of 64. It uses a cache of its own,
+    and leaves MLX's random state as it was.
+
+    Args:
+        model: what answers.
+        tokenizer: the model's.
+        prompt_tokens: of the prompt to come.
+        options: those of ``stream`` for it.
+    """
+    blocks = max(0, (prompt_tokens - 2) // 64 - 1)
+    ids = [0] * (prompt_tokens - 64 * blocks)  # the last token of a prompt is a step of its own
+    options = {**options, "max_tokens": 3, "prompt_cache": None, "seed": None}
+    state: Any = mx.random.state
+    high, low = state[0].tolist()  # of the seed that leads on from here
+    with contextlib.suppress(UserError):  # the answer itself will tell
+        for _ in stream(model, tokenizer, ids, **options):
+            pass
+    mx.random.seed(high << 32 | low)
+    mx.clear_cache()
 
 
 def load_draft(
@@ -279,31 +331,16 @@ def load_draft(
     return model
 
 
-def check_options(
-    *,
-    max_tokens: int = 256,
-    temp: float = 0.0,
-    top_p: float = 0.0,
-    min_p: float = 0.0,
-    seed: int | None = None,
-) -> None:
-    """Raise UserError for options of a sampled answer that cannot be."""
-    if max_tokens < 1:
-        raise UserError(f"--max-tokens {max_tokens}: must be at least 1")
-    if not (math.isfinite(temp) and temp >= 0):
-        raise UserError(f"--temp {temp}: must be at least 0 (0 takes the likeliest token)")
-    if not 0 <= top_p <= 1:
-        raise UserError(f"--top-p {top_p}: must lie between 0 and 1 (0 or 1 turns it off)")
-    if not 0 <= min_p <= 1:
-        raise UserError(f"--min-p {min_p}: must lie between 0 and 1 (0 turns it off)")
-    if seed is not None and not 0 <= seed < 2**64:
-        raise UserError(f"--seed {seed}: must be at least 0 and fit 64 bits")
+def summarize(answer: Answer, *, reused: int = 0, cut: str = "--max-tokens") -> str:
+    """Say in a line what an answer took.
 
-
-def summarize(answer: Answer, *, reused: int = 0) -> str:
-    """Say in a line what an answer took; ``reused`` prompt tokens were in the cache already."""
+    Args:
+        answer: the answer.
+        reused: prompt tokens that were in the cache already.
+        cut: what ended it, if not an end token.
+    """
     cached = f" ({reused:,} more were in the cache)" if reused else ""
-    cut = ", cut off by --max-tokens" if answer.finish_reason == "length" else ""
+    cut = f", cut off by {cut}" if answer.finish_reason == "length" else ""
     share = f"{answer.accepted_tokens:,} of {answer.drafted_tokens:,}"
     drafts = f", {share} drafts accepted" if answer.drafted_tokens else ""
     return (

@@ -1,23 +1,37 @@
 """Loading a model to run: a converted one without trust, any other as mlx-lm does."""
 
+import contextlib
+import glob
+import inspect
+import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..architectures.config import read_model_args
+from ..architectures.config import check_sizes, read_model_args
 from ..architectures.families import find_family
 from ..architectures.tensors import find_places, list_shapes
 from ..checkpoints import files, hub
-from ..checkpoints.files import read_json
-from ..checkpoints.safetensors import SafetensorsStore
+from ..checkpoints.files import ADAPTER_CONFIG, ADAPTERS, PEFT_ADAPTERS, read_config
+from ..checkpoints.packed import is_packed
+from ..checkpoints.safetensors import FLOATS, SafetensorsStore, is_float, read_header
 from ..checkpoints.tokenizer import load_tokenizer
-from ..errors import UserError, first_line
+from ..errors import UserError
 from ..network.model import Model, ModelArgs
+from ..network.parts import dtype_name
+from ..options import expand_path
+from .context import read_context
 
+MOST_SAID = 300  # characters of a library's error
+QUANTIZATION_KEYS = ("quantization", "quantization_config")
 BUNDLED = Path(__file__).parents[1] / "assets" / "tales"  # a source checkpoint that tells tales
 
 
@@ -82,34 +96,146 @@ def load_network(
     folder = hub.resolve(str(path_or_hf_repo), revision=revision, code=trust_remote_code)
     if not folder.is_dir():
         raise UserError(f"{folder} is no model folder: `convert.py --model {folder}` makes one")
-    config = read_json(folder / "config.json")
-    files.check_small(folder)
-    skipless = config.get("model_type") == "skipless"
-    if config.get("model_file") and not skipless and not trust_remote_code:
-        raise UserError(
-            f"{path_or_hf_repo} brings its own code ({config['model_file']}): add "
-            "--trust-remote-code if you trust it"
-        )
+    config, skipless = _read_config(folder, path_or_hf_repo, trust_remote_code)
     store = SafetensorsStore(folder)
-    overrides = {}
+    check_sizes(config, len(store.shapes))
+    overrides: dict[str, Any] = {}
     if skipless:
         tensors = list_shapes(find_places(find_family(config), store.shapes), store.shapes)
         overrides = {**asdict(read_model_args(config, tensors)), "model_file": None}
-    try:
+    if not is_packed(store):  # a declaration may be left over; mlx-lm would believe it
+        overrides |= dict.fromkeys(QUANTIZATION_KEYS)
+    with _explain_errors(path_or_hf_repo, store), _show(folder, store.files) as shown:
         model, config = mlx_lm.utils.load_model(
-            folder,
-            lazy,
+            shown,
+            lazy=True,
             model_config=overrides,
             get_model_classes=_get_own_classes if skipless else mlx_lm.utils._get_classes,
             trust_remote_code=trust_remote_code and not skipless,
         )
-        store.check_unchanged()
+        _check_types(model, folder, store.has_fp8)
+        model.context = read_context(config)
         if adapter_path is not None:
-            model = mlx_lm.utils.load_adapters(model, adapter_path)
-            model.eval()
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
-        raise UserError(f"{path_or_hf_repo} cannot be loaded: {first_line(error)}") from error
+            model = _apply_adapters(model, expand_path(adapter_path))
+        _try(model)
+        if not lazy:
+            mx.eval(model.parameters())
+    store.check_unchanged()
     return model, folder, config
+
+
+def _read_config(
+    folder: Path, name: str | Path, trust_remote_code: bool
+) -> tuple[dict[str, Any], bool]:
+    """Read a folder's config.json, and tell whether this package's own code runs it.
+
+    Raises:
+        UserError: if something beside the weights is broken, or the model asks for trust.
+    """
+    config = read_config(folder)
+    files.check_small(folder)
+    skipless = config.get("model_type") == "skipless"
+    code = config.get("model_file")
+    if code and not skipless:
+        if not trust_remote_code:
+            raise UserError(
+                f"{name} brings its own code ({code}): add --trust-remote-code if you trust it"
+            )
+        if not files.is_there(folder / str(code)):
+            raise UserError(f"{folder} lacks {code}, its own code: download it again")
+    return config, skipless
+
+
+@contextlib.contextmanager
+def _show(folder: Path, listed: list[Path]) -> Iterator[Path]:
+    """A folder of a model in which mlx-lm finds the listed weights and no others.
+
+    mlx-lm reads whatever is called model*.safetensors. If these are not the listed files, the
+    folder is one of links. MLX keeps the files open, so it need not last.
+    """
+    if sorted(glob.glob(f"{folder}/model*.safetensors")) == sorted(map(str, listed)):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as name:
+        shown = Path(name)
+        for file in folder.absolute().iterdir():
+            if file.suffix != ".safetensors":
+                (shown / file.name).symlink_to(file)
+        for i, file in enumerate(listed):
+            (shown / f"model-{i}.safetensors").symlink_to(file.absolute())
+        yield shown
+
+
+@contextlib.contextmanager
+def _explain_errors(name: str | Path, store: SafetensorsStore) -> Iterator[None]:
+    """Turn whatever a library raises, when it builds what a config describes, into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # some of mlx-lm's models exit without their package
+        store.check_unchanged()
+        said = " ".join(str(error).split())[:MOST_SAID]
+        if not isinstance(error, ValueError) or not said:
+            said = f"{type(error).__name__} {said}".strip()
+        gptq = any(tensor.endswith(".qweight") for tensor in store.shapes)
+        way_out = f"`convert.py --model {name}` reads it" if gptq else "correct its config.json"
+        raise UserError(
+            f"{name} cannot be loaded ({said}): {way_out}, or use another export"
+        ) from error
+
+
+def _check_types(model: nn.Module, folder: Path, has_fp8: bool) -> None:
+    """Refuse weights that are no floats, unless they are packed: MLX would compute with them."""
+    if has_fp8 and not _reads_fp8(model):
+        raise UserError(
+            f"{folder} has floats of 8 bits, whose bytes mlx-lm takes for whole numbers in "
+            f"{type(model).__module__}: use the model in bfloat16"
+        )
+    for path, module in model.named_modules():
+        packed = any("scale" in key for key in module)
+        for key, array in module.items():
+            if isinstance(array, mx.array) and not is_float(array.dtype) and not packed:
+                raise UserError(
+                    f"{path}.{key} in {folder} is of the type {dtype_name(array.dtype)}, and "
+                    f"weights are {', '.join(map(dtype_name, FLOATS.values()))}: use another export"
+                )
+
+
+def _reads_fp8(model: nn.Module) -> bool:
+    """Whether mlx-lm decodes 8-bit floats for a model, or keeps them packed; not all of it does."""
+    if any("scales" in module for module in model.modules()):
+        return True
+    kinds = {kind.__module__ for module in model.modules() for kind in type(module).__mro__}
+    return any("from_fp8" in inspect.getsource(sys.modules[k]) for k in kinds if "mlx_lm" in k)
+
+
+def _try(model: nn.Module) -> None:
+    """Have a model's forward made, not computed: a config may describe one that cannot be."""
+    model(mx.zeros((1, 2), mx.int32), cache=make_prompt_cache(model))
+
+
+def _apply_adapters(model: nn.Module, folder: Path) -> nn.Module:
+    """Put LoRA adapters, as mlx-lm trains them, on a model.
+
+    Raises:
+        UserError: if there are none, or they are broken or of another model.
+    """
+    for name in (ADAPTER_CONFIG, ADAPTERS):
+        if not files.is_there(folder / name):
+            theirs = any((folder / other).exists() for other in PEFT_ADAPTERS)
+            why = " (PEFT's are not read)" if theirs else ""
+            raise UserError(
+                f"--adapter-path {folder}: no {name} in it{why}; give a folder that mlx_lm.lora "
+                "wrote"
+            )
+    files.read_json(folder / ADAPTER_CONFIG)
+    for name, tensor in read_header(folder / ADAPTERS).items():
+        if not is_float(tensor.dtype):
+            raise UserError(f"--adapter-path {folder}: {name} has a number type that is not read")
+    model = mlx_lm.utils.load_adapters(model, str(folder))
+    model.eval()
+    return model
 
 
 def _get_own_classes(config: dict) -> tuple[type[nn.Module], type]:

@@ -24,7 +24,7 @@ from mlx_lm.models.base import BaseModelArgs, create_attention_mask, scaled_dot_
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_lm.models.pipeline import PipelineMixin
 from mlx_lm.models.rope_utils import initialize_rope
-from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear, SwitchMLP
 
 MLX_LM_RANGE = ((0, 32), (0, 33))  # versions from the first up to, but not including, the second
 
@@ -120,7 +120,8 @@ class ModelArgs(BaseModelArgs):
     uniform_gain: bool = False  # attention - gamma * the mean of the values that it may see
     query_skip: bool = False  # a head's output + alpha * its query before norm and RoPE
     head_skip: bool = False  # query + gamma * the heads' outputs of the layer before
-    channel_skips: bool = False  # the alphas and gammas of these two are per channel, not per head
+    output_skip: bool = False  # what the last layer gives + delta * its heads' outputs
+    channel_skips: bool = False  # the numbers of these three are per channel, not per head
     # The outputs of layer 0's Q, K and V, in a parallel block of its FFN too, are a table by token,
     # which lies in the embedding's rows.
     precomputed: bool = False
@@ -162,6 +163,11 @@ class ModelArgs(BaseModelArgs):
     def has_head_skip(self, layer: int) -> bool:
         """Tell whether a layer adds the heads' outputs of the layer before to its query."""
         return layer > 0 and self.passes_heads(layer) and self.passes_heads(layer - 1)
+
+    def has_output_skip(self, layer: int) -> bool:
+        """Tell whether a layer, the last one, adds its heads' outputs to what it gives."""
+        last = layer == self.num_hidden_layers - 1
+        return self.output_skip and last and not self.lacks("attention", layer)
 
     @property
     def ffn_readers(self) -> List[str]:
@@ -347,7 +353,9 @@ class Attention(nn.Module):
             self.query_skip = mx.zeros((skip_width,))
         if args.has_head_skip(layer):
             self.head_skip = mx.zeros((skip_width,))
-        self.passes_heads = args.passes_heads(layer)
+        if args.has_output_skip(layer):
+            self.output_skip = mx.zeros((skip_width,))
+        self.gives_heads = args.passes_heads(layer) or args.has_output_skip(layer)
         self.rope = initialize_rope(
             args.rotary_dim,
             args.rope_theta,
@@ -397,8 +405,8 @@ class Attention(nn.Module):
         """Attend: (batch, length, hidden) of the stream, or a table's rows for q, k and v.
 
         ``heads_before`` are the heads' outputs of the layer before, which a head skip reads. Gives
-        (batch, length, hidden), or the heads side by side where the layer lacks P; in a network
-        with head skips the heads side by side beside that.
+        (batch, length, hidden), or the heads side by side where the layer lacks P; where a head
+        skip or an output skip reads the heads, these side by side beside that.
         """
         q, k, v = self.project(x).values()
         B, L, _ = q.shape
@@ -442,7 +450,16 @@ class Attention(nn.Module):
             out = self.o_proj(out)
         elif self.group is not None:
             out = gather_last_axis(out, self.group)
-        return (out, heads) if self.passes_heads else out
+        return (out, heads) if self.gives_heads else out
+
+    def add_heads(self, x: mx.array, heads: mx.array) -> mx.array:
+        """Add the output skip of the heads to what the layer gives, (batch, length, hidden)."""
+        delta = self.separate_heads(self.output_skip)
+        if self.group is None:
+            x, heads = self.separate_heads(x), self.separate_heads(heads)
+            return add_scaled(x, heads, delta).flatten(-2)
+        scaled = (self.separate_heads(heads) * delta).flatten(-2)
+        return x + gather_last_axis(scaled, self.group)
 
     def shard(self, group: mx.distributed.Group):
         """Keep this machine's share of the heads."""
@@ -464,7 +481,8 @@ class Attention(nn.Module):
                 shard_inplace(norm, lambda path, w: 0, group=group)
         if self.heads_norm is not None:
             self.heads_norm = ShardedRMSNorm(self.heads_norm, group)
-        for name in ("value_skip", "attention_gain", "uniform_gain", "query_skip", "head_skip"):
+        skips = ("value_skip", "query_skip", "head_skip", "output_skip")
+        for name in ("attention_gain", "uniform_gain", *skips):
             if name in self:
                 setattr(self, name, mx.split(getattr(self, name), N)[group.rank()])
         self.n_heads //= N
@@ -505,8 +523,8 @@ class MLP(nn.Module):
             self.hidden_norm = RMSNorm(dims, args.rms_norm_eps)
         self.hidden_act = args.hidden_act
 
-    def activation(self, up: mx.array, gate: Optional[mx.array]) -> mx.array:
-        """Compute what the last matrix reads; SwitchGLU calls it by this name."""
+    def activation(self, up: mx.array, gate: Optional[mx.array] = None) -> mx.array:
+        """Compute what the last matrix reads; mlx-lm's experts call it by this name."""
         if gate is None:
             hidden = ACTIVATIONS[self.hidden_act](up)
         elif "gate_offset" in self:
@@ -541,7 +559,7 @@ class MLP(nn.Module):
             self.hidden_norm = ShardedRMSNorm(self.hidden_norm, group)
 
 
-class Experts(MLP, SwitchGLU):
+class Experts(MLP):
     """Mixtral's mixture of FFNs: a router picks a few for each token and weighs their outputs."""
 
     def __init__(self, args: ModelArgs, layer: int):
@@ -549,19 +567,31 @@ class Experts(MLP, SwitchGLU):
         self.picked = args.num_experts_per_tok
         self.group: Optional[mx.distributed.Group] = None
 
-    def __call__(self, x: mx.array) -> mx.array:  # type: ignore[override]
+    @property
+    def fc1(self) -> nn.Module:
+        """What mlx-lm's experts without a gate call their first matrix."""
+        return self.up_proj
+
+    @property
+    def fc2(self) -> nn.Module:
+        """What mlx-lm's experts without a gate call their last matrix."""
+        return self.down_proj
+
+    def __call__(self, x: mx.array) -> mx.array:
         scores = self.router(x)
         experts = mx.argpartition(-scores, kth=self.picked - 1, axis=-1)[..., : self.picked]
         experts = mx.stop_gradient(experts)
         weights = mx.softmax(mx.take_along_axis(scores, experts, axis=-1), axis=-1, precise=True)
-        out = SwitchGLU.__call__(self, x, experts)
+        kind: Any = SwitchMLP if self.gate_proj is None else SwitchGLU
+        out = kind.__call__(self, x, experts)
         out = (out * weights[..., None]).sum(axis=-2)
         return out if self.group is None else mx.distributed.all_sum(out, group=self.group)
 
     def shard(self, group: mx.distributed.Group):
         """Keep this machine's share of each expert's hidden numbers."""
         for name in ("gate_proj", "up_proj", "down_proj"):
-            linear = getattr(self, name)
+            if (linear := getattr(self, name)) is None:
+                continue
             if "bias" in linear:
                 raise ValueError("experts with biases cannot be spread over machines")
             how = "sharded-to-all" if name == "down_proj" else "all-to-sharded"
@@ -591,6 +621,7 @@ class Block(nn.Module):
                 self.post_attention_layernorm = args.make_stream_norm("ffn")
         self.parallel = args.block == "parallel"
         self.passes_heads = args.passes_heads(layer)
+        self.has_output_skip = args.has_output_skip(layer)
         self.skip_attention = args.skip == "both"
         self.skip_ffn = args.skip != "none"
         self.use_sliding = args.layer_types[layer] == "sliding_attention"
@@ -612,14 +643,14 @@ class Block(nn.Module):
         cache: Optional[Any],
         heads_before: Optional[mx.array] = None,
     ) -> Tuple[mx.array, Optional[mx.array]]:
-        """Run the attention; return what it gives the stream, and the heads if passed on."""
+        """Run the attention; return what it gives the stream, and the heads if they are read."""
         out = self.self_attn(x, mask, cache, heads_before)
-        return out if self.passes_heads else (out, None)
+        return out if self.self_attn.gives_heads else (out, None)
 
     def read_table(self, row: mx.array, mask, cache) -> Tuple[mx.array, Optional[mx.array]]:
         """Run the attention on a table's rows, (batch, length, row).
 
-        Returns the stream behind it, and the heads if they are passed on.
+        Returns the stream behind it, and the heads if they are read.
         """
         ends = [*accumulate(self._row.values())]
         parts = dict(zip(self._row, mx.split(row, ends[:-1], axis=-1), strict=True))
@@ -656,8 +687,12 @@ class Block(nn.Module):
     def __call__(self, x: Stream, mask=None, cache: Optional[Any] = None) -> Stream:
         x, heads_before = (x, None) if isinstance(x, mx.array) else x
         run = self.run_parallel if self.parallel and not self._row else self.run_serial
-        x, heads = run(x, mask, cache, heads_before)
-        return x if heads is None else (x, heads)
+        out, heads = run(x, mask, cache, heads_before)
+        if heads is None:
+            return out
+        if self.has_output_skip:
+            out = self.self_attn.add_heads(out, heads)
+        return (out, heads) if self.passes_heads else out
 
 
 class SkiplessModel(PipelineMixin, nn.Module):
@@ -779,7 +814,7 @@ class Model(nn.Module):
         weights = self.stack_experts(weights)
         # A layer may lack a norm's weight (then ones) or a linear path that others have.
         norms = tuple(f"{norm}_norm.weight" for norm in PROJECTION_NORMS)
-        skips = ("query_skip", "head_skip")
+        skips = ("query_skip", "head_skip", "output_skip")
         paths = ("gate_offset", "value_skip", "attention_gain", "uniform_gain", *skips)
         known = (w.dtype for k, w in weights.items() if k.endswith((*norms, *paths)))
         dtype = next(known, mx.float32)

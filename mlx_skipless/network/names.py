@@ -40,8 +40,10 @@ LINEAR_PATHS = {
     "uniform_gain": "self_attn.uniform_gain",
     "query_skip": "self_attn.query_skip",
     "head_skip": "self_attn.head_skip",
+    "output_skip": "self_attn.output_skip",
 }
-CHANNEL_PATHS = ("query_skip", "head_skip")  # those with a number per head or one per channel
+# Those with a number per head or one per channel.
+CHANNEL_PATHS = ("query_skip", "head_skip", "output_skip")
 
 
 def is_stream_norm_weight(name: str) -> bool:

@@ -55,6 +55,8 @@ def find_points(args: ModelArgs) -> list[Point]:
             points[-1].pin("a norm acts on the stream")
         _pass_attention(args, layer, points)
         _pass_ffn(args, layer, points)
+        if args.has_output_skip(layer):
+            points[-1].pin(f"the heads of layer {layer} are added to it")
     last = points[-1]
     last.head = True
     last.consumers.append(HEAD)
@@ -93,11 +95,12 @@ def _pass_ffn(args: ModelArgs, layer: int, points: list[Point]) -> None:
         _read(args, layer, part, points[-1])
     p = _find_p(args, layer) if parallel else []
     writers = [*p, *([module_path(layer, "down_proj")] if ffn else [])]
-    if args.skip != "none" or not writers:
+    heads = parallel and not p and not args.lacks("attention", layer)  # they write it themselves
+    if args.skip != "none" or not (writers or heads):
         points[-1].producers += writers
         return
     points.append(Point(producers=writers))
-    if parallel and not p and not args.lacks("attention", layer):
+    if heads:
         points[-1].pin(f"P of layer {layer} is gone already")
     if layer == 0 and args.reads_table("ffn"):
         points[-1].pin("a table writes it")

@@ -109,7 +109,7 @@ class Layout:
         packings: dict[str, set[Any]] = {}  # by module path
         for name, array in self.tensors.items():
             path, _, part = name.rpartition(".")
-            if array.ndim < 3:  # experts stay as they are
+            if not (self.args.num_local_experts and path.endswith(EXPERTS)):  # these stay apart
                 packings.setdefault(path, set()).add((part, array.shape[1:], array.dtype))
         for layer in range(self.args.num_hidden_layers):
             for kind in ("qkv_proj", "gate_up_proj"):

@@ -29,6 +29,8 @@ before to q. No T acts on q or on what P reads, so both vectors stay what they a
 
 A bias b is a row that W adds. With T = Q, s = b Q^-1, so that the readers see (x + s) Q = x Q + b;
 with T = P^-1, s = -b. One writer of the point adds s, and each reader subtracts s W from its bias.
+Where a network multiplies what W writes by a number c before that is the point, as it may do with
+the embedding, W adds s / c.
 
 The functions below are these equations. ``products.py`` says in which precision they run.
 """
@@ -98,7 +100,7 @@ def change_basis(
     *,
     reads: Basis | None = None,
     writes: Basis | None = None,
-    owns_shift: bool = False,
+    shift_share: float = 0.0,
 ) -> Linear:
     """Express a matrix in new bases of the points that it reads and writes.
 
@@ -106,7 +108,8 @@ def change_basis(
         linear: the matrix in the old bases.
         reads: the new basis of its input; None where it is the old one.
         writes: the new basis of its output; None where it is the old one.
-        owns_shift: whether this writer adds the shift of ``writes``. One of a point's writers must.
+        shift_share: times the shift of ``writes`` that this writer adds. One of a point's writers
+            must add it once, as it arrives at the point; the others add nothing.
     """
     weight, bias = linear.weight, linear.bias
     if reads is not None:
@@ -115,21 +118,21 @@ def change_basis(
             bias = (0 if bias is None else bias) - reads.shift @ weight
         weight = multiply(reads.inverse, weight)
     if writes is not None:
-        # (x W + b + s) T = x (W T) + (b + s) T
+        # c (x W + b + s / c) T = c (x (W T) + (b + s / c) T)
         assert writes.matrix is not None
-        if owns_shift and writes.shift is not None:
-            bias = (0 if bias is None else bias) + writes.shift
+        if shift_share and writes.shift is not None:
+            bias = (0 if bias is None else bias) + shift_share * writes.shift
         weight = multiply(weight, writes.matrix)
         bias = None if bias is None else bias @ writes.matrix
     return Linear(weight, bias)
 
 
-def rewrite_stream(outputs: mx.array, basis: Basis, *, owns_shift: bool) -> mx.array:
+def rewrite_stream(outputs: mx.array, basis: Basis, *, shift_share: float) -> mx.array:
     """Express what one writer of a point gave, (..., n), in the point's new basis, in float32."""
-    # (x + s) T, s by the writer that adds it
+    # (x + s / c) T, s by the writer that adds it
     assert basis.matrix is not None
-    if owns_shift and basis.shift is not None:
-        outputs = outputs + mx.array(basis.shift.astype(np.float32))
+    if shift_share and basis.shift is not None:
+        outputs = outputs + mx.array((shift_share * basis.shift).astype(np.float32))
     return multiply_rows(outputs, basis.matrix)
 
 

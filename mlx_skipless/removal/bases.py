@@ -4,8 +4,10 @@ from functools import lru_cache
 
 import numpy as np
 
+from ..network.names import EMBEDDING
 from ..network.wiring import find_points, parse_letter
 from .algebra import Basis, basis_without_reader, basis_without_writer, transpose_basis
+from .candidates import writes_alone
 from .plan import Plan
 from .source import SourceReader
 
@@ -39,9 +41,14 @@ class Bases:
         """Find the new basis of what the matrix at a path writes; None where it is the old one."""
         return self._find(self._written[path]) if path in self._written else None
 
-    def owns_shift(self, path: str) -> bool:
-        """Tell whether the matrix at a path adds the shift of the point that it writes."""
-        return path in self._written and self._points[self._written[path]].producers[0] == path
+    def find_shift_share(self, path: str) -> float:
+        """Find how often the matrix at a path adds the shift of the point that it writes.
+
+        The first writer adds it, divided by what the network multiplies the writer's outputs by.
+        """
+        if path not in self._written or self._points[self._written[path]].producers[0] != path:
+            return 0.0
+        return 1 / self._plan.before.embedding_scale if path == EMBEDDING else 1.0
 
     def takes_mean_out(self, path: str) -> bool:
         """Tell whether the matrix at a path has the mean of its outputs taken out."""
@@ -53,7 +60,7 @@ class Bases:
             return self._make_from_tied_end(index)
         linear = self._source.read_linear(path, self._kind)
         if parse_letter(path) == "p":
-            alone = self._points[index].producers == [path]
+            alone = writes_alone(self._plan.before, self._points, index, path)
             return basis_without_writer(linear, alone=alone)
         return basis_without_reader(linear)
 

@@ -2,7 +2,10 @@
 
 from ..network.model import ModelArgs
 from ..network.names import HEAD
-from ..network.wiring import LETTERS, Point, find_points, parse_layer
+from ..network.wiring import LETTERS, Point, find_points, parse_layer, parse_letter
+
+# What helps where nothing can go.
+AS_IT_IS = "-q and --drop-attention auto make the model smaller as it is"
 
 
 def find_candidates(point: Point) -> dict[str, str]:
@@ -19,13 +22,14 @@ def find_measurable(args: ModelArgs, remove: str) -> list[str]:
         remove: "auto", "none" or the letters to remove.
     """
     letters = "" if remove == "none" else "qkvp" if remove == "auto" else remove
+    points = find_points(args)
     return [
         path
-        for point in find_points(args)
+        for index, point in enumerate(points)
         for letter, path in find_candidates(point).items()
         if letter in letters
         and point.pinned is None
-        and point.producers != [path]  # P alone needs no inverse
+        and not writes_alone(args, points, index, path)
         and explain_shape(args, letter) is None
     ]
 
@@ -33,7 +37,7 @@ def find_measurable(args: ModelArgs, remove: str) -> list[str]:
 def find_mixed(args: ModelArgs, points: list[Point], index: int, path: str) -> list[str]:
     """Find the matrices whose values a removal mixes through an inverse.
 
-    There are none if P goes where it alone writes the point.
+    There are none where ``writes_alone`` says so.
 
     Args:
         args: the network.
@@ -41,11 +45,19 @@ def find_mixed(args: ModelArgs, points: list[Point], index: int, path: str) -> l
         index: the point whose basis changes.
         path: the matrix that becomes the identity there.
     """
-    if points[index].producers == [path] and not is_tied_end(args, points, index):
+    if writes_alone(args, points, index, path):
         return []
     touched = [points[0], points[-1]] if is_tied_end(args, points, index) else [points[index]]
     matrices = [m for point in touched for m in (*point.producers, *point.consumers) if m != path]
     return [m for m in matrices if m != HEAD or not args.tie_word_embeddings]
+
+
+def writes_alone(args: ModelArgs, points: list[Point], index: int, path: str) -> bool:
+    """Tell whether the matrix at a path, P, can go from a point without an inverse.
+
+    It can where nothing else writes the point and no tied embedding reads it.
+    """
+    return points[index].producers == [path] and not is_tied_end(args, points, index)
 
 
 def is_tied_end(args: ModelArgs, points: list[Point], index: int) -> bool:
@@ -55,10 +67,13 @@ def is_tied_end(args: ModelArgs, points: list[Point], index: int) -> bool:
 
 def explain_obstacle(args: ModelArgs, points: list[Point], index: int, path: str) -> str | None:
     """Explain why the matrix at a path cannot become the identity at a point; None if it can."""
-    point = points[index]
+    point, layer = points[index], parse_layer(path)
     if point.pinned:
         return point.pinned
-    if parse_layer(path) in args.biases.get(path.rpartition(".")[2], ()):
+    width = args.num_attention_heads * args.head_dim
+    if parse_letter(path) == "p" and width != args.hidden_size and args.lacks("ffn", layer):
+        return f"only an FFN can read heads that are {width} wide, and layer {layer} has none"
+    if layer in args.biases.get(path.rpartition(".")[2], ()):
         if point.head:
             return "its bias would need a bias on the head"
         if args.tie_word_embeddings and index == 0:
@@ -95,8 +110,11 @@ def suggest_removals(args: ModelArgs) -> str:
         return "nothing can go"
     together = len(ways[0]) > 1
     what = " or ".join(way[0].upper() for way in ways) + (" and P" if together else "")
-    first = "--skipless " if args.skip == "both" and args.norm == "pre" else ""
-    return f"only {what} can go, {first}--remove {' or --remove '.join(ways)}"
+    if args.skip == "both" and args.norm == "pre":
+        how = " or ".join(f"--skipless --remove {way}" for way in ways)
+        network = "of its skipless network, which needs training"
+        return f"{AS_IT_IS}; {network}, {what} can go, {how}"
+    return f"only {what} can go, --remove {' or --remove '.join(ways)}"
 
 
 def _find_ways(args: ModelArgs) -> list[str]:

@@ -13,12 +13,14 @@ from ..network.parts import dtype_name
 from ..network.wiring import Point, find_points, parse_layer, parse_letter
 from .algebra import Conditioning
 from .candidates import (
+    AS_IT_IS,
     count_saved_by_p,
     explain_obstacle,
     explain_shape,
     find_candidates,
     is_tied_end,
     suggest_removals,
+    writes_alone,
 )
 from .products import UNIT_ROUNDOFF
 
@@ -168,10 +170,7 @@ def _refuse_absent_letters(
 
 def _find_way_out(args: ModelArgs) -> str:
     if args.norm == "pre" and args.skip == "both":
-        return (
-            "--skipless makes the skipless network of it (no language model until it is trained); "
-            "--fold-norms is exact as it stands"
-        )
+        return f"{AS_IT_IS}; --skipless makes its skipless network, which needs training"
     return "--remove auto takes what can go"
 
 
@@ -201,7 +200,8 @@ def _choose_by_noise(request: Request) -> tuple[dict[int, str], list[str]]:
         free = _find_free(request, index)
         if not free:
             continue
-        if point.producers == list(free.values()):  # P alone writes here: no inverse, no noise
+        if [*free] == ["p"] and writes_alone(request.args, request.points, index, free["p"]):
+            # No inverse, no noise.
             if count_saved_by_p(request.args) > 0:
                 eliminated[index] = free["p"]
             continue

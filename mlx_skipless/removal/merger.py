@@ -101,7 +101,7 @@ class Merger:
         basis = self._bases.find_output(path)
         if basis is None:
             return outputs
-        return rewrite_stream(outputs, basis, owns_shift=self._bases.owns_shift(path))
+        return rewrite_stream(outputs, basis, shift_share=self._bases.find_shift_share(path))
 
     def _is_untouched(self, path: str) -> bool:
         """Whether the matrix at a path is in the result what it is in the source."""
@@ -118,7 +118,7 @@ class Merger:
             linear,
             reads=self._bases.find_input(path),
             writes=self._bases.find_output(path),
-            owns_shift=self._bases.owns_shift(path),
+            shift_share=self._bases.find_shift_share(path),
         )
         return centre(new) if self._bases.takes_mean_out(path) else new
 
@@ -218,6 +218,7 @@ def _find_linear_paths(args: ModelArgs, layer: int) -> dict[str, mx.array]:
             ("uniform_gain", attention, mx.zeros(heads)),
             ("query_skip", attention, skips),
             ("head_skip", args.has_head_skip(layer), skips),
+            ("output_skip", args.has_output_skip(layer), skips),
         )
         if there and getattr(args, flag)
     }

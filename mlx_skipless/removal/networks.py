@@ -70,7 +70,8 @@ def choose_folded(
     if wanted:
         norms += ["hidden"]
         # P absorbs it, unless something else is added to the values or reads or norms the heads.
-        other = source.query_skip or source.head_skip or "heads" in source.norms
+        skips = source.query_skip or source.head_skip or source.output_skip
+        other = skips or "heads" in source.norms
         norms += [] if source.removed.get("p") or other else ["v"]
         norms += [] if source.tie_word_embeddings else ["final"]
     there = [norm for norm in norms if norm in (*source.gains, *source.shifts)]
@@ -86,7 +87,8 @@ def can_centre(source: ModelArgs, before: ModelArgs, folded: Collection[str]) ->
     """Tell whether every LayerNorm can become an RMS norm.
 
     The mean that a LayerNorm takes out can be taken out of whatever writes the stream (Ashkboos et
-    al., *SliceGPT*, arXiv 2401.15024, section 3.2). A tied head would see the difference.
+    al., *SliceGPT*, arXiv 2401.15024, section 3.2). A tied head would see the difference, and where
+    P is gone or an output skip adds the heads, no matrix is there to take their mean out of.
 
     Args:
         source: the network as it is.
@@ -101,6 +103,8 @@ def can_centre(source: ModelArgs, before: ModelArgs, folded: Collection[str]) ->
         and source.final_norm
         and not source.tie_word_embeddings
         and not source.precomputed
+        and not source.removed.get("p")
+        and not source.output_skip
         and {*source.gains, *source.shifts} <= {*folded, *NORMS["qkv"]}
     )
 

@@ -14,7 +14,10 @@ import numpy as np
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from ..checkpoints.files import POINTED, POINTER
+from ..checkpoints.guarded import explain_panics
 from ..errors import UserError, first_line
+from ..options import expand_path
 
 END, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # ChatML, the form that mlx-lm and most servers know.
@@ -22,6 +25,12 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Of a model that knows no turns: what was said so far is one text, an answer goes on with its line.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '' if loop.first else ' ' if message['role'] == 'assistant' else '\\n' }}"
+    "{{ message['content'] }}{% endfor %}"
 )
 
 
@@ -61,14 +70,14 @@ def read_texts(
     train: list[str] = []
     held_out: list[str] = []
     chat = False
-    for file in files:
+    for file in map(expand_path, files):
         lines = _read_lines(file)
         cut = len(lines) if validation else len(lines) - round(share * len(lines))
         for part, into in ((lines[:cut], train), (lines[cut:], held_out)):
             documents, talks = _parse_documents(file, part)
             into += documents
             chat |= talks
-    for file in validation:
+    for file in map(expand_path, validation):
         held_out += _parse_documents(file, _read_lines(file))[0]
     return Texts(train, held_out, chat)
 
@@ -83,6 +92,8 @@ def _read_lines(file: Path) -> list[str]:
     lines = text.split("\n")
     if lines[-1] == "":
         lines.pop()
+    if text.startswith(POINTER.decode()):
+        raise UserError(POINTED.format(file))
     if not text.strip():
         raise UserError(f"{file} is empty: leave it out")
     return lines
@@ -162,7 +173,7 @@ def make_tokenizer(documents: Sequence[str], vocab_size: int, *, chat: bool) -> 
         tokenizer_object=tokenizer,
         eos_token=TURN_END if chat else END,
         pad_token=END,
-        chat_template=CHAT_TEMPLATE if chat else None,
+        chat_template=CHAT_TEMPLATE if chat else PLAIN_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
 
@@ -180,7 +191,8 @@ def encode(documents: Sequence[str], tokenizer: Any) -> np.ndarray:
         raise UserError("the tokenizer has no end token: give one that has")
     if not documents:
         return np.zeros(0, np.int32)
-    rows = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
+    with explain_panics(getattr(tokenizer, "name_or_path", None) or "this model"):
+        rows = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
     return np.concatenate([np.array([*row, end], np.int32) for row in rows])
 
 

@@ -25,7 +25,8 @@ def write_training_card(
     result: TrainingResult, args: ModelArgs, recipe: Mapping[str, Any], sources: Sequence[str]
 ) -> str:
     """Write the card of a model that was trained here: its text, its recipe and its figures."""
-    merging = ["query skips"] * args.query_skip + ["head skips"] * args.head_skip
+    named = {"query": args.query_skip, "head": args.head_skip, "output": args.output_skip}
+    merging = [f"{name} skips" for name, there in named.items() if there]
     skips = " and ".join([f"{SKIPS[args.skip]} on the stream", *merging])
     summary = (
         f"A {args.block} transformer with {skips}, and {NORMS[args.norm]}, "

@@ -5,14 +5,22 @@ Every file but the log is replaced whole or not at all. This module knows nothin
 
 import contextlib
 import json
+import math
+import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..checkpoints.files import read_json, replace_file, write_json
+import mlx.core as mx
+from safetensors import SafetensorError, safe_open
+
+from ..checkpoints.files import TOKENIZER_BYTES, is_there, read_json
+from ..checkpoints.output import replace_file, write_json
+from ..checkpoints.writer import check_free
 from ..errors import UserError, first_line
+from ..options import read_options
 
 TRAINING = "training"
 RUN, STATE, LOG, CURVE = "run.json", "state.safetensors", "log.jsonl", "loss.png"
@@ -30,8 +38,10 @@ class RunFolder:
     @contextlib.contextmanager
     def hold(self, resume: bool) -> Iterator[None]:
         """Make a new run's folder, and remove it if the run fails before its first checkpoint."""
-        if not resume:
-            self.path.mkdir()
+        if resume:
+            yield
+            return
+        self.path.mkdir()
         try:
             yield
         except BaseException:
@@ -39,8 +49,21 @@ class RunFolder:
                 shutil.rmtree(self.path, ignore_errors=True)
             raise
 
-    def begin(self, settings: Any, needed: int) -> None:
-        """Write a new run's settings, a dataclass.
+    def check_free(self) -> None:
+        """Check that a new run can have its folder.
+
+        Raises:
+            UserError: if it exists, with what to do if another run made it.
+        """
+        if os.path.lexists(self.training / RUN):
+            raise UserError(
+                f"{self.path} exists already and holds a run: --resume goes on with it, or give "
+                "another --mlx-path"
+            )
+        check_free(self.path)
+
+    def begin(self, needed: int) -> None:
+        """Make the folder in a new run's folder.
 
         Raises:
             UserError: if the disk lacks the ``needed`` bytes.
@@ -52,23 +75,38 @@ class RunFolder:
                 f"{needed / 1e9:.2f} GB: make room or give another --mlx-path"
             )
         self.training.mkdir()
+
+    def write_settings(self, settings: Any) -> None:
+        """Write a run's settings, a dataclass; without a checkpoint they say how to begin again.
+
+        So they are the last of what a run writes before its first step.
+        """
         write_json(self.training / RUN, asdict(settings))
 
     def read_settings(self, read: Callable[[Event], Settings]) -> Settings:
         """Read the settings of a run that can be resumed; ``read`` makes them from JSON.
 
         Raises:
-            UserError: if there is no such run, or another version began it.
+            UserError: if there is no such run, or its settings are broken or another version's.
         """
-        if not self.state.is_file():
-            raise UserError(f"{self.path} has no {TRAINING}/{STATE}: there is nothing to resume")
         file = self.training / RUN
+        if not self.path.is_dir():
+            raise UserError(f"{self.path} is no folder: there is nothing to resume")
+        if not is_there(file):
+            raise UserError(
+                f"{self.path} has no {TRAINING}/{RUN}: there is nothing to resume; if a run was "
+                "killed as it began, remove the folder and start it again"
+            )
         try:
             return read(read_json(file))
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
-                f"{file} is not of this version ({first_line(error)}): start the run again"
+                f"{file} is not of this version ({type(error).__name__}: {first_line(error)}): "
+                "start the run again"
             ) from error
+        except UserError as error:
+            about = "" if str(file) in str(error) else f"{file}: "
+            raise UserError(f"{about}{error}") from error
 
     def append_event(self, event: Event) -> None:
         """Add a line to the log."""
@@ -90,19 +128,71 @@ class RunFolder:
         replace_file(self.training / CURVE, lambda file: plot_losses(events, file))
 
 
+def read_whole(kind: type[Settings], what: str, given: Any) -> Settings:
+    """Make an options dataclass of what ``run.json`` keeps: every field, no default.
+
+    Raises:
+        KeyError, UserError: if one is missing, unknown or wrong.
+    """
+    options = read_options(kind, what, given)
+    if missing := {one.name for one in fields(kind)} - {*given}:  # type: ignore[arg-type]
+        raise KeyError(min(missing))
+    return options
+
+
 def read_log(run: Path) -> list[Event]:
     """Read the events of a run's folder, in order; a last line that is cut off is left out.
 
     Raises:
-        UserError: if it has no log.
+        UserError: if it has no log, or a line of it is no event.
     """
     file = run / TRAINING / LOG
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines if line.endswith("}")]
-    except FileNotFoundError:
+    if not is_there(file, TOKENIZER_BYTES):
         if (run / TRAINING).is_dir():
             return []
-        raise UserError(f"{run} is no training run: it has no {TRAINING}/{LOG}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({first_line(error)})") from error
+        raise UserError(f"{run} is no training run: it has no {TRAINING}/{LOG}")
+    try:
+        text = file.read_text(encoding="utf-8")
+        *lines, last = text.rstrip("\n").split("\n")
+        lines += [last] if text.endswith(("}", "\n")) else []
+        return [_check_event(json.loads(line)) for line in lines]
+    except (OSError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
+        raise UserError(
+            f"{file} cannot be read ({first_line(error)}): put the whole log back, or start the "
+            "run again"
+        ) from error
+
+
+def _check_event(event: Any) -> Event:
+    """Return an event of a log, which anyone may have written, if its numbers are numbers."""
+    if not isinstance(event, dict) or type(event.get("step")) is not int:
+        raise TypeError("a line has no step")
+    distances = [event.get(when, {}) for when in ("before", "after")]
+    if not all(isinstance(one, dict) for one in distances):
+        raise TypeError("a line has no distance")
+    numbers = {key: event.get(key, 0) for key in ("step", "tokens", "loss", "validation_loss")}
+    for key, value in [*numbers.items(), *(item for one in distances for item in one.items())]:
+        if isinstance(value, bool) or not math.isfinite(value):
+            raise ValueError(f"{key} of a line is no number")
+    if event["step"] < 0 or numbers["tokens"] < 0:
+        raise ValueError("a line has a step below 0")
+    return event
+
+
+def load_arrays(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """Load a safetensors file of a run: its arrays and what it says of itself.
+
+    Raises:
+        UserError: if it is missing or broken.
+    """
+    try:
+        if not is_there(file):
+            raise FileNotFoundError("it is missing")
+        with safe_open(str(file), "np"):  # which checks the header, as MLX does not
+            loaded: Any = mx.load(str(file), return_metadata=True)
+        mx.eval(loaded[0])
+        return loaded
+    except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
+        raise UserError(
+            f"{file} cannot be resumed from ({first_line(error)}): start the run again"
+        ) from error

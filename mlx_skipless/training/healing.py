@@ -6,6 +6,7 @@ mlx-lm's trainer does not keep the optimizer's state, and a run here goes on bit
 """
 
 import dataclasses
+import itertools
 import math
 import os
 import shutil
@@ -25,22 +26,23 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from ..checkpoints import hub
-from ..checkpoints.files import check_links, read_json, replace_file
-from ..checkpoints.writer import check_free
+from ..checkpoints.files import check_links, read_json
+from ..checkpoints.output import hide_paths, replace_file
 from ..errors import UserError, first_line
 from ..evaluation import perplexity
 from ..inference.loading import load
 from ..network.metrics import measure_kl, measure_nll
 from ..network.parts import tensors_of
-from ..options import read_options
+from ..options import expand_path
+from ..progress import Progress, Steps
 from ..text import corpus, samples
 from .card import write_healing_card
-from .folder import Event, RunFolder, read_log
+from .folder import Event, RunFolder, load_arrays, read_log, read_whole
 from .loop import ResumableRun, carry_out
 from .optimizer import make_healing_schedule
 from .recipe import Pace, Treatment
 from .results import Distance, HealingResult
-from .tokens import TextFiles, Tokens, encode_texts, list_paths
+from .tokens import TextFiles, Tokens, encode_texts, list_paths, read_sources
 
 TOKENS = "tokens.safetensors"
 SPOKEN = 512  # tokens in a row that the original speaks
@@ -73,9 +75,9 @@ class Settings:
 
 def _read_settings(run: Mapping[str, Any]) -> Settings:
     return Settings(
-        read_options(Treatment, "treatment", run["treatment"]),
-        Pace(**run["pace"]),
-        Sources(**run["sources"]),
+        read_whole(Treatment, "treatment", run["treatment"]),
+        read_whole(Pace, "pace", run["pace"]),
+        read_sources(Sources, run["sources"]),
     )
 
 
@@ -93,6 +95,7 @@ def heal(
     steps: int | None = None,
     trust_remote_code: bool = False,
     report: Callable[[Event], None] = lambda event: None,
+    progress: Progress = lambda stage, done, total: None,
 ) -> HealingResult:
     """Distil a reduced model towards its original, or go on with such a run bit for bit.
 
@@ -110,12 +113,14 @@ def heal(
         steps: with ``resume``, another number of steps in all (the decay moves with it).
         trust_remote_code: for models of other architectures that bring code.
         report: called with each event, as ``training/log.jsonl`` has it.
+        progress: called with a stage ("text" where the original speaks, then "steps"), how much of
+            it is done and how much there is.
 
     Raises:
         UserError: for anything the user can mend, a loss that is no number, and an interruption;
             the last good checkpoint is kept.
     """
-    folder = RunFolder(Path(mlx_path))
+    folder = RunFolder(expand_path(mlx_path))
     if resume:
         settings = folder.read_settings(_read_settings)
         if steps is not None:
@@ -124,17 +129,21 @@ def heal(
     else:
         if model is None or teacher is None:
             raise UserError("give the reduced --model and its original, --teacher")
-        check_free(folder.path)
+        folder.check_free()
         paths, held_out = list_paths(data or ()), list_paths(validation)
         pair_paths = _make_absolute(model), _make_absolute(teacher)
         sources = Sources(paths, held_out, validation_share, *pair_paths)
         settings = Settings(treatment or Treatment(), pace or Pace(), sources)
     pair = load_pair(settings.sources, trust_remote_code)
-    return carry_out(folder, resume, lambda: _make_run(folder, settings, pair, resume), report)
+
+    def make_run() -> Run:
+        return _make_run(folder, settings, pair, resume, partial(progress, "text"))
+
+    return carry_out(folder, resume, make_run, report, partial(progress, "steps"))
 
 
 def _make_absolute(model: str | Path) -> str:
-    return str(model) if hub.is_id(str(model)) else str(Path(model).expanduser().absolute())
+    return str(model) if hub.is_id(str(model)) else str(expand_path(model).absolute())
 
 
 @dataclass(frozen=True)
@@ -165,37 +174,48 @@ def load_pair(sources: Sources, trust_remote_code: bool) -> Pair:
     return Pair(student, teacher, tokenizer)
 
 
-def _make_run(folder: RunFolder, settings: Settings, pair: Pair, resume: bool) -> "Run":
+def _make_run(
+    folder: RunFolder, settings: Settings, pair: Pair, resume: bool, progress: Steps
+) -> "Run":
     if resume:
         tokens = _read_tokens(folder, pair)
     else:
-        tokens = make_tokens(settings.sources, settings.treatment, pair)
+        tokens = make_tokens(settings.sources, settings.treatment, pair, progress)
     if not len(tokens.held_out):
         raise UserError("no text is held out: give --validation or a --validation-share")
     perplexity.check_length(tokens.held_out, settings.treatment.context)
     return Run(folder, settings, pair, tokens)
 
 
-def make_tokens(sources: Sources, treatment: Treatment, pair: Pair) -> Tokens:
+def make_tokens(
+    sources: Sources,
+    treatment: Treatment,
+    pair: Pair,
+    progress: Steps = lambda done, total: None,
+) -> Tokens:
     """Make tokens to train on and tokens to measure with.
 
     They are the user's files, or what the teacher says at temperature 1.
     """
     tokenizer = pair.tokenizer._tokenizer
     if sources.data:
-        return encode_texts(sources.read(), tokenizer)
+        return encode_texts(sources.read(), pair.tokenizer)
     sequences = -(-treatment.sampled_tokens // SPOKEN)
     teacher: Any = pair.teacher
     cache = make_prompt_cache(teacher)
+    length, spoken = min(SPOKEN, treatment.sampled_tokens), itertools.count(1)
 
     def next_logits(fresh: mx.array) -> mx.array:
-        return teacher(fresh, cache=cache)[:, -1].astype(mx.float32)
+        logits = teacher(fresh, cache=cache)[:, -1].astype(mx.float32)
+        mx.eval(logits)
+        progress(next(spoken), length)
+        return logits
 
     tokens = samples.sample_tokens(
         next_logits,
         teacher(mx.array([[0]])).shape[-1],
         sequences,
-        min(SPOKEN, treatment.sampled_tokens),
+        length,
         seed=treatment.seed,
         start=pair.tokenizer.bos_token_id,
     )
@@ -206,14 +226,18 @@ def make_tokens(sources: Sources, treatment: Treatment, pair: Pair) -> Tokens:
 
 def _read_tokens(folder: RunFolder, pair: Pair) -> Tokens:
     file = folder.training / TOKENS
-    try:
-        tokens: Any = mx.load(str(file))
-        train, held_out = np.array(tokens["train"]), np.array(tokens["held_out"])
-    except (OSError, RuntimeError, KeyError) as error:
-        raise UserError(
-            f"{file} cannot be read ({first_line(error)}): start the run again"
-        ) from error
+    arrays, _ = load_arrays(file)
+    rows = [arrays.get(name, mx.zeros(())) for name in ("train", "held_out")]
+    for row in rows:
+        vocabulary = pair.student(mx.array([[0]])).shape[-1]  # type: ignore[operator]
+        if row.ndim != 1 or row.dtype != mx.int32 or not _lies_within(row, vocabulary):
+            raise UserError(f"{file} does not hold the run's tokens: start the run again")
+    train, held_out = map(np.array, rows)
     return Tokens(pair.tokenizer._tokenizer, train, held_out)
+
+
+def _lies_within(row: mx.array, vocabulary: int) -> bool:
+    return bool(((row >= 0) & (row < vocabulary)).all())
 
 
 class Run(ResumableRun[HealingResult]):
@@ -237,11 +261,31 @@ class Run(ResumableRun[HealingResult]):
         """Write what never changes during a run: settings and tokens."""
         # What is trained and its two moments, twice while they are replaced, and the result.
         whole = sum(array.nbytes for array in tensors_of(self.model).values())
-        self._folder.begin(self._settings, 24 * self.parameters + whole)
+        self._folder.begin(24 * self.parameters + whole)
         tokens = {"train": mx.array(self._text.train), "held_out": mx.array(self._text.held_out)}
         replace_file(
             self._folder.training / TOKENS, lambda file: mx.save_safetensors(str(file), tokens)
         )
+        self._folder.write_settings(self._settings)
+
+    def load(self) -> None:
+        """Go to the last checkpoint; the log must say how far away the model began.
+
+        Raises:
+            UserError: if the checkpoint or the log is broken.
+        """
+        super().load()
+        self._read_before()
+
+    def _read_before(self) -> Distance:
+        log = read_log(self._folder.path)
+        try:
+            return Distance(**next(event["before"] for event in log if "before" in event))
+        except (StopIteration, TypeError) as error:
+            raise UserError(
+                f"the log of {self._folder.path} does not say what the model was before: start "
+                "the run again"
+            ) from error
 
     def go(self, report: Callable[[Event], None], stopped: Callable[[], bool]) -> HealingResult:
         """Train to the end, fuse, measure and write."""
@@ -249,8 +293,6 @@ class Run(ResumableRun[HealingResult]):
             self._log({"before": asdict(self._distance(self.model))}, report)
         begun = self._seconds
         self.run(report, stopped)
-        log = read_log(self._folder.path)
-        before = Distance(**next(event["before"] for event in log if "before" in event))
         self._fuse()
         after = self._distance(self.model)
         if self._seconds > begun:
@@ -261,7 +303,7 @@ class Run(ResumableRun[HealingResult]):
             fine_tune_type=self._treatment.fine_tune_type,
             trained_parameters=self.parameters,
             text=", ".join(names) or "sampled",
-            before=before,
+            before=self._read_before(),
             after=after,
         )
         self._write(result)
@@ -285,10 +327,12 @@ class Run(ResumableRun[HealingResult]):
         source = hub.resolve(sources.model)
         config = read_json(source / "config.json")
         try:
+            self._folder.draw_curve()
             mlx_lm.utils.save(
                 partial_folder, source, self.model, self._tokenizer, config, donate_model=False
             )
             text = write_healing_card(result, asdict(self._treatment), sources.teacher)
+            hide_paths(partial_folder)
             (partial_folder / "README.md").write_text(text, encoding="utf-8")
             names = sorted(file.name for file in partial_folder.iterdir())
             for name in sorted(names, key=lambda name: name == "config.json"):

@@ -53,6 +53,7 @@ def make_model_args(recipe: Recipe) -> ModelArgs:
         "uniform_gain": shaped,
         "query_skip": own.query_skip is not None,
         "head_skip": own.head_skip is not None,
+        "output_skip": own.output_skip is not None,
         "channel_skips": own.skip_width == "channel",
         "removed": {letter: list(range(own.layers)) for letter in own.without},
     }
@@ -115,14 +116,17 @@ def _adjust_layer(weights: dict[str, mx.array], layer: int, own: Recipe, args: M
     _start_head_paths(weights, attention, own, args)
     if args.has_head_skip(layer) and own.head_skip is not None:
         weights[f"{attention}.head_skip"] = mx.full((_count_skips(own, args),), own.head_skip)
+    if args.has_output_skip(layer) and own.output_skip is not None:
+        weights[f"{attention}.output_skip"] = mx.full((_count_skips(own, args),), own.output_skip)
 
 
 def _start_ffn(weights: dict[str, mx.array], mlp: str, layer: int, own: Recipe) -> None:
-    """Start an FFN near the identity, or, where a head skip goes past it, as a small addition.
+    """Start an FFN near the identity, or, where a skip of the heads goes past it, as an addition.
 
-    The head reads the last FFN alone, so that one starts near the identity.
+    Without an output skip the head reads the last FFN alone, so that one starts near the identity.
     """
-    bypassed = own.head_skip is not None and own.skip == "none" and layer < own.layers - 1
+    past = own.head_skip if layer < own.layers - 1 else own.output_skip
+    bypassed = past is not None and own.skip == "none"
     gate, up, down = (f"{mlp}.{name}_proj.weight" for name in ("gate", "up", "down"))
     if own.gate_offset is not None:
         offset = 0.0 if bypassed else own.gate_offset

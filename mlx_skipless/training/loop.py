@@ -17,17 +17,20 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..checkpoints.files import replace_file
+from ..checkpoints.files import is_there
+from ..checkpoints.output import replace_file
 from ..errors import UserError, first_line
-from ..memory import peak_memory_bytes
+from ..memory import device_memory_bytes, format_bytes, peak_memory_bytes
+from ..progress import Steps
 from ..text.corpus import Batches
-from .folder import Event, RunFolder
+from .folder import Event, RunFolder, load_arrays
 from .optimizer import Schedule
 from .recipe import Pace, Recipe, Treatment
 from .results import RunResult
 from .tokens import Tokens
 
 Result = TypeVar("Result", bound=RunResult)
+TRAINING_BYTES = 12  # per trained weight, at least: itself, its gradient and one moment
 
 
 class RunState:
@@ -48,7 +51,7 @@ class RunState:
         self._step, self._loss, self._seconds = 0, math.nan, 0.0
         self._losses: list[mx.array] = []  # of the steps since the last line of the log
         self._saved: int | None = None
-        mx.eval(self.model.state, self._optimizer.state)
+        _check_memory(TRAINING_BYTES * self.parameters, f"{self.parameters:,} weights to train")
 
     def load(self) -> None:
         """Go to the last checkpoint.
@@ -57,22 +60,29 @@ class RunState:
             UserError: if it is broken, another network's, or beyond the run's steps.
         """
         file = self._folder.state
+        arrays, metadata = load_arrays(file)
+        own = self._state()
         try:
-            loaded: Any = mx.load(str(file), return_metadata=True)
-            arrays, metadata = loaded
             self._step, self._seconds = int(metadata["step"]), float(metadata["seconds"])
-            self._losses = [mx.array(loss) for loss in json.loads(metadata["losses"])]
-            own = self._state()
-            if {k: a.shape for k, a in arrays.items()} != {k: a.shape for k, a in own.items()}:
-                raise ValueError("it holds another network's state")
-            both: Any = tree_unflatten(list(arrays.items()))
-            self.model.update(both["weights"])
-            self._optimizer.state = both["optimizer"]
-        except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+            losses = json.loads(metadata["losses"])
+            if not isinstance(losses, list) or self._step < 0 or self._seconds < 0:
+                raise ValueError("its step or its time is none")
+            if not all(map(math.isfinite, [self._seconds, *losses])):
+                raise ValueError("it holds what is no number")
+        except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
             raise UserError(
                 f"{file} cannot be resumed from ({first_line(error)}): start the run again"
             ) from error
-        mx.eval(self.model.state, self._optimizer.state)
+        kinds = [{k: (a.shape, a.dtype) for k, a in of.items()} for of in (arrays, own)]
+        if kinds[0] != kinds[1]:
+            raise UserError(f"{file} holds another network's state: start the run again")
+        for name, array in arrays.items():
+            if not bool(mx.isfinite(array).all()):
+                raise UserError(f"{name} in {file} is no number: start the run again")
+        both: Any = tree_unflatten(list(arrays.items()))
+        self.model.update(both["weights"])
+        self._optimizer.state = both["optimizer"]
+        self._losses = [mx.array(loss) for loss in losses]
         self._saved = self._step
         if self._step > self._steps:
             raise UserError(
@@ -113,12 +123,6 @@ class RunState:
             if not bool(mx.isfinite(array).all()):
                 raise UserError(self._describe_divergence(name))
 
-    def _log(self, event: Event, report: Callable[[Event], None]) -> None:
-        if event:
-            event = {"step": self._step, **event}
-            self._folder.append_event(event)
-            report(event)
-
     def _describe_divergence(self, what: str) -> str:
         return (
             f"{what} is no number any more at step {self._step}: {self._describe_saved()}; lower "
@@ -157,8 +161,12 @@ class ResumableRun(RunState, Generic[Result]):
         super().__init__(folder, model, optimizer, plan.steps)
         self._text, self._pace, self._schedule = text, pace, schedule
         self._step_tokens = plan.batch_size * plan.context
+        logits = 4 * self._step_tokens * len(text.tokenizer)
+        _check_memory(logits, f"--batch-size {plan.batch_size} and --context {plan.context}")
         self._batches = Batches(text.train, plan.context, plan.batch_size, plan.seed)
         self._logged_step, self._logged_at = 0, 0.0
+        self._unheard: OSError | None = None  # why a report could not be made
+        self.progress: Steps = lambda done, total: None
 
     # What a subclass says.
 
@@ -189,7 +197,8 @@ class ResumableRun(RunState, Generic[Result]):
         pace, step = self._pace, self._compile_step()
         started, begun_at, before = time.perf_counter(), self._step, self._seconds
         self._logged_at, self._logged_step = started, self._step
-        report({"step": self._step, "steps": self._steps, **self._sizes()})
+        self._tell({"step": self._step, "steps": self._steps, **self._sizes()}, report)
+        self.progress(self._step, self._steps)
         while self._step < self._steps:
             loss = step(self._step)
             mx.eval(loss, self.model.state, self._optimizer.state)
@@ -204,9 +213,13 @@ class ResumableRun(RunState, Generic[Result]):
             if not last and is_due(self._step, pace.eval_every):
                 self._log(self._evaluate(pace.eval_tokens), report)
             self._log(self._observe(), report)
-            if stopped() and not last:
+            self.progress(self._step, self._steps)
+            if (stopped() or self._unheard) and not last:
                 self._save()
-                raise UserError(f"interrupted at step {self._step}: --resume goes on from there")
+                said = f"interrupted at step {self._step}: --resume goes on from there"
+                if gone := self._unheard:
+                    raise OSError(gone.errno, f"{gone.strerror or gone}: {said}")
+                raise UserError(said)
             if not last and is_due(self._step, pace.save_every):
                 self._save()
             if self._logged_step == self._step:
@@ -217,12 +230,24 @@ class ResumableRun(RunState, Generic[Result]):
         self._save()
         return final
 
+    def _log(self, event: Event, report: Callable[[Event], None]) -> None:
+        if event:
+            event = {"step": self._step, "tokens": self._step * self._step_tokens, **event}
+            self._folder.append_event(event)
+            self._tell(event, report)
+
+    def _tell(self, event: Event, report: Callable[[Event], None]) -> None:
+        """Report an event; where nobody hears it, as on a closed terminal, the run saves first."""
+        try:
+            report(event)
+        except OSError as error:
+            self._unheard = error
+
     def _log_losses(self, report: Callable[[Event], None]) -> None:
         """Log the steps since the last line; their speed leaves evaluating and saving out."""
         self._loss = mx.stack(self._losses).mean().item()  # type: ignore[assignment]
         tokens = (self._step - self._logged_step) * self._step_tokens
         event = {
-            "tokens": self._step * self._step_tokens,
             "loss": self._loss,
             "learning_rate": self._schedule(mx.array(self._step - 1)).item(),
             "tokens_per_second": tokens / (time.perf_counter() - self._logged_at),
@@ -256,16 +281,30 @@ def carry_out(
     resume: bool,
     make_run: Callable[[], ResumableRun[Result]],
     report: Callable[[Event], None],
+    progress: Steps,
 ) -> Result:
     """Begin a run in a new folder or resume one, and train to the end or to a signal."""
     with folder.hold(resume):
         run = make_run()
-        if resume:
-            run.load()
-        else:
+        run.progress = progress
+        if not resume:
             run.begin()
+        elif is_there(folder.state):
+            run.load()
+        else:  # killed before its first checkpoint
+            folder.cut_log(-1)
         with catch_signals() as stopped:
             return run.go(report, stopped)
+
+
+def _check_memory(needed: int, what: str) -> None:
+    """Raise a UserError where training needs more memory than there is."""
+    there = device_memory_bytes()
+    if needed > there:
+        raise UserError(
+            f"{what} take {format_bytes(needed)} or more, and there are {format_bytes(there)}: "
+            "train something smaller"
+        )
 
 
 def is_due(step: int, every: int) -> bool:
@@ -275,9 +314,10 @@ def is_due(step: int, every: int) -> bool:
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[Callable[[], bool]]:
-    """Note SIGINT and SIGTERM instead of ending; the function yielded tells whether one came.
+    """Note a signal instead of ending; the function yielded tells whether one came.
 
-    The loop then finishes its step and saves. A second signal ends at once.
+    The loop then finishes its step and saves. A second SIGINT or SIGTERM ends at once. SIGHUP never
+    does: a session that ends sends more than one, and SIGTERM with it.
     """
     came: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -285,11 +325,15 @@ def catch_signals() -> Iterator[Callable[[], bool]]:
         return
 
     def note(signum: int, frame: Any) -> None:
-        if came:
+        if signum != signal.SIGHUP and {signal.SIGINT, signal.SIGTERM} & {*came}:
             raise KeyboardInterrupt
         came.append(signum)
 
-    before = {which: signal.signal(which, note) for which in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        which: signal.signal(which, note)
+        for which in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if which != signal.SIGHUP or signal.getsignal(which) != signal.SIG_IGN  # nohup's
+    }
     try:
         yield lambda: bool(came)
     finally:

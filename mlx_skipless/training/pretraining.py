@@ -16,24 +16,24 @@ import mlx.optimizers as optim
 from mlx.utils import tree_map
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..checkpoints.files import replace_file, write_json
-from ..checkpoints.tokenizer import fetch_tokenizer
-from ..checkpoints.writer import check_free
+from ..checkpoints.output import hide_paths, replace_file, write_json
+from ..checkpoints.tokenizer import NO_MODEL_TYPE, fetch_tokenizer
 from ..errors import UserError
 from ..evaluation import perplexity
 from ..inference.generation import generate
 from ..network.model import Model
 from ..network.parts import tensors_of
-from ..options import read_options
+from ..options import check_choice, expand_path
+from ..progress import Progress
 from ..text import corpus
 from .card import write_training_card
-from .folder import Event, RunFolder
+from .folder import Event, RunFolder, read_whole
 from .initialization import initialize, make_model_args
 from .loop import ResumableRun, carry_out, is_due
 from .optimizer import make_optimizer, make_schedule, pull_queries
 from .recipe import Recipe, TrainingPace
 from .results import TrainingResult
-from .tokens import TextFiles, Tokens, encode_texts, list_paths
+from .tokens import TextFiles, Tokens, encode_texts, list_paths, read_sources
 
 SAMPLE_PROMPT, SAMPLE_TOKENS = 8, 64
 
@@ -70,12 +70,18 @@ class Settings:
 
 def _read_settings(run: Mapping[str, Any]) -> Settings:
     return Settings(
-        read_options(Recipe, "recipe", run["recipe"]),
-        TrainingPace(**run["pace"]),
-        TrainingText(**run["text"]),
+        read_whole(Recipe, "recipe", run["recipe"]),
+        read_whole(TrainingPace, "pace", run["pace"]),
+        read_sources(TrainingText, run["text"]),
         _choose_dtype(run["dtype"]),
-        str(run["fingerprint"]),
+        _read_fingerprint(run["fingerprint"]),
     )
+
+
+def _read_fingerprint(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise TypeError("the fingerprint is no text")
+    return value
 
 
 def train(
@@ -91,6 +97,7 @@ def train(
     resume: bool = False,
     steps: int | None = None,
     report: Callable[[Event], None] = lambda event: None,
+    progress: Progress = lambda stage, done, total: None,
 ) -> TrainingResult:
     """Train a model, or go on with a run bit for bit as if it had never stopped.
 
@@ -108,12 +115,13 @@ def train(
         resume: go on from the last checkpoint.
         steps: with ``resume``, another number of steps in all (the decay moves with it).
         report: called with each event, as ``training/log.jsonl`` has it.
+        progress: called with "steps", how many are done and how many there are.
 
     Raises:
         UserError: for anything the user can mend, a loss that is no number, and an interruption;
             the last good checkpoint is kept.
     """
-    dtype, folder = _choose_dtype(dtype), RunFolder(Path(mlx_path))
+    dtype, folder = _choose_dtype(dtype), RunFolder(expand_path(mlx_path))
     paths, held_out = list_paths(data or ()), list_paths(validation)
     if resume:
         settings = folder.read_settings(_read_settings)
@@ -121,48 +129,50 @@ def train(
             text = dataclasses.replace(settings.text, data=paths, validation=held_out)
             settings = dataclasses.replace(settings, text=text)
     elif data:
-        check_free(folder.path)
+        folder.check_free()
         source = None if tokenizer is None else str(tokenizer)
         text = TrainingText(paths, held_out, validation_share, source)
         settings = Settings(recipe or Recipe(), pace or TrainingPace(), text, dtype)
     else:
         raise UserError("--data is missing: name text files to train on")
-    settings, tokens = _read_tokens(settings, folder, steps if resume else None)
-    return carry_out(folder, resume, lambda: Run(folder, settings, tokens), report)
+    if resume and steps is not None:
+        longer = dataclasses.replace(settings.recipe, steps=steps)
+        settings = dataclasses.replace(settings, recipe=longer)
+    settings, tokens = make_tokens(settings, folder.path if resume else None)
+    steps_done = partial(progress, "steps")
+    return carry_out(folder, resume, lambda: Run(folder, settings, tokens), report, steps_done)
 
 
-def _read_tokens(
-    settings: Settings, folder: RunFolder, steps: int | None
-) -> tuple[Settings, Tokens]:
+def make_tokens(settings: Settings, resumed: Path | None) -> tuple[Settings, Tokens]:
     """Read the text, and complete the settings by what it says.
+
+    Args:
+        settings: with an empty fingerprint, unless the run is resumed.
+        resumed: the folder of a resumed run, which has its tokenizer.
 
     Raises:
         UserError: if a resumed run's text is not what it was.
     """
-    resumed = settings.fingerprint != ""
-    recipe = settings.recipe if steps is None else dataclasses.replace(settings.recipe, steps=steps)
-    source = str(folder.path) if resumed else settings.text.tokenizer
+    source = settings.text.tokenizer if resumed is None else str(resumed)
     texts = settings.text.read()
     if source is None:
-        tokenizer = corpus.make_tokenizer(texts.train, recipe.vocab_size, chat=texts.chat)
+        tokenizer = corpus.make_tokenizer(texts.train, settings.recipe.vocab_size, chat=texts.chat)
     else:
         tokenizer = fetch_tokenizer(source)
     tokens = encode_texts(texts, tokenizer)
     if len(tokens.held_out):
-        perplexity.check_length(tokens.held_out, recipe.context)
+        perplexity.check_length(tokens.held_out, settings.recipe.context)
     fingerprint = tokens.fingerprint()
-    if resumed and fingerprint != settings.fingerprint:
+    if resumed is not None and fingerprint != settings.fingerprint:
         raise UserError(
-            f"{folder.path} was trained on other text than these files hold now: give the same "
-            "--data"
+            f"{resumed} was trained on other text than these files hold now: give the same --data"
         )
-    recipe = dataclasses.replace(recipe, vocab_size=len(tokenizer))
+    recipe = dataclasses.replace(settings.recipe, vocab_size=len(tokenizer))
     return dataclasses.replace(settings, recipe=recipe, fingerprint=fingerprint), tokens
 
 
 def _choose_dtype(dtype: str) -> str:
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise UserError(f"--dtype {dtype}: choose auto, float32 or bfloat16")
+    check_choice("--dtype", dtype, ("auto", "float32", "bfloat16"))
     if dtype == "auto":
         return "bfloat16" if mx.default_device().type == mx.DeviceType.gpu else "float32"
     return dtype
@@ -188,13 +198,15 @@ class Run(ResumableRun[TrainingResult]):
     def begin(self) -> None:
         """Write what never changes during a run: settings, tokenizer and config."""
         # Weights twice, Muon's or Adam's moments, and all of it once more while it is replaced.
-        self._folder.begin(self._settings, 32 * self.parameters)
+        self._folder.begin(32 * self.parameters)
         tokenizer = self._text.tokenizer
         tokenizer.save_pretrained(str(self._folder.path))
+        hide_paths(self._folder.path)
         config = {k: v for k, v in asdict(self.model.args).items() if v is not None}
         config |= {"eos_token_id": tokenizer.eos_token_id, "torch_dtype": "float32"}
-        config |= {"architectures": ["SkiplessForCausalLM"]}
+        config |= {"architectures": ["SkiplessForCausalLM"], **NO_MODEL_TYPE}
         write_json(self._folder.path / "config.json", dict(sorted(config.items())))
+        self._folder.write_settings(self._settings)
 
     def go(self, report: Callable[[Event], None], stopped: Callable[[], bool]) -> TrainingResult:
         """Train to the end and write the card."""

@@ -9,12 +9,21 @@ import math
 from dataclasses import dataclass
 
 from ..errors import UserError
-from ..options import check_above_zero, check_choice, check_choices, flag_name, option
+from ..options import (
+    check_above_zero,
+    check_choice,
+    check_choices,
+    check_seed,
+    flag_name,
+    option,
+)
 
 # As network.model has them, which cannot be imported without MLX.
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu")
 PROJECTION_NORMS = ("q", "k", "v", "heads", "hidden")
 HEALING_RATES = {"lora": 1e-3, "full": 5e-5}
+MOST_LAYERS = 10_000
+LARGEST = 1 << 31  # MLX's sizes along an axis and numbers of steps are 32-bit
 
 
 @dataclass(frozen=True)
@@ -67,9 +76,15 @@ class Recipe:
         "start of gamma, a query's weight on the heads' outputs of the layer before, or none to "
         "leave it out",
     )
-    skip_width: str = option(
-        "head", "whether alpha and gamma are a number per head or per channel", ("head", "channel")
+    output_skip: float | None = option(
+        1.0,
+        "with a head skip: start of delta, the weight of the last layer's heads in what the "
+        "network's head reads, or none to leave it out",
     )
+    skip_width: str = option(
+        "head", "whether alpha, gamma and delta are a number per head or per channel",
+        ("head", "channel"),
+    )  # fmt: skip
     attention_gain: float | None = option(
         None,
         "start of beta, a head's weight on its attention; none: 1 with a head skip, "
@@ -109,6 +124,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        _check_sizes(self)
+        if self.layers > MOST_LAYERS:
+            raise UserError(f"--layers {self.layers}: must be at most {MOST_LAYERS:,}")
         for name in ("adam_learning_rate", "clip", "temperature", "embedding_scale"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{flag_name(name)} {getattr(self, name)}: must be above 0")
@@ -118,8 +136,7 @@ class Recipe:
         for name in ("steps", "batch_size", "context"):
             if getattr(self, name) < 1:
                 raise UserError(f"{flag_name(name)} {getattr(self, name)}: must be at least 1")
-        if self.seed < 0:
-            raise UserError(f"--seed {self.seed}: must be at least 0")
+        check_seed(self.seed)
         if self.warmup < 0 or not 0 <= self.decay <= 1 or not 0 <= self.orthogonal_q <= 1:
             raise UserError("--warmup must be at least 0, --decay and --orthogonal-q from 0 to 1")
 
@@ -138,9 +155,14 @@ class Recipe:
         return (0.005 if own.head_skip is None else 0.01) * (12 / own.layers) ** 0.6
 
     def resolve(self) -> "Recipe":
-        """Return the recipe with what ``block`` "sas" or "sas-p" implies written out."""
+        """Return the recipe with what other settings imply written out.
+
+        These are ``block`` "sas" or "sas-p", and the lack of a head skip.
+        """
         if self.block not in ("sas", "sas-p"):
-            return self
+            return (
+                self if self.head_skip is not None else dataclasses.replace(self, output_skip=None)
+            )
         serial = self.block == "sas"
         return dataclasses.replace(
             self,
@@ -152,6 +174,7 @@ class Recipe:
             kv_heads=self.heads,
             query_skip=None,
             head_skip=None,
+            output_skip=None,
         )
 
 
@@ -176,20 +199,32 @@ class Treatment:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        _check_sizes(self)
         for name in ("rank", "steps", "batch_size", "context", "sampled_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"{flag_name(name)} {getattr(self, name)}: must be at least 1")
         for name, value in (("learning_rate", self.peak), ("clip", self.clip)):
             if not 0 < value < math.inf:
                 raise UserError(f"{flag_name(name)} {value}: must be above 0")
-        if self.warmup < 0 or self.seed < 0:
-            raise UserError("--warmup and --seed must be at least 0")
+        check_seed(self.seed)
+        if self.warmup < 0:
+            raise UserError(f"--warmup {self.warmup}: must be at least 0")
 
     @property
     def peak(self) -> float:
         """The highest learning rate."""
         rate = self.learning_rate
         return HEALING_RATES[self.fine_tune_type] if rate is None else rate
+
+
+def _check_sizes(options: Recipe | Treatment) -> None:
+    """Check that MLX can take each whole number but the seed, and that other numbers are finite."""
+    for one in dataclasses.fields(options):
+        value = getattr(options, one.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{flag_name(one.name)} {value}: must be a finite number")
+        if isinstance(value, int) and value >= LARGEST and one.name != "seed":
+            raise UserError(f"{flag_name(one.name)} {value}: must be below {LARGEST:,}")
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,16 @@
 """The text of a run: the files that it comes from, and its tokens."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from ..checkpoints.files import is_there
+from ..options import expand_path
 from ..text import corpus
 
 
@@ -31,9 +34,34 @@ class TextFiles:
         return corpus.read_texts(data, validation, share=self.validation_share)
 
 
+Sources = TypeVar("Sources", bound=TextFiles)
+
+
+def read_sources(kind: type[Sources], given: Mapping[str, Any]) -> Sources:
+    """Make a ``TextFiles`` of what ``run.json`` keeps, which anyone may have written.
+
+    Raises:
+        KeyError, TypeError, UserError: if it is none, or a file is no regular file.
+    """
+    for one in fields(kind):
+        value = given[one.name]
+        if one.name in ("data", "validation"):
+            fits = isinstance(value, list) and all(isinstance(file, str) for file in value)
+        elif one.name == "validation_share":
+            fits = isinstance(value, int | float)
+        else:
+            fits = isinstance(value, str) or (value is None and one.name == "tokenizer")
+        if not fits:
+            raise TypeError(f"{one.name} is {reprlib.repr(value)}")
+    sources = kind(**given)
+    for file in (*sources.data, *sources.validation):
+        is_there(Path(file))  # a pipe would block
+    return sources
+
+
 def list_paths(files: Sequence[str | Path]) -> list[str]:
     """Return files' absolute paths, as ``TextFiles`` holds them."""
-    return [str(Path(file).absolute()) for file in files]
+    return [str(expand_path(file).absolute()) for file in files]
 
 
 @dataclass(frozen=True)

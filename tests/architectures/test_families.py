@@ -199,6 +199,7 @@ LACKING: list[tuple[str, dict[str, Any]]] = [
         {"value_skip": True},
         {"query_skip": True},
         {"head_skip": True},
+        {"output_skip": True},
     )
 ] + [
     *((name, {"rope": {"rope_type": "linear", "factor": 2.0}})

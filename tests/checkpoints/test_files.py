@@ -116,6 +116,28 @@ def test_a_conversion_whose_source_becomes_shorter(
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("stage", ["converting", "checking"])
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_conversion_whose_source_becomes_another(
+    tmp_path: Path, source: tuple[Path, Path], stage: str, verify: bool
+):
+    """As many bytes, and valid ones: of whichever layers were read before, the result is of two."""
+    model, file = source
+    data = bytearray(file.read_bytes())
+    data[-400:] = bytes(400)
+
+    def change(at: str, done: int, total: int) -> None:
+        if at == stage and done == 0:
+            file.write_bytes(data)
+
+    before = sorted(tmp_path.iterdir())
+    if stage == "checking" and not verify:
+        return
+    with pytest.raises(UserError, match=f"{file} changed while it was read: try again"):
+        convert(model, tmp_path / "out", verify=verify, progress=change)
+    assert sorted(tmp_path.iterdir()) == before
+
+
 @pytest.mark.parametrize("maker", [make_checkpoint, make_llama])
 def test_a_truncated_model_is_not_loaded(tmp_path: Path, maker: Callable[..., Any]):
     """mlx-lm would load whatever lay in memory."""

@@ -7,7 +7,9 @@ import io
 import json
 import math
 import random
+import shutil
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import mlx_skipless
 from mlx_skipless.checkpoints import gguf_file
 from mlx_skipless.checkpoints.checkpoint import open_checkpoint
 from mlx_skipless.checkpoints.gguf_file import GGUFStore
@@ -274,20 +277,116 @@ def yarn(writer: gguf.GGUFWriter) -> None:
     writer.add_rope_scaling_orig_ctx_len(128)
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+
+
+def yarn_with(**settings: float) -> Callable[[gguf.GGUFWriter], None]:
+    def describe(writer: gguf.GGUFWriter) -> None:
+        yarn(writer)
+        for key, value in settings.items():
+            key = f"llama.rope.scaling.{key}"
+            writer.kv_data[0].pop(key, None)
+            (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
+
+    return describe
+
+
 @pytest.mark.parametrize(
     ("describe", "scaling"),
     [
         (lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.NONE), None),
         (linear, {"rope_type": "linear", "factor": 2.5}),
         (old_linear, {"rope_type": "linear", "factor": 2.5}),
-        (yarn, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}),
+        (yarn, YARN),
+        (yarn_with(beta_fast=16.0, beta_slow=2.0), YARN | {"beta_fast": 16.0, "beta_slow": 2.0}),
+        (yarn_with(yarn_beta_fast=16.0), YARN | {"beta_fast": 16.0}),
+        (yarn_with(yarn_beta_fast=32.0, yarn_beta_slow=1.0), YARN),  # what a silent file means
+        (yarn_with(attn_factor=1.0, yarn_ext_factor=1.0, yarn_log_multiplier=0.0), YARN),
+        (yarn_with(original_context_length=0), YARN | {"original_max_position_embeddings": 512}),
     ],
-    ids=["none", "linear", "old linear", "yarn"],
+    ids=["none", "linear", "old linear", "yarn", "betas", "new betas", "usual", "1", "context"],
 )
 def test_rope_scaling(tmp_path: Path, describe: Callable, scaling: Config | None):
     config, weights = make_llama(tmp_path / "hf")
     write_gguf(tmp_path / "model.gguf", config, weights, describe=describe)
     assert open_checkpoint(tmp_path / "model.gguf").config.get("rope_scaling") == scaling
+
+
+# A key of the network, a value that makes another network, and one that says what every Llama says.
+KEYS: dict[str, tuple[Any, Any]] = {
+    "llama.rope.scaling.attn_factor": (1.2, 1.0),
+    "llama.rope.scaling.yarn_attn_factor": (0.7, 1.0),
+    "llama.rope.scaling.yarn_ext_factor": (0.5, 0.0),
+    "llama.rope.scaling.yarn_log_multiplier": (0.1, 0.0),
+    "llama.rope.scaling.alpha": (1000.0, 0.0),
+    "llama.rope.freq_base_swa": (1e6, 0.0),
+    "llama.rope.dimension_sections": ([16, 24, 24, 0], [0][:0]),
+    "llama.attention.scale": (0.1, 8**-0.5),
+    "llama.attention.sliding_window": (64, 512),
+    "llama.attention.causal": (False, True),
+    "llama.attention.clamp_kqv": (8.0, 0.0),
+    "llama.attention.max_alibi_bias": (8.0, 0.0),
+    "llama.attention.temperature_length": (8192, 0),
+    "llama.attention.value_length": (16, 8),
+    "llama.attention.head_count": ([4, 2], [4, 4]),
+    "llama.attention.head_count_kv": ([2, 1], [2, 2]),
+    "llama.feed_forward_length": ([32, 16], [32, 32]),
+    "llama.attn_logit_softcapping": (50.0, 0.0),
+    "llama.final_logit_softcapping": (30.0, 0.0),
+    "llama.logit_scale": (0.0625, 1.0),
+    "llama.residual_scale": (0.22, 1.0),
+    "llama.embedding_scale": (12.0, 1.0),
+    "llama.use_parallel_residual": (True, False),
+    "llama.expert_count": (8, 0),
+    "llama.expert_shared_count": (1, 0),
+    "llama.pooling_type": (1, 0),
+    "llama.nobody.knows.this": ("yet", ""),
+}
+
+
+def set_key(key: str, value: Any) -> Callable[[gguf.GGUFWriter], None]:
+    def describe(writer: gguf.GGUFWriter) -> None:
+        writer.kv_data[0].pop(key, None)
+        kinds = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}
+        if value != []:  # which gguf does not write
+            getattr(writer, f"add_{kinds[type(value)]}")(key, value)
+
+    return describe
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_key_that_changes_the_network_is_refused_and_not_where_it_does_not(
+    tmp_path: Path, small, key: str
+):
+    _, config, weights = small
+    other, usual = KEYS[key]
+    write_gguf(tmp_path / "other.gguf", config, weights, describe=set_key(key, other))
+    with pytest.raises(UserError, match="not supported"):
+        open_checkpoint(tmp_path / "other.gguf")
+    write_gguf(tmp_path / "usual.gguf", config, weights, describe=set_key(key, usual))
+    checkpoint = open_checkpoint(tmp_path / "usual.gguf")
+    assert checkpoint.args == open_checkpoint(small[0]).args
+
+
+@pytest.mark.parametrize(
+    ("kind", "complaint"), [("adapter", "'adapter'"), ("mmproj", "'mmproj'"), ("imatrix", "type")]
+)
+def test_a_gguf_file_of_something_else_is_called_by_its_name(
+    tmp_path: Path, small, kind: str, complaint: str
+):
+    _, config, weights = small
+    write_gguf(tmp_path / "model.gguf", config, weights, describe=lambda w: w.add_type(kind))
+    with pytest.raises(UserError, match=f"no model.*{complaint}"):
+        open_checkpoint(tmp_path / "model.gguf")
+
+
+def test_two_scalings_at_once_are_refused(tmp_path: Path):
+    config, weights = make_llama(tmp_path / "hf", rope_theta=500000.0)
+    table = {"rope_freqs.weight": llama3_factors(config["head_dim"], config["rope_theta"], 8.0)}
+    for describe in (linear, yarn):
+        write_gguf(tmp_path / "m.gguf", config, weights, extra=table, describe=describe)
+        with pytest.raises(UserError, match="by a table"):
+            open_checkpoint(tmp_path / "m.gguf")
 
 
 def test_a_tied_head_and_a_head_width_of_its_own(tmp_path: Path):
@@ -300,6 +399,29 @@ def test_a_tied_head_and_a_head_width_of_its_own(tmp_path: Path):
     write_gguf(tmp_path / "model.gguf", config, weights, describe=describe)
     args = open_checkpoint(tmp_path / "model.gguf").args
     assert args.tie_word_embeddings and args.head_dim == 24
+
+
+# Names of files
+
+
+@pytest.mark.parametrize("name", ["M.GGUF", "sha256-0123abcd", "model.bin", "model", "m.gguf.1"])
+def test_a_file_is_known_by_its_first_bytes(tmp_path: Path, small, name: str):
+    shutil.copyfile(small[0], tmp_path / name)
+    assert open_checkpoint(tmp_path / name).args == open_checkpoint(small[0]).args
+
+
+def test_a_folder_with_one_gguf_file_is_that_file(tmp_path: Path, small):
+    shutil.copyfile(small[0], tmp_path / "M.Q8_0.GGUF")
+    (tmp_path / "README.md").write_text("what it is")
+    (tmp_path / "config.json").write_text("{}")  # some repositories have one beside it
+    (tmp_path / "mmproj-model.gguf").write_bytes(b"GGUF")
+    report = convert(tmp_path, tmp_path / "out", verify=False)
+    assert report.params_before and (tmp_path / "out" / "tokenizer.json").is_file()
+    with pytest.raises(UserError, match=r"`convert.py --model .*M.Q8_0.GGUF` makes one"):
+        mlx_skipless.load(tmp_path)
+    shutil.copyfile(small[0], tmp_path / "another.gguf")
+    with pytest.raises(UserError, match=r"holds 2 GGUF files, M.Q8_0.GGUF, another.gguf: give one"):
+        open_checkpoint(tmp_path)
 
 
 # Conversion
@@ -409,11 +531,12 @@ def test_absurd_amounts_of_metadata(tmp_path: Path, small, monkeypatch: pytest.M
     array = struct.pack("<IQ", 9, 1)  # of one, an array of one, ...
     deep = struct.pack("<I", 9) + array * 2000 + struct.pack("<IQB", 0, 1, 7)
     (tmp_path / "model.gguf").write_bytes(before + b"deep" + deep + after[8:])
-    with pytest.raises(UserError, match="recursion"):
+    with pytest.raises(UserError, match="arrays of arrays"):
         open_checkpoint(tmp_path / "model.gguf")
-    monkeypatch.setattr(gguf_file, "MOST_VALUES", 500)
-    with pytest.raises(UserError, match="more metadata than any model"):
-        open_checkpoint(small[0])
+    for limit, what in (("MOST_VALUES", "values"), ("MOST_KEYS", "keys"), ("MOST_TENSORS", "ten")):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=f"{what}.* no model"):
+            patch.setattr(gguf_file, limit, 10)
+            open_checkpoint(small[0])
 
 
 def test_an_array_longer_than_the_file_ends_at_once(tmp_path: Path, small):
@@ -756,6 +879,100 @@ def test_an_ordinary_word_named_as_padding_stays_one(tmp_path: Path, small):
     tokenizer = tokenizer_of(tmp_path, small, describe)
     assert tokenizer("!").input_ids == [word]
     assert tokenizer.decode([word], skip_special_tokens=True) == "!"
+
+
+TURNS = ["<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<turn>", "<|im_end|>", "<end_of_turn>"]
+
+
+def describe_ends(writer: gguf.GGUFWriter, types: int = CONTROL) -> None:
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s>", *TURNS]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([NORMAL] * 256 + [CONTROL] + [types] * len(TURNS))
+    writer.add_bos_token_id(256)
+
+
+@pytest.mark.parametrize(
+    ("given", "own"),
+    [
+        ({}, []),
+        ({"eos": 257}, []),
+        ({"eos": 257, "eot": 260}, ["<turn>"]),
+        ({"eos": 260, "eom": 3}, ["<turn>", 3]),
+        ({"eos": 999, "eot": 260}, ["<turn>"]),
+    ],
+    ids=str,
+)
+def test_every_token_that_ends_a_turn_ends_an_answer(tmp_path: Path, small, given, own):
+    """Those that the file names, and those that llama.cpp knows by their names."""
+    _, config, weights = small
+
+    def describe(writer: gguf.GGUFWriter) -> None:
+        describe_ends(writer)
+        for name, index in given.items():
+            writer.add_uint32(f"tokenizer.ggml.{name}_token_id", index)
+
+    write_gguf(tmp_path / "model.gguf", config, weights, describe=describe)
+    for form in ("stock", "own"):
+        convert(tmp_path / "model.gguf", tmp_path / form, verify=False, skipless=form == "own")
+        expected = {*own} | {token for token in TURNS if token != "<turn>"}
+        for load in (mlx_skipless.load, load_in_mlx_lm):
+            _, tokenizer = load(tmp_path / form)
+            ids = {t if isinstance(t, int) else tokenizer.vocab[t] for t in expected}
+            assert tokenizer.eos_token_ids == ids
+    first = json.loads((tmp_path / "stock" / "config.json").read_text())["eos_token_id"][0]
+    assert first == given.get("eos", 257) or given.get("eos") == 999
+
+
+def load_in_mlx_lm(folder: Path) -> Any:
+    return mlx_lm.utils.load(str(folder), trust_remote_code=True)
+
+
+def test_a_token_that_ends_a_turn_is_one_token_whatever_its_type(tmp_path: Path, small):
+    tokenizer = tokenizer_of(tmp_path, small, lambda writer: describe_ends(writer, NORMAL))
+    assert tokenizer("a<|im_end|>").input_ids[1:] == [256 + 1 + TURNS.index("<|im_end|>")]
+    assert len(tokenizer("a<turn>").input_ids) > 2
+
+
+def test_named_chat_templates_come_along(tmp_path: Path, small):
+    def describe(writer: gguf.GGUFWriter) -> None:
+        add_byte_tokenizer(writer)
+        del writer.kv_data[0]["tokenizer.chat_template"]
+        templates = {"default": CHAT_TEMPLATE, "tool_use": "tools"}
+        writer.add_chat_template([{"name": n, "template": t} for n, t in templates.items()])
+
+    tokenizer = tokenizer_of(tmp_path, small, describe)
+    assert tokenizer.chat_template == {"default": CHAT_TEMPLATE, "tool_use": "tools"}
+
+
+def nested_tokens(count: int) -> list[str]:
+    return ["a" * (i + 1) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "complaint"),
+    [
+        (["a" * 1_000_000, "b"], "token of 1,000,000 characters"),
+        ([f"{i:0999}" for i in range(5000)], "4,995,000 in all"),
+        (nested_tokens(1000), "more merges"),
+    ],
+    ids=["long", "many", "nested"],
+)
+def test_absurd_tokens_are_refused_at_once(tmp_path: Path, small, tokens, complaint: str):
+    _, config, weights = small
+
+    def describe(writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(tokens)
+        writer.add_token_scores([0.0] * len(tokens))
+        writer.add_token_types([NORMAL] * len(tokens))
+
+    write_gguf(tmp_path / "model.gguf", config, weights, describe=describe)
+    started = time.process_time()
+    with pytest.raises(UserError, match=complaint):
+        open_checkpoint(tmp_path / "model.gguf").store.tokenizer()
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import safetensors.numpy
 from factory import make_checkpoint
 from hub_server import Drop, HubServer, Refusal
 
@@ -33,6 +34,7 @@ FETCHED = {
     "tokenizer_config.json",
     "chat_template.jinja",
 }
+INDEX = "model.safetensors.index.json"
 DECOYS = (
     "pytorch_model.bin",
     "consolidated.safetensors",
@@ -244,6 +246,69 @@ def test_a_connection_reset_in_mid_file_is_one_line_and_the_next_run_goes_on(
     assert hub.sent() == {"model.safetensors"}
 
 
+def share(folder: Path) -> None:
+    """Spread a model over the files that an index names, tensor by tensor in turn."""
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = ["layers-0.safetensors", "layers[1].safetensors"]
+    named = {tensor: names[i % 2] for i, tensor in enumerate(tensors)}
+    for name in names:
+        part = {n: array for n, array in tensors.items() if named[n] == name}
+        safetensors.numpy.save_file(part, folder / name)
+    (folder / INDEX).write_text(json.dumps({"weight_map": named}))
+
+
+def test_the_files_that_an_index_names_are_fetched_and_no_others(
+    hub: HubServer, run: Run, tmp_path: Path
+):
+    repo = tmp_path / "repo"
+    make_checkpoint(repo, **SMALL)
+    share(repo)
+    for name in ("model.fp16.safetensors", "layers-2.safetensors", "onnx/config.json"):
+        (repo / name).parent.mkdir(exist_ok=True)
+        (repo / name).write_bytes(b"never read this")
+    hub.repos["tales/shared"] = {"main": repo}
+    result = run("--model", "tales/shared", "--no-verify")
+    assert (result.code, result.stderr) == (0, "")
+    shards = {"layers-0.safetensors", "layers[1].safetensors", INDEX}
+    assert hub.sent() == (FETCHED - {"model.safetensors"}) | shards
+
+
+def test_an_index_that_a_repository_has_outgrown(hub: HubServer, run: Run, tmp_path: Path):
+    repo = tmp_path / "repo"
+    make_checkpoint(repo, **SMALL)
+    (repo / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": "model-1.safetensors"}}))
+    hub.repos["tales/old"] = {"main": repo}
+    result = run("--model", "tales/old", "--no-verify")
+    assert (result.code, result.stderr) == (0, "")
+    assert hub.sent() == FETCHED | {INDEX}
+
+
+@pytest.mark.parametrize("lacks", ["", "tokenizer.json", "config.json", "model.safetensors"])
+def test_a_cache_that_another_program_has_filled(
+    hub: HubServer, run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str], lacks: str
+):
+    """With as much as is needed the Hub is, else it is told what is missing."""
+    repo = tmp_path / "repo"
+    make_checkpoint(repo, **SMALL)
+    for name in ("original/tokenizer.model", "LICENSE.txt", "tokenizer.model"):
+        (repo / name).parent.mkdir(exist_ok=True)
+        (repo / name).write_bytes(b"not needed")
+    hub.repos["tales/cached"] = {"main": repo}
+    kept = sorted({*FETCHED} - {lacks, "tokenizer.model"})
+    huggingface_hub.snapshot_download("tales/cached", allow_patterns=kept)
+    huggingface_hub.close_session()  # it would go on with an open connection
+    capfd.readouterr()
+    hub.stop()
+    for environment in ({}, {"HF_HUB_OFFLINE": "1"}):
+        if not lacks:
+            assert run("--model", "tales/cached", "--no-verify", **environment).code == 0
+            (tmp_path / "place" / "out").rename(tmp_path / f"out{len(environment)}")
+        else:
+            error = the_error(run("--model", "tales/cached", **environment))
+            assert "tales/cached is only in part in the cache: connect" in error
+
+
 @pytest.mark.parametrize("shards", [1, 2])
 def test_a_dry_run_fetches_no_weights(hub: HubServer, run: Run, tmp_path: Path, shards: int):
     make_checkpoint(tmp_path / "sharded", shards=shards, **SMALL)
@@ -424,3 +489,29 @@ def test_a_data_set_without_its_package_is_one_line(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"no such file: a/b; .*pip install 'mlx-lm\[train\]'"):
         samples.read_text("a/b")
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]], ids=["convert", "plan"])
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["m.Q4_K_M.gguf"], "m.Q4_K_M.gguf: `hf download tales/gguf m.Q4_K_M.gguf` prints"),
+        (
+            ["b/m 2.GGUF", "a.gguf", "mmproj-m.gguf"],
+            "a.gguf, b/m 2.GGUF: `hf download tales/gguf a",
+        ),
+        (["sub/m 2.gguf"], "sub/m 2.gguf: `hf download tales/gguf 'sub/m 2.gguf'` prints the path"),
+    ],
+    ids=["one", "several", "elsewhere"],
+)
+def test_a_repository_of_gguf_files_says_which_file_to_fetch(
+    hub: HubServer, run: Run, tmp_path: Path, names: list[str], said: str, flags: list[str]
+):
+    repo = tmp_path / "repo"
+    for name in ["README.md", *names]:
+        (repo / name).parent.mkdir(parents=True, exist_ok=True)
+        (repo / name).write_bytes(b"GGUF")
+    hub.repos["tales/gguf"] = {"main": repo}
+    error = the_error(run("--model", "tales/gguf", *flags))
+    assert f"tales/gguf holds GGUF files, {said}" in error
+    assert not hub.sent() & {*names}  # files of many gigabytes, of which one is wanted

@@ -14,6 +14,7 @@ from mlx_skipless.checkpoints import writer
 from mlx_skipless.checkpoints.writer import Writer
 from mlx_skipless.errors import UserError
 
+ABANDONED = ".out.partial-0123456789abcdef"
 PATIENCE = 60  # seconds until a thread that hangs fails its test
 
 
@@ -139,14 +140,14 @@ def test_an_interrupt_while_the_folder_is_made_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("known", "left"), [(True, []), (False, [".out.partial-1"])])
+@pytest.mark.parametrize(("known", "left"), [(True, []), (False, [ABANDONED])])
 def test_without_locks_nothing_of_another_run_is_touched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool, left: list[str]
 ) -> None:
     def unknown(*arguments: Any) -> None:
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
-    (tmp_path / ".out.partial-1").mkdir()
+    (tmp_path / ABANDONED).mkdir()
     if not known:
         monkeypatch.setattr(fcntl, "flock", unknown)
     with Writer(tmp_path / "out", 0) as writing:

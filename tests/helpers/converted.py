@@ -16,7 +16,7 @@ WINDOW: dict[str, Any] = {
     "sliding_window": 4,
     "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
 }
-BOTH_SKIPS: dict[str, Any] = {"skips": ("query", "head")}
+SKIPS: dict[str, Any] = {"skips": ("query", "head", "output")}
 TABLE: dict[str, Any] = {"precompute_first_layer": "force"}
 # Of a source checkpoint the options, or its family; how it is converted; what loses attention.
 MODELS: dict[str, tuple[dict[str, Any] | str, dict[str, Any], list[int]]] = {
@@ -26,20 +26,20 @@ MODELS: dict[str, tuple[dict[str, Any] | str, dict[str, Any], list[int]]] = {
         {"remove": "kp"},
         [],
     ),
-    "parallel": (QKV | BOTH_SKIPS | {"block": "parallel"}, {"remove": "p"}, []),
+    "parallel": (QKV | SKIPS | {"block": "parallel"}, {"remove": "p"}, []),
     "tied": ({"skip": "ffn", "tie_word_embeddings": True}, {"remove": "q"}, []),
-    "table": (QKV | BOTH_SKIPS, {"remove": "qp"} | TABLE, []),
+    "table": (QKV | SKIPS, {"remove": "qp"} | TABLE, []),
     "quantized table": (
         QKV | {"hidden_size": 128, "intermediate_size": 256},
         {"remove": "p", "quantize": True} | TABLE,
         [],
     ),
     "skips": (
-        QKV | WINDOW | BOTH_SKIPS | {"per_channel": True, "norms": ["k", "v", "heads"]},
+        QKV | WINDOW | SKIPS | {"per_channel": True, "norms": ["k", "v", "heads"]},
         {"remove": "qp"},
         [],
     ),
-    "no attention 0": (PRE | BOTH_SKIPS, {"remove": "none"}, [0]),
+    "no attention 0": (PRE | SKIPS, {"remove": "none"}, [0]),
     "no attention 1": (QKV, {"remove": "p"}, [1]),
     "no attention 1, 2": (PRE, {"remove": "none"} | TABLE, [1, 2]),
     "mixtral": ("mixtral", {"skipless": True, "remove": "p"}, []),

@@ -35,7 +35,11 @@ def exact_tensors(folder: Path, **plan: Any) -> dict[str, np.ndarray]:
     for layer in range(checkpoint.args.num_hidden_layers):
         stored |= merger.layer(layer)
     whole = {name: np.array(array).astype(np.float64) for name, array in stored.items()}
-    return whole | {name: np.concatenate(parts) for name, parts in merger.exact.items()}
+    # Rows of a matrix that was merged in parts, or experts one by one.
+    return whole | {
+        name: np.concatenate(parts).reshape(whole[name].shape)
+        for name, parts in merger.exact.items()
+    }
 
 
 def check_same_function(

@@ -75,7 +75,7 @@ def make_checkpoint(
     """Write a random source skipless checkpoint; return its config and its weights as stored.
 
     `gains` adds every optional gain of norm "qkv", `linear_paths` the gate offsets, the value
-    skips and the gains of shaped attention, `skips` the "query" skip, the "head" skip or both,
+    skips and the gains of shaped attention, `skips` the "query", "head" and "output" skips,
     `per_channel` or per head (None: in every other layer), `bias` biases on the named projections,
     `template` a chat template. Attention matrices are orthogonal plus `spread` times Gaussian.
     `config` overrides the config's defaults. The weights returned are float64 and equal the stored
@@ -206,7 +206,9 @@ def _weights(
             new[f"{attn}uniform_gain"] = 0.5 * around_one(q_heads)
         wide = layer % 2 == 1 if per_channel is None else per_channel
         size = q_width if wide else q_heads
-        for name in skips if layer else set(skips) - {"head"}:
+        last = layer == config["num_hidden_layers"] - 1
+        absent = {"head" if layer == 0 else "", "" if last else "output"}
+        for name in (skip for skip in skips if skip not in absent):
             new[f"{attn}{name}_skip"] = 0.7 * around_one(size) * rng.choice([-1, 1], size)
         weights |= new
         x, heads = _fit(config, weights, layer, x, heads)

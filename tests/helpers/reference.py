@@ -42,6 +42,18 @@ def block_and_heads(
 
     Returns the same of this block.
     """
+    x, heads = _sub_layers(config, weights, layer, x, before)
+    delta = weights.get(f"model.layers.{layer}.self_attn.output_skip")
+    if delta is not None:
+        channels = np.repeat(delta, heads.shape[-1] // len(delta))
+        x = x + channels * heads
+    return x, heads
+
+
+def _sub_layers(
+    config: Config, weights: Weights, layer: int, x: np.ndarray, before: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """`block_and_heads` without the output skip."""
     kind, skip = config["block"], config.get("skip", "none")
     if kind not in ("serial", "parallel") or skip not in ("none", "ffn", "both"):
         raise ValueError(f"block {kind!r} with skip {skip!r}")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import pty
 import re
 import select
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -23,9 +25,10 @@ from factory import EOS, make_checkpoint, make_llama
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_skipless.errors import UserError
-from mlx_skipless.inference import generation, prompts
-from mlx_skipless.inference.chat import _VISIBLE, Conversation, chat
+from mlx_skipless.inference import generation, keyboard, prompts
+from mlx_skipless.inference.chat import Conversation, chat
 from mlx_skipless.inference.loading import load
+from mlx_skipless.terminal import make_visible
 
 Loaded = tuple[nn.Module, TokenizerWrapper]
 
@@ -232,6 +235,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the backgro
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 from mlx_skipless.inference.chat import chat
 from mlx_skipless.inference.loading import load
+from mlx_skipless.terminal import make_visible
 model, tokenizer = load(sys.argv[1])
 tokenizer.eos_token_ids = set()
 chat(model, tokenizer, **eval(sys.argv[2]))
@@ -313,10 +317,13 @@ def terminal(folder: Path) -> Iterator[Callable[..., Terminal]]:
         os.close(one.fd)
 
 
-def test_a_session_in_a_terminal(terminal: Callable[..., Terminal], llama: Loaded):
+def test_a_session_in_a_terminal(terminal: Callable[..., Terminal], llama: Loaded, tmp_path: Path):
     llama[1].eos_token_ids = set()
     talk = Conversation(*llama, max_tokens=6)
-    screen = terminal(max_tokens=6)
+    (tmp_path / "mlx-skipless").mkdir()
+    (history := tmp_path / "mlx-skipless" / "history").write_text("Of another day\n")
+    history.chmod(0o644)
+    screen = terminal({"XDG_STATE_HOME": str(tmp_path), "TERM": "xterm"}, max_tokens=6)
     for text in ("Hello", "More"):
         say(talk, text)
         costs = screen.ask(text)
@@ -337,9 +344,29 @@ def test_a_session_in_a_terminal(terminal: Callable[..., Terminal], llama: Loade
     screen.send("/reset\n")
     screen.expect("forgotten", "> ")
     assert "in the cache" not in screen.ask("Hello")
-    screen.send("/quit\n")
+
+    def length(text: str) -> int:
+        whole = prompts.encode_prompt(llama[1], text)
+        screen.send("/reset\n")
+        screen.expect("forgotten", "> ")
+        return len(whole)
+
+    tokens = length("one\ntwo\n  three")
+    screen.send('"""one\n')
+    screen.expect("... ")
+    screen.send("two\n")
+    screen.expect("... ")
+    assert f"prompt {tokens} tokens" in screen.ask('  three"""')
+    tokens = length("one\ntwo")
+    assert f"prompt {tokens} tokens" in screen.ask("\x1b[200~one\rtwo\x1b[201~")
+    screen.send("\x10" * 30 + "\n")  # up to the first line that there is
+    assert "Of another day" in screen.expect("peak memory ", "> ")
+    screen.send("exit\n")
     screen.expect("LEFT")
     assert screen.process.wait(timeout=60) == 0
+    lines = history.read_text().splitlines()
+    assert lines[:3] == ["Of another day", "Hello", "More"] and "one two" in lines
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Callable[..., Terminal]):
@@ -458,7 +485,7 @@ def test_an_opening_is_gone_on_from(
     type_lines(monkeypatch, "Hello")
     chat(*bare, max_tokens=6, opening="Once upon a time")
     out, err = capsys.readouterr()
-    visible = [text.translate(_VISIBLE) for text in (first, second)]
+    visible = [make_visible(text) for text in (first, second)]
     assert out == f"Once upon a time{visible[0]}\n{visible[1]}\n"
     assert err.count("peak memory") == 2 and f"({talk.reused} more were in the cache)" in err
 
@@ -498,6 +525,202 @@ def test_what_is_not_unicode_does_not_end_the_chat(
     err = capsys.readouterr().err
     assert err.count("peak memory") == 2
     assert "error: this terminal does not send utf-8" in err
+
+
+@pytest.mark.parametrize("word", ["/quit", "/exit", "quit", "exit", "  exit "])
+def test_words_that_leave(
+    llama: Loaded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], word: str
+):
+    type_lines(monkeypatch, word, "Hello")
+    chat(*llama, max_tokens=3, remarks=["Of note."])
+    out, err = capsys.readouterr()
+    assert (out == "" and err.splitlines()[1:] == ["Of note.", "> "]) or err.endswith(
+        "Of note.\n> "
+    )
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (['"""one', "", 'two"""'], "one\n\ntwo"),
+        (['"""', "one", '"""'], "one"),
+        (['"""one"""'], "one"),
+        (['  """one', 'two"""  '], "one\ntwo"),
+        (['"""/quit', 'exit"""'], "/quit\nexit"),
+        (['one """ two'], 'one """ two'),
+        (['"""one', KeyboardInterrupt(), "two"], "two"),
+    ],
+)
+def test_messages_of_several_lines(
+    llama: Loaded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    typed: list[str | BaseException], said: str,
+):  # fmt: skip
+    asked: list[str] = []
+    original = Conversation.ask
+
+    def ask(self: Conversation, text: str, **options: Any) -> Any:
+        asked.append(text)
+        return original(self, text, **options)
+
+    type_lines(monkeypatch, *typed)
+    monkeypatch.setattr(Conversation, "ask", ask)
+    chat(*llama, max_tokens=2)
+    assert asked == [said]
+
+
+@pytest.mark.parametrize("opening", [None, "Once upon a time"])
+@pytest.mark.parametrize("error", [IndexError("no such token"), UserError("no numbers")])
+def test_a_broken_answer_does_not_end_the_chat(
+    bare: Loaded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    error: Exception, opening: str | None,
+):  # fmt: skip
+    kind, calls = type(bare[1].detokenizer), []
+    original = kind.add_token
+
+    def add(self: Any, token: int) -> None:
+        calls.append(token)
+        if len(calls) == 3:
+            raise error
+        original(self, token)
+
+    monkeypatch.setattr(kind, "add_token", add)
+    type_lines(monkeypatch, *([] if opening else ["Hello"]), "More", "/stats")
+    chat(*bare, max_tokens=5, opening=opening)
+    err = capsys.readouterr().err
+    (line,) = [line for line in err.splitlines() if "error: " in line]
+    assert str(error) in line and "Traceback" not in err
+    assert err.count("peak memory") == 1 and "2 turns: " in err  # of one, two tokens are kept
+
+
+def test_an_impossible_turn_does_not_end_the_chat(
+    llama: Loaded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    llama[
+        1
+    ]._tokenizer.chat_template = (
+        "{% if messages[-1]['content'] == 'Bad' %}{{ raise_exception('no') }}{% endif %}x"
+    )
+    type_lines(monkeypatch, "Bad", "Good")
+    chat(*llama, max_tokens=3)
+    err = capsys.readouterr().err
+    assert "error: the model's chat template fails (no)" in err and err.count("peak memory") == 1
+
+
+# The model's context
+
+
+def test_the_beginning_is_forgotten_where_it_has_turns(llama: Loaded):
+    """Whole turns of it, so that all that is said stands within the context; never the system's."""
+    model, tokenizer = llama
+    talk = Conversation(model, tokenizer, max_tokens=8, system_prompt="Hush.")
+    talk.context = 160
+    for turn in range(12):
+        text = f"Turn {turn}, of some length"
+        say(talk, text)
+        assert talk.messages[-2]["content"] == text
+        assert len(talk.messages) % 2 == 0 and talk.messages[0]["role"] == "user"
+        assert talk.cached[: len(opening := tokenizer.encode("<s>system: Hush.\n"))] == opening
+        assert len(talk.cached) <= 160 + 8
+        assert_cache_is_fresh(talk, model)
+    assert talk.turns == 12 and 2 <= len(talk.messages) < 8
+    # A message too long for all is answered, alone.
+    say(talk, "x" * 200)
+    assert len(talk.messages) == 2
+
+
+def test_the_beginning_is_forgotten_where_it_is_one_text(bare: Loaded):
+    model, tokenizer = bare
+    talk = Conversation(model, tokenizer, max_tokens=8)
+    talk.context = 64
+    text = ""
+    for turn in range(9):
+        said = f"{turn} and more"
+        held = list(talk._transcript)
+        say(talk, said)
+        ids = tokenizer.encode(f"{chr(10) if turn else ''}{said}", add_special_tokens=False)
+        assert talk.cached[:-8] == [*held, *ids][talk.forgotten :]
+        assert (talk.forgotten > 0) == (len(held) + len(ids) > 48)
+        assert len(talk.cached) <= 64
+        text += said
+    assert len(text) > 64
+
+
+def test_the_cache_of_a_chat_is_bounded(llama: Loaded):
+    def sizes(**options: Any) -> set[int | None]:
+        cache = Conversation(*llama, **options).cache
+        return {getattr(one, "max_size", None) for one in cache}
+
+    assert sizes() == {512} and sizes(max_kv_size=16) == {16} and sizes(kv_bits=8) == {None}
+
+
+def test_a_refused_turn_forgets_nothing(llama: Loaded):
+    talk = Conversation(*llama, max_tokens=8, kv_bits=8)
+    talk.context = llama[0].context = 100
+    say(talk, "Hello")
+    history = list(talk.messages)
+    with pytest.raises(UserError, match="the model's context 100"):
+        say(talk, "x" * 200)
+    assert talk.messages == history
+    say(talk, "More")
+    assert len(talk.messages) == 4
+
+
+def test_a_chat_says_when_its_context_fills(
+    bare: Loaded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    bare[0].context = 64
+    bare[1].eos_token_ids = set()
+    lines = ["Hello", "x" * 30, "More", "x" * 70, "/reset", "Hello"]
+    type_lines(monkeypatch, *lines)
+    chat(*bare, max_tokens=8)
+    answers = capsys.readouterr().err.split("> ")[1:]
+    said = [re.findall("about to|its beginning is forgotten|saw only the end", a) for a in answers]
+    # 13 tokens; 13 + 31 + 8; (52 + 5, so 32) + 8; (71) + 8.
+    assert said[:6] == [
+        [], ["about to"], ["its beginning is forgotten"],
+        ["its beginning is forgotten", "saw only the end"], [], [],
+    ]  # fmt: skip
+
+
+# What is typed, on another day
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder: folder.write_text("a file"),
+        lambda folder: (folder / "history").mkdir(parents=True),
+        lambda folder: (folder.mkdir(), os.mkfifo(folder / "history")),
+        lambda folder: (folder.mkdir(), (folder / "history").symlink_to("/dev/null")),
+        lambda folder: (folder.mkdir(), (folder / "history").symlink_to(folder / "other")),
+        lambda folder: (folder.mkdir(), (folder / "history").write_bytes(b"\xff\x00\n" * 9)),
+    ],
+    ids=["file", "folder", "pipe", "device", "link", "bytes"],
+)
+def test_a_history_that_cannot_be_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], Any]
+):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    spoil(tmp_path / "mlx-skipless")
+    with keyboard.edit_lines():
+        pass
+    assert not (tmp_path / "mlx-skipless" / "other").exists()
+
+
+def test_a_prompt_is_no_part_of_what_a_file_holds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+    assert keyboard.read_message() == "Hello"
+    assert capsys.readouterr() == ("", "> ")
+
+
+def test_where_history_is_kept(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    for state, folder in (("/state", "/state"), ("", "/home/someone/.local/state"),
+                          ("here", "/home/someone/.local/state")):  # fmt: skip
+        monkeypatch.setenv("XDG_STATE_HOME", state)
+        assert keyboard.find_history() == Path(folder, "mlx-skipless", "history")
 
 
 def test_control_characters_of_an_answer_do_not_reach_the_terminal(

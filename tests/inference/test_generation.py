@@ -6,8 +6,11 @@ import gc
 import json
 import os
 import pty
+import re
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,12 +24,15 @@ from factory import EOS, make_checkpoint, make_llama
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, save_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_skipless import cli
 from mlx_skipless.conversion import convert
 from mlx_skipless.errors import UserError
 from mlx_skipless.inference import caches, chat, comparison, generation, prompts
 from mlx_skipless.inference.loading import load
+from mlx_skipless.terminal import make_visible
+from mlx_skipless.text import corpus
 
 Loaded = tuple[nn.Module, TokenizerWrapper]
 PROMPT = list(b"The quick brown fox jumps over the lazy dog.")
@@ -401,6 +407,198 @@ def test_a_prompt_cache_of_another_model_is_refused(
         caches.load_cache(tmp_path / "text.safetensors", model)
 
 
+# What an answer may not do: steer a terminal, end in a traceback, be timed from cold
+
+STEERING = "\x1b]0;owned\x07\x9b2J\u202e"
+
+
+@pytest.fixture(scope="module")
+def hostile(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model each of whose tokens reads as a terminal's commands."""
+    made = tmp_path_factory.mktemp("hostile") / "model"
+    shutil.copytree(folder, made)
+    tokenizer = json.loads((made / "tokenizer.json").read_text())
+    replace = {"type": "Replace", "pattern": {"Regex": "."}, "content": STEERING}
+    tokenizer["decoder"] = {"type": "Sequence", "decoders": [replace]}
+    (made / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return made
+
+
+@pytest.mark.parametrize("flags", [(), ("--draft-model",)], ids=" ".join)
+def test_an_answer_never_steers_the_terminal(
+    hostile: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], flags: tuple[str, ...]
+):
+    """Nor a file that someone shows later; --json has what was said."""
+    flags = (*flags, str(hostile)) if flags else ()
+    command = ["generate", "--model", str(hostile), "--prompt", "hi", "--max-tokens", "3"]
+    assert cli.main([*command, *flags, "--json", str(tmp_path / "j.json")]) == 0
+    out, err = capfd.readouterr()
+    assert out == make_visible(STEERING) * (out.count("owned")) + "\n" and "owned" in out
+    assert "\x1b" not in err
+    assert json.loads((tmp_path / "j.json").read_text())["text"].startswith(STEERING)
+    assert cli.main([*command, "--compare", str(hostile), "--json", "-"]) == 0
+    out, err = capfd.readouterr()
+    assert out.isascii() and "\x1b" not in out + err  # JSON escapes it
+    assert json.loads(out)["second"]["text"].startswith(STEERING)
+
+
+@pytest.mark.parametrize("error", [IndexError, ValueError, KeyError, TypeError, RuntimeError])
+@pytest.mark.parametrize("where", ["detokenizer", "sampler"])
+def test_an_answer_that_breaks_off_says_so_in_a_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    error: type[Exception], where: str,
+):  # fmt: skip
+    def fail(*_: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 9:
+            raise error("no such\ntoken \x1b[2J")
+        return mx.array([65])
+
+    calls: list[int] = []
+    if where == "sampler":
+        made = {"sampler": fail, "logits_processors": None}
+        monkeypatch.setattr(generation, "make_samplers", lambda **_: made)
+    else:
+        kind = type(load(folder)[1].detokenizer)
+        monkeypatch.setattr(kind, "add_token", fail)
+    code = cli.main(["generate", "--model", str(folder), "--prompt", "hi"])
+    err = capsys.readouterr().err
+    assert code == 1 and err.count("\n") == 1 and "\x1b" not in err
+    assert re.search(rf"breaks off after [4-7] tokens \({error.__name__}: '?no such", err)
+
+
+@pytest.mark.parametrize("length", [1, 2, 44, 64, 65, 66, 130, 500, 1000])
+def test_a_warm_up_is_of_the_same_kind_and_short(
+    llama: Loaded, monkeypatch: pytest.MonkeyPatch, length: int
+):
+    """Its steps are as long as the answer's, less whole blocks of 64."""
+    seen: list[int] = []
+    call = type(llama[0]).__call__
+
+    def count(self: nn.Module, inputs: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        seen.append(inputs.shape[1])
+        return call(self, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(type(llama[0]), "__call__", count)
+    generation.warm_up(*llama, length)
+    warm, seen = seen, []
+    run(llama, [65] * length, max_tokens=3)
+    assert [one % 64 for one in warm] == [one % 64 for one in seen]
+    assert sum(warm) < 140 and (length < 64 or warm[0] > 62)
+
+
+def test_a_warm_up_leaves_no_trace(llama: Loaded):
+    """In random numbers, in a cache to go on from, in the memory that an answer reports."""
+    cache = caches.make_cache(llama[0])
+    run(llama, max_tokens=3, prompt_cache=cache)
+    options = {"temp": 1.0, "prompt_cache": cache}
+    answers = []
+    for warm in (False, True):
+        mx.random.seed(5)
+        if warm:
+            held = [c.offset for c in cache]
+            generation.warm_up(*llama, 1000, **options, max_tokens=20)
+            assert [c.offset for c in cache] == held
+        before = mx.random.uniform(shape=(3,)).tolist()
+        answer = generation.generate(*llama, PROMPT, max_tokens=8, temp=1.0)
+        answers.append((before, answer.text, answer.peak_memory_bytes))
+    assert answers[0][:2] == answers[1][:2]
+    assert answers[0][2] == pytest.approx(answers[1][2], abs=50_000)  # its cache takes 200,000
+
+
+def test_the_first_steps_are_not_timed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As if each kind of step were compiled in half a second, the first time."""
+    kind = type(load(folder)[0])
+    call, known = kind.__call__, set()
+
+    def compiled(self: nn.Module, inputs: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        if inputs.shape[1] not in known:
+            time.sleep(0.5)
+        known.add(inputs.shape[1])
+        return call(self, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "__call__", compiled)
+    command = ["generate", "--model", str(folder), "--prompt", "Hi", "--max-tokens", "4"]
+    assert cli.main([*command, "--json", str(tmp_path / "j.json")]) == 0
+    answer = json.loads((tmp_path / "j.json").read_text())
+    assert answer["prompt_tokens"] / answer["prompt_tps"] < 0.5 and answer["generation_tps"] > 6
+
+
+def test_a_system_prompt_opens_the_conversation(llama: Loaded):
+    tokenizer = llama[1]
+    ids = prompts.encode_prompt(tokenizer, "Hi", system="Be brief.")
+    assert tokenizer.decode(ids) == "<s>system: Be brief.\n<s>user: Hi\n<s>assistant: "
+
+
+LEAVES_OUT = "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}.{% endfor %}"
+REFUSES = "{{ raise_exception('no such role') if messages[0]['role'] == 'system' else 'x' }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (None, "not taught to take turns"),
+        (corpus.PLAIN_TEMPLATE, "not taught to take turns"),
+        (LEAVES_OUT, "leaves it out; drop it"),
+        (REFUSES, "takes none .*no such role"),
+        ("{{ 1 / 0 }}", "chat template fails"),
+    ],
+)
+def test_a_system_prompt_without_a_place_is_refused(folder: Path, template: str, says: str):
+    _, tokenizer = load(folder)
+    tokenizer._tokenizer.chat_template = template
+    tokenizer = TokenizerWrapper(tokenizer._tokenizer)
+    with pytest.raises(UserError, match=says):
+        prompts.encode_prompt(tokenizer, "Hi", system="Be brief.")
+
+
+def test_a_template_that_only_joins_is_no_chat(folder: Path):
+    """A prompt is encoded as without one; mlx-lm's chat and server get the same text."""
+    _, tokenizer = load(folder)
+    tokenizer._tokenizer.chat_template = corpus.PLAIN_TEMPLATE
+    tokenizer = TokenizerWrapper(tokenizer._tokenizer)
+    assert tokenizer.has_chat_template and not prompts.has_turns(tokenizer)
+    assert prompts.encode_prompt(tokenizer, "Hi there") == tokenizer.encode("Hi there")
+    roles = ("system", "user", "assistant", "user")
+    said = [{"role": role, "content": text} for role, text in zip(roles, "abcd", strict=True)]
+    shown = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    assert shown == "a\nb c\nd"
+
+
+def make_adapters(folder: Path, model: nn.Module) -> None:
+    """LoRA adapters as mlx_lm.lora writes them, random ones."""
+    parameters = {"rank": 4, "scale": 20.0, "dropout": 0.0}
+    linear_to_lora_layers(model, 2, parameters)
+    mx.random.seed(0)
+    weights = {
+        name: mx.random.normal(w.shape)
+        for name, w in tree_flatten(model.parameters())
+        if name.endswith(("lora_a", "lora_b"))
+    }
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
+    config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": parameters}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def test_adapters(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    make_adapters(tmp_path / "adapters", load(folder)[0])
+    command = ["generate", "--model", str(folder), "--prompt", "Hi", "--max-tokens", "20"]
+    said = []
+    for flags in ([], ["--adapter-path", str(tmp_path / "adapters")]):
+        assert cli.main([*command, *flags]) == 0
+        said.append(capsys.readouterr().out)
+    adapted = load(folder, adapter_path=str(tmp_path / "adapters"))
+    assert said[1] == make_visible(generation.generate(*adapted, "Hi", max_tokens=20).text) + "\n"
+    assert said[0] != said[1]
+    for wrong in (tmp_path / "none", folder):
+        assert cli.main([*command, "--adapter-path", str(wrong)]) == 1
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1
+
+
 # The command without a model, or without a prompt
 
 
@@ -544,6 +742,12 @@ def test_an_empty_prompt_that_was_asked_is_no_tale(command: Command, prompt: str
 
 
 @pytest.mark.parametrize("flag", ["--compare", "--prompt-cache-file"])
+def test_a_system_prompt_is_one_answers(command: Command, flag: str):
+    code, out, err = command("--prompt", "Hi", "--system-prompt", "Be brief.", flag, "other")
+    assert (code, out) == (1, "") and err.startswith("error: --system-prompt goes with neither")
+
+
+@pytest.mark.parametrize("flag", ["--compare", "--prompt-cache-file"])
 def test_flags_that_need_a_prompt_say_so_before_any_work(
     command: Command, tmp_path: Path, flag: str
 ):
@@ -579,6 +783,56 @@ def test_a_terminal_chats(
         assert cli.main(["generate", "--json", "j.json", "--max-tokens", "4", *flags]) == 0
         assert len(asked) == 1 and capsys.readouterr().out.startswith("Once upon a time")
         assert json.loads(Path("j.json").read_text())["generation_tokens"] == 4
+    os.close(ours)
+
+
+@pytest.mark.parametrize(
+    ("flags", "taken"),
+    [
+        ([], {"temp": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.05}),
+        (["--top-p", "1", "--top-k", "0"], {"temp": 0.6, "repetition_penalty": 1.05}),
+        (["--temp", "0"], {"repetition_penalty": 1.05}),
+        (["--temp", "0", "--repetition-penalty", "1"], {}),
+    ],
+)
+@pytest.mark.parametrize("bundled", [True], indirect=True)
+def test_a_chat_samples_as_the_model_recommends(
+    bundled: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str],
+    taken: dict[str, float],
+):
+    """Where no flag says otherwise, and it says what it took; --prompt is answered greedily."""
+    shutil.copytree(bundled, tmp_path / "m")
+    config = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20}
+    config |= {"repetition_penalty": 1.05, "eos_token_id": [EOS]}
+    (tmp_path / "m/generation_config.json").write_text(json.dumps(config))
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(chat, "chat", lambda model, tokenizer, **options: asked.update(options))
+    ours, side = pty.openpty()
+    with open(side) as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        command = ["generate", "--model", str(tmp_path / "m"), "--system-prompt", "Hush.", *flags]
+        assert cli.main(command) == 0
+        assert asked["system_prompt"] == "Hush."
+        told = " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in taken.items())
+        assert asked["remarks"] == ([f"As generation_config.json recommends: {told}"] * bool(taken))
+        given = {name: float(value) for name, value in zip(*[iter(flags)] * 2, strict=True)}
+        given = {name.strip("-").replace("-", "_"): value for name, value in given.items()}
+        assert {name: asked[name] for name in taken | given} == taken | given
+        seen: dict[str, Any] = {}
+        original = generation.stream
+
+        def stream(*given: Any, **options: Any) -> generation.Stream:
+            seen.update(options)
+            return original(*given, **options)
+
+        monkeypatch.setattr(generation, "stream", stream)
+        assert cli.main([*command, "--prompt", "Hi", "--max-tokens", "2"]) == 0
+        assert {
+            k: v for k, v in seen.items() if k not in ("max_tokens", "prompt_cache", "seed")
+        } == {"temp": 0} | given
     os.close(ours)
 
 

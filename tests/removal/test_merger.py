@@ -61,7 +61,7 @@ def test_removing_a_reader(case: tuple[int, int, int, bool]) -> None:
     basis, condition = basis_without_reader(q), float(np.linalg.cond(q.weight))
     x = rng.standard_normal((5, width))
     stream = apply(down, x)
-    new_stream = apply(change_basis(down, writes=basis, owns_shift=True), x)
+    new_stream = apply(change_basis(down, writes=basis, shift_share=1.0), x)
     assert_near(new_stream, apply(q, stream), condition)
     assert_near(apply(change_basis(k, reads=basis), new_stream), apply(k, stream), condition**2)
     new_q = change_basis(q, reads=basis)

@@ -73,6 +73,11 @@ def test_an_ffn_skip_joins_two_points() -> None:
         (replace(BASE, norm="pre"), "p", "norm acts on the stream"),
         (replace(BASE, norm="pre", skip="both"), "qp", "--skipless"),
         (replace(BASE, removed={"q": [0, 1, 2]}), "q", "gone already"),
+        (
+            replace(BASE, block="parallel", num_hidden_layers=1, output_skip=True),
+            "p",
+            "heads of layer 0 are added to it",
+        ),
     ],
 )
 def test_refusals_name_the_reason(args: ModelArgs, remove: str, reason: str) -> None:

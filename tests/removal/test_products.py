@@ -79,7 +79,7 @@ def test_a_bias_that_an_inverse_magnified_comes_back_whole():
     rng = np.random.default_rng(0)
     q = Linear(ill_conditioned(rng, 40, 1e6).astype(np.float32), rng.standard_normal(40))
     writer = Linear(np.zeros((3, 40), dtype=np.float32), np.zeros(40))
-    written = change_basis(writer, writes=basis_without_reader(q), owns_shift=True)
+    written = change_basis(writer, writes=basis_without_reader(q), shift_share=1.0)
     np.testing.assert_allclose(written.bias, q.bias, rtol=0, atol=1e-8)
 
 

@@ -16,14 +16,15 @@ from grids import only, pairs, thin
 
 import mlx_skipless
 from mlx_skipless.conversion.convert import convert
+from mlx_skipless.errors import UserError
 from mlx_skipless.network.model import PROJECTION_NORMS
 
-SKIPS = ("query", "head")
+SKIPS = ("query", "head", "output")
 SHAPES = {"per head": False, "per channel": True, "mixed": None}
 HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}
 SMALL = {"hidden_size": 32, "intermediate_size": 48}
 PACKED = {"hidden_size": 128, "intermediate_size": 192}
-PATHS = ("query_skip", "head_skip")
+PATHS = ("query_skip", "head_skip", "output_skip")
 NORMED = {"four norms": None, "normed heads": [*PROJECTION_NORMS]}
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -52,13 +53,13 @@ def draw_network(seed: int) -> tuple[dict[str, Any], str]:
         "block": block,
         "num_key_value_heads": HEADS[heads],
         "num_hidden_layers": pick(4, 5),
-        "skips": pick(SKIPS, SKIPS, SKIPS[:1], SKIPS[1:]),
+        "skips": pick(SKIPS, SKIPS, SKIPS[:2], SKIPS[1:], *((name,) for name in SKIPS)),
         "per_channel": pick(*SHAPES.values()),
         "norm": pick("none", "qkv", "qkv"),
         "gains": pick(True, False),
         "linear_paths": pick(True, False),
         "bias": pick((), (*ATTENTION_PROJECTIONS, *MLP_PROJECTIONS)),
-        "final_norm": True,
+        "final_norm": pick(True, False),
         "tie_word_embeddings": pick(True, False),
         **SMALL,
     }
@@ -103,7 +104,7 @@ def test_both_skips_matter(seed: int, tmp_path: Path) -> None:
     config, weights = make_checkpoint(tmp_path, **options | {"skips": SKIPS})
     tokens = np.random.default_rng(seed).integers(0, 256, (2, 9))
     expected = reference.logits(config, weights, tokens)
-    for gone in ("self_attn.query_skip", "layers.1.self_attn.head_skip"):
+    for gone in ("self_attn.query_skip", "layers.1.self_attn.head_skip", "output_skip"):
         got = reference.logits(config, keep(weights, gone), tokens)
         assert reference.worst_relative_error(expected, got) > 1e-2
 
@@ -139,11 +140,11 @@ def test_conversion(
     assert mx.array_equal(plain(tokens), mlx_skipless.load(out)[0](tokens))
     written = json.loads((out / "config.json").read_text())
     per_channel = shape != "per head"
-    assert written["query_skip"] and written["head_skip"]
+    assert written["query_skip"] and written["head_skip"] and written["output_skip"]
     assert written["channel_skips"] == per_channel
     found = {name: np.array(a) for name, a in stored(out).items() if name.endswith(PATHS)}
     wanted = {name: w for name, w in source[1].items() if name.endswith(PATHS)}
-    assert found.keys() == wanted.keys() and len(found) == 7
+    assert found.keys() == wanted.keys() and len(found) == 8
     for name, vector in wanted.items():
         times = 8 if per_channel and len(vector) == 4 else 1
         assert np.array_equal(found[name], np.repeat(vector, times)), name
@@ -194,7 +195,13 @@ def test_behind_a_layer_without_attention(remove: str, tmp_path: Path) -> None:
     assert {name for name in stored(tmp_path / "o") if name.endswith("head_skip")} == names
 
 
-@pytest.mark.parametrize("kept", ["layers.1.self_attn.query_skip", "layers.2.self_attn.head_skip"])
+@pytest.mark.parametrize(
+    "kept",
+    [
+        f"layers.{x}"
+        for x in ("1.self_attn.query_skip", "2.self_attn.head_skip", "2.self_attn.output_skip")
+    ],
+)
 def test_one_skip_of_one_layer(kept: str, tmp_path: Path) -> None:
     """The other layers have zeros."""
     config, weights = make_checkpoint(tmp_path / "s", skips=SKIPS, per_channel=True, **SMALL)
@@ -248,7 +255,39 @@ def test_normed_heads_without_a_gain_in_one_layer(tmp_path: Path) -> None:
     check_same_function((config, weights), tmp_path / "o", 0)
 
 
-@pytest.mark.parametrize("skips", [(), SKIPS[:1], SKIPS[1:]], ids=str)
+def test_an_output_skip_goes_with_its_attention(tmp_path: Path) -> None:
+    """The last layer has no heads then."""
+    config, weights = make_checkpoint(tmp_path / "s", skips=SKIPS, **SMALL)
+    weights = keep(weights, "layers.2.self_attn")
+    store(tmp_path / "s", weights)
+    config |= {"removed": {"attention": [2]}}
+    (tmp_path / "s" / "config.json").write_text(json.dumps(config))
+    convert(tmp_path / "s", tmp_path / "o", remove="qp", verify=False)
+    for folder in (tmp_path / "s", tmp_path / "o"):
+        check_same_function((config, weights), folder, 0)
+    assert not [name for name in stored(tmp_path / "o") if name.endswith("output_skip")]
+
+
+def test_layer_norms_stay_where_an_output_skip_adds_heads(tmp_path: Path) -> None:
+    """Their mean is in no matrix that could have it taken out."""
+    source = make_checkpoint(
+        tmp_path / "s", skip="both", norm="pre", norm_type="layer", skips=SKIPS[2:], **SMALL
+    )
+    convert(tmp_path / "s", tmp_path / "o", remove="none", fold_norms=True, verify=False)
+    check_same_function(source, tmp_path / "o", 0)
+    assert json.loads((tmp_path / "o" / "config.json").read_text())["norm_type"] == "layer"
+
+
+def test_heads_of_another_width_cannot_be_added(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "s", head_dim=12, **SMALL)
+    weights = mx.load(str(tmp_path / "s" / "model.safetensors"))
+    weights |= {"model.layers.2.self_attn.output_skip": mx.ones(4)}
+    mx.save_safetensors(str(tmp_path / "s" / "model.safetensors"), weights)
+    with pytest.raises(UserError, match="heads that are 48 wide to a stream of 32"):
+        convert(tmp_path / "s", tmp_path / "o", remove="none")
+
+
+@pytest.mark.parametrize("skips", [(), *((name,) for name in SKIPS)], ids=str)
 def test_a_value_gain_stays_beside_a_skip(skips: tuple[str, ...], tmp_path: Path) -> None:
     """It scales the values, but not the query that is added to them, nor what a head skip reads."""
     source = make_checkpoint(tmp_path / "s", norm="qkv", gains=True, skips=skips, **SMALL)

@@ -241,7 +241,7 @@ def test_a_tokenizer_of_its_size(tmp_path: Path, size: int, chat: bool):
     made = corpus.make_tokenizer([prose(100)], size, chat=chat)
     assert len(made) == size
     assert made.eos_token == ("<|im_end|>" if chat else "<|endoftext|>")
-    assert bool(made.chat_template) == chat
+    assert made.chat_template == (corpus.CHAT_TEMPLATE if chat else corpus.PLAIN_TEMPLATE)
     text = prose(5)
     tokens = len(corpus.encode([text], made)) - 1
     assert tokens == len(text) if size == SMALLEST else tokens < len(text)

@@ -48,10 +48,11 @@ WORDS = ("the", "cat", "sat", "on", "a", "mat", "who", "saw", "red", "dogs", "ru
 
 @pytest.fixture(autouse=True)
 def signals() -> Iterator[None]:
-    """The commands handle SIGTERM; pytest gets its own handling back."""
-    before = signal.getsignal(signal.SIGTERM)
+    """The commands handle SIGTERM and SIGHUP; pytest gets its own handling back."""
+    before = {which: signal.getsignal(which) for which in (signal.SIGTERM, signal.SIGHUP)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for which, handler in before.items():
+        signal.signal(which, handler)
 
 
 @pytest.fixture(scope="module")
@@ -462,19 +463,29 @@ def test_a_run_of_compiled_steps_goes_on_as_if_nothing_had_been(text: Path, tmp_
     same_end(tmp_path / "run", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "which",
+    [
+        [signal.SIGINT],
+        [signal.SIGTERM],
+        [signal.SIGHUP],
+        [signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP],  # a session that ends
+        [signal.SIGTERM, signal.SIGHUP],
+    ],
+    ids=str,
+)
 def test_an_interrupted_run_saves_and_tells(
     finished: tuple[Path, Result],
     text: Path,
     tmp_path: Path,
-    which: signal.Signals,
+    which: list[signal.Signals],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
     out = tmp_path / "run"
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(events, "describe_event", stop_at(6, which))
+        patch.setattr(events, "describe_event", stop_at(6, *which))
         assert command("train", "--data", text, "--mlx-path", out, *flags()) == 1
     assert "interrupted at step 6: --resume goes on" in one_error(capsys)
     assert signal.getsignal(signal.SIGINT) == handler
@@ -485,6 +496,56 @@ def test_an_interrupted_run_saves_and_tells(
     result = run(None, out, None, resume=True)
     same_end(out, finished[0])
     assert result.loss == finished[1].loss
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), BrokenPipeError(32, "x")])
+def test_a_run_that_nobody_hears_saves(
+    finished: tuple[Path, Result], text: Path, tmp_path: Path, error: OSError
+):
+    """A terminal that is gone, a pipe whose reader ended, a full disk behind standard output."""
+    out = tmp_path / "run"
+
+    def report(event: Event) -> None:
+        if event["step"] >= 6:
+            raise error
+
+    with pytest.raises(type(error), match="interrupted at step 6: --resume goes on") as told:
+        run(text, out, report=report)
+    assert told.value.errno == error.errno
+    with contextlib.suppress(OSError):  # at the last step the work is done whoever hears it
+        run(None, out, None, resume=True, report=lambda event: report({"step": event["step"] // 2}))
+    same_end(out, finished[0])
+    assert (out / "README.md").exists()
+
+
+def test_hangups_that_were_ignored_stay_ignored(text: Path, tmp_path: Path):
+    """As under nohup, whose run outlives its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run(text, tmp_path / "run", report=stop_at(6, signal.SIGHUP)).step == 12
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(
+    finished: tuple[Path, Result], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a killed process tidies nothing
+        with pytest.raises(ZeroDivisionError):
+            run(text, out, pace=dataclasses.replace(PACE, save_every=0), report=lambda e: 1 // 0)
+        (out / "training/log.jsonl").write_text('{"step": 2, "tokens": 128, "loss": 9.0}\n')
+        with pytest.raises(UserError, match=r"holds a run: --resume goes on with it, or give"):
+            run(text, out)
+        with pytest.raises(UserError, match="cannot be read"):
+            run(tmp_path / "none.txt", out, None, resume=True)
+    run(None, out, None, resume=True)
+    same_end(out, finished[0])
+    (tmp_path / "begun/training").mkdir(parents=True)
+    resume_refused(tmp_path / "begun", "nothing to resume.*remove the folder and start it again")
+    with pytest.raises(UserError, match="exists already: remove it"):
+        run(text, tmp_path / "begun")
 
 
 def test_an_interruption_between_two_lines_of_the_log(
@@ -631,7 +692,7 @@ def test_resuming_what_is_no_run(finished: tuple[Path, Result], text: Path, tmp_
     state.write_bytes(whole)
     for broken in ({}, given | {"recipe": {"depth": 1}}, given | {"pace": {"x": 1}}):
         settings.write_text(json.dumps(broken))
-        resume_refused(out, r"is not of this version|no part of a recipe")
+        resume_refused(out, r"is not of this version|no part of a (recipe|pace)")
     settings.write_text("{")
     resume_refused(out, "JSON")
 
@@ -801,7 +862,7 @@ def test_a_checkpoint_that_cannot_be_written(
     def full(file: str, *arguments: Any) -> None:
         if (out / "training/loss.png").exists():
             before.setdefault("saved", saved(out))
-            if Path(file).name.removeprefix(".partial-").startswith(failing):
+            if Path(file).name.startswith(failing):
                 Path(file).write_bytes(b"half")
                 raise RuntimeError("[write] Unable to write\nto the file")
         write(file, *arguments)
@@ -996,9 +1057,37 @@ def test_curves_of_runs(
         for line, key in ((lines[2 * i], "loss"), (lines[2 * i + 1], "validation_loss")):
             points = [(tokens[e["step"]], e[key]) for e in events if key in e]
             assert np.allclose(line, points)
-    labels = [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()]
-    assert [label.split(":")[0] for label in labels] == ["finished", "whole"]
-    assert labels[0].endswith(f"{finished[1].validation_loss:.3f}")
+    labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert labels[::2] == ["finished, training", "whole, training"]
+    assert [label.split(":")[0] for label in labels[1::2]] == [
+        "finished, held out",
+        "whole, held out",
+    ]
+    assert labels[1].endswith(f": {finished[1].validation_loss:.3f}")
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["log of this version", "of an older one"])
+@pytest.mark.parametrize("log_every", [0, 3, 5, 7])
+def test_evaluations_between_lines_of_the_log_are_drawn(
+    log_every: int, old: bool, tmp_path: Path, figures: list[Figure]
+):
+    """Also those after the last line of the log, and those that are worse than all that came."""
+    events: list[Event] = []
+    for step in range(1, 23):
+        if log_every and step % log_every == 0:
+            events.append({"step": step, "tokens": 64 * step, "loss": 5 - step / 10})
+        if step % 2 == 0:
+            event = {"step": step, "tokens": 64 * step, "validation_loss": 3 + step / 5}
+            events.append({k: v for k, v in event.items() if not old or k != "tokens"})
+    (tmp_path / "run/training").mkdir(parents=True)
+    log = tmp_path / "run/training/log.jsonl"
+    log.write_text("".join(json.dumps(event) + "\n" for event in events))
+    assert command("curves", tmp_path / "run", "--output", tmp_path / "x.svg") == 0
+    per_step = 64 if log_every or not old else 1  # nothing says how many tokens
+    line = drawn(figures[0])[-1]
+    assert np.allclose(line, [(per_step * n / 1e6, 3 + n / 5) for n in range(2, 23, 2)])
+    low, high = figures[0].axes[0].get_ylim()
+    assert low < line[:, 1].min() and line[:, 1].max() < high
 
 
 def test_curves_of_runs_with_one_name(
@@ -1012,8 +1101,8 @@ def test_curves_of_runs_with_one_name(
         places.append(log.parent.parent)
     assert command("curves", *places, "--output", tmp_path / "both.png") == 0
     assert len(drawn(figures[0])) == 4
-    labels = [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()]
-    assert len(set(labels)) == 2
+    labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert len(set(labels)) == 4
 
 
 def test_curves_of_a_run_with_an_odd_name(finished: tuple[Path, Result], tmp_path: Path):

@@ -46,6 +46,7 @@ SMALL: dict[str, Any] = {
 FORMER: dict[str, Any] = {
     "query_skip": None,
     "head_skip": None,
+    "output_skip": None,
     "norms": "q,k,v,hidden",
     "embedding_scale": 1.0,
 }
@@ -133,6 +134,7 @@ def test_every_rung_runs_and_can_learn(block: str, skip: str, norm: str, without
             assert ("self_attn.attention_gain" in has) == (shaped or skips is not FORMER)
             assert ("self_attn.query_skip" in has) == (skips is not FORMER)
             assert ("self_attn.head_skip" in has) == (skips == {} and layer > 0)
+            assert ("self_attn.output_skip" in has) == (skips == {} and layer == 1)
             assert ("self_attn.uniform_gain" in has) == shaped
             assert ("self_attn.q_norm.weight" in has) == (norm == "qkv")
             assert ("input_layernorm.weight" in has) == (norm == "pre")
@@ -261,10 +263,14 @@ def test_a_skipless_stream_neither_grows_nor_shrinks():
 @pytest.mark.parametrize("width", ["head", "channel"])
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("inner", [8, 16, 24])
-def test_where_the_skips_that_merge_start(width: str, layers: int, inner: int):
-    """Blocks that a head skip passes start as small additions, the last FFN near the identity."""
+@pytest.mark.parametrize("output", [1.25, None])
+def test_where_the_skips_that_merge_start(
+    width: str, layers: int, inner: int, output: float | None
+):
+    """Blocks that heads go past start as small additions, another last FFN near the identity."""
     options = {"layers": layers, "skip_width": width, "intermediate_size": inner}
-    weights = weights_of(made(query_skip=0.5, head_skip=0.75, gate_offset=0.9, **options)[1])
+    options |= {"output_skip": output, "query_skip": 0.5, "head_skip": 0.75, "gate_offset": 0.9}
+    weights = weights_of(made(**options)[1])
     size = 16 if width == "channel" else 4
     for layer in range(layers):
         attention, mlp = (f"model.layers.{layer}.{part}." for part in ("self_attn", "mlp"))
@@ -274,7 +280,11 @@ def test_where_the_skips_that_merge_start(width: str, layers: int, inner: int):
         if layer:
             assert np.array_equal(weights[f"{attention}head_skip"], np.full(size, 0.75))
         up, down, gate = (weights[f"{mlp}{name}_proj.weight"] for name in ("up", "down", "gate"))
-        last = layer == layers - 1
+        has_output = output is not None and layer == layers - 1
+        assert (f"{attention}output_skip" in weights) == has_output
+        if has_output:
+            assert np.array_equal(weights[f"{attention}output_skip"], np.full(size, 1.25))
+        last = layer == layers - 1 and output is None
         assert (weights[f"{mlp}gate_offset"] == (np.float32(0.9) if last else 0)).all()
         if last:
             x = np.random.default_rng(layer).standard_normal(16)

@@ -1,0 +1,302 @@
+"""What is loaded is looked at as what is converted: configs, tensors, adapters, code."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import safetensors.numpy
+from factory import make_checkpoint, make_llama
+from grids import product
+from mlx_lm.models import deepseek_v3
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from test_weight_files import SMALL, TOKENS, Tensors, read_file
+
+from mlx_skipless import UserError, load
+from mlx_skipless.checkpoints.safetensors import WHOLE
+from mlx_skipless.inference.loading import load_network
+from mlx_skipless.network.parts import tensors_of
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A model that runs in mlx-lm's own code."""
+    make_llama(tmp_path / "model", **SMALL)
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    """So little that nothing absurd is built."""
+    if sys.platform == "darwin":  # which has no such limit
+        yield
+        return
+    kept = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), kept[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, kept)
+
+
+def refuse(folder: Path, **options: Any) -> str:
+    """The one line of a refusal, which is quick."""
+    start = time.process_time()
+    with pytest.raises(UserError) as refusal:
+        load_network(folder, **options)
+    assert time.process_time() - start < 5
+    (line,) = str(refusal.value).splitlines()
+    return line
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+SIZES = ["num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"]
+ABSURD = [0, -1, 10**9, 10**30, True, "32", 2.5]
+
+
+@pytest.mark.usefixtures("little_memory")
+@pytest.mark.parametrize(("key", "value"), product(SIZES, ABSURD))
+def test_sizes_that_no_network_has(model: Path, key: str, value: Any):
+    edit(model, **{key: value})
+    assert f'"{key}" in config.json is {value!r}; it must be a whole number' in refuse(model)
+
+
+@pytest.mark.usefixtures("little_memory")
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_hidden_layers": 2000}, "2,000, and the files have 21 tensors"),
+        ({"num_hidden_layers": 3}, "Missing 9 parameters"),
+        ({"num_hidden_layers": 1}, "Received 9 parameters not in model"),
+        ({"hidden_size": 64}, "Expected shape"),
+        ({"vocab_size": 1 << 22}, "Expected shape (4194304, 32)"),
+        ({"num_key_value_heads": 4}, "Expected shape"),
+        ({"num_key_value_heads": 10**6}, '"num_key_value_heads"'),
+        ({"num_key_value_heads": 0}, "cannot be loaded"),
+        ({"num_key_value_heads": 3}, "cannot be loaded"),
+        ({"head_dim": 10**9}, '"head_dim" in config.json has 1000000000'),
+        ({"head_dim": [8, 10**9]}, '"head_dim" in config.json has 1000000000'),
+        ({"head_dim": 1 << 22}, "Expected shape"),
+        ({"text_config": {"num_hidden_layers": 10**7}}, '"num_hidden_layers"'),
+        ({"model_type": "gpt2", "n_layer": 10**7}, '"n_layer" in config.json has 10000000'),
+        ({"model_type": "mixtral", "num_local_experts": 10**8}, '"num_local_experts"'),
+        ({"model_type": "nobody"}, "nobody"),
+        ({"model_type": ["llama"]}, "cannot be loaded"),
+        ({"model_type": "cache"}, "cannot be loaded"),
+        ({"model_type": "olmo"}, "cannot be loaded"),
+        ({"rope_theta": "x"}, "cannot be loaded"),
+        ({"rope_theta": None, "rope_scaling": {"type": "spiral"}}, "spiral"),
+        ({"rope_scaling": {"type": "linear"}}, "cannot be loaded"),
+        ({"rope_scaling": [1]}, "cannot be loaded"),
+        ({"rms_norm_eps": "small"}, "cannot be loaded"),
+        ({"layer_types": ["full_attention"]}, "cannot be loaded"),
+        ({"architectures": 5}, "cannot be loaded"),
+    ],
+    ids=str,
+)
+def test_a_config_of_another_network(model: Path, changes: dict[str, Any], said: str):
+    edit(model, **changes)
+    assert said in refuse(model)
+
+
+KINDS: list[Any] = [np.int8, np.uint8, np.int32, np.uint32, np.int64, np.bool_]
+
+
+@pytest.mark.parametrize(("maker", "kind"), product([make_llama, make_checkpoint], KINDS))
+def test_numbers_that_no_weights_are(tmp_path: Path, maker: Callable[..., Any], kind: Any):
+    maker(tmp_path, **SMALL)
+    for name in ("model.embed_tokens.weight", UP, "model.norm.weight"):
+        tensors = safetensors.numpy.load_file(tmp_path / WHOLE)
+        kept = (tmp_path / WHOLE).read_bytes()
+        safetensors.numpy.save_file(tensors | {name: tensors[name].astype(kind)}, tmp_path / WHOLE)
+        said = refuse(tmp_path)
+        assert name in said and (np.dtype(kind).name.removesuffix("_") in said)
+        (tmp_path / WHOLE).write_bytes(kept)
+
+
+def test_a_type_that_mlx_does_not_read(model: Path):
+    tensors = safetensors.numpy.load_file(model / WHOLE)
+    safetensors.numpy.save_file(tensors | {UP: tensors[UP].astype(np.float64)}, model / WHOLE)
+    assert "F64" in refuse(model)
+
+
+def test_complex_weights(model: Path):
+    tensors = read_file(model / WHOLE)
+    mx.save_safetensors(str(model / WHOLE), tensors | {UP: tensors[UP].astype(mx.complex64)})
+    assert f"{UP} in {model} is of the type complex64" in refuse(model)
+
+
+def put_fp8(file: Path, tensors: Tensors) -> None:
+    """Write a file whose projections are floats of 8 bits, with scales of 1."""
+    packed = {n: mx.to_fp8(a) for n, a in tensors.items() if n.endswith("proj.weight")}
+    scales = {f"{n}_scale_inv": mx.ones((1, 1)) for n in packed}
+    mx.save_safetensors(str(file), tensors | packed | scales)
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + size].replace(b'"dtype":"U8"', b'"dtype":"F8_E4M3"')
+    file.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
+
+
+ROPE = {"rope_theta": 1e4, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 512}
+DEEPSEEK: dict[str, Any] = {
+    "model_type": "deepseek_v3", "kv_lora_rank": 8, "q_lora_rank": None, "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": None, "first_k_dense_replace": 2,
+}  # fmt: skip
+
+
+def test_floats_of_8_bits_that_mlx_lm_misreads(model: Path):
+    """Its ministral3 multiplies their bytes as if they were numbers."""
+    edit(model, model_type="ministral3", rope_parameters=ROPE | {"rope_type": "default"})
+    load_network(model)
+    put_fp8(model / WHOLE, read_file(model / WHOLE))
+    assert "floats of 8 bits" in refuse(model)
+
+
+def test_floats_of_8_bits_that_mlx_lm_reads(model: Path):
+    edit(model, **DEEPSEEK)
+    arguments = deepseek_v3.ModelArgs.from_dict(json.loads((model / "config.json").read_text()))
+    tensors = tensors_of(deepseek_v3.Model(arguments))
+    mx.save_safetensors(str(model / WHOLE), tensors)
+    expected = load_network(model)[0](TOKENS)
+    put_fp8(model / WHOLE, tensors)
+    found = load_network(model)[0](TOKENS)
+    assert mx.allclose(found, expected, rtol=0.1, atol=0.1 * mx.abs(expected).max().item()).item()
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_that_is_a_pipe(model: Path, trusted: bool):
+    edit(model, model_file="model.py")
+    os.mkfifo(model / "model.py")
+    said = refuse(model, trust_remote_code=trusted)
+    assert ("no regular file" if trusted else "--trust-remote-code") in said
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "additional_chat_templates/a.jinja", WHOLE]
+)
+def test_a_pipe_among_the_files(model: Path, name: str):
+    (model / name).parent.mkdir(exist_ok=True)
+    (model / name).unlink(missing_ok=True)
+    os.mkfifo(model / name)
+    assert f"{name} is no regular file" in refuse(model)
+
+
+# Adapters
+
+
+@pytest.fixture
+def adapters(model: Path, tmp_path: Path) -> Path:
+    """What mlx_lm.lora leaves, of random numbers."""
+    config: dict[str, Any] = {
+        "fine_tune_type": "lora",
+        "num_layers": 2,
+        "lora_parameters": {"rank": 2, "scale": 10.0, "dropout": 0.0},
+    }
+    network = load_network(model)[0]
+    network.freeze()
+    linear_to_lora_layers(network, 2, config["lora_parameters"])
+    names = [n for n in tensors_of(network) if n.endswith(("lora_a", "lora_b"))]
+    mx.random.seed(0)
+    weights = {n: mx.random.normal(tensors_of(network)[n].shape) for n in names}
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapters/adapter_config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(tmp_path / "adapters/adapters.safetensors"), weights)
+    return tmp_path / "adapters"
+
+
+def test_adapters_act(model: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch):
+    """W x + scale · B A x, computed here."""
+    monkeypatch.setenv("HOME", str(adapters.parent))
+    plain, _ = load(model)
+    adapted, _ = load(model, adapter_path="~/adapters")
+    weights = read_file(adapters / "adapters.safetensors")
+    tensors = tensors_of(plain)
+    for name in (n for n in weights if n.endswith("lora_a")):
+        path = name.removesuffix(".lora_a")
+        added = 10.0 * (weights[name] @ weights[f"{path}.lora_b"]).T
+        tensors[f"{path}.weight"] = tensors[f"{path}.weight"] + added
+    plain.load_weights([*tensors.items()])
+    assert mx.allclose(plain(TOKENS), adapted(TOKENS), rtol=1e-3, atol=1e-3).item()
+
+
+def edit_adapters(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    change(config)
+    file.write_text(json.dumps(config))
+
+
+def edit_weights(folder: Path, change: Callable[[Tensors], Tensors]) -> None:
+    file = folder / "adapters.safetensors"
+    mx.save_safetensors(str(file), change(read_file(file)))
+
+
+def put_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no folder": (lambda f: f.rename(f.with_name("gone")), "no adapter_config.json in it"),
+    "no config": (lambda f: (f / "adapter_config.json").unlink(), "no adapter_config.json in it"),
+    "no weights": (lambda f: (f / "adapters.safetensors").unlink(), "no adapters.safetensors"),
+    "PEFT's": (
+        lambda f: (f / "adapters.safetensors").rename(f / "adapter_model.safetensors"),
+        "PEFT's are not read",
+    ),
+    "pipe": (lambda f: put_pipe(f / "adapters.safetensors"), "no regular file"),
+    "config is a pipe": (lambda f: put_pipe(f / "adapter_config.json"), "no regular file"),
+    "truncated": (lambda f: os.truncate(f / "adapters.safetensors", 300), "truncated or corrupt"),
+    "no object": (lambda f: (f / "adapter_config.json").write_text("[]"), "no JSON object"),
+    "no JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "cannot be read as JSON"),
+    "pointer": (
+        lambda f: (f / "adapters.safetensors").write_text(
+            "version https://git-lfs.github.com/spec/v1\n"
+        ),
+        "Git LFS pointer",
+    ),
+    "integers": (
+        lambda f: edit_weights(f, lambda w: {n: a.astype(mx.int32) for n, a in w.items()}),
+        "number type",
+    ),
+    "of another model": (
+        lambda f: edit_weights(f, lambda w: {f"x.{n}": a for n, a in w.items()}),
+        "cannot be loaded",
+    ),
+    "wider": (
+        lambda f: edit_weights(f, lambda w: {n: mx.concatenate([a, a]) for n, a in w.items()}),
+        "cannot be loaded",
+    ),
+    "rank": (
+        lambda f: edit_adapters(f, lambda c: c["lora_parameters"].update(rank=10**9)),
+        "cannot be loaded",
+    ),
+    "no parameters": (
+        lambda f: edit_adapters(f, lambda c: c.pop("lora_parameters")), "cannot be loaded"
+    ),
+    "layers": (
+        lambda f: edit_adapters(f, lambda c: c.update(num_layers="all")), "cannot be loaded"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("little_memory")
+@pytest.mark.parametrize("broken", BROKEN)
+def test_broken_adapters(model: Path, adapters: Path, broken: str):
+    change, said = BROKEN[broken]
+    change(adapters)
+    assert said in refuse(model, adapter_path=str(adapters))
