@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
-from ..network.driver import StreamedNetwork, Streams, is_held_out, split_batches
+from ..network.driver import HELD_OUT, StreamedNetwork, Streams, is_held_out, split_batches
 from ..network.metrics import measure_kl
 from ..network.model import ModelArgs, Stream, take_stream
 from ..network.names import EMBEDDING, HEAD
@@ -136,7 +136,8 @@ def measure_rounding(
 def _thin(tokens: mx.array, args: ModelArgs) -> mx.array:
     """Take sequences from all over a text, as many as a trial needs."""
     widest = max(args.hidden_size, args.intermediate_size, args.num_attention_heads * args.head_dim)
-    return tokens[:: max(1, tokens.size // (TRIAL_TOKENS * widest))]
+    step = min(tokens.size // (TRIAL_TOKENS * widest), tokens.shape[0] // HELD_OUT)
+    return tokens[:: max(1, step)]  # enough sequences for a batch that judges
 
 
 def limit_tokens(tokens: mx.array, copies: int, args: ModelArgs) -> mx.array:
