@@ -80,6 +80,7 @@ def run(python: str, folder: Path, *commands: tuple[str | Path, ...]) -> list[st
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 0, done.stdout
+    assert "using a model of type" not in done.stdout  # transformers' warning
     *printed, _ = done.stdout.split("END OF COMMAND\n")
     assert len(printed) == len(commands)
     return printed
