@@ -138,7 +138,7 @@ def test_a_run_learns(text: Path, tmp_path: Path):
     result = run(text, tmp_path / "run", recipe, pace=Pace(20, 0, 0, 0))
     logged = [event["loss"] for event in read_log(tmp_path / "run") if "loss" in event]
     assert len(logged) == 4 and logged == sorted(logged, reverse=True)
-    assert 3 < logged[0] < 6
+    assert 2.5 < logged[0] < 6
     tokens = held_out_tokens(text, tmp_path / "run")
     _, counts = np.unique(tokens, return_counts=True)
     shares = counts / counts.sum()
@@ -215,8 +215,9 @@ def test_the_first_loss_is_the_untrained_models(text: Path, tmp_path: Path):
 def test_the_folder_is_a_source(finished: tuple[Path, Result], tmp_path: Path):
     out, _ = finished
     assert sorted(name for name in contents(out) if "token" not in name) == [
-        "README.md", "config.json", "model.safetensors", "training", "training/log.jsonl",
-        "training/loss.png", "training/run.json", "training/state.safetensors",
+        "README.md", "chat_template.jinja", "config.json", "model.safetensors", "training",
+        "training/log.jsonl", "training/loss.png", "training/run.json",
+        "training/state.safetensors",
     ]  # fmt: skip
     model, tokenizer = mlx_skipless.load(out)
     tokens = np.arange(40).reshape(2, 20)
@@ -242,7 +243,11 @@ def test_the_folder_is_a_source(finished: tuple[Path, Result], tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("options", "remove"),
-    [({"block": "parallel"}, "p"), ({"skip": "ffn"}, "auto"), ({"block": "sas"}, "auto")],
+    [
+        ({"block": "parallel", "output_skip": None}, "p"),
+        ({"skip": "ffn"}, "auto"),
+        ({"block": "sas"}, "auto"),
+    ],
 )
 def test_other_rungs_convert(text: Path, tmp_path: Path, options: dict[str, Any], remove: str):
     recipe = dataclasses.replace(SMALL, steps=2, **options)
