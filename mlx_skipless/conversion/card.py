@@ -95,7 +95,8 @@ def _describe_size(report: Report) -> Iterator[str]:
     share = f"{abs(saved):.1%} {'fewer' if saved >= 0 else 'more'}"
     yield (
         f"{report.params_before:,} weights before, {report.params_after:,} after ({share}); "
-        f"{format_bytes(report.bytes_before)} before, {format_bytes(report.bytes_after)} after."
+        f"{format_bytes(report.bytes_before)} before, {format_bytes(report.bytes_after)} after"
+        + (f", {report.bits_per_weight:.2f} bits per weight." if report.packings else ".")
     )
     if (table := report.first_layer) is not None:
         times = [table.reads_before(batch) / table.reads_after(batch) for batch in (1, 16, 256)]
@@ -175,8 +176,11 @@ def _describe_changes(report: Report) -> Iterator[str]:
         yield f"Gains of these norms folded into the matrices: {', '.join(report.folded)}."
     if report.packing:
         yield f"The source was quantized ({report.packing}) and dequantized first."
-    if (q := report.quantization) is not None:
-        widths = [own["bits"] for own in q.values() if isinstance(own, dict)] or [q["bits"]]
-        bits = f"{min(widths)} to {max(widths)}" if len({*widths}) > 1 else f"{widths[0]}"
-        yield f"Quantized: {q['mode']}, {bits} bits, groups of {q['group_size']}."
+    if report.packings:
+        formats = ", ".join(
+            f"{one.matrices} matri{'x' if one.matrices == 1 else 'ces'} to {one.bits} bits "
+            f"({one.mode}, groups of {one.group_size})"
+            for one in report.packings
+        )
+        yield f"Quantized: {formats}."
     yield from (f"{note[0].upper()}{note[1:]}." for note in report.notes)

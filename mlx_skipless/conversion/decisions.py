@@ -12,6 +12,7 @@ import mlx.core as mx
 from ..network.names import EMBEDDING, HEAD
 from ..progress import Progress
 from ..quantization import bits, sensitivity
+from ..quantization.coverage import describe_dense
 from ..removal.merger import Merger
 from ..removal.plan import isolate_removal
 from ..removal.sublayers import choose_drops
@@ -91,6 +92,8 @@ def describe_decisions(job: Job) -> Iterator[str]:
     if job.measured.path:
         steps = ", ".join(map(str, job.measured.path))
         yield f"loss on the text, nats per token, whole and after each drop: {steps}"
+    if (dense := describe_dense(job.layout)) is not None:
+        yield dense
     if job.measured.bits:
         counts = sorted(Counter(job.measured.bits.values()).items())
         yield "bits chosen by what rounding each matrix costs: " + ", ".join(

@@ -8,7 +8,9 @@ from dataclasses import replace
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import UserError
+from ..network.model import Model
 from ..progress import Progress
+from ..quantization.coverage import check_packable
 from ..quantization.layout import compare_sizes
 from ..removal import sublayers
 from ..removal.algebra import Conditioning
@@ -55,7 +57,9 @@ def plan(job: Job, progress: Progress) -> Job:
     job = replace(job, form=choose_form(job))
     if isinstance(job.checkpoint, Checkpoint):
         job = job.learn(conditioning=_measure_conditioning(job, progress))
-    options = job.options
+    options, quantization = job.options, job.layout.quantization
+    if quantization is not None and not job.layout.settings:
+        check_packable(Model(job.layout.args), quantization)
     calibrated = options.quantization is not None and (
         job.text is not None
         or options.mixes_bits
@@ -121,7 +125,8 @@ def advise(job: Job) -> Iterator[str]:
         return
     if sublayers.explain_undroppable(args) is None:
         yield SAVINGS
-    if args.norm == "pre" and (letters := "".join(_plan_skipless(job))):
+    whole = args.norm == "pre" and not args.precomputed
+    if whole and (letters := "".join(_plan_skipless(job))):
         yield SKIPLESS_NETWORK.format(letters)
 
 

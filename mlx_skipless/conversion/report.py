@@ -10,6 +10,7 @@ from ..checkpoints.guarded import GuardedTokenizer
 from ..network.names import EMBEDDING, HEAD
 from ..network.parts import dtype_name
 from ..network.wiring import LETTERS
+from ..quantization.coverage import Packing, count_packings
 from ..quantization.layout import Layout
 from ..removal.choices import RemovalCost
 from ..removal.products import UNIT_ROUNDOFF
@@ -66,6 +67,8 @@ class Report:
         kept_packed: whether what nothing touched stays packed as it was.
         dtype: of the result's weights that are not quantized.
         quantization: of the result, as its config.json has it, None if it is not quantized.
+        packings: how many of the result's matrices have which format.
+        bits_per_weight: of the result's weights, the mean, scales and biases included.
         params_before: weights of the network that the removals start from.
         params_after: weights of the result.
         bytes_before: of ``params_before`` as dense weights of the source's type.
@@ -95,6 +98,8 @@ class Report:
     kept_packed: bool
     dtype: str
     quantization: dict[str, Any] | None
+    packings: tuple[Packing, ...]
+    bits_per_weight: float
     params_before: int
     params_after: int
     bytes_before: int
@@ -133,6 +138,8 @@ def make_report(job: Job) -> Report:
         kept_packed=job.form.packed,
         dtype=dtype_name(layout.dtype),
         quantization=layout.config_entry,
+        packings=count_packings(layout),
+        bits_per_weight=8 * layout.nbytes() / layout.count(),
         params_before=source.count(),
         params_after=layout.count(),
         bytes_before=source.nbytes(),

@@ -24,6 +24,7 @@ from ..network.names import EMBEDDING, FINAL_NORM, HEAD
 from ..network.parts import dtype_name
 from ..options import expand_path
 from ..progress import Progress
+from ..quantization.coverage import check_packable
 from ..quantization.layout import Layout, quantize_nearest
 from ..quantization.settings import Quantization
 from ..removal.plan import Plan, make_plan
@@ -221,7 +222,10 @@ def _load_weights(
         weights = model.sanitize(weights)
     model.load_weights([*weights.items()])
     model.eval()
-    return model if quantization is None else quantize_nearest(model, quantization)[0]
+    if quantization is None:
+        return model
+    check_packable(model, quantization)
+    return quantize_nearest(model, quantization)[0]
 
 
 def write_checkpoint(

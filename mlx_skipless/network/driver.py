@@ -386,6 +386,11 @@ class Recorder(nn.Module):
         self.x, self.y = x, self.inner(x, *others, **options)
         return self.y
 
+    def __getattr__(self, name: str) -> Any:
+        if name in self or "inner" not in self:
+            return super().__getattr__(name)
+        return getattr(self.inner, name)  # what a layer asks of the module inside it
+
     def as_linear(self, x: mx.array) -> mx.array:
         """Apply an embedding as a tied head does."""
         self.x, self.y = x, self.inner.as_linear(x)

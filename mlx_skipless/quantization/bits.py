@@ -84,8 +84,8 @@ class Raises:
         """
         if self._least.nbytes > limit:
             raise UserError(
-                f"--target-bytes {limit:,} is out of reach: at {BITS[0]} bits in every matrix the "
-                f"result takes {self._least.nbytes:,} bytes"
+                f"--target-bytes {limit:,} is out of reach: at {BITS[0]} bits in every matrix that "
+                f"can be quantized the result takes {self._least.nbytes:,} bytes"
             )
         found, stopped = [self._least], set()
         for where, high, gain, more in self._raises:
@@ -121,8 +121,8 @@ def find_smallest(
         low, high = (low, last) if kl <= limit else (last, high)
         if low == largest:
             raise UserError(
-                f"--target-kl {limit:g} is out of reach: at {BITS[-1]} bits in every matrix the "
-                f"result is {kl:.2g} nats per token from its source"
+                f"--target-kl {limit:g} is out of reach: at {BITS[-1]} bits in every matrix that "
+                f"can be quantized the result is {kl:.2g} nats per token from its source"
             )
         share = kl / max(found[last].cost, 1e-30)
         between = found[min(high, largest)].nbytes - (found[low].nbytes if low >= 0 else 0)

@@ -280,20 +280,21 @@ class _Passage:
 
     def resume(self, result: Block, batch: int) -> Block:
         """Return a copy of a layer that does not compute again what is final."""
+        modules = dict(result.named_modules())
         for path, value in self.given[batch].items():
-            result = replace_at(result, path, _Given(value))
+            result = replace_at(result, path, _Given(modules[path], value))
         return result
 
 
-class _Given(nn.Module):
+class _Given(Recorder):
     """Stands in a module's place and gives what that gave."""
 
-    def __init__(self, value: Any):
-        super().__init__()
-        self.__dict__["_value"] = value  # beside the module's items, which are tensors
+    def __init__(self, inner: nn.Module, value: Any):
+        super().__init__(inner)
+        self.y = value
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        return self.__dict__["_value"]
+        return self.y
 
 
 def weigh_embedding(
@@ -327,10 +328,12 @@ def weigh_embedding(
     gram = np.zeros_like(seen)
     merged, readers = merger.layer(0), [*READERS[0]]
     if before.block == "parallel":
-        readers += READERS[2]
+        readers += before.ffn_readers
     for name in readers:
         stored = merged.get(f"{module_path(0, name)}.weight")  # none: it is the identity
-        weight = np.eye(len(seen)) if stored is None else to_float64(stored).T
+        weight = np.eye(len(seen))
+        if stored is not None:  # experts' count as one, all outputs behind one another
+            weight = to_float64(stored).reshape(-1, len(seen)).T
         # |X W|^2 = tr(W^T X^T X W)
         gram += weight @ weight.T / np.sum(weight * (seen @ weight))
     gram /= np.trace(gram)

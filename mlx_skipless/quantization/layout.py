@@ -71,8 +71,8 @@ class Layout:
 
     @property
     def config_entry(self) -> dict[str, Any] | None:
-        """The ``quantization`` entry for config.json; None for dense weights."""
-        return self._built[1]
+        """The ``quantization`` entry for config.json; None where nothing is packed."""
+        return self._built[1] if self.settings else None
 
     @cached_property
     def tensors(self) -> dict[str, mx.array]:
@@ -83,17 +83,26 @@ class Layout:
     def _modules(self) -> dict[str, Any]:
         return dict(self._built[0].named_modules())
 
+    @cached_property
+    def settings(self) -> dict[str, tuple[int, int, str]]:
+        """Group size, bits and mode of each packed matrix, by module path."""
+        modules = ((path, self._modules[path]) for path in self._packed)
+        return {path: (m.group_size, m.bits, m.mode) for path, m in modules}
+
+    @property
+    def _packed(self) -> list[str]:
+        return [name.removesuffix(".scales") for name in self.tensors if name.endswith(".scales")]
+
     def format_of(self, path: str) -> Format | None:
         """The format of the matrix at a module path; None if it is absent or dense."""
-        if f"{path}.scales" not in self.tensors:
+        if path not in self.settings:
             return None
-        module = self._modules[path]
-        return Format(module.bits, module.group_size, module.mode, self.dtype)
+        group_size, bits, mode = self.settings[path]
+        return Format(bits, group_size, mode, self.dtype)
 
     def find_adjustable(self) -> list[str]:
         """The module paths of the matrices whose bits can be chosen: packed, without extra bits."""
-        packed = [name.removesuffix(".scales") for name in self.tensors if name.endswith(".scales")]
-        return [path for path in packed if not self.args.extra_bits.get(path)]
+        return [path for path in self.settings if not self.args.extra_bits.get(path)]
 
     def scale_bytes(self, path: str) -> int:
         """The bytes of a packed matrix's scales and biases."""
@@ -236,8 +245,14 @@ class PackedLayout(Layout):
             if name.startswith(f"{EMBEDDING}.")
         }
 
+    @cached_property
+    def settings(self) -> dict[str, tuple[int, int, str]]:
+        return {path: MLXScheme(self.entry).find_settings(path) for path in self._packed}
+
     @property
     def config_entry(self) -> dict[str, Any] | None:
+        if not self.settings:
+            return None
         if self.args.precomputed and self._unties and EMBEDDING in self.entry:
             return {**self.entry, HEAD: self.entry[EMBEDDING]}
         return dict(self.entry)

@@ -285,11 +285,13 @@ def test_our_own_networks(
     monkeypatch.setattr(samples, "CALIBRATION", (16, 16))
     monkeypatch.setattr(samples, "LONG_CHECK", (4, 32))
     make_checkpoint(tmp_path / "s", dtype=dtype, **SIZES | config)
-    mlx_skipless.convert(tmp_path / "s", tmp_path / "r", **options)
+    mlx_skipless.convert(tmp_path / "s", tmp_path / "r[1]", **options)
     kind = "full" if dtype == "bfloat16" else "lora"
     treatment = dataclasses.replace(SMALL, fine_tune_type=kind)
-    result = mlx_skipless.heal(tmp_path / "r", tmp_path / "s", tmp_path / "h", treatment, pace=PACE)
-    reduced: Any = mx.load(str(tmp_path / "r/model.safetensors"))
+    result = mlx_skipless.heal(
+        tmp_path / "r[1]", tmp_path / "s", tmp_path / "h", treatment, pace=PACE
+    )
+    reduced: Any = mx.load(str(tmp_path / "r[1]/model.safetensors"))
     healed: Any = mx.load(str(tmp_path / "h/model.safetensors"))
     assert {k: (a.shape, a.dtype) for k, a in reduced.items()} == {
         k: (a.shape, a.dtype) for k, a in healed.items()
