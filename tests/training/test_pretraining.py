@@ -1004,6 +1004,28 @@ def test_a_recipe_from_yaml_and_flags_that_come_first(text: Path, tmp_path: Path
         (b"depth: 4", "'depth' is no part of a recipe"),
         (b"layers: many", "must be of type int"),
         (b"block: ring", "choose one of"),
+        (b"steps: " + b"[" * 9999, "recipe.yaml"),
+        (b"steps: 2001-99-99", "recipe.yaml"),
+        (b"steps: " + b"9" * 5000, "recipe.yaml"),
+        (b"steps: " + b"9" * 400, "64 bits"),
+        (b"clip: .nan", "clip"),
+        (b"1: 2", "1 is no part of a recipe"),
+        (
+            b"a: &a [x]\n"
+            + b"".join(
+                b"%c: &%c [%s]\n" % (i + 1, i + 1, b", ".join([b"*%c" % i] * 9))
+                for i in range(97, 113)
+            ),
+            "'a' is no part of a recipe",
+        ),
+        (
+            b"steps: &a [x]\n"
+            + b"".join(
+                b"%c: &%c [%s]\n" % (i + 1, i + 1, b", ".join([b"*%c" % i] * 9))
+                for i in range(97, 113)
+            ),
+            "must be of type int",
+        ),
     ],
 )
 def test_yaml_that_is_no_recipe(
