@@ -645,7 +645,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     # Training: what is resumed, and figures.
     (
         "training",
-        '[mx.array(loss) for loss in json.loads(metadata["losses"])]',
+        "[mx.array(loss) for loss in losses]",
         "[]",
         f"{TRAIN} two_lines",
     ),
@@ -682,9 +682,47 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ),
     (
         "training",
-        "        if came:\n            raise KeyboardInterrupt",
-        "        if False:\n            raise KeyboardInterrupt",
+        "signum != signal.SIGHUP and {signal.SIGINT, signal.SIGTERM} & {*came}",
+        "False",
         f"{TRAIN} second_signal",
+    ),
+    (
+        "training",
+        "signum != signal.SIGHUP and {signal.SIGINT, signal.SIGTERM} & {*came}",
+        "came",
+        f"{TRAIN} interrupted_run",
+    ),
+    (
+        "training",
+        "for which in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)",
+        "for which in (signal.SIGINT, signal.SIGTERM)",
+        f"{TRAIN} interrupted_run",
+    ),
+    ("training", "(stopped() or self._unheard)", "stopped()", f"{TRAIN} nobody_hears"),
+    ("training", "folder.cut_log(-1)", "pass", f"{TRAIN} killed_before"),
+    (
+        "training",
+        "{one.name for one in fields(kind)} - {*given}",
+        "set()",
+        "tests/training/test_broken_runs.py -k settings",
+    ),
+    (
+        "training",
+        "kinds[0] != kinds[1]",
+        "{*arrays} != {*own}",
+        "tests/training/test_broken_runs.py -k another_state",
+    ),
+    (
+        "evaluation",
+        'event.get("tokens", event["step"] * per_step)',
+        'event.get("tokens", 0)',
+        f"{TRAIN} evaluations_between",
+    ),
+    (
+        "evaluation",
+        '"svg.fonttype": "none"',
+        '"svg.fonttype": "path"',
+        "tests/cli/test_figures.py -k ground",
     ),
     (
         "figures",

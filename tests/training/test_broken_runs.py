@@ -78,10 +78,11 @@ def change(settings: Any, path: tuple[str, ...], value: Any) -> str:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("recipe", []), ("recipe.layers", 10**12), ("recipe.layers", ABSENT),
+        ("recipe", []), ("recipe.layers", 10**12), ("recipe.rope_theta", ABSENT),
         ("recipe.hidden_size", 1 << 20), ("recipe.batch_size", 10**9), ("recipe.context", -1),
         ("recipe.steps", math.nan), ("recipe.rope_theta", ENDLESS), ("recipe.clip", math.inf),
-        ("recipe.tie", 1), ("pace", None), ("pace.log_every", "x"), ("pace.eval_every", True),
+        ("recipe.tie", 1), ("pace", None), ("pace.seven", 1),
+        ("pace.log_every", ABSENT), ("pace.log_every", "x"), ("pace.eval_every", True),
         ("text.data", "x"), ("text.data", [1]), ("text.data", ["\0"]), ("text.data", ["/dev/zero"]),
         ("text.validation_share", math.nan), ("dtype", {}), ("fingerprint", ""), ("more", 1),
     ],

@@ -138,7 +138,7 @@ def test_a_run_learns(text: Path, tmp_path: Path):
     result = run(text, tmp_path / "run", recipe, pace=Pace(20, 0, 0, 0))
     logged = [event["loss"] for event in read_log(tmp_path / "run") if "loss" in event]
     assert len(logged) == 4 and logged == sorted(logged, reverse=True)
-    assert 3 < logged[0] < 6
+    assert 2.5 < logged[0] < 6
     tokens = held_out_tokens(text, tmp_path / "run")
     _, counts = np.unique(tokens, return_counts=True)
     shares = counts / counts.sum()
@@ -215,8 +215,9 @@ def test_the_first_loss_is_the_untrained_models(text: Path, tmp_path: Path):
 def test_the_folder_is_a_source(finished: tuple[Path, Result], tmp_path: Path):
     out, _ = finished
     assert sorted(name for name in contents(out) if "token" not in name) == [
-        "README.md", "config.json", "model.safetensors", "training", "training/log.jsonl",
-        "training/loss.png", "training/run.json", "training/state.safetensors",
+        "README.md", "chat_template.jinja", "config.json", "model.safetensors", "training",
+        "training/log.jsonl", "training/loss.png", "training/run.json",
+        "training/state.safetensors",
     ]  # fmt: skip
     model, tokenizer = mlx_skipless.load(out)
     tokens = np.arange(40).reshape(2, 20)
@@ -231,10 +232,16 @@ def test_the_folder_is_a_source(finished: tuple[Path, Result], tmp_path: Path):
     assert config["eos_token_id"] == tokenizer.eos_token_id == 0
     for kind, bound in (("p", 1e-4), ("qp", 1e-3)):
         report = mlx_skipless.convert(out, tmp_path / kind, remove=kind)
-        assert report.removed == {letter: [0, 1] for letter in kind}
+        # The output skip holds the embedding, which is tied to the head: Q of layer 0 stays.
+        removed = {letter: [1] if letter == "q" else [0, 1] for letter in kind}
+        assert report.removed == removed
         gone = {name for name in weights if "_proj" in name} - set(stored(tmp_path / kind))
-        names = [{"p": "o_proj", "q": "q_proj"}[letter] for letter in kind]
-        assert gone == {f"model.layers.{i}.self_attn.{n}.weight" for i in (0, 1) for n in names}
+        names = {"p": "o_proj", "q": "q_proj"}
+        assert gone == {
+            f"model.layers.{i}.self_attn.{names[letter]}.weight"
+            for letter, layers in removed.items()
+            for i in layers
+        }
         assert report.verification is not None
         assert report.verification.max_rel_logit_error < bound
         assert mlx_skipless.load(tmp_path / kind)
@@ -242,7 +249,11 @@ def test_the_folder_is_a_source(finished: tuple[Path, Result], tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("options", "remove"),
-    [({"block": "parallel"}, "p"), ({"skip": "ffn"}, "auto"), ({"block": "sas"}, "auto")],
+    [
+        ({"block": "parallel", "output_skip": None}, "p"),
+        ({"skip": "ffn"}, "auto"),
+        ({"block": "sas"}, "auto"),
+    ],
 )
 def test_other_rungs_convert(text: Path, tmp_path: Path, options: dict[str, Any], remove: str):
     recipe = dataclasses.replace(SMALL, steps=2, **options)
@@ -993,6 +1004,28 @@ def test_a_recipe_from_yaml_and_flags_that_come_first(text: Path, tmp_path: Path
         (b"depth: 4", "'depth' is no part of a recipe"),
         (b"layers: many", "must be of type int"),
         (b"block: ring", "choose one of"),
+        (b"steps: " + b"[" * 9999, "recipe.yaml"),
+        (b"steps: 2001-99-99", "recipe.yaml"),
+        (b"steps: " + b"9" * 5000, "recipe.yaml"),
+        (b"steps: " + b"9" * 400, "64 bits"),
+        (b"clip: .nan", "clip"),
+        (b"1: 2", "1 is no part of a recipe"),
+        (
+            b"a: &a [x]\n"
+            + b"".join(
+                b"%c: &%c [%s]\n" % (i + 1, i + 1, b", ".join([b"*%c" % i] * 9))
+                for i in range(97, 113)
+            ),
+            "'a' is no part of a recipe",
+        ),
+        (
+            b"steps: &a [x]\n"
+            + b"".join(
+                b"%c: &%c [%s]\n" % (i + 1, i + 1, b", ".join([b"*%c" % i] * 9))
+                for i in range(97, 113)
+            ),
+            "must be of type int",
+        ),
     ],
 )
 def test_yaml_that_is_no_recipe(
