@@ -38,4 +38,6 @@ def weight_bytes(model: nn.Module) -> int:
 
 def format_bytes(nbytes: int) -> str:
     """Bytes for reading: "1.50 GB"."""
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+    if nbytes >= 1e9:
+        return f"{nbytes / 1e9:.2f} GB"
+    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e5 else f"{nbytes / 1e3:.1f} kB"

@@ -154,6 +154,10 @@ def parse_count(text: str) -> int | str:
         raise UserError(f"{text!r} is neither a whole number nor auto") from None
 
 
+def _fits(value: Any) -> bool:
+    return not isinstance(value, int) or abs(value) < 2**64
+
+
 def read_options(kind: type[Kind], what: str, given: Mapping[str, Any]) -> Kind:
     """Make an options dataclass from a mapping, such as parsed flags or a YAML file.
 
@@ -181,6 +185,6 @@ def read_options(kind: type[Kind], what: str, given: Mapping[str, Any]) -> Kind:
         shown = f"{name} in the {what} is {reprlib.repr(value)}"
         if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted):
             raise UserError(f"{shown}; it must be of type {accepted[0].__name__}")
-        if isinstance(value, int | float) and not abs(value) < 2**64:
+        if not (math.isfinite(value) if isinstance(value, float) else _fits(value)):
             raise UserError(f"{shown}; it must be a number that 64 bits hold")
     return kind(**values)

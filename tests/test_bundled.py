@@ -9,12 +9,13 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm
 import numpy as np
 import pytest
 from grids import only
 
 import mlx_skipless
-from mlx_skipless.inference import generation
+from mlx_skipless.inference import generation, prompts
 from mlx_skipless.inference.loading import BUNDLED
 from mlx_skipless.text import samples
 
@@ -74,6 +75,20 @@ def test_greedy_text_stays_the_same(converted: tuple[Path, dict], prompt: str) -
     ]
     assert texts[0] == texts[1]
     assert len(texts[0].split()) > 80
+
+
+def test_mlx_lm_chats_with_it(converted: tuple[Path, dict]) -> None:
+    """Its template, which the conversion carries, joins what was said; a prompt stays as it is."""
+    folder, _ = converted
+    result = mlx_lm.load(str(folder / "mlx_model"), trust_remote_code=True)
+    for _, tokenizer in (mlx_skipless.load(BUNDLED), result):
+        assert tokenizer.has_chat_template and not prompts.has_turns(tokenizer)
+        said = [{"role": "user", "content": "Once upon a time"}]
+        ids = tokenizer.apply_chat_template(said, add_generation_prompt=True)
+        assert ids == tokenizer.encode("Once upon a time")
+        said += [{"role": "assistant", "content": "a king"}, {"role": "user", "content": "But"}]
+        shown = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+        assert shown == "Once upon a time a king\nBut"
 
 
 @pytest.mark.thorough

@@ -19,6 +19,7 @@ TRIES = {
     "three-at-once": 1,
     "other-file-system": 2,
     "training-killed": 1,
+    "training-hung-up": 1,
 }
 MORE = 6  # times as many, thoroughly
 

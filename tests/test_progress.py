@@ -2,6 +2,7 @@
 
 import io
 import re
+import sys
 import time
 
 import pytest
@@ -35,7 +36,11 @@ def test_bars_tell_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(file=screen, force_terminal=True, width=80, get_time=lambda: now)
     monkeypatch.setattr(shared, "make_stderr", lambda: console)
     output = shared.Output(Console(quiet=True), False, False, lambda content: None)
+    printed = io.StringIO()
+    monkeypatch.setattr(printed, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdout", printed)
     with output.progress() as progress:
+        output.say("a line")
         for stage, seconds, events in (
             ("measuring removals", 100, ((0, 10), (1, 10), (2, 10), (3, 10))),  # 7 are left
             ("training", 2, ((500, 1000), (501, 1000), (502, 1000))),  # 498, not two seconds
@@ -48,3 +53,18 @@ def test_bars_tell_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     bars = [line for line in re.sub(r"\x1b\[[0-9;?]*\w", "", last).splitlines() if line.strip()]
     assert [line.split()[-2] for line in bars] == ["0:11:40", "0:16:36", "0:00:05"]
     assert all(len(line) <= 80 for line in bars)
+    assert "a line\n" in screen.getvalue() and printed.getvalue() == ""
+
+
+def test_bars_leave_standard_output_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is a file or a pipe, what is printed goes there."""
+    screen, written = io.StringIO(), io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=80)
+    monkeypatch.setattr(shared, "make_stderr", lambda: console)
+    monkeypatch.setattr(sys, "stdout", written)
+    output = shared.Output(Console(quiet=True), False, False, lambda content: None)
+    with output.progress() as progress:
+        progress("steps", 1, 2)
+        output.say("a line")
+    assert written.getvalue() == "a line\n" and "a line" not in screen.getvalue()
+    assert "steps" in screen.getvalue()

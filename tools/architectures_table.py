@@ -24,7 +24,7 @@ import mlx_skipless
 
 WAYS: dict[str, list[dict[str, Any]]] = {
     "in mlx-lm's own network": [{"remove": "none"}],
-    "norms folded": [{}],
+    "norms folded": [{"fold_norms": True}],
     "first layer a table": [{"precompute_first_layer": "force"}],
     "attention or FFN dropped": [{"drop_attention": 1}, {"drop_ffn": 1}],
     "skipless": [{"skipless": True, "remove": "none"}],

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -31,10 +32,13 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests/helpers"))
+import matplotlib.backends.backend_agg
+import matplotlib.figure  # noqa: F401
 from factory import make_checkpoint
 
 from mlx_skipless.checkpoints import writer
 from mlx_skipless.cli.main import main
+from mlx_skipless.training import pretraining  # noqa: F401
 
 SOURCE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "norm": "qkv"}
 SHARD_BYTES = 1 << 16  # so that there are several, the largest of all files
@@ -140,7 +144,12 @@ def contents(folder: Path) -> dict[str, str | None]:
 
 
 class Lab:
-    """A source, and what converting it gives when nothing happens; ``tries`` of each fault."""
+    """A source, and what converting it gives when nothing happens; ``tries`` of each fault.
+
+    ``trained`` is the outcome of a training run to which nothing happens, and its seconds.
+    """
+
+    trained: tuple[tuple[Any, ...], float] | None = None
 
     def __init__(self, folder: Path, tries: int = 1):
         self.folder, self.tries = folder, tries
@@ -341,7 +350,16 @@ def elsewhere(lab: Lab) -> Losses:
 
 
 def training_killed(lab: Lab) -> Losses:
-    """A training run killed at any time, over and over, and resumed each time."""
+    return train_through(lab, signal.SIGKILL)
+
+
+def training_hung_up(lab: Lab) -> Losses:
+    """Its terminal goes: no step that was done is lost."""
+    return train_through(lab, signal.SIGHUP)
+
+
+def train_through(lab: Lab, which: signal.Signals) -> Losses:
+    """Train, with a signal at any time, over and over, and resume each time."""
     words = lab.folder / "words.txt"
     text = random.Random(1)
     words.write_text(
@@ -350,25 +368,27 @@ def training_killed(lab: Lab) -> Losses:
     )  # fmt: skip
     begin = ("train", "--data", words, "--mlx-path", "run", *TRAIN)
     resume = ("train", "--resume", "--mlx-path", "run", "--dtype", "float32")
-    undisturbed = lab.place()
-    started = time.monotonic()
-    ended = Run(undisturbed, *begin).end()
-    assert ended.code == 0, ended
-    seconds = time.monotonic() - started
-    expected = _outcome(undisturbed / "run")
+    if lab.trained is None:
+        undisturbed, started = lab.place(), time.monotonic()
+        ended = Run(undisturbed, *begin).end()
+        assert ended.code == 0, ended
+        lab.trained = _outcome(undisturbed / "run"), time.monotonic() - started
+    expected, seconds = lab.trained
     found = []
     for _ in range(lab.tries):
         place = lab.place()
         for _ in range(100):
-            state = place / "run" / "training" / "state.safetensors"
-            if not state.exists():  # killed before the first checkpoint: begin again
+            begun = place / "run" / "training" / "run.json"
+            if not begun.exists():  # ended before its settings were written: begin again
                 shutil.rmtree(place / "run", ignore_errors=True)
-            run = Run(place, *(resume if state.exists() else begin))
+            run = Run(place, *(resume if begun.exists() else begin))
             time.sleep(lab.random.uniform(0.1, 0.8) * seconds)
-            os.kill(run.pid, signal.SIGKILL)
+            os.kill(run.pid, which)
             ended = run.end()
-            if ended.code != -signal.SIGKILL:
+            if ended.code not in (-which, 1):
                 break
+            if ended.code == 1 and not _saved(place / "run", ended.said):
+                found.append(f"lost what was done and said {ended.said!r}")
         if ended.code != 0:
             found.append(f"exit code {ended.code}: {ended.said}")
         elif _outcome(place / "run") != expected:
@@ -377,6 +397,15 @@ def training_killed(lab: Lab) -> Losses:
             found.append(f"left {left}")
         shutil.rmtree(place)
     return found
+
+
+def _saved(run: Path, said: str) -> bool:
+    """Whether a run that a signal ended kept the step that it says, or had done none."""
+    if said == INTERRUPTED:
+        return True  # outside its loop
+    match = re.fullmatch(r"error: interrupted at step (\d+): --resume goes on from there\n", said)
+    last = (run / "training" / "log.jsonl").read_text().splitlines()[-1]
+    return match is not None and json.loads(last)["step"] <= int(match[1])
 
 
 def _outcome(run: Path) -> tuple[Any, ...]:
@@ -397,6 +426,7 @@ FAULTS: dict[str, Callable[[Lab], Losses]] = {
     "three-at-once": at_once,
     "other-file-system": elsewhere,
     "training-killed": training_killed,
+    "training-hung-up": training_hung_up,
 }
 
 

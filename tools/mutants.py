@@ -28,6 +28,8 @@ PATIENCE = 900  # seconds for the tests of a mutant; one that hangs is found, to
 TAKEN = ("mlx_skipless", "tests", "tools", "docs", "*.py", "*.toml", "README.md", "LICENSE")
 
 EXACT = "tests/removal/test_exactness.py -k test_removal"
+CONSTANTS = "tests/removal/test_constants.py"
+REFUSAL = "tests/conversion/test_refusal.py"
 PLAN = (
     "tests/removal tests/conversion/test_bad_input.py "
     "-k 'test_plan or test_removal or twice or same_function or impossible'"
@@ -49,7 +51,8 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("algebra", "else q.bias @ inverse)", "else -q.bias @ inverse)", EXACT),
     ("algebra", "else -p.bias)", "else p.bias)", EXACT),
     ("algebra", "- reads.shift @ weight", "+ reads.shift @ weight", EXACT),
-    ("algebra", "+ shift_share * writes.shift", "+ writes.shift", EXACT),
+    ("algebra", "+ shift_share * writes.shift", "+ writes.shift", CONSTANTS),
+    ("algebra", "return 1 / self._plan.before.embedding_scale if", "return 1.0 if", CONSTANTS),
     (
         "algebra",
         "Basis(basis.inverse.T, basis.matrix.T)",
@@ -122,6 +125,32 @@ MUTANTS: list[tuple[str, str, str, str]] = [
         'head_bias=args.head_bias or ("final" in folded and "final" in args.shifts)',
         "head_bias=args.head_bias",
         f"{FAMILY} 'layer_norms_become or do_without and gpt_neox'",
+    ),
+    ("plan", 'and not source.removed.get("p")', "", CONSTANTS),
+    (
+        "plan",
+        'heads = parallel and not p and not args.lacks("attention", layer)',
+        "heads = False",
+        CONSTANTS,
+    ),
+    (
+        "plan",
+        "points[index].producers == [path] and not is_tied_end(args, points, index)",
+        "points[index].producers == [path]",
+        CONSTANTS,
+    ),
+    (
+        "plan",
+        'width != args.hidden_size and args.lacks("ffn", layer)',
+        "False",
+        CONSTANTS,
+    ),
+    ("architectures", "if bare or not alone:", "if not alone:", CONSTANTS),
+    (
+        "quantization",
+        "if not (self.args.num_local_experts and path.endswith(EXPERTS)):",
+        "if array.ndim < 3:",
+        CONSTANTS,
     ),
     # The network: scales, masks, caches, offsets, experts, machines.
     ("network", "self.scale = args.head_dim**-0.5", "self.scale = 1.0", EXACT),
@@ -449,6 +478,38 @@ MUTANTS: list[tuple[str, str, str, str]] = [
         "        nll.append(measure_nll(b[:-1], row[1:]))",
         "        nll.append(measure_nll(b[:-1], row[:-1]))",
         "tests/conversion/test_check.py",
+    ),
+    (
+        "check",
+        "job.exact and found.max_rel_logit_error > CERTAIN",
+        "False",
+        REFUSAL,
+    ),
+    ("check", "check.rounding_ratio <= 1", "check.rounding_ratio <= 1000", REFUSAL),
+    ("check", "self._size * mx.random.normal", "0 * mx.random.normal", REFUSAL),
+    (
+        "check",
+        "and not job.options.force",
+        "and False",
+        REFUSAL,
+    ),
+    (
+        "check",
+        "return self.dtype == mx.float32 and not approximate",
+        "return not approximate",
+        REFUSAL,
+    ),
+    (
+        "plan",
+        "not quantized and not self.form.stock",
+        "not quantized",
+        "tests/conversion/test_convert.py -k stays_as_it_is",
+    ),
+    (
+        "plan",
+        "(args.sliding_window or 0) >= LONG_WINDOW",
+        "args.sliding_window",
+        "tests/conversion/test_convert.py -k with_the_window",
     ),
     (
         "check",

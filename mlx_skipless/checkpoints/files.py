@@ -260,14 +260,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def explain_adapters(folder: Path) -> str | None:
     """Say how the LoRA adapters in a folder become a model; None if there are none."""
-    theirs = any(is_there(folder / name) for name in PEFT_ADAPTERS)
     config = folder / ADAPTER_CONFIG
+    theirs = any(is_there(folder / name) for name in PEFT_ADAPTERS)
     if not theirs and not is_there(config) and not is_there(folder / ADAPTERS):
         return None
     said = read_json(config) if is_there(config) else {}
     base = said.get("base_model_name_or_path") or said.get("model")
     base = base if isinstance(base, str) else "MODEL"
-    if theirs:
+    if theirs or "peft_type" in said:
         way_out = f"merge them into {base} with PEFT's merge_and_unload() and save_pretrained()"
     else:
         way_out = f"`mlx_lm.fuse --model {base} --adapter-path {folder}` makes a model of both"

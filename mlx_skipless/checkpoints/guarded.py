@@ -5,10 +5,11 @@ no Exception, and Rust writes a trace of its own to stderr first.
 """
 
 import contextlib
+import functools
 import os
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,13 @@ _hold = threading.RLock()  # of the process's stderr
 
 @contextlib.contextmanager
 def explain_panics(name: str | Path) -> Iterator[None]:
-    """Turn a panic of tokenizers into a UserError; ``name`` is the model's."""
+    """Turn a panic or an error of tokenizers into a UserError; ``name`` is the model's."""
     with _hold_stderr() as drop:
         try:
             yield
         except BaseException as error:
-            if type(error).__name__ != PANIC:
-                raise
+            if type(error) is not Exception and type(error).__name__ != PANIC:
+                raise  # the library's own errors have no type either
             drop()
             raise UserError(
                 f"the tokenizer of {name} gives up on this text ({first_line(error)}): give another"
@@ -41,25 +42,39 @@ def explain_panics(name: str | Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _hold_stderr() -> Iterator[Any]:
+def _hold_stderr() -> Iterator[Callable[[], Any]]:
     """Hold back what is written to stderr until the end; yields a function that drops it."""
-    with contextlib.ExitStack() as stack:
+    with _hold:
         try:
-            stack.enter_context(_hold)
-            held = stack.enter_context(tempfile.TemporaryFile())
-            shown = os.dup(STDERR)
-            stack.callback(os.close, shown)
-            os.dup2(held.fileno(), STDERR)
+            held, shown = _open_held(), os.dup(STDERR)
         except OSError:  # closed, or there is no room: then it shows what it shows
             yield lambda: None
             return
+        os.dup2(held.fileno(), STDERR)
         try:
-            yield lambda: (held.seek(0), held.truncate())
+            yield lambda: _take(held)
         finally:
             os.dup2(shown, STDERR)
-            held.seek(0)
+            kept = _take(held)
             with contextlib.suppress(OSError):
-                os.write(shown, held.read())
+                os.write(shown, kept)
+            os.close(shown)
+
+
+@functools.cache
+def _open_held() -> Any:
+    return tempfile.TemporaryFile(buffering=0)
+
+
+def _take(held: Any) -> bytes:
+    """Empty the file that holds what was written, and return that."""
+    if not os.fstat(held.fileno()).st_size:
+        return b""
+    held.seek(0)
+    written: bytes = held.read()
+    held.seek(0)
+    held.truncate()
+    return written
 
 
 class GuardedTokenizer(TokenizerWrapper):

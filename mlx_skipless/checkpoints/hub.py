@@ -23,11 +23,14 @@ from huggingface_hub.errors import (
 
 from ..constants import HUB_ID
 from ..errors import UserError, first_line
+from ..options import expand_path
 from . import files
 from .safetensors import INDEX, WHOLE, read_index
 
 # All of a repository's subfolders but additional_chat_templates: a pattern's * also matches a "/".
 SUBFOLDERS = ["[!a]*/*", "a[!d]*/*"]
+# Files of which a model has one each.
+CONFIGS = ["config.json", "adapter_config.json"]
 TOKENIZERS = ["tokenizer.*", "tekken.json", "vocab.*", "*.model", "*.tiktoken"]
 DATA_SET = re.compile(rf"({HUB_ID.pattern})(?::([\w.-]*))?(?::([\w.-]+))?")
 PRIVATE = "(a private one needs `hf auth login`)"
@@ -35,9 +38,10 @@ PRIVATE = "(a private one needs `hf auth login`)"
 
 def is_id(source: str) -> bool:
     """Whether a source is a Hub id: it looks like one, and no such path exists."""
-    path = os.path.expanduser(source)
     is_file = source.lower().endswith((".gguf", ".json"))
-    return bool(HUB_ID.fullmatch(source)) and not is_file and not os.path.exists(path)
+    return (
+        bool(HUB_ID.fullmatch(source)) and not is_file and not os.path.exists(expand_path(source))
+    )
 
 
 class _Bar(huggingface_hub.utils.tqdm):
@@ -64,15 +68,16 @@ def resolve(
     Raises:
         UserError: if there is no such path or repository, or it cannot be downloaded.
     """
-    path = os.path.expanduser(source)
+    path = expand_path(source)
     if os.path.exists(path):
-        files.check_name(Path(path))
-        return (Path(path).is_dir() and files.find_gguf(Path(path))) or Path(path)
+        files.check_name(path)
+        return (path.is_dir() and files.find_gguf(path)) or path
     if not is_id(source):
         raise UserError(f"no such file or folder: {source} (a Hub id looks like owner/name)")
     patterns = [*files.SMALL, *(["*.py"] if code else [])]
-    folder = _fetch(source, revision, patterns, ["*"] if config_only else TOKENIZERS)
-    if not config_only and any(one != folder for one in _fetch_weights(source, revision, folder)):
+    folder = _fetch(source, revision, patterns, [["*"]] if config_only else [CONFIGS, TOKENIZERS])
+    is_model = (folder / "config.json").exists() and not config_only
+    if is_model and any(one != folder for one in _fetch_weights(source, revision, folder)):
         raise UserError(f"{source} changed while it was fetched: try again")
     _check_gguf(source, folder, config_only)
     return folder
@@ -83,18 +88,17 @@ def _fetch_weights(source: str, revision: str | None, folder: Path) -> Iterator[
 
     ``folder`` has the small files.
     """
-    also = "config.json"  # for the client warns of patterns that no file matches
     if not files.is_there(folder / INDEX):
-        yield _fetch(source, revision, [also, "model*.safetensors"])
+        yield _fetch(source, revision, ["model*.safetensors"])
         return
     named = read_index(folder / INDEX)
-    yield _fetch(source, revision, [also, *map(glob.escape, named)])
+    yield _fetch(source, revision, [*map(glob.escape, named)])
     if not any((folder / name).exists() for name in named):
-        yield _fetch(source, revision, [also, WHOLE])
+        yield _fetch(source, revision, [WHOLE])
 
 
 def _fetch(
-    source: str, revision: str | None, patterns: list[str], enough: Sequence[str] = ()
+    source: str, revision: str | None, patterns: list[str], enough: Sequence[list[str]] = ()
 ) -> Path:
     """Fetch the files of a repository that patterns name, unless they are in the cache.
 
@@ -102,8 +106,8 @@ def _fetch(
         source: the Hub id.
         revision: a branch, tag or commit of it.
         patterns: of the files.
-        enough: one file of these patterns makes do if the Hub cannot be reached: another program
-            may have filled the cache, and with less.
+        enough: one file of each of these lists of patterns makes do if the Hub cannot be reached:
+            another program may have filled the cache, and with less.
 
     Returns:
         The folder of the revision's files.
@@ -121,9 +125,13 @@ def _fetch(
                 tqdm_class=_Bar,
             )
     except Exception as error:  # also those of the client's network library, which has changed
-        folder = error.snapshot_path if isinstance(error, IncompleteSnapshotError) else ""
-        if not any(file for pattern in enough for file in Path(folder).glob(pattern)):
-            raise UserError(_explain_failure(error, source, revision)) from error
+        if isinstance(error, IncompleteSnapshotError):
+            cached = Path(error.snapshot_path)
+            if enough and all(
+                any(f for one in group for f in cached.glob(one)) for group in enough
+            ):
+                return cached
+        raise UserError(_explain_failure(error, source, revision)) from error
     return Path(folder)
 
 

@@ -41,7 +41,8 @@ def read_tokenizer(file: Path) -> dict[str, Any]:
         steps = {stage: list(_list_steps(content.get(stage))) for stage in STAGES}
         growth = math.prod(_measure_growth(step) for found in steps.values() for step in found)
         count = max(map(len, steps.values()))
-        highest = max(_list_ids(content).values(), default=0)
+        ids = _list_ids(content).values()
+        highest, twice = max(ids, default=0), len(ids) - len({*ids})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{file} is broken ({error!r}): download it again") from error
     if growth > MOST_GROWTH or count > MOST_STEPS:
@@ -51,6 +52,8 @@ def read_tokenizer(file: Path) -> dict[str, Any]:
         )
     if highest > files.MOST_TOKENS:
         raise UserError(f"{file} has a token of the id {highest:,}, and no model has so many")
+    if twice:
+        raise UserError(f"{file} gives {twice:,} ids to two tokens each: download it again")
     return content
 
 

@@ -38,14 +38,14 @@ def run(options: dict[str, Any]) -> None:
         entries = list_entries()
         rows = [_make_row(entry) for entry in entries]
         if shown.console.is_terminal:
-            _tabulate(entries).show(shown.console)
+            tabulate_entries(entries).show(shown.console)
             shown.say(LEGEND)
         else:
             shown.say(Grid(TITLES, rows, words=len(TITLES)).markdown())
         shown.write_json({"models": [entry.as_dict() for entry in entries]})
 
 
-def _tabulate(entries: Sequence[Entry]) -> Grid:
+def tabulate_entries(entries: Sequence[Entry]) -> Grid:
     """Make the table for a terminal, with the columns that fit there."""
     titles = (
         "\nmodel",

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="text to answer; - reads it from stdin; none: chat in a terminal, else a tale",
     )
     parser.add_argument(
-        "--system-prompt", metavar="TEXT",
+        "--system-prompt", type=read_text, metavar="TEXT",
         help="what the system says first, of a model that takes turns",
     )  # fmt: skip
     parser.add_argument("--max-tokens", type=int, default=256, help="per answer (default: 256)")
@@ -114,6 +114,8 @@ def run(options: dict[str, Any]) -> None:
             )
             return
         if tale:
+            if system is not None:
+                raise UserError("--system-prompt needs a --prompt here, or a terminal to chat in")
             prompt = encode_prompt(tokenizer, generation.TALE, chat=False)
             _speak(generation.TALE, shown)
         if other is not None:

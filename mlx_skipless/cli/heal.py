@@ -42,13 +42,15 @@ def run(options: dict[str, Any]) -> None:
     if options["validation"] and not options["data"]:
         raise UserError("--validation is for --data: the original's own text is held out in part")
     with open_output(options, None if resume else options["mlx_path"]) as shown:
-        result = heal(
-            treatment=read_options(Treatment, "treatment", treatment),
-            pace=Pace(**pace),
-            steps=steps,
-            report=lambda event: shown.say(events.describe_event(event)),
-            **options,
-        )
+        with shown.progress() as progress:
+            result = heal(
+                treatment=read_options(Treatment, "treatment", treatment),
+                pace=Pace(**pace),
+                steps=steps,
+                report=lambda event: shown.say(events.describe_event(event)),
+                progress=progress,
+                **options,
+            )
         for line in describe_healing(result):
             shown.say(line)
         shown.say(events.describe_end(result, f"{result.trained_parameters:,} weights trained"))

@@ -5,6 +5,7 @@ and what computes is imported when the command runs.
 """
 
 import argparse
+import contextlib
 import importlib
 import os
 import signal
@@ -135,7 +136,8 @@ def _exit_code(parse: Callable[[], Options]) -> int:
             if isinstance(error, BadArguments):
                 sys.exit(2)  # as argparse does
         except KeyboardInterrupt:
-            _complain(UserError("interrupted"))
+            with contextlib.suppress(KeyboardInterrupt):  # of those who press Ctrl-C twice
+                _complain(UserError("interrupted"))
         except BrokenPipeError:
             pass  # whoever read the output has seen enough
         except SystemExit as end:  # after --help and --version

@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
             if argument == "--" or argument in self._list_commands():
                 return
             name = argument.partition("=")[0]
-            short = not name.startswith("--") and name[:2] in known
+            short = not name.startswith("--") and name[:2] in known and f"-{name}" not in known
             value = not name.startswith("-") or " " in argument or _is_number(argument)
             if value or short or name == "-" or any(flag.startswith(name) for flag in known):
                 continue

@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
@@ -91,6 +92,7 @@ class Output:
     def progress(self) -> Iterator[Progress]:
         """A bar a stage with the time that is left, if stderr is a terminal.
 
+        What is printed meanwhile appears above the bars, unless standard output goes elsewhere.
         A stage that is told of again from an earlier count begins anew.
         """
         console = make_stderr()
@@ -101,7 +103,11 @@ class Output:
         )  # fmt: skip
         shown = console.is_terminal and not self.quiet
         with bars.Progress(
-            *columns, console=console, disable=not shown, speed_estimate_period=SPEED_SECONDS
+            *columns,
+            console=console,
+            disable=not shown,
+            speed_estimate_period=SPEED_SECONDS,
+            redirect_stdout=sys.stdout.isatty(),
         ) as display:
             tasks: dict[str, bars.TaskID] = {}
 

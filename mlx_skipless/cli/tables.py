@@ -90,12 +90,9 @@ def _name_run(run: Sequence[Sequence[str]]) -> str:
 
 
 def format_count(number: int) -> str:
-    """A number for reading: "7.24 B"."""
+    """A number of weights for reading, with three digits: "7.24 B"."""
     for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
         if number >= size:
-            return (
-                f"{number / size:.3g} {unit}"
-                if number < 1000 * size
-                else f"{number / size:,.0f} {unit}"
-            )
+            count = number / size
+            return f"{count:,.{0 if count >= 99.95 else 1 if count >= 9.995 else 2}f} {unit}"
     return str(number)

@@ -44,13 +44,15 @@ def run(options: dict[str, Any]) -> None:
     if resume and (config or pace or set(recipe) - {"steps"}):
         raise UserError("--resume goes on with the run's own recipe: only --steps may change")
     with open_output(options, None if resume else options["mlx_path"]) as shown:
-        result = train(
-            recipe=read_options(Recipe, "recipe", {**_read_yaml(config), **recipe}),
-            pace=TrainingPace(**pace),
-            steps=steps,
-            report=lambda event: shown.say(events.describe_event(event)),
-            **options,
-        )
+        with shown.progress() as progress:
+            result = train(
+                recipe=read_options(Recipe, "recipe", {**_read_yaml(config), **recipe}),
+                pace=TrainingPace(**pace),
+                steps=steps,
+                report=lambda event: shown.say(events.describe_event(event)),
+                progress=progress,
+                **options,
+            )
         counts = f"{result.parameters:,} weights, {result.tokens:,} tokens"
         shown.say(events.describe_end(result, counts))
         shown.write_json(result.as_dict())

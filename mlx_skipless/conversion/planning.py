@@ -125,7 +125,8 @@ def advise(job: Job) -> Iterator[str]:
         return
     if sublayers.explain_undroppable(args) is None:
         yield SAVINGS
-    if args.norm == "pre" and (letters := "".join(_plan_skipless(job))):
+    whole = args.norm == "pre" and not args.precomputed
+    if whole and (letters := "".join(_plan_skipless(job))):
         yield SKIPLESS_NETWORK.format(letters)
 
 

@@ -95,7 +95,9 @@ def load_network(
     """
     folder = hub.resolve(str(path_or_hf_repo), revision=revision, code=trust_remote_code)
     if not folder.is_dir():
-        raise UserError(f"{folder} is no model folder: `convert.py --model {folder}` makes one")
+        gguf = files.is_gguf(folder)
+        way_out = f"`convert.py --model {folder}` makes one" if gguf else "give one"
+        raise UserError(f"{folder} is no model folder: {way_out}")
     config, skipless = _read_config(folder, path_or_hf_repo, trust_remote_code)
     store = SafetensorsStore(folder)
     check_sizes(config, len(store.shapes))

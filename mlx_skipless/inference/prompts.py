@@ -80,6 +80,8 @@ def open_conversation(tokenizer: TokenizerWrapper, system: str | None) -> list[d
             "--system-prompt: this model was not taught to take turns, so nothing is said before "
             "the prompt; drop it"
         )
+    if not system.strip():
+        raise UserError("--system-prompt is empty: give some text, or drop it")
     check_text(system)
     opening = {"role": "system", "content": system}
     first = {"role": "user", "content": "Hello"}

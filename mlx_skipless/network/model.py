@@ -645,7 +645,7 @@ class Block(nn.Module):
     ) -> Tuple[mx.array, Optional[mx.array]]:
         """Run the attention; return what it gives the stream, and the heads if they are read."""
         out = self.self_attn(x, mask, cache, heads_before)
-        return out if self.self_attn.gives_heads else (out, None)
+        return (out, None) if isinstance(out, mx.array) else out
 
     def read_table(self, row: mx.array, mask, cache) -> Tuple[mx.array, Optional[mx.array]]:
         """Run the attention on a table's rows, (batch, length, row).

@@ -344,10 +344,12 @@ def weigh_embedding(
     gram = np.zeros_like(seen)
     merged, readers = merger.layer(0), [*READERS[0]]
     if before.block == "parallel":
-        readers += READERS[2]
+        readers += before.ffn_readers
     for name in readers:
         stored = merged.get(f"{module_path(0, name)}.weight")  # none: it is the identity
-        weight = np.eye(len(seen)) if stored is None else to_float64(stored).T
+        weight = np.eye(len(seen))
+        if stored is not None:  # experts' count as one, all outputs behind one another
+            weight = to_float64(stored).reshape(-1, len(seen)).T
         # |X W|^2 = tr(W^T X^T X W)
         gram += weight @ weight.T / np.sum(weight * (seen @ weight))
     gram /= np.trace(gram)

@@ -155,7 +155,8 @@ def read_log(run: Path) -> list[Event]:
         text = file.read_text(encoding="utf-8")
         *lines, last = text.rstrip("\n").split("\n")
         lines += [last] if text.endswith(("}", "\n")) else []
-        return [_check_event(json.loads(line)) for line in lines]
+        events = [_check_event(json.loads(line)) for line in lines]
+        return [event for event in events if math.isfinite(event.get("validation_loss", 0))]
     except (OSError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
         raise UserError(
             f"{file} cannot be read ({first_line(error)}): put the whole log back, or start the "
@@ -172,7 +173,8 @@ def _check_event(event: Any) -> Event:
         raise TypeError("a line has no distance")
     numbers = {key: event.get(key, 0) for key in ("step", "tokens", "loss", "validation_loss")}
     for key, value in [*numbers.items(), *(item for one in distances for item in one.items())]:
-        if isinstance(value, bool) or not math.isfinite(value):
+        finite = math.isfinite(value) or key == "validation_loss"  # older versions logged that
+        if isinstance(value, bool) or not finite:
             raise ValueError(f"{key} of a line is no number")
     if event["step"] < 0 or numbers["tokens"] < 0:
         raise ValueError("a line has a step below 0")

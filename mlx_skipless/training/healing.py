@@ -331,6 +331,9 @@ class Run(ResumableRun[HealingResult]):
             mlx_lm.utils.save(
                 partial_folder, source, self.model, self._tokenizer, config, donate_model=False
             )
+            for pattern in ("*.py", "generation_config.json"):
+                for file in source.glob(pattern):  # mlx-lm finds none in a folder called "a[1]"
+                    shutil.copy(file, partial_folder)
             text = write_healing_card(result, asdict(self._treatment), sources.teacher)
             hide_paths(partial_folder)
             (partial_folder / "README.md").write_text(text, encoding="utf-8")
@@ -371,7 +374,7 @@ class Run(ResumableRun[HealingResult]):
         if limit is None:  # what is written is measured, when it is fused
             return {}
         found = self._distance(self.model, limit)
-        return {"validation_loss": found.kl, "perplexity": math.exp(found.loss)}
+        return {"validation_loss": found.kl, "perplexity": math.exp(min(found.loss, 700.0))}
 
     def _distance(self, network: nn.Module, limit: int = MEASURED_TOKENS) -> Distance:
         """On the held-out text, or windows spread over it of ``limit`` tokens in all."""

@@ -231,6 +231,8 @@ class ResumableRun(RunState, Generic[Result]):
         return final
 
     def _log(self, event: Event, report: Callable[[Event], None]) -> None:
+        if not math.isfinite(event.get("validation_loss", 0)):
+            raise UserError(self._describe_divergence("the loss of the held-out text"))
         if event:
             event = {"step": self._step, "tokens": self._step * self._step_tokens, **event}
             self._folder.append_event(event)

@@ -23,7 +23,7 @@ from ..evaluation import perplexity
 from ..inference.generation import generate
 from ..network.model import Model
 from ..network.parts import tensors_of
-from ..options import check_choice, expand_path
+from ..options import expand_path
 from ..progress import Progress
 from ..text import corpus
 from .card import write_training_card
@@ -172,7 +172,8 @@ def make_tokens(settings: Settings, resumed: Path | None) -> tuple[Settings, Tok
 
 
 def _choose_dtype(dtype: str) -> str:
-    check_choice("--dtype", dtype, ("auto", "float32", "bfloat16"))
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"--dtype {dtype}: choose auto, float32 or bfloat16")
     if dtype == "auto":
         return "bfloat16" if mx.default_device().type == mx.DeviceType.gpu else "float32"
     return dtype

@@ -92,7 +92,7 @@ def test_transformers_reads_what_is_folded(name: str, tmp_path: Path) -> None:
     """A result without model.py is transformers' too, but for experts, which mlx-lm stacks."""
     torch = pytest.importorskip("torch")
     expected = reference.logits(*make(tmp_path / "s", name), text())
-    assert convert(tmp_path / "s", tmp_path / "o", verify=False).folded
+    assert convert(tmp_path / "s", tmp_path / "o", fold_norms=True, verify=False).folded
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "o", dtype=torch.float32, attn_implementation="eager"
     )
@@ -144,7 +144,7 @@ def test_what_a_pretrained_model_can_do_without(
 def test_a_stock_result_keeps_its_tensors(name: str, tmp_path: Path) -> None:
     """The same names, shapes and types; folded gains are ones (Gemma's zeros), biases zeros."""
     make(tmp_path / "s", name)
-    report = convert(tmp_path / "s", tmp_path / "o")
+    report = convert(tmp_path / "s", tmp_path / "o", fold_norms=True)
     source, result = stored(tmp_path / "s"), stored(tmp_path / "o")
     if "mixtral" not in name:  # whose experts mlx-lm stacks
         assert {k: (a.shape, a.dtype) for k, a in source.items()} == {
@@ -158,7 +158,7 @@ def test_a_stock_result_keeps_its_tensors(name: str, tmp_path: Path) -> None:
     kept = {"gptj": {"attention"}, "gpt_neox": {"final"}}.get(name.split(",")[0], set())
     assert not kept & {*report.folded}
     assert len([n for n in report.notes if n.startswith("norm gains stay")]) == len(kept)
-    convert(tmp_path / "s", tmp_path / "n", remove="none")
+    assert not convert(tmp_path / "s", tmp_path / "n").folded  # unasked, it stays as it is
     again = stored(tmp_path / "n")
     for key, array in source.items():
         if key in again:

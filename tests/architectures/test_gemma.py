@@ -48,7 +48,7 @@ def without(weights: Weights, dropped: dict[str, Any]) -> Weights:
 def test_folding_keeps_gemma(shape: dict[str, Any], dtype: str, tmp_path: Path) -> None:
     """Folded gains are written as zeros; the tied head's final one stays as it was."""
     make_gemma(tmp_path / "s", dtype=dtype, **SIZES | shape)
-    report = convert(tmp_path / "s", tmp_path / "o")
+    report = convert(tmp_path / "s", tmp_path / "o", fold_norms=True)
     assert report.stock and set(report.folded) == {"attention", "ffn"}
     source, result = stored(tmp_path / "s"), stored(tmp_path / "o")
     assert {k: (a.shape, a.dtype) for k, a in source.items()} == {
@@ -64,9 +64,10 @@ def test_folding_keeps_gemma(shape: dict[str, Any], dtype: str, tmp_path: Path) 
     assert report.verification is not None and report.verification.kl < 1e-3
 
 
-def test_nothing_asked_nothing_changed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("remove", ["auto", "none"])
+def test_nothing_asked_nothing_changed(remove: str, tmp_path: Path) -> None:
     make_gemma(tmp_path / "s", **SIZES)
-    convert(tmp_path / "s", tmp_path / "o", remove="none")
+    convert(tmp_path / "s", tmp_path / "o", remove=remove)
     source, result = stored(tmp_path / "s"), stored(tmp_path / "o")
     for name, array in source.items():
         assert mx.allclose(result[name], array, atol=1e-7, rtol=0).item(), name

@@ -205,9 +205,13 @@ def test_a_refusal_is_one_line(hub: HubServer, run: Run, refusal: Refusal | None
     assert "tales/other" in error and said in error
 
 
-def test_an_unreachable_hub_is_one_line(hub: HubServer, run: Run):
+def test_an_unreachable_hub_is_one_line(
+    hub: HubServer, run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
+):
     hub.stop()
     error = the_error(run("--model", "tales/tiny"))
+    monkeypatch.chdir(model)  # another model is none in the cache
+    assert run("--model", "tales/tiny").stderr == f"{error}\n"
     assert "tales/tiny" in error and "not in the cache" in error and "connect" in error
 
 
@@ -272,6 +276,17 @@ def test_the_files_that_an_index_names_are_fetched_and_no_others(
     assert (result.code, result.stderr) == (0, "")
     shards = {"layers-0.safetensors", "layers[1].safetensors", INDEX}
     assert hub.sent() == (FETCHED - {"model.safetensors"}) | shards
+
+
+def test_a_repository_of_adapters(hub: HubServer, run: Run, tmp_path: Path):
+    (tmp_path / "repo").mkdir()
+    config = {"peft_type": "LORA", "base_model_name_or_path": "tales/tiny"}
+    (tmp_path / "repo" / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "repo" / "adapter_model.safetensors").write_bytes(b"weights")
+    hub.repos["tales/adapters"] = {"main": tmp_path / "repo"}
+    error = the_error(run("--model", "tales/adapters"))
+    assert "LoRA adapters and no model: merge them into tales/tiny with PEFT's" in error
+    assert hub.sent() == {"adapter_config.json"}
 
 
 def test_an_index_that_a_repository_has_outgrown(hub: HubServer, run: Run, tmp_path: Path):

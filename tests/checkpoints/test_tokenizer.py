@@ -186,6 +186,22 @@ def test_a_panic_while_a_tokenizer_loads_or_decodes(
     assert capfd.readouterr().err == "" and not (tmp_path / "out").exists()
 
 
+def test_an_error_of_tokenizers_is_told_as_a_panic_is(model: Path):
+    """A WordPiece model whose token for unknown words is missing."""
+    words = {
+        "type": "WordPiece",
+        "unk_token": "[UNK]",
+        "vocab": {"a": 0},
+        "max_input_chars_per_word": 9,
+    }
+    words["continuing_subword_prefix"] = "##"
+    edit(model / "tokenizer.json", lambda content: content.update(model=words))
+    tokenizer = load(model)
+    assert tokenizer.encode("a")
+    with pytest.raises(UserError, match="gives up on this text"):
+        tokenizer.encode("b")
+
+
 def test_what_else_is_written_to_stderr_is_shown_in_the_end(capfd: pytest.CaptureFixture[str]):
     with guarded.explain_panics("model"):
         guarded.os.write(2, b"a warning\n")
@@ -195,7 +211,7 @@ def test_what_else_is_written_to_stderr_is_shown_in_the_end(capfd: pytest.Captur
 ENDLESS = {
     "loops": "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
     "filters": "{{ (range(99999) | list * 1000) | map('string') | join | length }}",
-    "lists": "{{ (range(99999) | list * 99999) | length }}",
+    "lists": "{{ (range(99999) | list * 2999) | length }}",
     "doubled": "{% set n = namespace(s='xxxxxxxxxxxxxxxx') %}{% for i in range(60) %}"
     "{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s | length }}",
     "power": "{{ 2 ** 10000000000 % 7 }}",
@@ -572,6 +588,12 @@ def test_a_source_without_a_tokenizer_says_so(model: Path, tmp_path: Path):
         (model / name).unlink()
     report = convert(model, tmp_path / "out", verify=False)
     assert any("no tokenizer" in note for note in report.notes)
+
+
+def test_an_id_of_two_tokens(model: Path):
+    edit(model / "tokenizer.json", lambda c: c["model"]["vocab"].update(zz=7))
+    with pytest.raises(UserError, match="1 ids to two tokens"):
+        load(model)
 
 
 def test_a_token_id_that_no_model_has(model: Path):

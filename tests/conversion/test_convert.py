@@ -160,6 +160,86 @@ def test_auto_leaves_a_pretrained_model_whole(
 
 
 @pytest.mark.parametrize(
+    ("options", "advised"),
+    [
+        ({}, True),
+        ({"remove": "none"}, True),
+        ({"fold_norms": True}, True),
+        ({"quantize": True, "q_group_size": 32}, False),
+        ({"drop_attention": 1}, False),
+        ({"skipless": True, "remove": "qp"}, False),
+    ],
+    ids=str,
+)
+def test_what_makes_a_pretrained_model_smaller_is_told(
+    options: dict[str, Any],
+    advised: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What helps comes first, and no path: nothing is told where it was asked for already."""
+    make_llama(tmp_path / "s")
+    report = mlx_skipless.convert(tmp_path / "s", dry_run=True, **options)
+    advice = " ".join(report.advice)
+    assert bool(report.advice) == advised and str(tmp_path) not in advice
+    if advised:
+        assert advice.index("-q quantizes") < advice.index("--drop-attention auto")
+        assert advice.index("heal") < advice.index("--skipless --remove qp")
+        assert "no language model until it is trained" in advice
+    assert str(tmp_path) not in " ".join((*report.notes, *report.warnings))
+
+
+def test_advice_stays_out_of_the_card(tmp_path: Path) -> None:
+    make_llama(tmp_path / "s")
+    report = mlx_skipless.convert(tmp_path / "s", tmp_path / "o", verify=False)
+    card = (tmp_path / "o/README.md").read_text()
+    assert report.advice and not any(line in card for line in report.advice)
+    assert "--skipless" not in card and str(tmp_path) not in card
+
+
+def test_a_skipless_model_needs_no_advice(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "s", **SIZES)
+    assert not mlx_skipless.convert(tmp_path / "s", dry_run=True).advice
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("window", [None, 4096])
+def test_a_pretrained_model_stays_as_it_is(
+    window: int | None, tied: bool, dtype: str, tmp_path: Path
+) -> None:
+    """Bit for bit and stock, Mistral-7B-v0.1 too, whose window only texts beyond it meet."""
+    make_llama(
+        tmp_path / "s", model_type="mistral", sliding_window=window, tie_word_embeddings=tied,
+        dtype=dtype,
+    )  # fmt: skip
+    report = mlx_skipless.convert(tmp_path / "s", tmp_path / "o", verify=window is None)
+    assert report.stock and not report.folded and report.params_after == report.params_before
+    assert any("look back 4,096 tokens" in note for note in report.notes) == (window is not None)
+    before, after = (mx.load(str(tmp_path / x / "model.safetensors")) for x in "so")
+    assert before.keys() == after.keys()
+    assert all(mx.array_equal(array, after[name]) for name, array in before.items())
+    written = json.loads((tmp_path / "o/config.json").read_text())
+    assert written["model_type"] == "mistral" and written["sliding_window"] == window
+    assert not (tmp_path / "o/model.py").exists()
+    load_model(tmp_path / "o")
+
+
+@pytest.mark.parametrize(
+    ("window", "options"),
+    [(16, {}), (4096, {"fold_norms": True}), (4096, {"precompute_first_layer": "force"})],
+    ids=str,
+)
+def test_a_network_with_the_window(window: int, options: dict[str, Any], tmp_path: Path) -> None:
+    """Where texts are longer than it, or where it is asked for."""
+    make_llama(tmp_path / "s", model_type="mistral", sliding_window=window)
+    report = mlx_skipless.convert(tmp_path / "s", tmp_path / "o", verify=False, **options)
+    assert not report.stock
+    assert json.loads((tmp_path / "o/config.json").read_text())["sliding_window"] == window
+
+
+@pytest.mark.parametrize(
     ("mode", "bits", "group_size"),
     [("affine", b, 64) for b in (2, 3, 4, 5, 6, 8)]
     + [("affine", 4, 32), ("mxfp4", None, None), ("nvfp4", None, None), ("mxfp8", None, None)],
@@ -313,7 +393,12 @@ def test_what_is_quantized_is_folded_only_if_asked(tmp_path: Path, asked: bool) 
         tmp_path / "s", tmp_path / "out", quantize=True, q_group_size=32, fold_norms=asked
     )
     assert bool(report.folded) == asked and report.stock
-    assert mlx_skipless.convert(tmp_path / "s", tmp_path / "dense", verify=False).folded
+    make_llama(tmp_path / "own", hidden_act="relu", **SIZES)  # mlx-lm has no such network
+    for quantize in (False, True):
+        report = mlx_skipless.convert(
+            tmp_path / "own", dry_run=True, quantize=quantize, fold_norms=asked
+        )
+        assert bool(report.folded) == (asked or not quantize) and not report.stock
 
 
 @pytest.mark.parametrize(("kl", "warned"), [(0.01, False), (0.05, False), (0.5, True)])
@@ -353,6 +438,6 @@ def test_the_check_sees_a_wrong_result(tmp_path: Path, monkeypatch: pytest.Monke
         return right(linear, **bases) if bases.get("writes") else linear
 
     monkeypatch.setattr(merger, "change_basis", wrong)
-    report = mlx_skipless.convert(tmp_path / "s", tmp_path / "out", remove="q")
+    report = mlx_skipless.convert(tmp_path / "s", tmp_path / "out", remove="q", force=True)
     assert report.verification is not None
     assert report.verification.max_rel_logit_error > 0.1 and report.verification.kl > 1e-3

@@ -5,12 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from architectures import ARCHITECTURES, make
 from exact import check_same_function
 from factory import make_checkpoint
-from grids import only, thin
+from grids import only, thin, thorough
 from networks import MATRICES, draw_network, make_config, make_weights, without, write_network
 
 import mlx_skipless
@@ -123,24 +124,42 @@ def make_source(folder: Path, **changes: Any) -> None:
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_a_wrong_merge_is_refused(
-    fault: Callable[[Patch], None],
-    tmp_path: Path,
-    monkeypatch: Patch,
-    capsys: pytest.CaptureFixture[str],
+    fault: Callable[[Patch], None], tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    """In one line, and nothing is left; ``--force`` keeps it and warns."""
+    """In one line, and nothing is left."""
     changes, options = FAULTS[fault]
     make_source(tmp_path / "s", **changes)
-    fine = convert(tmp_path / "s", tmp_path / "o", **options)
-    assert not fine.warnings and (tmp_path / "o").exists()
     fault(monkeypatch)
     with pytest.raises(mlx_skipless.UserError, match=r"not the same function.*--force") as refused:
-        convert(tmp_path / "s", tmp_path / "wrong", **options)
-    assert "\n" not in str(refused.value) and not (tmp_path / "wrong").exists()
-    report = convert(tmp_path / "s", tmp_path / "wrong", force=True, **options)
-    assert any("not the same function" in warning for warning in report.warnings)
+        convert(tmp_path / "s", tmp_path / "o", **options)
+    assert "\n" not in str(refused.value) and [*tmp_path.iterdir()] == [tmp_path / "s"]
+
+
+@thorough
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_right_merge_is_not(fault: Callable[[Patch], None], tmp_path: Path) -> None:
+    changes, options = FAULTS[fault]
+    make_source(tmp_path / "s", **changes)
+    assert not convert(tmp_path / "s", tmp_path / "o", **options).warnings
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_force_keeps_it(dtype: str, tmp_path: Path, monkeypatch: Patch) -> None:
+    """And the warning says so, wherever the weights come from."""
+    make_source(tmp_path / "s", **BIASED)
+    weights = mx.load(str(tmp_path / "s" / "model.safetensors"))
+    cast = {name: array.astype(getattr(mx, dtype)) for name, array in weights.items()}
+    mx.eval(cast)
+    mx.save_safetensors(str(tmp_path / "s" / "model.safetensors"), cast)
+    forget_the_scale(monkeypatch)
+    options = {"remove": "q", "dtype": "float32"}
+    with pytest.raises(mlx_skipless.UserError, match="not the same function"):
+        convert(tmp_path / "s", tmp_path / "o", **options)
+    report = convert(tmp_path / "s", tmp_path / "o", force=True, **options)
+    (warning,) = report.warnings
+    assert "not the same function" in warning and warning in (tmp_path / "o/README.md").read_text()
     assert report.verification is not None and report.verification.rounding_ratio is not None
-    assert report.verification.rounding_ratio > 1 and (tmp_path / "wrong").exists()
+    assert report.verification.rounding_ratio > 1
 
 
 def test_the_command(
@@ -161,7 +180,7 @@ def test_the_command(
     [
         {"dtype": "bfloat16"},
         {"dtype": "float16"},
-        {"quantize": True, "q_group_size": 32},
+        pytest.param({"quantize": True, "q_group_size": 32}, marks=thorough),
         {"verify": False},
     ],
     ids=str,

@@ -413,25 +413,36 @@ def test_the_command_without_arguments_in_a_terminal(
     assert (tmp_path / "mlx_model").is_dir()
 
 
-def test_colour_is_for_terminals_that_want_it(terminal: Callable[..., Terminal]):
-    assert "\x1b[2mprompt " in terminal(max_tokens=3).ask("Hello")
-    assert "\x1b" not in terminal({"NO_COLOR": "1"}, max_tokens=3).ask("Hello")
+class Screen(io.StringIO):
+    """What says that it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
 
 
-def test_a_seed_makes_a_session_repeatable_but_not_its_turns(terminal: Callable[..., Terminal]):
-    def session() -> tuple[str, str]:
-        screen = terminal(max_tokens=30, temp=1.0, seed=5)
-        answers = []
-        for _ in range(2):
-            seen = screen.ask("Hello")
-            answers.append(seen[: seen.index("prompt ")])
-            screen.send("/reset\n")
-            screen.expect("forgotten", "> ")
-        return answers[0], answers[1]
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("err", [Screen, io.StringIO])
+def test_colour_is_for_terminals_that_want_it(
+    llama: Loaded, monkeypatch: pytest.MonkeyPatch, err: type[io.StringIO], wanted: bool
+):
+    monkeypatch.setenv("NO_COLOR", "" if wanted else "1")
+    type_lines(monkeypatch, "Hello")
+    chat(*llama, max_tokens=3, out=Screen(), err=(shown := err()))
+    assert ("\x1b[2mprompt " in shown.getvalue()) == (wanted and err is Screen)
+    assert ("\x1b" in shown.getvalue()) == (wanted and err is Screen)
 
-    first, second = session()
-    assert first != second
-    assert session() == (first, second)
+
+def test_a_seed_makes_a_session_repeatable_but_not_its_turns(
+    llama: Loaded, monkeypatch: pytest.MonkeyPatch
+):
+    def session() -> str:
+        type_lines(monkeypatch, "Hello", "/reset", "Hello")
+        chat(*llama, max_tokens=30, temp=1.0, seed=5, out=(said := io.StringIO()))
+        return said.getvalue()
+
+    said = session()
+    assert session() == said
+    assert said != said[: len(said) // 2] * 2
 
 
 def type_lines(monkeypatch: pytest.MonkeyPatch, *lines: str | Exception) -> None:
@@ -615,7 +626,7 @@ def test_the_beginning_is_forgotten_where_it_has_turns(llama: Loaded):
     talk = Conversation(model, tokenizer, max_tokens=8, system_prompt="Hush.")
     talk.context = 160
     for turn in range(12):
-        text = f"Turn {turn}, of some length"
+        text = f"Turn {turn}{'.' * (turn * 7 % 30)}"
         say(talk, text)
         assert talk.messages[-2]["content"] == text
         assert len(talk.messages) % 2 == 0 and talk.messages[0]["role"] == "user"
@@ -623,9 +634,11 @@ def test_the_beginning_is_forgotten_where_it_has_turns(llama: Loaded):
         assert len(talk.cached) <= 160 + 8
         assert_cache_is_fresh(talk, model)
     assert talk.turns == 12 and 2 <= len(talk.messages) < 8
-    # A message too long for all is answered, alone.
+    # A message too long for all is answered, alone; its answer goes with it.
     say(talk, "x" * 200)
     assert len(talk.messages) == 2
+    say(talk, "More")
+    assert [one["role"] for one in talk.messages] == ["user", "assistant"]
 
 
 def test_the_beginning_is_forgotten_where_it_is_one_text(bare: Loaded):
@@ -705,6 +718,15 @@ def test_a_history_that_cannot_be_is_left_alone(
     with keyboard.edit_lines():
         pass
     assert not (tmp_path / "mlx-skipless" / "other").exists()
+
+
+def test_a_spoilt_line_of_history_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    (history := tmp_path / "mlx-skipless" / "history").parent.mkdir()
+    history.write_bytes(b"fine\na\x00b\n\x1b[2J\nlater\n")
+    with keyboard.edit_lines():
+        pass
+    assert history.read_text().splitlines()[-2:] == ["fine", "later"]
 
 
 def test_a_prompt_is_no_part_of_what_a_file_holds(

@@ -747,6 +747,14 @@ def test_a_system_prompt_is_one_answers(command: Command, flag: str):
     assert (code, out) == (1, "") and err.startswith("error: --system-prompt goes with neither")
 
 
+def test_a_system_prompt_of_a_tale_or_of_nothing(command: Command):
+    for arguments in (["--system-prompt", "Hush."], ["--system-prompt", " ", "--prompt", "Hi"]):
+        code, out, err = command(*arguments)
+        last = err.splitlines()[-1]
+        assert (code, out) == (1, "") and last.startswith("error: ")
+        assert "--system-prompt" in last
+
+
 @pytest.mark.parametrize("flag", ["--compare", "--prompt-cache-file"])
 def test_flags_that_need_a_prompt_say_so_before_any_work(
     command: Command, tmp_path: Path, flag: str

@@ -317,7 +317,7 @@ def test_folding_norms_is_exact_and_stock(model_type: str, tied: bool, tmp_path:
     config, weights = make_llama(
         tmp_path / "source", model_type=model_type, tie_word_embeddings=tied, attention_bias=True
     )
-    report = convert(tmp_path / "source", tmp_path / "out", verify=False)
+    report = convert(tmp_path / "source", tmp_path / "out", fold_norms=True, verify=False)
     assert report.removed == {} and "attention" in report.folded
     model, _ = load(str(tmp_path / "out"))
     assert model.model.layers[0].input_layernorm.weight.tolist() == [1.0] * config["hidden_size"]

@@ -75,6 +75,15 @@ OWN: list[Config] = [
 ]
 
 
+@pytest.mark.parametrize("remove", ["qp", "p"])
+def test_a_first_layer_without_any_matrix_is_checked(remove: str, tmp_path: Path) -> None:
+    """Its attention has nothing but a table, and the check watches it all the same."""
+    made(tmp_path / "s")
+    report = forced(tmp_path, skipless=True, remove=remove)
+    assert report.removed["p"] == [0, 1] and report.verification is not None
+    assert report.verification.max_rel_logit_error < 1e-3
+
+
 @pytest.mark.parametrize(
     ("config", "remove"),
     [

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,16 @@ from mlx_skipless.training.results import HealingResult as Result
 SMALL = Treatment(steps=8, batch_size=2, context=24, sampled_tokens=1024, warmup=2, rank=4)
 SHORT = dataclasses.replace(SMALL, steps=2)
 PACE = Pace(log_every=2, eval_every=4, save_every=4, eval_tokens=96)
+SPOKEN = 64  # tokens in a row; fewer are quicker
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_texts() -> Iterator[None]:
+    """The original speaks few tokens in a row, of more texts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(healing, "SPOKEN", SPOKEN)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +234,7 @@ def resume_what_was_stopped(
     out = tmp_path / "h"
     models = ["--model", str(pair[0] / "r"), "--teacher", str(pair[0] / "s")]
     with monkeypatch.context() as patch:
-        patch.setattr(events, "describe_event", stop_at(6, signal.SIGINT))
+        patch.setattr(events, "describe_event", stop_at(6, signal.SIGHUP, signal.SIGHUP))
         assert main(["heal", *models, "--mlx-path", str(out), *flags(treatment)]) == 1
     assert "interrupted at step 6: --resume goes on" in capsys.readouterr().err
     assert [p.name for p in out.iterdir()] == ["training"]
@@ -276,11 +285,13 @@ def test_our_own_networks(
     monkeypatch.setattr(samples, "CALIBRATION", (16, 16))
     monkeypatch.setattr(samples, "LONG_CHECK", (4, 32))
     make_checkpoint(tmp_path / "s", dtype=dtype, **SIZES | config)
-    mlx_skipless.convert(tmp_path / "s", tmp_path / "r", **options)
+    mlx_skipless.convert(tmp_path / "s", tmp_path / "r[1]", **options)
     kind = "full" if dtype == "bfloat16" else "lora"
     treatment = dataclasses.replace(SMALL, fine_tune_type=kind)
-    result = mlx_skipless.heal(tmp_path / "r", tmp_path / "s", tmp_path / "h", treatment, pace=PACE)
-    reduced: Any = mx.load(str(tmp_path / "r/model.safetensors"))
+    result = mlx_skipless.heal(
+        tmp_path / "r[1]", tmp_path / "s", tmp_path / "h", treatment, pace=PACE
+    )
+    reduced: Any = mx.load(str(tmp_path / "r[1]/model.safetensors"))
     healed: Any = mx.load(str(tmp_path / "h/model.safetensors"))
     assert {k: (a.shape, a.dtype) for k, a in reduced.items()} == {
         k: (a.shape, a.dtype) for k, a in healed.items()
@@ -339,18 +350,23 @@ def test_sampled_text_is_the_originals(pair: tuple[Path, Config, Weights]) -> No
     found = []
     for seed in (1, 1, 2):
         treatment = dataclasses.replace(SMALL, seed=seed)
-        tokens = healing.make_tokens(sources, treatment, Pair(model, model, tokenizer))
+        told: dict[int, int] = {}
+        pair_of_one = Pair(model, model, tokenizer)
+        tokens = healing.make_tokens(sources, treatment, pair_of_one, told.__setitem__)
+        assert [*told] == [*range(1, len(told) + 1)] and {*told.values()} == {SPOKEN}
+        assert SPOKEN - 2 <= len(told) < SPOKEN
         train, judge = tokens.train, tokens.held_out
         assert train.dtype == judge.dtype == np.int32 and len(train) + len(judge) == 1024
         found.append(train)
     assert np.array_equal(found[0], found[1]) and not np.array_equal(found[0], found[2])
-    rows = found[0].reshape(1, -1)[:, :512]  # a sequence of its own
+    rows = found[0].reshape(-1, SPOKEN)
     logits = reference.logits(config, weights, rows[:, :-1])
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     entropy = -(np.exp(log_p) * log_p).sum(-1).mean()
     assert nll(logits, rows[:, 1:]) == pytest.approx(entropy, abs=0.15)
 
 
+@pytest.mark.parametrize("whole", ["lora"], indirect=True)
 def test_mlx_lm_runs_it_without_us(whole: tuple[Treatment, Path, Result]) -> None:
     _, out, _ = whole
     code = (

@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerFast
 import mlx_skipless
 from mlx_skipless import UserError, cli
 from mlx_skipless.cli import events
+from mlx_skipless.terminal import make_visible
 from mlx_skipless.training import optimizer, pretraining
 from mlx_skipless.training.folder import Event, read_log
 from mlx_skipless.training.optimizer import Schedule
@@ -604,7 +605,9 @@ def test_the_decay_moves_with_the_steps(finished: tuple[Path, Result], text: Pat
 
 def test_a_finished_run_resumed_says_the_same(text: Path, tmp_path: Path):
     out = tmp_path / "run"
-    first = run(text, out)
+    told: list[tuple[str, int, int]] = []
+    first = run(text, out, progress=lambda *stage: told.append(stage))
+    assert told == [("steps", n, 12) for n in range(13)]
     before = contents(out)
     again = run(None, out, None, resume=True)
     for key in ("step", "tokens", "parameters", "loss", "validation_loss", "bits_per_character"):
@@ -940,7 +943,7 @@ def test_the_command_is_the_function(
         elif "validation_loss" in event:
             assert f"held-out loss {event['validation_loss']:.4f}" in printed.out
         else:
-            assert f"sample: {event['sample']}" in printed.out
+            assert f"sample: {make_visible(event['sample'])}" in printed.out
     assert f"wrote {out}" in printed.out
 
 
@@ -1016,7 +1019,7 @@ def test_an_exponent_in_yaml_is_a_number(text: Path, tmp_path: Path):
 
 
 @pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+def figures(curves: None, monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that are written from here on."""
     seen: list[Figure] = []
     write = Figure.savefig
@@ -1034,8 +1037,10 @@ def drawn(figure: Figure) -> list[np.ndarray]:
     return [np.array(line.get_xydata()) for line in figure.axes[0].lines]
 
 
-def test_a_run_draws_its_curve(finished: tuple[Path, Result]):
-    file = finished[0] / "training/loss.png"
+@pytest.mark.usefixtures("curves")
+def test_a_run_draws_its_curve(finished: tuple[Path, Result], tmp_path: Path):
+    run(None, copied(finished, tmp_path), None, resume=True)
+    file = tmp_path / "run/training/loss.png"
     assert file.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert matplotlib.image.imread(file).shape[:2] == (600, 960)
 
@@ -1105,6 +1110,7 @@ def test_curves_of_runs_with_one_name(
     assert len(set(labels)) == 4
 
 
+@pytest.mark.usefixtures("curves")
 def test_curves_of_a_run_with_an_odd_name(finished: tuple[Path, Result], tmp_path: Path):
     out = tmp_path / r"$\run$"
     (out / "training").mkdir(parents=True)
