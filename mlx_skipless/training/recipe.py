@@ -87,7 +87,7 @@ class Recipe:
     )  # fmt: skip
     attention_gain: float | None = option(
         None,
-        "start of beta, a head's weight on its attention; none: 1 with a head skip, "
+        "start of beta, a head's weight on its attention; none: 2 with a head skip, "
         "1 / sqrt(layers) with a query skip alone, else there is no beta",
     )
     value_skip: float | None = option(

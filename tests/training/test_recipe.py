@@ -275,7 +275,7 @@ def test_where_the_skips_that_merge_start(
     for layer in range(layers):
         attention, mlp = (f"model.layers.{layer}.{part}." for part in ("self_attn", "mlp"))
         assert np.array_equal(weights[f"{attention}query_skip"], np.full(size, 0.5))
-        assert np.array_equal(weights[f"{attention}attention_gain"], np.ones(4))
+        assert np.array_equal(weights[f"{attention}attention_gain"], np.full(4, 2))
         assert (f"{attention}head_skip" in weights) == (layer > 0)
         if layer:
             assert np.array_equal(weights[f"{attention}head_skip"], np.full(size, 0.75))
@@ -615,8 +615,14 @@ def test_a_recipe_goes_through_json():
         ({"norm": "post"}, "--norm 'post': choose one of none, qkv, pre"),
         ({"without": "qk"}, "--without 'qk': choose one of q, p"),
         ({"learning_rate": 0.0}, "--learning-rate 0.0: must be above 0"),
-        ({"learning_rate": float("nan")}, "--learning-rate nan: must be above 0"),
-        ({"learning_rate": float("inf")}, "--learning-rate inf: must be above 0"),
+        (
+            {"learning_rate": float("nan")},
+            "learning_rate in the recipe is nan; it must be a number",
+        ),
+        (
+            {"learning_rate": float("inf")},
+            "learning_rate in the recipe is inf; it must be a number",
+        ),
         ({"adam_learning_rate": -1.0}, "--adam-learning-rate -1.0: must be above 0"),
         ({"clip": 0.0}, "--clip 0.0: must be above 0"),
         ({"temperature": 0.0}, "--temperature 0.0: must be above 0"),
@@ -625,7 +631,7 @@ def test_a_recipe_goes_through_json():
         ({"context": 0}, "--context 0: must be at least 1"),
         ({"warmup": -1}, "--warmup"),
         ({"decay": 1.5}, "--decay"),
-        ({"decay": float("nan")}, "--decay"),
+        ({"decay": float("nan")}, "decay in the recipe is nan"),
         ({"orthogonal_q": -0.1}, "--orthogonal-q"),
         ({"orthogonal_q": 1.1}, "--orthogonal-q"),
         ({"hidden_act": "sin"}, "--hidden-act 'sin': choose one of silu"),
