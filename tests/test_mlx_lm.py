@@ -37,7 +37,7 @@ def source(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("source")
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
     return folder, *make_checkpoint(
-        folder, norm="qkv", gains=True, linear_paths=True, skips=("query", "head"),
+        folder, norm="qkv", gains=True, linear_paths=True, skips=("query", "head", "output"),
         per_channel=None, bias=("down_proj",), **sizes,
     )  # fmt: skip
 

@@ -157,7 +157,8 @@ def _run(parse: Callable[[], Options], out: Stream) -> int:
     """Run the command that the arguments name; return the exit code."""
     options = parse()
     made = None if options.get("dry_run") else options.get("mlx_path") or options.get("output")
-    needed = made is None or options.get("json") == "-"  # what is printed is what was asked for
+    # What is printed may be all that was asked for.
+    needed = made is None or options.get("json") in ("-", "/dev/stdout")
     out.stops = needed
     COMMANDS[options.pop("command")].run(options)
     if lost := _describe_loss(out):

@@ -12,7 +12,6 @@ moments of its inputs (in, in) and their products with its outputs (in, out).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -142,7 +141,10 @@ class CalibratedParts:
         result = load_block(self._layout.args, layer, dense)
         groups = [[module_path(layer, name) for name in readers] for readers in READERS]
         groups = [[where for where in places if self._is_fitted(where, out)] for places in groups]
-        passage = self._begin(layer, [where for places in groups for where in places])
+        places_to_fit = [where for places in groups for where in places]
+        passage = _Passage(
+            self._source, layer, self._tokens, self._wanted, self.streams, places_to_fit
+        )
         for done, places in enumerate(groups):
             tell_part(self._progress, 1 + layer, 2 + len(self._source.paths))(done, STEPS)
             if not places:
@@ -161,7 +163,7 @@ class CalibratedParts:
                 nearest = form.nearest(out.pop(f"{where}.weight"))
                 out |= _name_parts(where, nearest)
                 result = replace_at(result, f"{_shorten(where)}.weight", form.dense(nearest))
-        self._advance(passage, result, ends)
+        passage.advance(result, ends)
         return out
 
     def head(self) -> Arrays:
@@ -181,19 +183,6 @@ class CalibratedParts:
     def _is_fitted(self, where: str, tensors: Arrays) -> bool:
         """Whether a matrix is packed and one for all tokens, as experts are not."""
         return self._layout.format_of(where) is not None and tensors[f"{where}.weight"].ndim == 2
-
-    def _begin(self, layer: int, places: Sequence[str]) -> "_Passage":
-        """Begin to run a layer of the source; nothing is computed yet."""
-        block: Any = self._source.layer(layer)
-        recorders: dict[str, Recorder] = {}
-        for where in places:
-            block, recorders[where] = _record(block, _shorten(where))
-        passage = _Passage(layer)
-        for i, tokens in enumerate(self._tokens):
-            self._wanted[i] = self._source.run(layer, self._wanted[i], tokens, block)
-            passage.wanted.append({where: found.y for where, found in recorders.items()})
-            passage.given.append({})
-        return passage
 
     def _observe(
         self, passage: "_Passage", places: Sequence[str], result: Block, merged: Arrays
@@ -225,16 +214,6 @@ class CalibratedParts:
             raise UserError(OVERFLOWS.format(places[0]))
         return moments
 
-    def _advance(self, passage: "_Passage", result: Block, ends: bool) -> None:
-        """Let the streams pass the layer, all matrices of which are final."""
-        for i, tokens in enumerate(self._tokens):
-            if ends and not is_held_out(i):
-                continue
-            block = passage.resume(result, i)
-            self.streams[i] = self._source.run(passage.layer, self.streams[i], tokens, block)
-            mx.eval(self.streams[i], [] if ends else self._wanted[i])
-            passage.given[i].clear()
-
     def _fit(
         self, where: str, seen: Moments, judge: Moments, merged: mx.array
     ) -> tuple[Arrays, mx.array]:
@@ -252,24 +231,61 @@ class CalibratedParts:
         return y if bias is None else y - bias
 
 
-@dataclass
 class _Passage:
     """A text's way through one layer while the layer's matrices become final, group by group.
 
     The source's layer runs once, and only as far as is asked for: MLX computes late. The result's
     runs as often as there are groups, each time from where it changed last.
 
-    Attributes:
+    Args:
+        source: the network of the layer.
         layer: its number.
+        batches: the text's tokens.
+        ahead: the source's streams, a batch each; they pass the layer at once, to be computed.
+        streams: the result's streams; they pass it in ``advance``.
+        places: module paths of the matrices to fit.
+
+    Attributes:
+        layer: see there.
         wanted: of each batch, what the source's matrices give, by module path.
         given: of each batch, what the result's final modules give, by path in the layer.
         inputs: of each batch, what the latest group reads in the result.
     """
 
-    layer: int
-    wanted: list[dict[str, mx.array]] = field(default_factory=list)
-    given: list[dict[str, Any]] = field(default_factory=list)
-    inputs: list[mx.array] = field(default_factory=list)
+    def __init__(
+        self,
+        source: StreamedNetwork,
+        layer: int,
+        batches: Sequence[mx.array],
+        ahead: list[Stream],
+        streams: list[Stream],
+        places: Sequence[str],
+    ):
+        self._source, self._batches, self._ahead, self._streams = source, batches, ahead, streams
+        self.layer = layer
+        self.wanted: list[dict[str, mx.array]] = []
+        self.given: list[dict[str, Any]] = [{} for _ in batches]
+        self.inputs: list[mx.array] = []
+        block: Any = source.layer(layer)
+        recorders: dict[str, Recorder] = {}
+        for where in places:
+            block, recorders[where] = _record(block, _shorten(where))
+        for i, tokens in enumerate(batches):
+            ahead[i] = source.run(layer, ahead[i], tokens, block)
+            self.wanted.append({where: found.y for where, found in recorders.items()})
+
+    def advance(self, result: Block, ends: bool) -> None:
+        """Let the result's streams pass the layer, all matrices of which are final.
+
+        If the text's way ends here, only the streams of the batches that judge pass it.
+        """
+        for i, tokens in enumerate(self._batches):
+            if ends and not is_held_out(i):
+                continue
+            block = self.resume(result, i)
+            self._streams[i] = self._source.run(self.layer, self._streams[i], tokens, block)
+            mx.eval(self._streams[i], [] if ends else self._ahead[i])
+            self.given[i].clear()
 
     def settle(self, result: Block, places: Sequence[str]) -> None:
         """Take down that the matrices at ``places``, which were observed last, are final."""

@@ -13,9 +13,11 @@ import numpy as np
 
 from ..network.driver import BATCH_TOKENS
 from ..network.model import ModelArgs
+from ..removal.products import ignore_overflow
 from .formats import Format, add_to_diagonal
 
 WIDE = 4096  # inputs whose second moments are kept in float64
+TEXT_TOKENS = 1 << 14  # that calibrate, at most
 JUDGED = 128  # outputs, spread over all, that choose the ridge
 # Tried as the ridge, a share of the inputs' mean square.
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -62,6 +64,7 @@ class Moments:
         return all(np.isfinite(sums).all() for sums in (self.gram, *self.cross.values()))
 
 
+@ignore_overflow
 def _multiply(x: mx.array, y: mx.array) -> np.ndarray:
     """Compute X^T Y in float32; on a CPU NumPy does, whose BLAS is the faster one."""
     if mx.default_device().type == mx.gpu:
@@ -74,7 +77,8 @@ def estimate_memory(args: ModelArgs) -> int:
     hidden, width = args.hidden_size, args.num_attention_heads * args.head_dim
     widest = max(hidden, args.intermediate_size, width)
     moments = 6 * widest**2 + 20 * widest * hidden  # with a solver's and a rounding's copies
-    return moments * (8 if widest <= WIDE else 4) + 8 * 4 * BATCH_TOKENS * widest
+    held = 4 * TEXT_TOKENS * (widest + 4 * hidden)  # what matrices read and give in one layer
+    return moments * (8 if widest <= WIDE else 4) + 8 * 4 * BATCH_TOKENS * widest + held
 
 
 def fit_weight(

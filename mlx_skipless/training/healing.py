@@ -329,17 +329,10 @@ class Run(ResumableRun[HealingResult]):
         partial_folder = out / ".partial-model"
         shutil.rmtree(partial_folder, ignore_errors=True)
         source = hub.resolve(sources.model)
-        config = read_json(source / "config.json")
         try:
             self._folder.draw_curve()
-            mlx_lm.utils.save(
-                partial_folder, source, self.model, self._tokenizer, config, donate_model=False
-            )
-            for pattern in ("*.py", "generation_config.json"):
-                for file in source.glob(pattern):  # mlx-lm finds none in a folder called "a[1]"
-                    shutil.copy(file, partial_folder)
+            _save_model(partial_folder, source, self.model, self._tokenizer)
             text = write_healing_card(result, asdict(self._treatment), sources.teacher)
-            hide_paths(partial_folder)
             (partial_folder / "README.md").write_text(text, encoding="utf-8")
             names = sorted(file.name for file in partial_folder.iterdir())
             for name in sorted(names, key=lambda name: name == "config.json"):
@@ -424,3 +417,13 @@ def _make_trainable(student: nn.Module, treatment: Treatment) -> None:
     layers: Any = student.layers
     lora = {"rank": treatment.rank, "scale": LORA_SCALE, "dropout": 0.0}
     linear_to_lora_layers(student, len(layers), lora)
+
+
+def _save_model(folder: Path, source: Path, model: nn.Module, tokenizer: Any) -> None:
+    """Save a model with what it has beside its weights in the folder that it comes from."""
+    config = read_json(source / "config.json")
+    mlx_lm.utils.save(folder, source, model, tokenizer, config, donate_model=False)
+    for pattern in ("*.py", "generation_config.json"):
+        for file in source.glob(pattern):  # mlx-lm finds none in a folder called "a[1]"
+            shutil.copy(file, folder)
+    hide_paths(folder)

@@ -46,7 +46,7 @@ EVERYTHING = SMALL | {
     "norm": "qkv",
     "gains": True,
     "linear_paths": True,
-    "skips": ("query", "head"),
+    "skips": ("query", "head", "output"),
     "bias": ("q_proj", "k_proj", "o_proj", "down_proj"),
 }
 Refused = Callable[..., str]

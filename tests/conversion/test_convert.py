@@ -108,7 +108,7 @@ def test_dry_run_writes_only_the_json(tmp_path: Path, capsys: pytest.CaptureFixt
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["removed"] == {"q": [0, 1, 2], "p": [0, 1, 2]} and plan["verification"] is None
     printed = capsys.readouterr().out
-    assert "layers.2" in printed and "Q P" in printed and "nothing written" in printed
+    assert "layers.0–2 × 3" in printed and "Q P" in printed and "nothing written" in printed
 
 
 def test_dry_run_measures_condition_numbers(tmp_path: Path) -> None:

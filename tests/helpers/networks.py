@@ -155,7 +155,9 @@ def _add_paths(config: Config, weights: Weights, rng: np.random.Generator) -> No
             found = {f"{attn}{name}": rng.uniform(0.3, 1.4, HEADS) for name in names}
             found |= {f"{mlp}gate_offset": rng.uniform(0.6, 1.4, inner)} if config["gated"] else {}
         if skips:
-            names = ("query_skip", "head_skip") if layer else ("query_skip",)
+            names = ["query_skip", *(["head_skip"] if layer else [])]
+            last = layer == config["num_hidden_layers"] - 1
+            names += ["output_skip"] if last and width == HIDDEN else []
             found |= {f"{attn}{x}": rng.standard_normal(_pick(rng, HEADS, width)) for x in names}
         for name in config.get("norms", ()) if gains else ():
             where = mlp if name == "hidden" else attn

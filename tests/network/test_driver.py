@@ -15,9 +15,9 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_skipless
 from mlx_skipless.conversion.check import StockNetwork
-from mlx_skipless.network.driver import Driver, Recorder, StreamedNetwork, Streams
+from mlx_skipless.network.driver import Driver, Recorder, StreamedNetwork, Streams, widen
 from mlx_skipless.network.magnitudes import Watch
-from mlx_skipless.network.parts import replace_at, tensors_of
+from mlx_skipless.network.parts import replace_at, tensors_of, unpack
 
 SHARED: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 4, "intermediate_size": 48, "num_attention_heads": 4,
@@ -188,3 +188,43 @@ def test_an_error_in_a_layer_leaves_the_model_usable(network: Any) -> None:
 class _Broken(nn.Module):
     def __call__(self, *args: Any) -> None:
         raise ValueError("broken")
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize(("mode", "size"), [("affine", 64), ("mxfp4", 32), ("nvfp4", 16)])
+def test_packed_matrices_are_multiplied_well(mode: str, size: int, dtype: mx.Dtype) -> None:
+    """As float64 does with the numbers that they stand for, also an embedding's and experts'."""
+    from mlx_lm.models.switch_layers import SwitchLinear
+
+    rng = np.random.default_rng(0)
+    x = mx.array(rng.standard_normal((3, 5, 128))).astype(dtype)
+    kinds = {
+        "linear": nn.Linear(128, 64), "embedding": nn.Embedding(64, 128),
+        "experts": SwitchLinear(128, 64, 4),
+    }  # fmt: skip
+    picked = mx.array(rng.integers(0, 4, (3, 5, 2)))
+    for kind, module in kinds.items():
+        module.set_dtype(dtype)
+        holder = nn.Sequential(module)
+        nn.quantize(holder, size, 8 if mode == "mxfp8" else 4, mode=mode)
+        packed: Any = widen(holder).layers[0]
+        weight = np.array(unpack_module(packed)).astype(np.float64)
+        exact = np.array(x.astype(mx.float32)).astype(np.float64)
+        if kind == "experts":
+            got = packed(x[..., None, None, :], picked)[..., 0, :]
+            exact = np.einsum("btd,btkod->btko", exact, weight[np.array(picked)])
+        else:
+            got = packed(x) if kind == "linear" else packed.as_linear(x)
+            exact = exact @ weight.T
+        if "bias" in packed:
+            bias = np.array(packed.bias.astype(mx.float32))
+            exact = exact + (bias[np.array(picked)] if kind == "experts" else bias)
+        assert got.dtype == dtype
+        error = np.abs(np.array(got.astype(mx.float32)) - exact).max() / np.abs(exact).max()
+        assert error < (1e-5 if dtype == mx.float32 else 6e-3), (kind, error)
+
+
+def unpack_module(module: Any) -> mx.array:
+    """What a packed module stands for."""
+    parts = module.weight, module.scales, module.get("biases")
+    return unpack(*parts, module.group_size, module.bits, module.mode)

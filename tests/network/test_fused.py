@@ -49,7 +49,7 @@ CASES: list[tuple[dict[str, Any], str, dict[str, list[int]]]] = [
     ({"block": "parallel"}, "q", {"kv_proj": EVERYWHERE, "gate_up_proj": EVERYWHERE}),
     ({"num_key_value_heads": 1, "skips": ("head",)}, "p",
      {"qkv_proj": EVERYWHERE, "gate_up_proj": EVERYWHERE}),
-    (MHA | {"skips": ("query", "head")}, "kp", {"qv_proj": EVERYWHERE, "gate_up_proj": EVERYWHERE}),
+    (MHA | {"skips": ("query", "head", "output")}, "kp", {"qv_proj": EVERYWHERE, "gate_up_proj": EVERYWHERE}),
     (MHA, "v", {"qk_proj": EVERYWHERE, "gate_up_proj": EVERYWHERE}),
     ({"tie_word_embeddings": True}, "q",
      {"qkv_proj": [0], "kv_proj": BEHIND_FIRST, "gate_up_proj": EVERYWHERE}),

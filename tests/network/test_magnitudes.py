@@ -187,7 +187,7 @@ def test_every_architecture_can_be_watched(tmp_path: Path, kind: str) -> None:
     assert mx.array_equal(watched, network.hidden(mx.array([[5, 6, 7]])))
 
 
-@pytest.mark.parametrize("skips", [(), ("query", "head")], ids=str)
+@pytest.mark.parametrize("skips", [(), ("query", "head", "output")], ids=str)
 def test_what_comes_out_of_a_table_is_watched(skips: tuple[str, ...], tmp_path: Path) -> None:
     """An attention of no matrix of its own gets q, k and v, and gives its heads twice, perhaps."""
     make_checkpoint(tmp_path / "model", num_key_value_heads=4, skips=skips)

@@ -21,7 +21,7 @@ from mlx_skipless.conversion.convert import convert
 from mlx_skipless.network.model import Model, ModelArgs
 
 REMOVALS = ("qp", "kp", "vp", "none")
-SKIPS = ("query", "head")
+SKIPS = ("query", "head", "output")
 SIZES = {"num_key_value_heads": 4, "norm": "qkv", "hidden_size": 128, "intermediate_size": 192}
 
 

@@ -146,8 +146,8 @@ CASES: list[dict[str, Any]] = [
     {"remove": "qp", "bias": ("q_proj", "k_proj", "o_proj", "down_proj")},
     {"remove": "qp", "linear_paths": True, "gains": True},
     {"remove": "qp", "final_norm": False, "sliding_window": 9},
-    {"remove": "qp", "skips": ("query", "head")},
-    {"remove": "q", "block": "parallel", "skips": ("query", "head"), "per_channel": True},
+    {"remove": "qp", "skips": ("query", "head", "output")},
+    {"remove": "q", "block": "parallel", "skips": ("query", "head", "output"), "per_channel": True},
 ]
 OPTIONS = ("remove", "q_bits", "q_mode", "dtype")
 

@@ -80,7 +80,7 @@ def test_a_training_that_does_not_help_changes_nothing(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_convert_distills(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The packed weights stay bit for bit, scales and biases change, the check sees it."""
-    monkeypatch.setattr(samples, "CALIBRATION", (32, 32))
+    monkeypatch.setattr(samples, "CALIBRATION", (64, 32))
     monkeypatch.setattr(samples, "LONG_CHECK", (8, 32))
     make_checkpoint(
         tmp_path / "s", norm="qkv", hidden_size=64, intermediate_size=128, num_hidden_layers=2

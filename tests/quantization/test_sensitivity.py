@@ -28,7 +28,12 @@ GRID: list[Config] = [
     {},
     {"block": "parallel", "final_norm": False, "skips": ("head",), "per_channel": True},
     {"tie_word_embeddings": True, "gains": True},
-    {"skip": "ffn", "sliding_window": 5, "linear_paths": True, "skips": ("query", "head")},
+    {
+        "skip": "ffn",
+        "sliding_window": 5,
+        "linear_paths": True,
+        "skips": ("query", "head", "output"),
+    },
     {"num_key_value_heads": 4, "bias": ("q_proj", "down_proj")},
 ]
 

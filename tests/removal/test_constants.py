@@ -32,6 +32,7 @@ from mlx_skipless.conversion.convert import convert
 from mlx_skipless.removal.candidates import find_measurable
 from mlx_skipless.removal.plan import make_plan
 from mlx_skipless.removal.source import SourceReader
+from mlx_skipless.text import samples
 
 Network = tuple[dict[str, Any], dict[str, np.ndarray]]
 TEXT = np.random.default_rng(0).integers(0, VOCABULARY, (2, 9))
@@ -143,6 +144,29 @@ def test_experts_of_any_kind(
     report = convert(tmp_path / "s", tmp_path / "o", remove=remove)
     assert report.verification is not None and report.verification.max_rel_logit_error < 2e-3
     check_folder(source, tmp_path / "o")
+
+
+@pytest.mark.parametrize(
+    ("gated", "block"),
+    thin(
+        [*itertools.product((True, False), BLOCKS)],
+        lambda case: [case] if case == (False, "parallel") else [],
+    ),
+)
+def test_experts_are_quantized_against_text(
+    gated: bool, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a parallel block read what the embedding gives."""
+    monkeypatch.setattr(samples, "CALIBRATION", (8, 16))
+    config = make_config(
+        hidden_size=32, head_dim=8, intermediate_size=64, gated=gated, block=block, norm="qkv",
+        **EXPERTS,
+    )  # fmt: skip
+    write_network(tmp_path / "s", config, make_weights(config, MATRICES, 0))
+    options = {"quantize": True, "q_bits": 8, "q_group_size": 32}
+    report = convert(tmp_path / "s", tmp_path / "o", remove="q", **options)
+    assert report.verification is not None and report.verification.kl < 0.2
+    load_model(tmp_path / "o", trust_remote_code=True)
 
 
 @pytest.mark.parametrize(
