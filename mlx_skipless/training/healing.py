@@ -240,6 +240,20 @@ def _lies_within(row: mx.array, vocabulary: int) -> bool:
     return bool(((row >= 0) & (row < vocabulary)).all())
 
 
+def read_before(folder: RunFolder) -> Distance:
+    """Read from a run's log how far the model was from its original.
+
+    Raises:
+        UserError: if it does not say so.
+    """
+    try:
+        return Distance(**next(e["before"] for e in read_log(folder.path) if "before" in e))
+    except (StopIteration, TypeError) as error:
+        raise UserError(
+            f"the log of {folder.path} does not say what the model was before: start the run again"
+        ) from error
+
+
 class Run(ResumableRun[HealingResult]):
     """A reduced network that learns from its original."""
 
@@ -275,17 +289,7 @@ class Run(ResumableRun[HealingResult]):
             UserError: if the checkpoint or the log is broken.
         """
         super().load()
-        self._read_before()
-
-    def _read_before(self) -> Distance:
-        log = read_log(self._folder.path)
-        try:
-            return Distance(**next(event["before"] for event in log if "before" in event))
-        except (StopIteration, TypeError) as error:
-            raise UserError(
-                f"the log of {self._folder.path} does not say what the model was before: start "
-                "the run again"
-            ) from error
+        read_before(self._folder)
 
     def go(self, report: Callable[[Event], None], stopped: Callable[[], bool]) -> HealingResult:
         """Train to the end, fuse, measure and write."""
@@ -303,7 +307,7 @@ class Run(ResumableRun[HealingResult]):
             fine_tune_type=self._treatment.fine_tune_type,
             trained_parameters=self.parameters,
             text=", ".join(names) or "sampled",
-            before=self._read_before(),
+            before=read_before(self._folder),
             after=after,
         )
         self._write(result)

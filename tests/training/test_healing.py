@@ -435,7 +435,9 @@ def test_a_resumed_run_keeps_its_treatment(
     assert "only --steps may change" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("file", ["tokens.safetensors", "state.safetensors", "run.json"])
+@pytest.mark.parametrize(
+    "file", ["tokens.safetensors", "state.safetensors", "run.json", "log.jsonl"]
+)
 def test_a_broken_run(file: str, whole: tuple[Treatment, Path, Result], tmp_path: Path) -> None:
     (tmp_path / "h").mkdir()
     (tmp_path / "h/training").symlink_to(whole[1] / "training")
@@ -445,6 +447,10 @@ def test_a_broken_run(file: str, whole: tuple[Treatment, Path, Result], tmp_path
         (copy / one.name).write_bytes(b"{}" if one.name == file else one.read_bytes())
     with pytest.raises(mlx_skipless.UserError, match=file):
         mlx_skipless.heal(None, None, tmp_path / "c", resume=True)
+    if file == "log.jsonl":
+        (copy / file).write_text('{"step": 0, "before": {"kl": 1.0}}\n')
+        with pytest.raises(mlx_skipless.UserError, match="what the model was before"):
+            mlx_skipless.heal(None, None, tmp_path / "c", resume=True)
 
 
 @pytest.mark.parametrize("where", ["save", "replace"])
