@@ -30,6 +30,7 @@ from .results import RunResult
 from .tokens import Tokens
 
 Result = TypeVar("Result", bound=RunResult)
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TRAINING_BYTES = 12  # per trained weight, at least: itself, its gradient and one moment
 
 
@@ -200,8 +201,9 @@ class ResumableRun(RunState, Generic[Result]):
         self._tell({"step": self._step, "steps": self._steps, **self._sizes()}, report)
         self.progress(self._step, self._steps)
         while self._step < self._steps:
-            loss = step(self._step)
-            mx.eval(loss, self.model.state, self._optimizer.state)
+            with spare_compilers():
+                loss = step(self._step)
+                mx.eval(loss, self.model.state, self._optimizer.state)
             self._losses.append(loss)
             self._step += 1
             self._seconds = before + time.perf_counter() - started
@@ -211,8 +213,12 @@ class ResumableRun(RunState, Generic[Result]):
             if last or is_due(self._step, pace.log_every):
                 self._log_losses(report)
             if not last and is_due(self._step, pace.eval_every):
-                self._log(self._evaluate(pace.eval_tokens), report)
-            self._log(self._observe(), report)
+                with spare_compilers():
+                    scores = self._evaluate(pace.eval_tokens)
+                self._log(scores, report)
+            with spare_compilers():
+                seen = self._observe()
+            self._log(seen, report)
             self.progress(self._step, self._steps)
             if (stopped() or self._unheard) and not last:
                 self._save()
@@ -224,7 +230,8 @@ class ResumableRun(RunState, Generic[Result]):
                 self._save()
             if self._logged_step == self._step:
                 self._logged_at = time.perf_counter()
-        final = self._evaluate(None)
+        with spare_compilers():
+            final = self._evaluate(None)
         if self._step > begun_at:
             self._log(final, report)
         self._save()
@@ -315,6 +322,20 @@ def is_due(step: int, every: int) -> bool:
 
 
 @contextlib.contextmanager
+def spare_compilers() -> Iterator[None]:
+    """Keep signals from the compilers that MLX starts on a CPU: they inherit what is blocked here.
+
+    Ctrl-C and a hangup reach every process of a terminal, and a step whose kernel was not compiled
+    fails. This process hears of them all the same, at the end of the block if not before.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
 def catch_signals() -> Iterator[Callable[[], bool]]:
     """Note a signal instead of ending; the function yielded tells whether one came.
 
@@ -333,7 +354,7 @@ def catch_signals() -> Iterator[Callable[[], bool]]:
 
     before = {
         which: signal.signal(which, note)
-        for which in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        for which in STOPS
         if which != signal.SIGHUP or signal.getsignal(which) != signal.SIG_IGN  # nohup's
     }
     try:

@@ -530,6 +530,32 @@ def test_a_run_that_nobody_hears_saves(
     assert (out / "README.md").exists()
 
 
+@pytest.mark.parametrize("method", ["_compile_step", "_evaluate", "_observe"])
+def test_a_signal_spares_the_compilers_that_a_step_starts(
+    text: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+):
+    """A terminal sends it to them too, and MLX fails where one of its compilers has died."""
+    ended: list[int] = []
+
+    def start_one() -> None:
+        for which in ("INT", "TERM", "HUP"):
+            ended.append(subprocess.run(["/bin/sh", "-c", f"kill -{which} $$; exit 0"]).returncode)
+
+    whole: Any = getattr(pretraining.Run, method)
+
+    def change(*arguments: Any) -> Any:
+        if method != "_compile_step":
+            start_one()
+            return whole(*arguments)
+        step = whole(*arguments)
+        return lambda number: (start_one(), step(number))[1]
+
+    monkeypatch.setattr(pretraining.Run, method, change)
+    run(text, tmp_path / "run", dataclasses.replace(SMALL, steps=2), pace=PACE)
+    assert ended
+    assert set(ended) == {0}
+
+
 def test_hangups_that_were_ignored_stay_ignored(text: Path, tmp_path: Path):
     """As under nohup, whose run outlives its terminal."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
