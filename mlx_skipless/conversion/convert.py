@@ -250,8 +250,10 @@ def _take_text(job: Job, tokenizer: GuardedTokenizer | None, progress: Progress)
     long_check = calibrating and (small or mx.default_device().type != mx.cpu)
     args = job.plan.before
     widest = max(args.hidden_size, args.intermediate_size, args.num_attention_heads * args.head_dim)
-    # Choosing sub-layers and distilling take all the text that there is.
-    fitted = None if options.drops or options.distill else widest
+    # Choosing sub-layers, distilling and few bits take all the text that there is.
+    q = options.quantization
+    few = options.mixes_bits or (q is not None and q.usual_bits < 4)
+    fitted = None if options.drops or options.distill or few else widest
     sizes: dict[str, Any] = {"calibrating": calibrating, "long_check": long_check, "fitted": fitted}
     if job.text is None:
         return samples.sample_passages(
