@@ -127,7 +127,7 @@ class Writer:
     def write_text(self, name: str, text: str) -> None:
         """Write a text file into the folder."""
         try:
-            (self.folder / name).write_text(text, encoding="utf-8")
+            (self.folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise self._make_error(error) from error
 

@@ -17,7 +17,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..architectures.config import check_sizes, read_model_args
-from ..architectures.families import find_family
+from ..architectures.families import FAMILIES, find_family
 from ..architectures.tensors import find_places, list_shapes
 from ..checkpoints import files, hub
 from ..checkpoints.files import ADAPTER_CONFIG, ADAPTERS, PEFT_ADAPTERS, read_config
@@ -101,11 +101,13 @@ def load_network(
     config, skipless = _read_config(folder, path_or_hf_repo, trust_remote_code)
     store = SafetensorsStore(folder)
     check_sizes(config, len(store.shapes))
-    overrides: dict[str, Any] = {}
+    packed = is_packed(store)
     if skipless:
         tensors = list_shapes(find_places(find_family(config), store.shapes), store.shapes)
         overrides = {**asdict(read_model_args(config, tensors)), "model_file": None}
-    if not is_packed(store):  # a declaration may be left over; mlx-lm would believe it
+    else:
+        overrides = _tell_mlx_lm(config, None if packed else store, path_or_hf_repo)
+    if not packed:  # a declaration may be left over; mlx-lm would believe it
         overrides |= dict.fromkeys(QUANTIZATION_KEYS)
     with _explain_errors(path_or_hf_repo, store), _show(folder, store.files) as shown:
         model, config = mlx_lm.utils.load_model(
@@ -146,6 +148,45 @@ def _read_config(
         if not files.is_there(folder / str(code)):
             raise UserError(f"{folder} lacks {code}, its own code: download it again")
     return config, skipless
+
+
+def _tell_mlx_lm(
+    config: dict[str, Any], store: SafetensorsStore | None, name: str | Path
+) -> dict[str, Any]:
+    """Put what a config means into the keys that mlx-lm's own network reads.
+
+    It has defaults of its own for keys that are missing, and some are: transformers 5 writes
+    RoPE's base into ``rope_parameters`` alone. What this package cannot read is mlx-lm's to judge.
+
+    Args:
+        config: the config.json of a model that mlx-lm runs.
+        store: its tensors, which know its biases; None if they are packed.
+        name: what the user called the model.
+
+    Raises:
+        UserError: if mlx-lm's network would compute something else without a word.
+    """
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is None or family.stock is None:
+        return {}
+    try:
+        shapes = None
+        if store is not None:
+            shapes = list_shapes(find_places(family, store.shapes), store.shapes)
+        args = read_model_args(config, shapes)
+    except UserError:
+        return {}
+    lacks = []
+    if args.hidden_act not in family.stock.activations:
+        lacks.append(f'"hidden_act" {args.hidden_act!r}')
+    if args.rope and not family.stock.scales_rope:
+        lacks.append("a scaled RoPE")
+    if lacks:
+        raise UserError(
+            f"{name} has {' and '.join(lacks)}, which mlx-lm's own network of a "
+            f"{config['model_type']} ignores: `convert.py --model {name}` makes one that does not"
+        )
+    return family.make_stock_settings(args)
 
 
 @contextlib.contextmanager

@@ -333,7 +333,9 @@ class Run(ResumableRun[HealingResult]):
             self._folder.draw_curve()
             _save_model(partial_folder, source, self.model, self._tokenizer)
             text = write_healing_card(result, asdict(self._treatment), sources.teacher)
-            (partial_folder / "README.md").write_text(text, encoding="utf-8")
+            (partial_folder / "README.md").write_text(
+                text, encoding="utf-8", errors="backslashreplace"
+            )
             names = sorted(file.name for file in partial_folder.iterdir())
             for name in sorted(names, key=lambda name: name == "config.json"):
                 os.replace(partial_folder / name, out / name)

@@ -222,7 +222,8 @@ class Run(ResumableRun[TrainingResult]):
         names = [Path(file).name for file in self._settings.text.data]
         text = write_training_card(result, self.model.args, asdict(self._recipe), names)
         replace_file(
-            self._folder.path / "README.md", lambda file: file.write_text(text, encoding="utf-8")
+            self._folder.path / "README.md",
+            lambda file: file.write_text(text, encoding="utf-8", errors="backslashreplace"),
         )
         return result
 

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -178,3 +179,12 @@ def test_discarded_weights_are_not_written_after_all(
         writing.commit()
     (stored,) = mx.load(str(out / "model.safetensors"))
     assert stored == "t7"
+
+
+def test_names_in_a_text_need_not_be_utf8(tmp_path: Path) -> None:
+    """The card names the user's text, whose name may be any bytes."""
+    with Writer(tmp_path / "out", 0) as writing:
+        writing.write_text("README.md", os.fsdecode(b"of \xff.txt"))
+        writing.finish_weights(0)
+        writing.commit()
+    assert (tmp_path / "out/README.md").read_text("utf-8") == "of \\udcff.txt"

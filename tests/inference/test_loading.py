@@ -14,8 +14,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+import reference
 import safetensors.numpy
-from factory import make_checkpoint, make_llama
+from factory import make_checkpoint, make_gemma, make_llama
 from grids import product
 from mlx_lm.models import deepseek_v3
 from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -300,3 +301,43 @@ def test_broken_adapters(model: Path, adapters: Path, broken: str):
     change, said = BROKEN[broken]
     change(adapters)
     assert said in refuse(model, adapter_path=str(adapters))
+
+
+@pytest.mark.parametrize(
+    "spelling", [{"rope_parameters": {"rope_type": "default", "rope_theta": 3e5}}, {}]
+)
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_the_stock_network_is_told_what_the_config_means(
+    tmp_path: Path, model_type: str, spelling: dict[str, Any]
+) -> None:
+    """mlx-lm has defaults of its own for keys that a config has elsewhere or not at all."""
+    make_llama(tmp_path / "m", model_type=model_type, **SMALL)
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    for key in ("rope_theta", "rms_norm_eps", "attention_bias"):
+        config.pop(key, None)
+    config |= spelling
+    (tmp_path / "m/config.json").write_text(json.dumps(config))
+    tokens = np.arange(40)[None] % config["vocab_size"]
+
+    told = {"rope_theta": 1e4, "rms_norm_eps": 1e-6} | spelling.get("rope_parameters", {})
+    weights = {name: np.array(a) for name, a in mx.load(str(tmp_path / "m" / WHOLE)).items()}
+    expected = reference.logits(reference.llama_config(config | told), weights, tokens)
+    seen = np.array(load_network(tmp_path / "m")[0](mx.array(tokens)))
+    assert np.abs(seen - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("maker", "key", "value"),
+    [
+        (make_llama, "hidden_act", "gelu"),
+        (make_llama, "hidden_act", "relu"),
+        (make_gemma, "rope_scaling", {"rope_type": "linear", "factor": 2.0}),
+    ],
+)
+def test_what_the_stock_network_would_ignore_is_refused(
+    tmp_path: Path, maker: Callable[..., Any], key: str, value: Any
+) -> None:
+    maker(tmp_path / "m", **SMALL)
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps(config | {key: value}))
+    assert "ignores: `convert.py --model" in refuse(tmp_path / "m")
