@@ -17,6 +17,7 @@ from rich.text import Text
 
 from .. import __version__
 from ..errors import UserError, first_line
+from .overwriting import check_overwriting
 from .parser import BadArguments, Parser, suggest
 from .shared import make_stderr
 from .streams import Stream, hold_streams
@@ -156,6 +157,7 @@ def _exit_code(parse: Callable[[], Options]) -> int:
 def _run(parse: Callable[[], Options], out: Stream) -> int:
     """Run the command that the arguments name; return the exit code."""
     options = parse()
+    check_overwriting(options)
     made = None if options.get("dry_run") else options.get("mlx_path") or options.get("output")
     # What is printed may be all that was asked for.
     needed = made is None or options.get("json") in ("-", "/dev/stdout")

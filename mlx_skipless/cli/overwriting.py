@@ -1,0 +1,70 @@
+"""What a command writes is none of what it reads: checked before its work."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..options import expand_path, flag_name
+
+WRITTEN = ("json", "plot", "markdown", "output")
+READ = (
+    "model", "models", "source", "result", "teacher", "draft_model", "compare", "adapter_path",
+    "tokenizer", "prompt_cache_file", "synthetic", "data", "validation", "calibration", "config",
+    "tasks", "include_path", "runs",
+)  # fmt: skip
+FIGURES = (".png", ".pdf", ".svg")  # lie in a folder without being a part of what is read there
+
+
+def check_overwriting(options: Mapping[str, Any]) -> None:
+    """Check that no file to be written is one that the command reads, or lies in a folder of them.
+
+    A new file may be made in such a folder, and a figure drawn again there.
+
+    Raises:
+        UserError: if one is.
+    """
+    read = [path for name in _name_inputs(options) for path in _list_paths(options.get(name))]
+    for name in WRITTEN:
+        given = options.get(name)
+        if given is None or not (path := expand_path(given)).is_file():
+            continue
+        for source in read:
+            if _is_part(path, source):
+                raise UserError(
+                    f"{flag_name(name)} {given}: is read as a part of {source}, give another file"
+                    if source.is_dir()
+                    else f"{flag_name(name)} {given}: is a file that is read, give another one"
+                )
+
+
+def _name_inputs(options: Mapping[str, Any]) -> Iterator[str]:
+    yield from READ
+    if options.get("resume"):
+        yield "mlx_path"
+
+
+def _list_paths(given: Any) -> Iterator[Path]:
+    """The paths that exist among an option's values."""
+    for one in given if isinstance(given, list | tuple) else [given]:
+        if isinstance(one, str | Path):
+            path = expand_path(one)
+            if not os.path.exists(path):  # as bench takes NAME:LAYERS
+                path = Path(str(path).rpartition(":")[0] or path)
+            if os.path.exists(path):
+                yield path
+
+
+def _is_part(path: Path, source: Path) -> bool:
+    """Whether a file is another or lies in a folder, be it by a link on either side."""
+    target, root = Path(os.path.realpath(path)), Path(os.path.realpath(source))
+    if not root.is_dir():
+        return target == root
+    beside = Path(os.path.realpath(path.parent)) / path.name
+    if target.suffix.lower() in FIGURES:
+        return False
+    if target.is_relative_to(root) or beside.is_relative_to(root):
+        return True
+    links = (file for file in root.iterdir() if file.is_symlink())
+    return any(os.path.realpath(file) == str(target) for file in links)
