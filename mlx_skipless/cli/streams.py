@@ -3,6 +3,7 @@ closed, full, or a pipe that nobody reads any more."""
 
 import codecs
 import contextlib
+import errno
 import io
 import os
 import sys
@@ -19,17 +20,21 @@ class Stream:
         failure: why something could not be written, None if all could.
         stops: whether a reader that has left ends the command, as it does where what is printed is
             all that the command makes.
+        closed_before: whether the stream was closed as the command began: what is written is lost.
     """
 
     def __init__(self, stream: Any, stops: bool):
         self._stream, self.stops = stream, stops
         self.failure: OSError | None = None
+        self.closed_before = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
         """Write text; characters that the encoding lacks are replaced."""
+        if self.closed_before and text:
+            self.failure = self.failure or OSError(errno.EBADF, "it is closed")
         with self._outlive():
             try:
                 self._stream.write(text)
@@ -68,7 +73,7 @@ def _redirect_to_nothing(descriptor: int) -> None:
 @contextlib.contextmanager
 def hold_streams() -> Iterator[Stream]:
     """Make the standard streams safe until the end of the block; yields standard output."""
-    _open_closed()
+    closed = _open_closed()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors != "backslashreplace":
             stream.reconfigure(errors="replace")
@@ -77,6 +82,7 @@ def hold_streams() -> Iterator[Stream]:
         sys.stdin.reconfigure(encoding="utf-8" if ascii_too else None, errors="strict")
     usual = sys.stdout, sys.stderr
     out = Stream(sys.stdout, stops=True)
+    out.closed_before = 1 in closed
     sys.stdout, sys.stderr = out, Stream(sys.stderr, stops=False)
     try:
         yield out
@@ -86,18 +92,21 @@ def hold_streams() -> Iterator[Stream]:
         sys.stdout, sys.stderr = usual
 
 
-def _open_closed() -> None:
-    """Open nothing where a stream is closed.
+def _open_closed() -> set[int]:
+    """Open nothing where a stream is closed; returns the numbers of those.
 
     Else the next file that is opened has its number, and gets what a library prints there.
     """
+    closed = set()
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            closed.add(number)
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
+    return closed
 
 
 def read_input() -> str:

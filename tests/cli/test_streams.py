@@ -194,6 +194,32 @@ def test_closed_streams_are_no_files(closed: str, place: Path, tmp_path: Path) -
     assert "Error" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("generate --model m --prompt hi --max-tokens 2", 1),
+        ("analyze m --config-only --json -", 1),
+        ("analyze m --config-only", 1),
+        ("--help", 1),
+        ("analyze m --config-only --quiet --json {}/x.json", 0),  # nothing is lost
+        ("convert --model m --no-verify --mlx-path {}/out", 0),
+        ("convert --model m --no-verify --quiet --mlx-path {}/out", 0),
+    ],
+)
+def test_a_result_told_to_a_closed_output_is_lost(
+    line: str, code: int, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(streams, "_open_closed", lambda: {1})
+    found, _, said = run(line.format(tmp_path))
+    lost = "standard output cannot be written (it is closed)"
+    told = {0: f"WARNING: {lost}; {tmp_path}/out is written\n", 1: f"error: {lost}\n"}[code]
+    assert found == code
+    assert said.endswith(told if "--quiet" not in line or code else "") and (
+        (lost in said) == ("--quiet" not in line)
+    )
+
+
 @pytest.fixture
 def stdin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     def make(data: bytes, encoding: str) -> None:
