@@ -121,9 +121,8 @@ def run(options: dict[str, Any]) -> None:
         if other is not None:
             second = load(other, trust_remote_code=trust)
             result = comparison.compare([(model, tokenizer), second], prompt, **options)
-            told = describe_overflow(
-                model, result.first.prompt_tokens, max_kv_size=options.get("max_kv_size")
-            )
+            asked = len(encode_prompt(tokenizer, prompt))
+            told = describe_overflow(model, asked, max_kv_size=options.get("max_kv_size"))
             if told is not None:
                 shown.warn(told)
             _tabulate(result, name, other).show(shown.console)

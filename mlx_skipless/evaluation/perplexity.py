@@ -94,7 +94,8 @@ def check_length(tokens: np.ndarray, length: int) -> None:
     if len(tokens) <= length:
         raise UserError(
             f"the held-out text has {len(tokens):,} tokens, too few for a context of {length:,}: "
-            "give more text or a shorter --context"
+            "give more text or a shorter --context, or --validation FILE, which is taken whole "
+            "(of --data's files only the last lines are)"
         )
 
 

@@ -21,7 +21,7 @@ from mlx_lm.models.cache import (
 
 from ..errors import UserError, first_line
 from ..options import expand_path
-from .context import find_context, has_position_table
+from .context import find_context, has_position_table, slides
 
 KV_BITS = (2, 3, 4, 6, 8)
 KEEP = 4  # a rotating cache never drops the first tokens: attention leans on them
@@ -73,6 +73,22 @@ def make_sliding_cache(model: nn.Module) -> list[Any]:
         return make_cache(model, max_kv_size=size)
     except UserError:  # of layers whose caches cannot be bounded
         return make_cache(model)
+
+
+def cut_prompt(model: nn.Module, cache: list[Any], ids: list[int]) -> list[int]:
+    """Cut a prompt down to what a sliding cache holds of it in the end: its first and last tokens.
+
+    To read the rest, which may be any number of tokens, would only take time.
+
+    Args:
+        model: what reads.
+        cache: that it starts with; one that does not slide takes the prompt whole.
+        ids: the prompt.
+    """
+    size = find_context(model)
+    if size is None or not KEEP < size < len(ids) or not slides(model, cache):
+        return ids
+    return [*ids[:KEEP], *ids[KEEP - size :]]
 
 
 def make_draft_caches(

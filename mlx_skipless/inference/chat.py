@@ -16,7 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..errors import UserError
 from ..memory import format_bytes
 from ..terminal import make_visible
-from .caches import make_cache, make_sliding_cache
+from .caches import cut_prompt, make_cache, make_sliding_cache
 from .context import find_context
 from .generation import Answer, Stream, restore_first_space, stream, summarize
 from .keyboard import edit_lines, read_message
@@ -112,8 +112,12 @@ class Conversation:
         """Encode the conversation, with ``text`` as its next turn.
 
         Where it would leave an answer less than a quarter of the model's context, its beginning is
-        dropped until it takes half of that.
+        dropped until it takes half of that. Of a turn that is longer by itself the end is kept.
         """
+        ids = self._forget_beginning(text)
+        return ids if self.context is None else cut_prompt(self._model, self.cache, ids)
+
+    def _forget_beginning(self, text: str) -> list[int]:
         self.forgotten = 0
         ids = self._encode_all(text)
         if self.context is None or len(ids) <= self.context * FULL:

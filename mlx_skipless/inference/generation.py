@@ -18,7 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..errors import UserError, first_line
 from ..memory import format_bytes
 from ..network.parts import dtype_name
-from .caches import make_cache, make_draft_caches, make_sliding_cache
+from .caches import cut_prompt, make_cache, make_draft_caches, make_sliding_cache
 from .context import find_context, limit_answer
 from .loading import load
 from .prompts import encode_prompt
@@ -166,7 +166,7 @@ def stream(
     """Start an answer to a prompt; iterate for its text, then read ``answer``.
 
     An answer that outgrows the model's context goes on with the oldest tokens out of sight, or ends
-    there if its cache cannot slide.
+    there if its cache cannot slide. Of a longer prompt the first 4 and the last tokens are read.
 
     Args:
         model: what answers.
@@ -190,7 +190,7 @@ def stream(
         raise UserError("the prompt is empty: give at least one token")
     tokens = len(ids) + max_tokens
     if draft_model is None:
-        cache = _choose_cache(model, prompt_cache, tokens, max_kv_size, kv_bits)
+        cache, ids = _choose_cache(model, ids, prompt_cache, tokens, max_kv_size, kv_bits)
     elif max_kv_size is not None or prompt_cache is not None:
         raise UserError(
             "--draft-model takes back tokens from caches of its own: drop --max-kv-size and a "
@@ -213,19 +213,25 @@ def stream(
 
 def _choose_cache(
     model: nn.Module,
+    ids: list[int],
     given: list[Any] | None,
     tokens: int,
     max_kv_size: int | None,
     kv_bits: int | None,
-) -> list[Any]:
-    """Make a cache for so many tokens, bounded where they are more than the model's context."""
+) -> tuple[list[Any], list[int]]:
+    """Make a cache for so many tokens, bounded where they are more than the model's context.
+
+    Returns:
+        The cache, and what of the prompt ``ids`` is to be read.
+    """
     if given is not None:
         if max_kv_size is not None or kv_bits is not None:
             raise UserError("max_kv_size and kv_bits shape a new cache: give them to make_cache")
-        return given
+        return given, ids
     if max_kv_size is None and kv_bits is None and tokens > (find_context(model) or tokens):
-        return make_sliding_cache(model)
-    return make_cache(model, max_kv_size=max_kv_size, kv_bits=kv_bits)
+        cache = make_sliding_cache(model)
+        return cache, cut_prompt(model, cache, ids)
+    return make_cache(model, max_kv_size=max_kv_size, kv_bits=kv_bits), ids
 
 
 def _respond(
@@ -305,6 +311,8 @@ def warm_up(
         prompt_tokens: of the prompt to come.
         options: those of ``stream`` for it.
     """
+    if options.get("max_kv_size") is None:
+        prompt_tokens = min(prompt_tokens, find_context(model) or prompt_tokens)
     blocks = max(0, (prompt_tokens - 2) // 64 - 1)
     ids = [0] * (prompt_tokens - 64 * blocks)  # the last token of a prompt is a step of its own
     options = {**options, "max_tokens": 3, "prompt_cache": None, "seed": None}

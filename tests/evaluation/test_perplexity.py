@@ -101,7 +101,8 @@ def test_the_command_is_the_function(tmp_path: Path, capsys: pytest.CaptureFixtu
     [
         ({"context": 0}, "--context 0: must be at least 1"),
         ({"batch_size": 0}, "--batch-size 0: must be at least 1"),
-        ({"validation": []}, "the held-out text has 0 tokens"),
+        ({"validation": []}, r"the held-out text has 0 tokens.*--validation FILE"),
+        ({"validation": [], "data": ["@/line.txt"]}, r"has 0 tokens.*--validation FILE"),
         ({"context": 10**6}, "too few for a context of 1,000,000"),
         ({"model": "@/none"}, "none"),
         ({"validation": ["@/none.txt"]}, r"none\.txt cannot be read"),
@@ -111,6 +112,7 @@ def test_the_command_is_the_function(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_what_cannot_be_scored(tmp_path: Path, options: dict[str, Any], says: str):
     make("skipless", tmp_path / "model")
     (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "line.txt").write_text(TEXT.replace("\n", " "))
 
     def placed(value: Any) -> Any:
         if isinstance(value, list):

@@ -19,7 +19,7 @@ from mlx_lm.utils import load as load_stock
 from mlx_skipless import cli
 from mlx_skipless.errors import UserError
 from mlx_skipless.evaluation import benchmark
-from mlx_skipless.inference import caches, context, generation
+from mlx_skipless.inference import caches, chat, context, generation
 from mlx_skipless.inference.loading import BUNDLED, load
 
 Loaded = tuple[nn.Module, TokenizerWrapper]
@@ -125,14 +125,32 @@ def test_within_the_context_nothing_changes(short: Loaded) -> None:
 
 @pytest.mark.parametrize("start", [PROMPT, PROMPT * 3], ids=["answer", "prompt"])
 def test_beyond_it_the_cache_slides(short: Loaded, start: list[int]) -> None:
-    """As if --max-kv-size were the context; what went before is the same."""
+    """As if --max-kv-size were the context; what went before is the same.
+
+    Of a longer prompt what the cache would not hold in the end is never read.
+    """
     said = tokens(short, start, max_tokens=60, **SAMPLED)
     bounded = [RotatingKVCache(64, keep=caches.KEEP) for _ in short[0].layers]
-    assert said == plain(short, start, 60, bounded)
+    read = start if len(start) <= 64 else start[: caches.KEEP] + start[caches.KEEP - 64 :]
+    assert said == plain(short, read, 60, bounded)
     whole = plain(short, start, 60, [KVCache() for _ in short[0].layers])
     same = max(0, 64 - len(start))
     assert said != whole and said[:same] == whole[:same]
     assert tokens(short, start, max_tokens=60, max_kv_size=10**6, **SAMPLED) == whole
+
+
+def test_a_prompt_of_any_length_takes_no_longer(short: Loaded) -> None:
+    """In an answer and in a chat, whose next turn goes on from what was read."""
+    text = bytes(PROMPT).decode() * 100
+    assert generation.generate(*short, text, max_tokens=2).prompt_tokens == 64
+    talk = chat.Conversation(*short, max_tokens=2)
+    for said in (text, "hi", text):
+        list(talk.ask(said))
+        assert talk.last is not None and talk.last.prompt_tokens <= 64
+        assert len(talk.cached) <= 66 and talk.cached[-3] == short[1].encode(said)[-1]
+    wide = chat.Conversation(*short, max_tokens=2, max_kv_size=128)
+    list(wide.ask(text[:200]))
+    assert len(wide.cached) > 200
 
 
 @pytest.mark.parametrize("options", [{"kv_bits": 8}, {"prompt_cache": True}, {"draft_model": True}])
