@@ -21,7 +21,7 @@ from mlx_lm.models.cache import (
 
 from ..errors import UserError, first_line
 from ..options import expand_path
-from .context import find_context, has_position_table, slides
+from .context import find_context, has_position_table
 
 KV_BITS = (2, 3, 4, 6, 8)
 KEEP = 4  # a rotating cache never drops the first tokens: attention leans on them
@@ -82,11 +82,12 @@ def cut_prompt(model: nn.Module, cache: list[Any], ids: list[int]) -> list[int]:
 
     Args:
         model: what reads.
-        cache: that it starts with; one that does not slide takes the prompt whole.
+        cache: that it starts with; one that does not slide, or a state, takes the prompt whole.
         ids: the prompt.
     """
     size = find_context(model)
-    if size is None or not KEEP < size < len(ids) or not slides(model, cache):
+    sliding = all(isinstance(one, RotatingKVCache) for one in cache)
+    if size is None or not KEEP < size < len(ids) or not sliding:
         return ids
     return [*ids[:KEEP], *ids[KEEP - size :]]
 

@@ -11,7 +11,7 @@ import pytest
 from factory import make_llama
 from mlx_lm.generate import stream_generate
 from mlx_lm.models import gpt2
-from mlx_lm.models.cache import KVCache, RotatingKVCache
+from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load as load_stock
@@ -148,6 +148,8 @@ def test_a_prompt_of_any_length_takes_no_longer(short: Loaded) -> None:
         list(talk.ask(said))
         assert talk.last is not None and talk.last.prompt_tokens <= 64
         assert len(talk.cached) <= 66 and talk.cached[-3] == short[1].encode(said)[-1]
+    state = [*caches.make_sliding_cache(short[0]), ArraysCache(2)]  # remembers what it read
+    assert caches.cut_prompt(short[0], state, PROMPT * 2) == PROMPT * 2
     wide = chat.Conversation(*short, max_tokens=2, max_kv_size=128)
     list(wide.ask(text[:200]))
     assert len(wide.cached) > 200
