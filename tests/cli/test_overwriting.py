@@ -95,3 +95,21 @@ def test_other_files_are_written(line: str, files: list[Path], run: list[str]) -
 def test_a_source_keeps_its_config(files: list[Path]) -> None:
     assert cli.main(["convert", "--model", "m", "--json", "m/config.json"]) == 1
     assert all(file.read_bytes() == BEFORE for file in files)
+
+
+@pytest.mark.parametrize("path", ["pipe", "loop", "/dev/null", "link"])
+@pytest.mark.parametrize(
+    "line", ["convert", "train --data t.txt", "heal --model m --teacher n", "train --resume"]
+)
+def test_no_folder_takes_the_place_of_what_is_none(
+    line: str, path: str, files: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At once, and without opening it: a pipe would wait for its other end."""
+    os.mkfifo("pipe")
+    os.symlink("loop", "loop")
+    assert cli.main([*line.split(), "--mlx-path", path]) == 1
+    said = capsys.readouterr().err
+    there = path == "link" and "--resume" in line
+    assert said.startswith(f"error: {path} ") and said.count("\n") == 1
+    reason = "has no" if there else "is no folder" if "--resume" in line else "exists already"
+    assert reason in said
