@@ -71,6 +71,8 @@ def resolve(
     path = expand_path(source)
     if os.path.exists(path):
         files.check_name(path)
+        if not (path.is_dir() or path.is_file()):  # a pipe would wait for its other end
+            raise UserError(f"{source} is neither a file nor a folder: give a model")
         return (path.is_dir() and files.find_gguf(path)) or path
     if not is_id(source):
         raise UserError(f"no such file or folder: {source} (a Hub id looks like owner/name)")

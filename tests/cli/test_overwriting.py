@@ -113,3 +113,25 @@ def test_no_folder_takes_the_place_of_what_is_none(
     assert said.startswith(f"error: {path} ") and said.count("\n") == 1
     reason = "has no" if there else "is no folder" if "--resume" in line else "exists already"
     assert reason in said
+
+
+@pytest.mark.parametrize("path", ["pipe", "/dev/null"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "convert --model",
+        "generate --prompt hi --model",
+        "analyze",
+        "perplexity --data t.txt --model",
+        "bench",
+        "heal --teacher n --model",
+    ],
+)
+def test_no_model_is_read_from_a_pipe(
+    line: str, path: str, files: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo("pipe")
+    assert cli.main([*line.split(), path]) == 1
+    said = capsys.readouterr().err
+    where = "" if path.startswith("/") or "heal" not in line else f"{Path.cwd()}/"
+    assert said == f"error: {where}{path} is neither a file nor a folder: give a model\n"
