@@ -300,7 +300,8 @@ def test_quantized(
     check = report.verification
     assert check is not None and check.kl_ratio is not None
     if "drop_attention" not in options:
-        assert check.kl_ratio < (1.3 if "calibration" in options else 3)
+        rounding = check.kl < 1e-9  # the network is sure of every token, whatever its weights are
+        assert rounding or check.kl_ratio < (1.3 if "calibration" in options else 3)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -986,7 +986,9 @@ def test_not_a_number_in_a_skipless_model(
     assert f"{name} holds NaN or infinity" in error
 
 
-@pytest.mark.parametrize("flags", ["", "--remove none", "--skipless --remove qp", "-q"])
+@pytest.mark.parametrize(
+    "flags", ["", "--remove none", "--skipless --remove qp", "-q --q-group-size 32"]
+)
 @pytest.mark.parametrize("name", LLAMA_KINDS)
 def test_not_a_number_in_a_pretrained_model(
     refused: Refused, made: Callable[..., Path], tmp_path: Path, name: str, flags: str
@@ -1018,7 +1020,7 @@ def test_a_gain_too_large_for_any_type(
         edit_tensors(
             tmp_path / "model", put(f"model.layers.1.{name}.weight", lambda array: array * 1e25)
         )
-    error = refused("--dtype", dtype)
+    error = refused("--fold-norms", "--dtype", dtype)
     assert "model.layers.1.self_attn.q_proj.weight does not fit float32" in error
 
 

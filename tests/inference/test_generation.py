@@ -508,7 +508,7 @@ def test_a_warm_up_leaves_no_trace(llama: Loaded):
         answer = generation.generate(*llama, PROMPT, max_tokens=8, temp=1.0)
         answers.append((before, answer.text, answer.peak_memory_bytes - held))
     assert answers[0][:2] == answers[1][:2]
-    assert answers[0][2] == pytest.approx(answers[1][2], abs=50_000)
+    assert answers[0][2] == pytest.approx(answers[1][2], abs=150_000)
 
 
 def test_the_first_steps_are_not_timed(
