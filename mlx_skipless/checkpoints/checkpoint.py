@@ -101,6 +101,12 @@ class Checkpoint(Blueprint):
         counts = Counter(d for n, d in dtypes.items() if is_float(d) and len(shapes[n]) > 1)
         return counts.most_common(1)[0][0] if counts else mx.float32
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all tensors that are read have the number type ``dtype``."""
+        own = {name for place in self._places.values() for name in place.names}
+        return all(self.store.dtypes[name] == self.dtype for name in own)
+
     @cached_property
     def _places(self) -> dict[str, Place]:
         """Where the store has each canonical tensor."""

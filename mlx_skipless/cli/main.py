@@ -126,6 +126,7 @@ def _exit_code(parse: Callable[[], Options]) -> int:
     def terminate(signum: int, frame: Any) -> None:
         raise KeyboardInterrupt  # unwinds, so that nothing is left behind
 
+    _hear_ctrl_c()
     for end in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(end) != signal.SIG_IGN:  # nohup's run outlives its terminal
             signal.signal(end, terminate)
@@ -152,6 +153,16 @@ def _exit_code(parse: Callable[[], Options]) -> int:
                 raise
             _complain(UserError(_describe(error)))
     return 1
+
+
+def _hear_ctrl_c() -> None:
+    """Let Ctrl-C end a command in front of a terminal, whatever it was started from.
+
+    What a script starts in its background ignores SIGINT, and a terminal that was opened there
+    passes that on to all that runs in it.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and sys.stdin and sys.stdin.isatty():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _run(parse: Callable[[], Options], out: Stream) -> int:

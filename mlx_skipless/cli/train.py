@@ -1,6 +1,7 @@
 """train: a model of the user's own, skipless unless told otherwise."""
 
 import argparse
+import sys
 from typing import Any
 
 from ..errors import UserError, first_line
@@ -44,7 +45,13 @@ def run(options: dict[str, Any]) -> None:
     if resume and (config or pace or set(recipe) - {"steps"}):
         raise UserError("--resume goes on with the run's own recipe: only --steps may change")
     with open_output(options, None if resume else options["mlx_path"]) as shown:
-        with shown.progress() as progress:
+        with shown.progress() as bars:
+
+            def progress(stage: str, done: int, total: int) -> None:
+                if stage != "steps" and not done and not shown.quiet and not sys.stderr.isatty():
+                    print(stage, file=sys.stderr, flush=True)  # a terminal has a bar
+                bars(stage, done, total)
+
             result = train(
                 recipe=read_options(Recipe, "recipe", {**_read_yaml(config), **recipe}),
                 pace=TrainingPace(**pace),

@@ -34,6 +34,10 @@ SOURCE_OVERFLOWS = (
     "the source itself overflows {} on the check's text, at {}: its stream has no norms to hold "
     "it; --no-verify converts it all the same"
 )
+COPY_OVERFLOWS = (
+    "the source itself overflows {} on the check's text, at {}, and so does its copy: use --dtype "
+    "bfloat16 or float32; --no-verify converts it all the same"
+)
 RESULT_OVERFLOWS = (
     "the result overflows {} on the check's text, at {}: use --dtype bfloat16 or float32"
 )
@@ -243,6 +247,8 @@ def _run_layers(network: Driver, tokens: mx.array, watch: Watch, complaint: str)
     try:
         return network.hidden(tokens, watch=watch)
     except NotFinite as error:
+        if complaint == SOURCE_OVERFLOWS and error.first.dtype == "float16":
+            complaint = COPY_OVERFLOWS
         raise UserError(complaint.format(error.first.dtype, error.first.where)) from error
 
 

@@ -142,8 +142,9 @@ def check(
 ) -> Verification | None:
     """Compare a written result with its source on text; None if that is not wanted.
 
-    The source runs in float32 from the weights it has, the result as it will run. A quantized
-    result is compared with the source quantized alone, too.
+    The source runs in float32 from the weights it has, the result as it will run; an unchanged
+    result's source runs in the type that both have. A quantized result is compared with the source
+    quantized alone, too.
 
     Raises:
         UserError: if a network overflows, or an exact result is not its source's function.
@@ -151,7 +152,8 @@ def check(
     if not job.options.verify or passages is None:
         return None
     progress("checking", 0, 1)
-    source, results = _load_source(job), [_load_result(job, writer.folder)]
+    dtype = job.dtype if job.unchanged else mx.float32
+    source, results = _load_source(job, dtype), [_load_result(job, writer.folder)]
     if job.layout.quantization is not None:
         whole = job.whole_layout
         rounded = NearestParts(job.source_parts(whole.dtype), whole)
@@ -176,10 +178,10 @@ def _load_result(job: Job, folder: Path) -> Driver:
     return StreamedNetwork(job.layout.args, parts, job.layout.config_entry)
 
 
-def _load_source(job: Job) -> StreamedNetwork:
+def _load_source(job: Job, dtype: mx.Dtype = mx.float32) -> StreamedNetwork:
     args = job.plan.before
-    resident = Layout(args, mx.float32).nbytes() <= RESIDENT_BYTES
-    return job.source_network(resident=resident)
+    resident = Layout(args, dtype).nbytes() <= RESIDENT_BYTES
+    return job.source_network(dtype, resident=resident)
 
 
 @contextmanager
@@ -287,7 +289,7 @@ def _finish(
     if job.calibrated and passages is not None:
         report = add_calibration(report, passages)
     if outcome is not None:
-        report = add_check(report, outcome)
+        report = add_check(report, outcome, unchanged=job.unchanged)
     given = [str(path) for path in (job.checkpoint.name, options.calibration) if path is not None]
     writer.write_text("README.md", write_card(report, options.upload_repo or out.name, given))
     writer.commit()

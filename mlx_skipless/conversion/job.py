@@ -153,6 +153,14 @@ class Job:
         approximate = self.options.drops or self.layout.config_entry is not None
         return self.dtype == mx.float32 and not approximate
 
+    @property
+    def unchanged(self) -> bool:
+        """Whether the result has its source's dense tensors, bit for bit, in mlx-lm's network."""
+        dense = self.checkpoint.packing is None and self.layout.config_entry is None
+        kept = self.plan.after == self.checkpoint.args and not self.plan.folded
+        same_type = self.dtype == self.checkpoint.dtype and self.opened.is_uniform
+        return self.form.stock and dense and kept and same_type
+
     def source_parts(self, dtype: mx.Dtype = mx.float32) -> Merger:
         """The network that the removals start from; in float32, however its weights are stored."""
         plan = self.plan
@@ -160,9 +168,11 @@ class Job:
         start = replace(plan, table=False, eliminated={}, folded=stripped, merged=plan.before)
         return Merger(self.opened, start, dtype)
 
-    def source_network(self, *, resident: bool = False) -> StreamedNetwork:
-        """The network that the removals start from, to run in float32."""
-        return StreamedNetwork(self.plan.before, self.source_parts(), resident=resident)
+    def source_network(
+        self, dtype: mx.Dtype = mx.float32, *, resident: bool = False
+    ) -> StreamedNetwork:
+        """The network that the removals start from, to run in float32 or another type."""
+        return StreamedNetwork(self.plan.before, self.source_parts(dtype), resident=resident)
 
     @property
     def opened(self) -> Checkpoint:

@@ -186,8 +186,14 @@ def add_tokenizer(report: Report, tokenizer: GuardedTokenizer | None) -> Report:
     return replace(report, notes=(*report.notes, note))
 
 
-def add_check(report: Report, check: Verification) -> Report:
-    """Add the outcome of the check, and a warning if that is bad."""
+def add_check(report: Report, check: Verification, *, unchanged: bool = False) -> Report:
+    """Add the outcome of the check, and a warning if that is bad.
+
+    Args:
+        report: without it.
+        check: the outcome.
+        unchanged: whether the result is a copy of its source.
+    """
     notes, warnings = _judge_kl(report, check)
     if (wrong := explain_difference(check)) is not None:
         notes, warnings = [], [wrong]
@@ -195,7 +201,7 @@ def add_check(report: Report, check: Verification) -> Report:
         report,
         verification=check,
         notes=(*report.notes, *_explain_logit_error(report, check), *notes),
-        warnings=(*report.warnings, *warnings, *_warn_of_overflow(check)),
+        warnings=(*report.warnings, *warnings, *_warn_of_overflow(check, unchanged)),
     )
 
 
@@ -252,12 +258,12 @@ def _judge_kl(report: Report, check: Verification) -> tuple[list[str], list[str]
     return [], [f"{differs}: {cause}"]
 
 
-def _warn_of_overflow(check: Verification) -> Iterator[str]:
+def _warn_of_overflow(check: Verification, unchanged: bool) -> Iterator[str]:
     most = max(check.magnitudes, key=lambda one: one.share, default=None)
     if most is not None and most.share > ALARMING_SHARE:
         yield (
-            f"numbers reach {most.value:.2g} at {most.where}, {most.share:.0%} of what "
-            f"{most.dtype} holds: other text may overflow it"
+            f"{'the source itself: ' if unchanged else ''}numbers reach {most.value:.2g} at "
+            f"{most.where}, {most.share:.0%} of what {most.dtype} holds: other text may overflow it"
             + ("; use --dtype bfloat16" if most.dtype == "float16" else "")
         )
 

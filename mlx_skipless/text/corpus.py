@@ -19,6 +19,7 @@ from ..checkpoints.guarded import explain_panics
 from ..errors import UserError, first_line
 from ..options import expand_path
 
+BATCH_CHARACTERS = 1_000_000  # or a document more are encoded at a time
 END, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # ChatML, the form that mlx-lm and most servers know.
 CHAT_TEMPLATE = (
@@ -192,8 +193,26 @@ def encode(documents: Sequence[str], tokenizer: Any) -> np.ndarray:
     if not documents:
         return np.zeros(0, np.int32)
     with explain_panics(getattr(tokenizer, "name_or_path", None) or "this model"):
-        rows = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
-    return np.concatenate([np.array([*row, end], np.int32) for row in rows])
+        rows = [
+            np.array([*row, end], np.int32)
+            for batch in _batch_documents(documents)
+            for row in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+        ]
+    return np.concatenate(rows)
+
+
+def _batch_documents(documents: Sequence[str]) -> Iterator[list[str]]:
+    """Yield documents in lists; no signal is heard while a tokenizer has one of them."""
+    batch: list[str] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def count_characters(tokenizer: Any, tokens: np.ndarray) -> int:

@@ -4,8 +4,9 @@ At the top of the run's folder is a source checkpoint (``docs/checkpoint.md``) t
 takes.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from ..checkpoints.tokenizer import NO_MODEL_TYPE, fetch_tokenizer
 from ..errors import UserError
 from ..evaluation import perplexity
 from ..inference.generation import generate
+from ..memory import format_bytes
 from ..network.model import Model
 from ..network.parts import tensors_of
 from ..options import expand_path
@@ -35,6 +37,7 @@ from .recipe import Recipe, TrainingPace
 from .results import TrainingResult
 from .tokens import TextFiles, Tokens, encode_texts, list_paths, read_sources
 
+LONG_TEXT = 5_000_000  # characters, which take a tokenizer seconds
 SAMPLE_PROMPT, SAMPLE_TOKENS = 8, 64
 
 
@@ -115,7 +118,8 @@ def train(
         resume: go on from the last checkpoint.
         steps: with ``resume``, another number of steps in all (the decay moves with it).
         report: called with each event, as ``training/log.jsonl`` has it.
-        progress: called with "steps", how many are done and how many there are.
+        progress: called with "steps", how many are done and how many there are; where the text is
+            long, before that with what is made of it, 0 and then 1, and 1.
 
     Raises:
         UserError: for anything the user can mend, a loss that is no number, and an interruption;
@@ -138,17 +142,22 @@ def train(
     if resume and steps is not None:
         longer = dataclasses.replace(settings.recipe, steps=steps)
         settings = dataclasses.replace(settings, recipe=longer)
-    settings, tokens = make_tokens(settings, folder.path if resume else None)
+    settings, tokens = make_tokens(settings, folder.path if resume else None, progress)
     steps_done = partial(progress, "steps")
     return carry_out(folder, resume, lambda: Run(folder, settings, tokens), report, steps_done)
 
 
-def make_tokens(settings: Settings, resumed: Path | None) -> tuple[Settings, Tokens]:
+def make_tokens(
+    settings: Settings,
+    resumed: Path | None,
+    progress: Progress = lambda stage, done, total: None,
+) -> tuple[Settings, Tokens]:
     """Read the text, and complete the settings by what it says.
 
     Args:
         settings: with an empty fingerprint, unless the run is resumed.
         resumed: the folder of a resumed run, which has its tokenizer.
+        progress: told what is made of a long text.
 
     Raises:
         UserError: if a resumed run's text is not what it was.
@@ -156,10 +165,13 @@ def make_tokens(settings: Settings, resumed: Path | None) -> tuple[Settings, Tok
     source = settings.text.tokenizer if resumed is None else str(resumed)
     texts = settings.text.read()
     if source is None:
-        tokenizer = corpus.make_tokenizer(texts.train, settings.recipe.vocab_size, chat=texts.chat)
+        with _announce("making a tokenizer from {} of text", texts.train, progress):
+            size = settings.recipe.vocab_size
+            tokenizer = corpus.make_tokenizer(texts.train, size, chat=texts.chat)
     else:
         tokenizer = fetch_tokenizer(source)
-    tokens = encode_texts(texts, tokenizer)
+    with _announce("making tokens of {} of text", [*texts.train, *texts.validation], progress):
+        tokens = encode_texts(texts, tokenizer)
     if len(tokens.held_out):
         perplexity.check_length(tokens.held_out, settings.recipe.context)
     fingerprint = tokens.fingerprint()
@@ -169,6 +181,19 @@ def make_tokens(settings: Settings, resumed: Path | None) -> tuple[Settings, Tok
         )
     recipe = dataclasses.replace(settings.recipe, vocab_size=len(tokenizer))
     return dataclasses.replace(settings, recipe=recipe, fingerprint=fingerprint), tokens
+
+
+@contextlib.contextmanager
+def _announce(what: str, documents: Sequence[str], progress: Progress) -> Iterator[None]:
+    """Tell of work on a long text, which a tokenizer does in one go, as a stage of one step."""
+    size = sum(map(len, documents))
+    stage = what.format(format_bytes(size))
+    if size < LONG_TEXT:
+        yield
+        return
+    progress(stage, 0, 1)
+    yield
+    progress(stage, 1, 1)
 
 
 def _choose_dtype(dtype: str) -> str:

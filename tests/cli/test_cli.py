@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -171,6 +172,26 @@ def test_a_run_that_ignores_hangups_goes_on_doing_so(capsys: pytest.CaptureFixtu
     finally:
         signal.signal(signal.SIGHUP, hangup)
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_ctrl_c_ends_a_command_in_front_of_a_terminal(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Even in one that was opened by what a script left in its background: that ignores SIGINT."""
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: terminal))
+    monkeypatch.setattr(
+        cli.COMMANDS["architectures"], "run", lambda options: signal.raise_signal(signal.SIGINT)
+    )
+    kept = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    before = {which: signal.getsignal(which) for which in kept}
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert cli.main(["architectures"]) == terminal
+    finally:
+        for which, handler in before.items():
+            signal.signal(which, handler)
+    assert capsys.readouterr().err == ("error: interrupted\n" if terminal else "")
 
 
 def test_an_interrupt_of_the_arguments_is_one_line_too(

@@ -218,6 +218,8 @@ def test_a_pretrained_model_stays_as_it_is(
     )  # fmt: skip
     report = mlx_skipless.convert(tmp_path / "s", tmp_path / "o", verify=window is None)
     assert report.stock and not report.folded and report.params_after == report.params_before
+    if (check := report.verification) is not None:
+        assert check.max_rel_logit_error == check.kl == 0
     assert any("look back 4,096 tokens" in note for note in report.notes) == (window is not None)
     before, after = (mx.load(str(tmp_path / x / "model.safetensors")) for x in "so")
     assert before.keys() == after.keys()

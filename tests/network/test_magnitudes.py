@@ -174,6 +174,27 @@ def test_numbers_near_a_types_end_are_warned_about(
         assert down.max() < second.value <= 65504
 
 
+LOUD = 6e3  # and a number of float16 comes near its end
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_copys_numbers_are_its_sources(tmp_path: Path, dtype: str) -> None:
+    """What a copy has of its source is not laid at the conversion's door; what a type costs is."""
+    make_llama(tmp_path / "s", num_hidden_layers=2, dtype="float16")
+    louder(tmp_path / "s", "model.layers.1.mlp.down_proj.weight", LOUD)
+    report = mlx_skipless.convert(tmp_path / "s", tmp_path / "out", dtype=dtype)
+    assert report.stock and report.verification is not None
+    error = report.verification.max_rel_logit_error
+    assert (error > 1e-3) == (dtype == "bfloat16") and (error == 0) == (dtype != "bfloat16")
+    told = [warning for warning in report.warnings if "numbers reach" in warning]
+    assert len(told) == (dtype == "float16")
+    assert all(warning.startswith("the source itself: numbers reach") for warning in told)
+    if dtype == "float16":
+        louder(tmp_path / "s", "model.layers.1.mlp.up_proj.weight", 30)
+        with pytest.raises(mlx_skipless.UserError, match=r"source itself .* use --dtype bfloat16"):
+            mlx_skipless.convert(tmp_path / "s", tmp_path / "more")
+
+
 @pytest.mark.parametrize("kind", architectures.ARCHITECTURES)
 def test_every_architecture_can_be_watched(tmp_path: Path, kind: str) -> None:
     """Whatever its modules are: experts' take more than the stream, namely which experts."""

@@ -212,6 +212,24 @@ def test_characters_are_counted_without_special_tokens(tokenizer: Any, text: str
     assert corpus.count_characters(tokenizer, ids) == 2 * len(text)
 
 
+def test_documents_are_encoded_a_few_at_a_time(tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
+    """So a signal is heard between them; the tokens are the same."""
+    documents = [f"{name} " * 9 for name in "abcdefg"]
+    whole = corpus.encode(documents, tokenizer)
+    monkeypatch.setattr(corpus, "BATCH_CHARACTERS", 30)
+    sizes: list[int] = []
+    kind: Any = type(tokenizer)
+    plain = kind.__call__
+
+    def encode(self: Any, batch: list[str], **options: Any) -> Any:
+        sizes.append(len(batch))
+        return plain(self, batch, **options)
+
+    monkeypatch.setattr(kind, "__call__", encode)
+    assert np.array_equal(corpus.encode(documents, tokenizer), whole)
+    assert sizes == [2, 2, 2, 1]
+
+
 @settings(max_examples=50)
 @given(st.lists(ANY_TEXT, max_size=5))
 def test_each_document_ends_with_the_end_token(tokenizer: Any, documents: list[str]):

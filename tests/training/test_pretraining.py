@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -528,6 +529,31 @@ def test_a_run_that_nobody_hears_saves(
         run(None, out, None, resume=True, report=lambda event: report({"step": event["step"] // 2}))
     same_end(out, finished[0])
     assert (out / "README.md").exists()
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_long_text_is_announced(
+    text: Path,
+    tmp_path: Path,
+    quiet: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """A tokenizer hears no signal and tells nothing while it reads."""
+    monkeypatch.setattr(pretraining, "LONG_TEXT", 1000)
+
+    def end(*_: Any) -> None:
+        raise UserError("enough")
+
+    monkeypatch.setattr(pretraining, "carry_out", end)
+    asked = ["--quiet"] if quiet else []
+    out = tmp_path / "run"
+    assert command("train", "--data", text, "--mlx-path", out, *flags(), *asked) == 1
+    said = capsys.readouterr().err.splitlines()[:-1]
+    known = ("making a tokenizer from", "making tokens of")
+    assert len(said) == (0 if quiet else 2)
+    for line, words in zip(said, known, strict=False):
+        assert re.fullmatch(f"{words} [\\d.]+ [kM]B of text", line)
 
 
 @pytest.mark.parametrize("method", ["_compile_step", "_evaluate", "_observe"])
