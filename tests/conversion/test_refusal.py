@@ -217,7 +217,7 @@ def test_an_ill_conditioned_matrix_is_no_fault(
     assert condition < 1e7 or report.verification.max_rel_logit_error > 1e-3
 
 
-@pytest.mark.parametrize("seed", only(range(3), range(1500)))
+@pytest.mark.parametrize("seed", only(range(3), range(200)))
 def test_honest_networks_pass(seed: int, tmp_path: Path) -> None:
     """Of every mix, even where one magnifies rounding by itself."""
     config, weights, options = draw_network(seed)
