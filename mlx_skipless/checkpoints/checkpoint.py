@@ -105,7 +105,8 @@ class Checkpoint(Blueprint):
     def is_uniform(self) -> bool:
         """Whether all tensors that are read have the number type ``dtype``."""
         own = {name for place in self._places.values() for name in place.names}
-        return all(self.store.dtypes[name] == self.dtype for name in own)
+        found = {self.store.dtypes[name] for name in own}
+        return found == {self.dtype}
 
     @cached_property
     def _places(self) -> dict[str, Place]:
