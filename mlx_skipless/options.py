@@ -87,16 +87,6 @@ def check_choice(flag: str, value: Any, choices: Sequence[str]) -> None:
         raise UserError(f"{flag} {value!r}: choose one of {', '.join(filter(None, choices))}")
 
 
-def check_at_least(flag: str, value: float | None, least: float) -> None:
-    """Check the lower bound of a flag's value; None, a flag not given, passes.
-
-    Raises:
-        UserError: if the value is below ``least`` or not a number.
-    """
-    if value is not None and not value >= least:
-        raise UserError(f"{flag} {value}: must be at least {least}")
-
-
 def check_above_zero(flag: str, value: float | None) -> None:
     """Check that a flag's value is above zero and finite; None, a flag not given, passes.
 

@@ -23,7 +23,8 @@ import numpy as np
 
 from mlx_skipless.checkpoints.files import read_json
 from mlx_skipless.checkpoints.tokenizer import fetch_tokenizer
-from mlx_skipless.evaluation.plots import COLOURS, DPI, MARKERS
+from mlx_skipless.cli.figures import WIDTHS, add_figure_arguments, check_suffix
+from mlx_skipless.evaluation.plots import Look, draw_curves, open_panels
 from mlx_skipless.inference.loading import load_network
 from mlx_skipless.network.driver import Driver
 from mlx_skipless.network.model import Model, Stream, take_stream
@@ -95,27 +96,18 @@ def measure_run(run: Path, text: str) -> tuple[list[Any], list[Any]]:
     return measure_stream(start, tokens), measure_stream(trained, tokens)
 
 
-def draw(starts: Curves, ends: Curves, file: Path) -> None:
-    """Draw both figures against depth, at the start on the left and after training on the right."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 6.5), facecolor="white")
-    panels = figure.subplots(2, 2, sharex=True, sharey="row")
-    for column, (when, curves) in enumerate((("at the start", starts), ("trained", ends))):
-        panels[0, column].set_title(when)
-        panels[1, column].set_xlabel("layer that reads the stream")
-        for row in (0, 1):
-            axes = panels[row, column]
-            axes.grid(alpha=0.3)
-            for i, (name, values) in enumerate(curves.items()):
-                colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-                depths, of_row = range(len(values)), [value[row] for value in values]
-                axes.plot(depths, of_row, color=colour, marker=marker, markersize=4, label=name)
-    panels[0, 0].set_ylabel("effective rank of the stream")
-    panels[1, 0].set_ylabel("cosine of two places of a token")
-    panels[0, 0].legend(fontsize="small")
-    figure.tight_layout()
-    figure.savefig(file, dpi=DPI)
+def draw(starts: Curves, ends: Curves, file: Path, look: Look) -> None:
+    """Draw both figures against depth, at the start and after training."""
+    names = "effective rank of the stream", "cosine of two places of a token"
+    panels = [(row, when) for row in (0, 1) for when in ("at the start", "trained")]
+    with open_panels(file, look, [3.5] * 4, 2.6) as (_, axes):
+        for panel, (row, when) in zip(axes, panels, strict=True):
+            curves = starts if when == "at the start" else ends
+            of_row = {name: dict(enumerate(v[row] for v in c)) for name, c in curves.items()}
+            draw_curves(
+                panel, of_row, look, title=when, ylabel=names[row],
+                xlabel="layer that reads the stream",
+            )  # fmt: skip
 
 
 def describe(starts: Curves, ends: Curves) -> str:
@@ -134,13 +126,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", nargs="+", metavar="NAME=RUN", help="networks and their folders")
     parser.add_argument("--text", required=True, help="a text file")
-    parser.add_argument("--output", type=Path, default=Path("rank.png"), help="the figure")
+    add_figure_arguments(parser, "--output", "draw both figures", "rank.png")
+    parser.set_defaults(figure_size=WIDTHS["page"])
     options = parser.parse_args()
+    look = Look(check_suffix("--output", options.output), options.figure_size, options.figure_style)
     text, starts, ends = read_text(options.text), {}, {}
     for name, _, run in (one.rpartition("=") for one in options.runs):
         starts[name], ends[name] = measure_run(Path(run), text)
     print(describe(starts, ends))
-    draw(starts, ends, options.output)
+    draw(starts, ends, Path(options.output), look)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import stat
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +26,6 @@ POINTED = (
     "it with `hf download`"
 )
 GGUF, GGUF_MAGIC = ".gguf", b"GGUF"
-MODEL_OF_GGUF = re.compile(r"(?i)(?:^|/)(?!\.|[^/]*mmproj)[^/]+\.gguf$")
 AT_ONCE = 16 << 20  # bytes of a read that the background makes
 AHEAD_BYTES = 1 << 30  # more might leave the system's cache before its turn comes
 

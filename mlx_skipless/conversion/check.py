@@ -22,7 +22,7 @@ from ..network.magnitudes import Magnitude, NotFinite, Watch
 from ..network.metrics import measure_kl, measure_nll
 from ..network.model import ModelArgs
 from ..network.names import EMBEDDING, FINAL_NORM, HEAD
-from ..network.parts import Arrays, Parts
+from ..network.parts import Arrays, ChangedParts, Parts
 from ..progress import Steps, tell_part
 from ..removal.products import UNIT_ROUNDOFF
 
@@ -125,7 +125,7 @@ class Verification:
         return replace(self, quantized_only=quantized_only, kl_ratio=ratio)
 
 
-class ShakenParts:
+class ShakenParts(ChangedParts):
     """A network's tensors with random errors.
 
     Args:
@@ -134,20 +134,8 @@ class ShakenParts:
     """
 
     def __init__(self, parts: Parts, size: float):
-        self._parts, self._size = parts, size
-        self._key = mx.random.key(0)
-
-    def embedding(self) -> Arrays:
-        """Read the embedding."""
-        return self._shake(self._parts.embedding())
-
-    def layer(self, layer: int) -> Arrays:
-        """Read one layer."""
-        return self._shake(self._parts.layer(layer))
-
-    def head(self) -> Arrays:
-        """Read the final norm and the head."""
-        return self._shake(self._parts.head())
+        super().__init__(parts, self._shake)
+        self._size, self._key = size, mx.random.key(0)
 
     def _shake(self, tensors: Arrays) -> Arrays:
         return {name: array * (1 + self._draw(array)) for name, array in tensors.items()}

@@ -170,10 +170,17 @@ def plot_curves(
         labels: what ``Axes.set`` takes: "xlabel", "ylabel", "yscale", "xticks".
     """
     with open_panels(file, look, [8.0], 5.0) as (_, (axes,)):
-        for i, (name, curve) in enumerate(curves.items()):
-            axes.plot([*curve], [*curve.values()], label=quote(name), **_distinguish(i, look))
-        axes.set(**labels)
-        axes.grid()
+        draw_curves(axes, curves, look, **labels)
+
+
+def draw_curves(
+    axes: "Axes", curves: Mapping[str, Mapping[float, float]], look: Look, **labels: Any
+) -> None:
+    """Draw curves into a panel; the arguments are those of ``plot_curves``."""
+    for i, (name, curve) in enumerate(curves.items()):
+        axes.plot([*curve], [*curve.values()], label=quote(name), **_distinguish(i, look))
+    axes.set(**labels)
+    axes.grid()
 
 
 def _distinguish(i: int, look: Look) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A network's tensors, a part at a time: what gives them, and how modules take them."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -66,6 +66,30 @@ class Parts(Protocol):
     def embedding(self) -> Arrays: ...
     def layer(self, layer: int) -> Arrays: ...
     def head(self) -> Arrays: ...
+
+
+class ChangedParts:
+    """A network's tensors, changed as they are read.
+
+    Args:
+        parts: the tensors.
+        change: makes the tensors of one part of those that it is given.
+    """
+
+    def __init__(self, parts: Parts, change: Callable[[Arrays], Arrays]):
+        self._parts, self._change = parts, change
+
+    def embedding(self) -> Arrays:
+        """Return the embedding, changed."""
+        return self._change(self._parts.embedding())
+
+    def layer(self, layer: int) -> Arrays:
+        """Return the tensors of a layer, changed."""
+        return self._change(self._parts.layer(layer))
+
+    def head(self) -> Arrays:
+        """Return the final norm and the head, changed."""
+        return self._change(self._parts.head())
 
 
 class Merged(Parts, Protocol):

@@ -30,7 +30,7 @@ from ..network.driver import (
 )
 from ..network.model import Block, Model, Stream
 from ..network.names import EMBEDDING, EXPERTS, FINAL_NORM, HEAD, module_path
-from ..network.parts import Merged, Parts, replace_at
+from ..network.parts import ChangedParts, Merged, Parts, replace_at
 from ..progress import Steps, tell_part
 from .fitting import Moments, fit_weight, to_float64
 from .formats import Packed
@@ -53,23 +53,12 @@ OVERFLOWS = (
 Arrays = dict[str, mx.array]
 
 
-class NearestParts:
+class NearestParts(ChangedParts):
     """Dense tensors in a layout's formats, each weight rounded to nearest."""
 
     def __init__(self, dense: Parts, layout: Layout):
-        self._dense, self._layout = dense, layout
-
-    def embedding(self) -> Arrays:
-        """Return the embedding, rounded."""
-        return self._pack(self._dense.embedding())
-
-    def layer(self, layer: int) -> Arrays:
-        """Return the tensors of a layer, its matrices rounded."""
-        return self._pack(self._dense.layer(layer))
-
-    def head(self) -> Arrays:
-        """Return the final norm and the head, rounded."""
-        return self._pack(self._dense.head())
+        super().__init__(dense, self._pack)
+        self._layout = layout
 
     def _pack(self, tensors: Mapping[str, mx.array]) -> Arrays:
         out: Arrays = {}

@@ -60,6 +60,11 @@ def load(folder: Path, rows: int = 264) -> guarded.GuardedTokenizer:
 # What a file of a few kilobytes does to a text
 
 
+def convert_to(out: Path, model: Path, stock: bool) -> None:
+    """Convert a model into one of mlx-lm's own network, or into one of ours."""
+    convert(model, out, verify=False, remove="none" if stock else "auto", skipless=not stock)
+
+
 def replace_(pattern: str, content: str, kind: str = "String") -> dict[str, Any]:
     return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
 
@@ -401,13 +406,7 @@ def test_a_result_of_a_holed_tokenizer_runs_in_mlx_lm(model: Path, tmp_path: Pat
     edit(model / "tokenizer.json", lambda c: c["model"]["vocab"].update({"zz": 260, "yy": 261}))
     edit(model / "tokenizer.json", lambda c: c["model"]["vocab"].pop("b"))
     before = AutoTokenizer.from_pretrained(model)
-    convert(
-        model,
-        tmp_path / "out",
-        verify=False,
-        remove="none" if stock else "auto",
-        skipless=not stock,
-    )
+    convert_to(tmp_path / "out", model, stock)
     tokenizer = mlx_lm.utils.load_tokenizer(tmp_path / "out")
     assert {
         t: i for t, i in tokenizer.get_vocab().items() if "unnamed" not in t
@@ -546,13 +545,7 @@ def test_a_broken_tekken_file_is_refused(model: Path, changes: dict[str, Any]):
 def test_all_chat_templates_are_carried(model: Path, tmp_path: Path, stock: bool):
     (model / "additional_chat_templates").mkdir()
     (model / "additional_chat_templates" / "tool_use.jinja").write_text("tools {{ tools }}")
-    convert(
-        model,
-        tmp_path / "out",
-        verify=False,
-        remove="none" if stock else "auto",
-        skipless=not stock,
-    )
+    convert_to(tmp_path / "out", model, stock)
     found = AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
     assert found == {"default": CHAT_TEMPLATE, "tool_use": "tools {{ tools }}"}
 
@@ -561,13 +554,7 @@ def test_all_chat_templates_are_carried(model: Path, tmp_path: Path, stock: bool
 def test_a_processors_chat_template_serves_its_tokenizer(model: Path, tmp_path: Path, stock: bool):
     (model / "chat_template.jinja").unlink()
     (model / "chat_template.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
-    convert(
-        model,
-        tmp_path / "out",
-        verify=False,
-        remove="none" if stock else "auto",
-        skipless=not stock,
-    )
+    convert_to(tmp_path / "out", model, stock)
     messages = [{"role": "user", "content": "hi"}]
     tokenizer = mlx_lm.utils.load_tokenizer(tmp_path / "out")
     assert tokenizer.apply_chat_template(messages, tokenize=False) == "<s>user: hi\n"
