@@ -102,7 +102,7 @@ def test_functions_know_a_home_too(at_home: Path) -> None:
 
 
 SOURCES = ["~/{}", "{home}/{}", "../home/{}", "{home}/x/../{}"]
-FLAGS = ["--remove qp", "-q", "--skipless", "--drop-attention 1"]
+FLAGS = ["--remove qp", "-q --q-group-size 32", "--skipless", "--drop-attention 1"]
 NAMED = [("~/{}", "llama", ""), ("{home}/{}", "m", ""), ("../home/{}", "llama", "--skipless")]
 
 
