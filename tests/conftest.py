@@ -49,13 +49,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Begin with tests of the whole product, the longest; leave out what is thorough.
-
-    The chat's tests come last: a process that ran them and hundreds of others has crashed in MLX's
-    or Python's memory at a later test, for a reason that is not known yet.
-    """
+    """Begin with tests of the whole product, the longest; leave out what is thorough."""
     items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
-    items.sort(key=lambda item: item.path.name == "test_chat.py")
     if config.getoption("--thorough"):
         return
     kept, left = [], []

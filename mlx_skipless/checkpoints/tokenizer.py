@@ -187,11 +187,11 @@ def load_tokenizer(
             wrapper = mlx_lm.utils.load_tokenizer(
                 ready, options, eos_token_ids=config.get("eos_token_id")
             )
-        return GuardedTokenizer(wrapper, called, _count_rows(config))
+        return GuardedTokenizer(wrapper, called, count_embeddings(config))
 
 
-def _count_rows(config: Mapping[str, Any]) -> int | None:
-    """The number of embeddings that a config.json tells; None if it tells none."""
+def count_embeddings(config: Mapping[str, Any]) -> int | None:
+    """Read from a model's config how many embeddings it has; None where it is silent."""
     text = config.get("text_config")
     for part in (config, text if isinstance(text, Mapping) else {}):
         if type(part.get("vocab_size")) is int:

@@ -21,7 +21,7 @@ from ..network.parts import dtype_name
 from .caches import cut_prompt, make_cache, make_draft_caches, make_sliding_cache
 from .context import find_context, limit_answer
 from .loading import load
-from .prompts import encode_prompt
+from .prompts import check_ids, encode_prompt
 from .sampling import check_options, make_samplers
 
 DRAFTS = 3  # tokens that a draft model proposes at a time
@@ -186,8 +186,7 @@ def stream(
     """
     check_options(max_tokens=max_tokens, seed=seed, **choice)
     ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
-    if not ids:
-        raise UserError("the prompt is empty: give at least one token")
+    check_ids(model, ids)
     tokens = len(ids) + max_tokens
     if draft_model is None:
         cache, ids = _choose_cache(model, ids, prompt_cache, tokens, max_kv_size, kv_bits)

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..checkpoints.tokenizer import count_embeddings
 from ..errors import UserError, first_line
 from ..text.corpus import PLAIN_TEMPLATE
 
@@ -55,6 +57,24 @@ def encode_prompt(
     return list(
         tokenizer.encode(text, add_special_tokens=start is None or not text.startswith(start))
     )
+
+
+def check_ids(model: nn.Module, ids: Sequence[int]) -> None:
+    """Raise a UserError for token ids that are none, or have no embedding in a model.
+
+    MLX reads before and past an embedding's rows without a word.
+    """
+    if not ids:
+        raise UserError("the prompt is empty: give at least one token")
+    args = getattr(model, "args", None)
+    rows = count_embeddings(vars(args)) if hasattr(args, "__dict__") else None
+    for token in ids:
+        if token < 0 or (rows is not None and token >= rows):
+            known = "" if rows is None else f" ({rows:,} tokens)"
+            raise UserError(
+                f"token {token} of the prompt is not in the model's vocabulary{known}: encode the "
+                "prompt with the model's own tokenizer"
+            )
 
 
 def check_text(text: str) -> None:

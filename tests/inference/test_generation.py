@@ -270,6 +270,18 @@ def test_an_empty_prompt_is_refused(llama: Loaded, prompt: str | list[int]):
         generation.stream(*llama, prompt)
 
 
+@pytest.mark.parametrize("token", [-1, -264, 264, 10**7])
+@pytest.mark.parametrize("kind", ["llama", "sliding"])
+def test_tokens_without_an_embedding_are_refused(
+    kind: str, token: int, request: pytest.FixtureRequest
+) -> None:
+    """Of mlx-lm's own network and of one of ours; its last token has one."""
+    loaded = request.getfixturevalue(kind)
+    with pytest.raises(UserError, match=rf"token {token} .* not in .* \(264 tokens\)"):
+        generation.stream(*loaded, [5, token, 5], max_tokens=1)
+    assert len([*generation.stream(*loaded, [5, 263, 5], max_tokens=1)]) == 1
+
+
 def test_text_that_is_not_unicode_is_refused(llama: Loaded):
     with pytest.raises(UserError, match="not valid Unicode at character 2"):
         generation.stream(*llama, "ab\udc80")

@@ -58,8 +58,8 @@ def test_a_repetition_penalty(llama: Loaded) -> None:
     """The last 20 tokens, the prompt's too, are divided or multiplied by it; 1 is off."""
     assert tokens(llama, repetition_penalty=1.0) == tokens(llama)
     (process,) = sampling.make_samplers(repetition_penalty=2.0)["logits_processors"]
-    logits = process(mx.array([3, *range(100, 119), 1]), mx.array([[1.0, 4.0, -2.0, 8.0]]))
-    assert logits[0, :3].tolist() == [1.0, 2.0, -2.0] and logits[0, 3].item() == 8.0
+    scores = mx.array([[1.0, 4.0, -2.0, 8.0, -3.0]])
+    assert process(mx.array([3, *[4] * 19, 1]), scores).tolist() == [[1.0, 2.0, -2.0, 8.0, -6.0]]
     said = PROMPT + tokens(llama, repetition_penalty=1e6)
     assert all(said[at] not in said[at - 20 : at] for at in range(len(PROMPT), len(said)))
 
