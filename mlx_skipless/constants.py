@@ -4,6 +4,7 @@ Imports no library, so that a command's help does not wait for MLX.
 """
 
 import re
+from pathlib import Path
 
 REMOVALS = ("auto", "qp", "kp", "vp", "q", "k", "v", "p", "none")
 FLOAT_NAMES = ("float16", "bfloat16", "float32")
@@ -14,4 +15,5 @@ MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "nvfp4": ((16,), (4,)),
     "mxfp8": ((32,), (8,)),
 }
+BUNDLED = Path(__file__).parent / "assets" / "tales"  # a source checkpoint that tells tales
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

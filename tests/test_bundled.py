@@ -15,8 +15,8 @@ import pytest
 from grids import only
 
 import mlx_skipless
+from mlx_skipless.constants import BUNDLED
 from mlx_skipless.inference import generation, prompts
-from mlx_skipless.inference.loading import BUNDLED
 from mlx_skipless.text import samples
 
 ROOT = Path(__file__).resolve().parent.parent

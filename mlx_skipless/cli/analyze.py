@@ -13,7 +13,7 @@ EXAMPLES = (
     ("SRC", "weights, condition numbers, and what each sub-layer is worth"),
     ("mistralai/Mistral-7B-v0.1 --config-only", "what needs no weights"),
     (
-        "SRC --calibration notes.txt --plot analysis.png --json analysis.json",
+        "SRC --calibration notes.txt --plot analysis.png",
         "on text of yours, drawn and in numbers",
     ),
 )

@@ -17,7 +17,7 @@ EXAMPLES = (
     ),
     ("--synthetic mistral-7b --prompt-lengths", "bytes alone, at once"),
     (
-        "OUT --contexts 1024 16384 --batch-sizes 1 8 --markdown speed.md",
+        "OUT --contexts 1024 --batch-sizes 1 8 --markdown speed.md",
         "decoding behind long contexts, in batches",
     ),
 )

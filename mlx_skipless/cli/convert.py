@@ -19,11 +19,11 @@ EXAMPLES = (
         "remove what pays, then quantize to 4 bits against the model's own text",
     ),
     (
-        "--model SRC --mlx-path OUT --target-bytes 4GB --calibration notes.txt",
+        "--model SRC --target-bytes 4GB --calibration notes.txt",
         "the best model of 4 GB for such text",
     ),
     (
-        "--model SRC --mlx-path OUT --drop-attention auto --max-loss 1%",
+        "--model SRC --drop-attention auto --max-loss 1%",
         "a pretrained model without the attentions that it hardly needs",
     ),
     (

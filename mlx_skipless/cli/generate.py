@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=256, help="per answer (default: 256)")
     sampling = parser.add_argument_group(
         "sampling",
-        "In a chat, what generation_config.json recommends is taken where a flag is not given.",
+        "A chat takes what generation_config.json recommends where no flag is given.",
     )
     sampling.add_argument(
         "--temp", type=float, help="temperature (default: 0, greedy; of an unasked tale 0.8)"

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..constants import BUNDLED
 from ..errors import UserError
 from ..options import expand_path, flag_name
 
@@ -20,7 +21,8 @@ FIGURES = (".png", ".pdf", ".svg")  # lie in a folder without being a part of wh
 def check_overwriting(options: Mapping[str, Any]) -> None:
     """Check that no file to be written is one that the command reads, or lies in a folder of them.
 
-    A new file may be made in such a folder, and a figure drawn again there.
+    A new file may be made in such a folder, and a figure drawn again there. The bundled model and
+    the Hub's cache are always read.
 
     Raises:
         UserError: if one is.
@@ -30,13 +32,20 @@ def check_overwriting(options: Mapping[str, Any]) -> None:
         given = options.get(name)
         if given is None or not (path := expand_path(given)).is_file():
             continue
-        for source in read:
+        for source in (*read, BUNDLED, _find_cache()):
             if _is_part(path, source):
                 raise UserError(
-                    f"{flag_name(name)} {given}: is read as a part of {source}, give another file"
+                    f"{flag_name(name)} {given}: is a part of {source}, which is read"
                     if source.is_dir()
                     else f"{flag_name(name)} {given}: is a file that is read, give another one"
                 )
+
+
+def _find_cache() -> Path:
+    """Where huggingface_hub keeps what it downloads; not there before the first download."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
 
 
 def _name_inputs(options: Mapping[str, Any]) -> Iterator[str]:

@@ -18,8 +18,8 @@ from ..checkpoints.checkpoint import open_checkpoint
 from ..checkpoints.guarded import GuardedTokenizer
 from ..checkpoints.tokenizer import carry_tokenizer, load_tokenizer
 from ..checkpoints.writer import SHARD_BYTES, Writer, check_free
+from ..constants import BUNDLED
 from ..errors import UserError
-from ..inference.loading import BUNDLED
 from ..memory import machine_memory_bytes, peak_memory_bytes
 from ..network import model as model_module
 from ..network.driver import RESIDENT_BYTES, Driver, StreamedNetwork

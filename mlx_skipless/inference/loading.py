@@ -32,7 +32,6 @@ from .context import read_context
 
 MOST_SAID = 300  # characters of a library's error
 QUANTIZATION_KEYS = ("quantization", "quantization_config")
-BUNDLED = Path(__file__).parents[1] / "assets" / "tales"  # a source checkpoint that tells tales
 
 
 def load(

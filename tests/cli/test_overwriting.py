@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from mlx_skipless import cli
+from mlx_skipless.cli import overwriting
 
 BEFORE = b"before"
 REFUSED = [
@@ -38,6 +39,11 @@ REFUSED = [
     "train --data n -c t.txt --json t.txt",
     "train --resume --mlx-path m --json m/config.json",
     "heal --model n --teacher m --json m/config.json",
+    "convert --json tales/config.json",
+    "generate --prompt hi --json tales/config.json",
+    "convert --model owner/name --json hub/snapshot/config.json",
+    "bench owner/name --json hub/blob",
+    "heal --model n --teacher owner/name --json hub/blob",
 ]
 ALLOWED = [
     "convert --model m --json m/new.json",
@@ -55,12 +61,16 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """A model, links to it and into it, and a folder of links as the Hub's cache has them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    for folder in ("m", "n", "cached"):
-        Path(folder).mkdir()
+    monkeypatch.setattr(overwriting, "BUNDLED", tmp_path / "tales")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for folder in ("m", "n", "cached", "tales", "hub/snapshot"):
+        Path(folder).mkdir(parents=True)
     made = ["m/config.json", "m/README.md", "m/old.png", "m.gguf", "t.txt", "other.json", "blob"]
+    made += ["tales/config.json", "hub/blob"]
     for name in made:
         Path(name).write_bytes(BEFORE)
     links = {"link": "m", "linked.json": "m/config.json", "cached/config.json": "../blob"}
+    links["hub/snapshot/config.json"] = "../blob"
     for name, target in {**links, "linked.png": "t.txt"}.items():
         os.symlink(target, name)
     return [Path(name) for name in made]

@@ -17,10 +17,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load as load_stock
 
 from mlx_skipless import cli
+from mlx_skipless.constants import BUNDLED
 from mlx_skipless.errors import UserError
 from mlx_skipless.evaluation import benchmark
 from mlx_skipless.inference import caches, chat, context, generation
-from mlx_skipless.inference.loading import BUNDLED, load
+from mlx_skipless.inference.loading import load
 
 Loaded = tuple[nn.Module, TokenizerWrapper]
 PROMPT = list(b"The quick brown fox jumps over the lazy dog.")  # 44 tokens

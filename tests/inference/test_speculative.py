@@ -15,10 +15,10 @@ from mlx_lm.models.cache import QuantizedKVCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_skipless import cli, load
+from mlx_skipless.constants import BUNDLED
 from mlx_skipless.conversion.convert import convert
 from mlx_skipless.errors import UserError
 from mlx_skipless.inference import generation
-from mlx_skipless.inference.loading import BUNDLED
 
 PROMPT = list(b"Once upon a time")  # of the small models bytes, of the bundled one some words
 EXACT = ("tales", "kp", "table", "parallel")  # the same function as their sources
