@@ -270,7 +270,18 @@ QUANTIZED: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "options"), each_trait(ARCHITECTURES, QUANTIZED), ids=str)
+def shown_by(case: tuple[str, dict[str, Any]]) -> set[Any]:
+    """Bits are chosen and scales trained of matrices, whatever norms and blocks stand around."""
+    name, options = case
+    shown = traits(name)
+    if {"target_bytes", "distill"} & {*options}:
+        shown = {trait for trait in shown if trait.startswith(("num_local", "fused"))}
+    return {name, *((trait, str(options)) for trait in shown)}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), thin([*itertools.product(ARCHITECTURES, QUANTIZED)], shown_by), ids=str
+)
 def test_quantized(
     name: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
