@@ -32,9 +32,9 @@ def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stripped(hugging_face: Path):
+def stripped():
     """The skipless network of it, its gains folded by hand, in float64."""
-    checkpoint = open_checkpoint(hugging_face)
+    checkpoint = open_checkpoint(FOUND[0])
     arrays = checkpoint.read(checkpoint.store.shapes)
     weights = {name: np.array(array).astype(np.float64) for name, array in arrays.items()}
     for layer in range(30):
@@ -60,17 +60,18 @@ def check_report(report: Report) -> None:
     assert any("NOT a language model" in warning for warning in report.warnings)
 
 
-@pytest.mark.parametrize("source", only(["gguf"], ["gguf", "hugging face"]))
-def test_without_p(source: str, hugging_face: Path, stripped, tmp_path: Path) -> None:
-    """P merges without an inverse: float32 agrees to 1e-3."""
-    model = FOUND[0] if source == "gguf" else hugging_face
+@pytest.mark.parametrize("source", only(["gguf"], ["gguf", "gguf, checked", "hugging face"]))
+def test_without_p(source: str, stripped, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """P merges without an inverse: float32 agrees to 1e-3, here and by the conversion's check."""
+    model = FOUND[0] if "gguf" in source else request.getfixturevalue("hugging_face")
     report = mlx_skipless.convert(
         model, tmp_path / "out", skipless=True, remove="p", dtype="float32",
-        verify=source == "gguf",
+        verify="checked" in source,
     )  # fmt: skip
     check_report(report)
     assert report.removed == {"p": list(range(30))}
     assert report.params_before - report.params_after == 30 * 576**2
+    assert (report.verification is not None) == ("checked" in source)
     if report.verification is not None:
         assert report.verification.max_rel_logit_error <= 1e-3
     assert reference.worst_relative_error(stripped[2], run(tmp_path / "out")) <= 1e-3

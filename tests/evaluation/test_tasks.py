@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +120,16 @@ def test_without_lm_eval_one_line_says_how_to_get_it(
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of tasks: how likely is each answer after its question?"""
+def folder(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[Path]:
+    """A folder of tasks: how likely is each answer after its question?
+
+    The thousands of tasks that lm-eval brings take seconds to read, and only thorough tests do.
+    """
     pytest.importorskip("lm_eval")
+    from lm_eval.tasks import TaskManager
+
+    from mlx_skipless.evaluation import harness
+
     folder = tmp_path_factory.mktemp("tasks")
     for name, numbers in (("test", range(QUESTIONS)), ("train", [SHOWN])):
         lines = [json.dumps({"question": f"{i}?", "answer": ANSWERS[i % 4]}) for i in numbers]
@@ -141,7 +150,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             metric_list: [{{metric: perplexity, aggregation: mean, higher_is_better: true}}]
             """
         )
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        if not pytestconfig.getoption("--thorough"):
+            patch.setattr(harness, "TaskManager", partial(TaskManager, include_defaults=False))
+        yield folder
 
 
 def log_likelihoods(folder: Path, network: tuple[Any, Any], shots: int, chat: bool) -> np.ndarray:

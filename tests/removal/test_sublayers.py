@@ -204,9 +204,10 @@ def test_auto_stops_before_the_limit(max_loss: float, tmp_path: Path) -> None:
 def test_the_limit_is_of_the_whole_loss(tmp_path: Path) -> None:
     """Not of each drop's share of it."""
     made(tmp_path)
-    network = opened(tmp_path)
-    spoken = opened(tmp_path, resident=True)
-    tokens = samples.sample_text(spoken, 16, 64, seed=0, start=None)  # so that drops cost something
+    network = opened(tmp_path, resident=True)
+    tokens = samples.sample_text(
+        network, 16, 64, seed=0, start=None
+    )  # so that drops cost something
     wishes = [Wish("attention", None)]
     _, steps = sublayers.choose_drops(network, tokens, wishes, greedy=False, max_loss=10.0)
     path = [step.loss for step in steps]
