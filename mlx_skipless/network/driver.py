@@ -16,7 +16,7 @@ Nothing here may know an architecture, but for ``StreamedNetwork``: our own netw
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from ..progress import Steps
 from .magnitudes import Watch
 from .model import Block, Model, ModelArgs, Stream, take_stream
-from .names import EMBEDDING, FINAL_NORM, HEAD
+from .names import EMBEDDING, FINAL_NORM, HEAD, SUBLAYERS
 from .parts import Arrays, Parts, replace_at, unpack
 
 RESIDENT_BYTES = 2 << 30  # of float32 weights that may stay in memory
@@ -76,7 +76,8 @@ class _StandIn(nn.Module):
 class Driver:
     """Runs a model, or any single layer of it, inside the model's own forward.
 
-    ``embed``, ``run`` and ``logits`` need layers that return a ``Stream``.
+    ``embed``, ``run`` and ``logits`` need layers that return a ``Stream``; ``without`` and what
+    follows it need a subclass that knows them.
 
     Args:
         model: a model of mlx-lm, or one made like them. Its layers are replaced by stand-ins.
@@ -85,7 +86,10 @@ class Driver:
     Attributes:
         model: that model, with stand-ins as layers.
         paths: each layer's module path in the model.
+        parallel: whether the attention and the FFN of a block read the same stream.
     """
+
+    parallel = False
 
     def __init__(self, model: Any, *, resident: bool = True):
         self.model, self.resident = model, resident
@@ -111,6 +115,24 @@ class Driver:
 
     def release(self) -> None:
         """Let go what ``load_embedding`` and ``load_head`` loaded; a later call loads it again."""
+
+    def without(self, layer: int, block: nn.Module, kinds: Collection[str]) -> nn.Module:
+        """Return a block without its "attention", its "ffn" or both; the weights are shared."""
+        raise NotImplementedError
+
+    def count_weights(self, layer: int, kind: str) -> int:
+        """Count the weights of a layer's "attention" or "ffn"."""
+        raise NotImplementedError
+
+    @property
+    def vocabulary(self) -> int:
+        """How many logits there are."""
+        raise NotImplementedError
+
+    @property
+    def context(self) -> int | None:
+        """How many tokens in a row the model was made for; None where nothing says so."""
+        return getattr(self.model, "context", None)
 
     # What all share.
 
@@ -265,6 +287,31 @@ class StreamedNetwork(Driver):
             self._fill(self.parts.head(), (FINAL_NORM, HEAD))
             self._loaded.add("head")
 
+    @property
+    def parallel(self) -> bool:  # type: ignore[override]
+        """Whether the attention and the FFN of a block read the same stream."""
+        return self.args.block == "parallel"
+
+    def without(self, layer: int, block: nn.Module, kinds: Collection[str]) -> nn.Module:
+        """Return a block without its "attention", its "ffn" or both; the weights are shared."""
+        for kind in kinds:
+            block = replace_at(block, SUBLAYERS[kind], None)
+        return block
+
+    def count_weights(self, layer: int, kind: str) -> int:
+        """Count the weights of a layer's "attention" or "ffn"."""
+        return count_weights(self.args, kind)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many logits there are."""
+        return self.args.vocab_size
+
+    @property
+    def context(self) -> int | None:
+        """How many tokens in a row the model was made for; None where nothing says so."""
+        return self.args.max_position_embeddings
+
     def release(self) -> None:
         """Let go the embedding, the final norm and the head, unless layers are kept as well."""
         if self._loaded and not self.resident:
@@ -278,6 +325,15 @@ class StreamedNetwork(Driver):
             module = dict(self.model.named_modules()).get(path)
             if module is not None:
                 module.load_weights([(n.removeprefix(f"{path}."), a) for n, a in own.items()])
+
+
+def count_weights(args: ModelArgs, kind: str) -> int:
+    """Count the weights of the matrices of an "attention" or "ffn"."""
+    if kind == "attention":
+        query, key = args.num_attention_heads, args.num_key_value_heads
+        return 2 * args.hidden_size * (query + key) * args.head_dim
+    experts = max(args.num_local_experts, 1)
+    return (3 if args.gated else 2) * experts * args.hidden_size * args.intermediate_size
 
 
 def load_block(

@@ -5,7 +5,7 @@ and says what is gone, by the names that mlx-lm's blocks have for their parts:
 ``"dropped_sublayers": {"self_attn": [3, 5], "mlp": [2]}``.
 """
 
-from functools import cache as remember
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -27,7 +27,7 @@ class ModelArgs:
         return cls(config)
 
 
-def Model(args: ModelArgs) -> nn.Module:  # noqa: N802  (mlx-lm calls what has this name)
+def Model(args: ModelArgs) -> nn.Module:
     """Build the network of a config, without the sub-layers that it says are gone."""
     kind, kind_args = _get_classes(args.config)
     model = kind(kind_args.from_dict(args.config))
@@ -77,6 +77,6 @@ class _StaysDense:
         return self
 
 
-@remember
-def _make_dense(kind: type) -> type:
+@lru_cache
+def _make_dense(kind: Any) -> type:
     return type(kind.__name__, (_StaysDense, kind), {})  # caches are saved by their class's name
