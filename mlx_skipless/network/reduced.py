@@ -31,10 +31,15 @@ def Model(args: ModelArgs) -> nn.Module:
     """Build the network of a config, without the sub-layers that it says are gone."""
     kind, kind_args = _get_classes(args.config)
     model = kind(kind_args.from_dict(args.config))
-    for part, layers in args.config[DROPPED].items():
+    drop(model, args.config[DROPPED])
+    return model
+
+
+def drop(model: nn.Module, dropped: dict[str, list[int]]) -> None:
+    """Take sub-layers out of a network, in place: layers by the name that their blocks have."""
+    for part, layers in dropped.items():
         for layer in layers:
             setattr(model.layers[layer], part, Dropped(model.layers[layer][part]))
-    return model
 
 
 class Dropped(nn.Module):
@@ -62,7 +67,7 @@ class Dropped(nn.Module):
 def _count_tokens(cache: Any, x: mx.array) -> None:
     if hasattr(cache, "update_and_fetch"):
         if not isinstance(cache, _StaysDense) and hasattr(cache, "to_quantized"):
-            cache.__class__ = _make_dense(type(cache))
+            cache.__class__ = _make_dense(type(cache))  # type: ignore[arg-type]
         width = getattr(cache, "group_size", 1)  # a quantized cache takes whole groups
         zeros = mx.zeros((x.shape[0], 1, x.shape[1], width), dtype=x.dtype)
         cache.update_and_fetch(zeros, zeros)
