@@ -10,6 +10,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,12 @@ from mlx_lm.models.cache import (
     save_prompt_cache,
     trim_prompt_cache,
 )
+from mlx.utils import tree_unflatten
 from mlx_lm.utils import load_model, save_model
+from zoo import make_model
 
 from mlx_skipless.network import reduced
+from mlx_skipless.network.stock import StockNetwork, Sublayers
 
 TOKENS = np.random.default_rng(0).integers(0, 264, 20)
 LONG, SHORT = TOKENS[:13].tolist(), TOKENS[13:18].tolist()
@@ -43,8 +47,9 @@ class Zeroed(nn.Module):
         super().__init__()
         self.inner = inner
 
-    def __call__(self, *args: Any, **options: Any) -> mx.array:
-        return self.inner(*args, **options) * 0
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        out = self.inner(*args, **options)
+        return (out[0] * 0, *out[1:]) if isinstance(out, tuple) else out * 0
 
     def __getattr__(self, name: str) -> Any:
         if name in self or "inner" not in self:
@@ -124,19 +129,21 @@ WAYS: dict[str, Callable[[nn.Module], mx.array]] = {
 
 
 @contextmanager
-def replaced(
-    model: nn.Module, layer: int, parts: Sequence[str], wrap: Callable[[Any], Any]
+def lacking(
+    model: nn.Module, layer: int, kind: str, own: Sublayers, wrap: Callable[..., Any] | None = None
 ) -> Iterator[None]:
-    """Let a network have other modules in the place of some parts of a layer."""
+    """Let a network lack a sub-layer for a while, or have each part of it wrapped."""
     block = model.layers[layer]
-    own = {part: block[part] for part in parts}
-    for part in parts:
-        setattr(block, part, wrap(own[part]))
+    parts = {path: dict(block.named_modules())[path] for path in own.parts[kind]}
+    for path, part in parts.items():
+        if wrap is None:
+            reduced.drop_part(block, path, own.handed.get(path, ()))
+        else:
+            block.update_modules(tree_unflatten([(path, wrap(part))]))
     try:
         yield
     finally:
-        for part in parts:
-            setattr(block, part, own[part])
+        block.update_modules(tree_unflatten([*parts.items()]))
 
 
 def differ(one: mx.array, other: mx.array) -> float:
@@ -146,44 +153,73 @@ def differ(one: mx.array, other: mx.array) -> float:
     return float(mx.abs(one - other).max())
 
 
-def compare(model: nn.Module, way: str, layer: int, parts: Sequence[str]) -> tuple[float, float]:
-    """Drop parts of a layer.
+@dataclass
+class Case:
+    """A network of which a sub-layer is dropped.
 
-    Returns:
-        how far that is from the parts' output times zero, and from the whole network.
-
-    Raises:
-        Cannot: if the whole network does not run in this way.
+    Args:
+        model: the network.
+        config: its config.
+        sublayers: its own, as `StockNetwork` finds them.
     """
-    try:
-        whole = WAYS[way](model)
-        mx.eval(whole)
-    except Exception as error:
-        raise Cannot from error
-    with replaced(model, layer, parts, Zeroed):
-        expected = WAYS[way](model)
-        mx.eval(expected)
-    with replaced(model, layer, parts, reduced.Dropped):
-        found = WAYS[way](model)
-    return differ(expected, found), differ(expected, whole)
+
+    model: nn.Module
+    config: dict[str, Any]
+    sublayers: Sequence[Sublayers]
+
+    def __post_init__(self) -> None:
+        self._whole: dict[str, mx.array] = {}
+        self._zeroed: dict[tuple[str, int, str], mx.array] = {}
+
+    def run_whole(self, way: str) -> mx.array:
+        """Run the whole network; raise Cannot if it does not run in this way."""
+        if way not in self._whole:
+            try:
+                self._whole[way] = WAYS[way](self.model)
+                mx.eval(self._whole[way])
+            except Exception as error:
+                raise Cannot(str(error)) from error
+        return self._whole[way]
+
+    def run_zeroed(self, way: str, layer: int, kind: str) -> mx.array:
+        """Run the network with the sub-layer's output times zero."""
+        key = way, layer, kind
+        if key not in self._zeroed:
+            with lacking(self.model, layer, kind, self.sublayers[layer], Zeroed):
+                self._zeroed[key] = WAYS[way](self.model)
+                mx.eval(self._zeroed[key])
+        return self._zeroed[key]
+
+    def compare(self, way: str, layer: int, kind: str) -> float:
+        """How far the network without the sub-layer is from that with its output times zero."""
+        self.run_whole(way)
+        with lacking(self.model, layer, kind, self.sublayers[layer]):
+            return differ(self.run_zeroed(way, layer, kind), WAYS[way](self.model))
+
+    def compare_saved(self, folder: Path, layer: int, kind: str) -> float:
+        """The same once written as `convert` does and loaded by mlx-lm alone."""
+        own = self.sublayers[layer]
+        with lacking(self.model, layer, kind, own):
+            save_model(folder, self.model)
+        entries = {
+            reduced.DROPPED: {path: [layer] for path in own.parts[kind]},
+            reduced.OUTPUTS: {path: own.handed[path] for path in own.handed},
+            "model_file": "model.py",
+        }
+        (folder / "config.json").write_text(json.dumps(self.config | entries))
+        (folder / "model.py").write_text(Path(str(reduced.__file__)).read_text())
+        loaded = load_model(folder, trust_remote_code=True)[0]
+        return differ(self.run_zeroed("chunks", layer, kind), run_chunks(loaded))
 
 
-def save_without(
-    folder: Path, model: nn.Module, config: dict[str, Any], layer: int, parts: Sequence[str]
-) -> None:
-    """Write a network without parts of a layer as `convert` does: with its code, for mlx-lm."""
-    with replaced(model, layer, parts, reduced.Dropped):
-        save_model(folder, model)
-    entries = {reduced.DROPPED: {part: [layer] for part in parts}, "model_file": "model.py"}
-    (folder / "config.json").write_text(json.dumps(config | entries))
-    (folder / "model.py").write_text(Path(str(reduced.__file__)).read_text())
+def open_case(folder: Path, model_type: str, *, packed: bool = False) -> Case:
+    """Make a random network of a type; of 4 bits where that is asked for."""
+    config = make_model(folder, model_type)
+    model = load_model(folder)[0]
+    if packed:
+        nn.quantize(model, 32, 4, class_predicate=_can_pack)
+    return Case(model, config, StockNetwork(lambda: load_model(folder, lazy=True)[0]).sublayers)
 
 
-def compare_saved(
-    folder: Path, model: nn.Module, config: dict[str, Any], layer: int, parts: Sequence[str]
-) -> float:
-    """How far a network is that mlx-lm loads without parts of a layer from their times zero."""
-    save_without(folder, model, config, layer, parts)
-    loaded = load_model(folder, trust_remote_code=True)[0]
-    with replaced(model, layer, parts, Zeroed):
-        return differ(run_chunks(model), run_chunks(loaded))
+def _can_pack(path: str, module: nn.Module) -> bool:
+    return hasattr(module, "to_quantized") and module.weight.shape[-1] % 32 == 0
