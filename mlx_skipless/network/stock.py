@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_reduce
 from mlx_lm.models.cache import make_prompt_cache
 
 from .driver import Changes, Driver, Recorder, _Reached
@@ -215,7 +215,9 @@ class _Met:
         ]
         self._spies: dict[str, _Spy] = {}
         self._block: Any = block
-        for path in sorted(paths, key=lambda path: (-path.count("."), path)):  # the inner ones first
+        for path in sorted(
+            paths, key=lambda path: (-path.count("."), path)
+        ):  # the inner ones first
             self._spies[path] = _Spy(_find_part(self._block, path))
             self._block = replace_at(self._block, path, self._spies[path])
 
@@ -281,8 +283,9 @@ class _Trial:
         )
         self._handed: dict[str, list[Any]] = {}
         for path, spy in (item for one in met for item in one.parts.items() if item[1].more):
-            known = self._handed.setdefault(path, [None] * len(spy.more))
-            self._handed[path] = [a if b is None else b for a, b in zip(known, spy.handed)]
+            known = self._handed.get(path) or [None] * len(spy.more)
+            both = zip(known, spy.handed, strict=True)
+            self._handed[path] = [a if b is None else b for a, b in both]
         self.sublayers = [self._judge(one) for one in met]
         self.extras = len(met[0].more)
         used = (one.layer for one in met if self._is_used(one.made, one.layer + 2))
@@ -292,24 +295,25 @@ class _Trial:
         """Whether layers from one on are given any of these arrays."""
         return any(made & later.given for later in self._met[start:])
 
-    def _judge(self, one: _Met) -> Sublayers:
+    def _judge(self, met: _Met) -> Sublayers:
         parts: dict[str, tuple[str, ...]] = {}
         obstacles: dict[str, str] = {}
-        for path, spy in one.parts.items():
+        for path, spy in met.parts.items():
             kind = spy.tell_kind(path)
             parts[kind] = (*parts.get(kind, ()), path)
-            if self._is_used(spy.made, one.layer + 1):
+            if self._is_used(spy.made, met.layer + 1):
                 obstacles[kind] = f"later layers use what its {path} makes"
             elif any(self._uses[id(cache)] > 1 for cache in spy.caches):
                 obstacles[kind] = f"layers share what its {path} keeps"
             elif not all(map(_counts_tokens, spy.caches)):
                 obstacles[kind] = f"its {path} keeps what only itself can write"
         for kind in KINDS:
-            if not one.is_alone:
+            if not met.is_alone:
                 obstacles[kind] = "its block shares more with others than the stream"
             elif kind not in parts:
                 obstacles[kind] = f"its block calls no module that is its {kind}"
-        return Sublayers(parts, obstacles, {p: h for p, h in self._handed.items() if p in one.parts})
+        handed = {path: more for path, more in self._handed.items() if path in met.parts}
+        return Sublayers(parts, obstacles, handed)
 
 
 def _counts_tokens(cache: Any) -> bool:
@@ -318,12 +322,13 @@ def _counts_tokens(cache: Any) -> bool:
 
 def _arrays(tree: Any) -> set[int]:
     """The identities of the arrays of a tree."""
-    return {id(leaf) for _, leaf in tree_flatten(tree) if isinstance(leaf, mx.array)}
+    leaves: list[Any] = tree_reduce(lambda found, leaf: [*found, leaf], tree, [])
+    return {id(leaf) for leaf in leaves if isinstance(leaf, mx.array)}
 
 
 def _is_same(one: Any, other: Any) -> bool:
     """Whether two trees hold the same arrays, and any."""
-    return bool(_arrays([one])) and _arrays([one]) == _arrays([other])
+    return bool(_arrays(one)) and _arrays(one) == _arrays(other)
 
 
 def _is_plain(tree: Any) -> bool:

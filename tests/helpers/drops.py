@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_unflatten
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import (
     can_trim_prompt_cache,
@@ -25,7 +27,6 @@ from mlx_lm.models.cache import (
     save_prompt_cache,
     trim_prompt_cache,
 )
-from mlx.utils import tree_unflatten
 from mlx_lm.utils import load_model, save_model
 from zoo import make_model
 
@@ -123,6 +124,8 @@ WAYS: dict[str, Callable[[nn.Module], mx.array]] = {
     "tokens": run_tokens,
     "batch": run_batch,
     "kv-bits": run_kv_bits,
+    "4 bits": run_chunks,
+    "saved": run_chunks,
     "saved cache": run_saved_cache,
     "trimmed": run_trimmed,
 }
@@ -155,70 +158,87 @@ def differ(one: mx.array, other: mx.array) -> float:
 
 @dataclass
 class Case:
-    """A network of which a sub-layer is dropped.
+    """A network of which sub-layers are dropped.
 
     Args:
-        model: the network.
+        folder: holds it, and gets what is written of it.
         config: its config.
-        sublayers: its own, as `StockNetwork` finds them.
     """
 
-    model: nn.Module
+    folder: Path
     config: dict[str, Any]
-    sublayers: Sequence[Sublayers]
 
     def __post_init__(self) -> None:
-        self._whole: dict[str, mx.array] = {}
-        self._zeroed: dict[tuple[str, int, str], mx.array] = {}
+        self.model = load_model(self.folder)[0]
+        self.sublayers = StockNetwork(lambda: load_model(self.folder, lazy=True)[0]).sublayers
+        self._kept: dict[tuple[Any, ...], mx.array] = {}
 
-    def run_whole(self, way: str) -> mx.array:
-        """Run the whole network; raise Cannot if it does not run in this way."""
-        if way not in self._whole:
-            try:
-                self._whole[way] = WAYS[way](self.model)
-                mx.eval(self._whole[way])
-            except Exception as error:
-                raise Cannot(str(error)) from error
-        return self._whole[way]
+    @cached_property
+    def packed(self) -> nn.Module:
+        """The network in 4 bits."""
+        model = load_model(self.folder)[0]
+        nn.quantize(model, 32, 4, class_predicate=_can_pack)
+        return model
 
-    def run_zeroed(self, way: str, layer: int, kind: str) -> mx.array:
-        """Run the network with the sub-layer's output times zero."""
+    def run(self, way: str, layer: int | None = None, kind: str = "") -> mx.array:
+        """Run the network in a way, whole or with a sub-layer's output times zero.
+
+        Raises:
+            Cannot: if the whole network does not run in this way.
+        """
         key = way, layer, kind
-        if key not in self._zeroed:
-            with lacking(self.model, layer, kind, self.sublayers[layer], Zeroed):
-                self._zeroed[key] = WAYS[way](self.model)
-                mx.eval(self._zeroed[key])
-        return self._zeroed[key]
+        if key not in self._kept:
+            model = self.packed if way == "4 bits" else self.model
+            if layer is not None:
+                with lacking(model, layer, kind, self.sublayers[layer], Zeroed):
+                    self._kept[key] = WAYS[way](model)
+                    mx.eval(self._kept[key])
+            else:
+                try:
+                    self._kept[key] = WAYS[way](model)
+                    mx.eval(self._kept[key])
+                except Exception as error:
+                    raise Cannot(str(error)) from error
+        return self._kept[key]
 
     def compare(self, way: str, layer: int, kind: str) -> float:
-        """How far the network without the sub-layer is from that with its output times zero."""
-        self.run_whole(way)
-        with lacking(self.model, layer, kind, self.sublayers[layer]):
-            return differ(self.run_zeroed(way, layer, kind), WAYS[way](self.model))
-
-    def compare_saved(self, folder: Path, layer: int, kind: str) -> float:
-        """The same once written as `convert` does and loaded by mlx-lm alone."""
+        """How far the network without a sub-layer is from that with its output times zero."""
         own = self.sublayers[layer]
+        if way == "saved":
+            found = WAYS[way](self._save(layer, kind))
+        else:
+            model = self.packed if way == "4 bits" else self.model
+            with lacking(model, layer, kind, own):
+                found = WAYS[way](model)
+        return differ(self.run(way, layer, kind), found)
+
+    def change(self, way: str, layer: int, kind: str) -> float:
+        """How far the network with a sub-layer's output times zero is from the whole."""
+        return differ(self.run(way), self.run(way, layer, kind))
+
+    def _save(self, layer: int, kind: str) -> nn.Module:
+        """Write the network without a sub-layer, as `convert` does; load it by mlx-lm alone."""
+        own, folder = self.sublayers[layer], self.folder / f"{kind}{layer}"
         with lacking(self.model, layer, kind, own):
             save_model(folder, self.model)
         entries = {
             reduced.DROPPED: {path: [layer] for path in own.parts[kind]},
-            reduced.OUTPUTS: {path: own.handed[path] for path in own.handed},
+            reduced.OUTPUTS: own.handed,
             "model_file": "model.py",
         }
         (folder / "config.json").write_text(json.dumps(self.config | entries))
         (folder / "model.py").write_text(Path(str(reduced.__file__)).read_text())
-        loaded = load_model(folder, trust_remote_code=True)[0]
-        return differ(self.run_zeroed("chunks", layer, kind), run_chunks(loaded))
+        return load_model(folder, trust_remote_code=True)[0]
+
+    def droppable(self, kind: str) -> list[int]:
+        """The first, a middle and the last layer whose sub-layer can go."""
+        can = [i for i, own in enumerate(self.sublayers) if kind not in own.obstacles]
+        return sorted({can[0], can[len(can) // 2], can[-1]}) if can else []
 
 
-def open_case(folder: Path, model_type: str, *, packed: bool = False) -> Case:
-    """Make a random network of a type; of 4 bits where that is asked for."""
-    config = make_model(folder, model_type)
-    model = load_model(folder)[0]
-    if packed:
-        nn.quantize(model, 32, 4, class_predicate=_can_pack)
-    return Case(model, config, StockNetwork(lambda: load_model(folder, lazy=True)[0]).sublayers)
+def open_case(folder: Path, model_type: str) -> Case:
+    """Make a random network of a type."""
+    return Case(folder, make_model(folder, model_type))
 
 
 def _can_pack(path: str, module: nn.Module) -> bool:
