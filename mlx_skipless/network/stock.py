@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -122,7 +123,10 @@ class StockNetwork(Driver):
     @property
     def sublayers(self) -> list[Sublayers]:
         """What each layer's block calls its sub-layers."""
-        return self._trial.sublayers
+        trial = self._trial
+        if trial.obstacle is None:
+            return trial.sublayers
+        return [Sublayers({}, dict.fromkeys(KINDS, trial.obstacle)) for _ in trial.sublayers]
 
     @cached_property
     def _trial(self) -> "_Trial":
@@ -133,9 +137,27 @@ class StockNetwork(Driver):
             met.append(_Met(layer, self._own[layer]))
             return met[-1].run(*args, **options)
 
-        cache = make_prompt_cache(self.model)
-        logits = self._forward(visit, mx.zeros((1, 2), mx.int32), cache=cache)
-        return _Trial(logits.shape[-1], len(self._own), met)
+        tokens = mx.zeros((1, 2), mx.int32)
+        logits = self._forward(visit, tokens, cache=make_prompt_cache(self.model))
+        trial = _Trial(logits.shape[-1], len(self._own), met)
+        for one in met:
+            if not (trial.obstacle or self._runs_alone(one, met, tokens)):
+                trial.obstacle = f"layer {one.layer} does not run alone"
+        return trial
+
+    def _runs_alone(self, one: "_Met", met: list["_Met"], tokens: mx.array) -> bool:
+        """Whether a layer runs without caches on what the others handed on."""
+
+        def visit(layer: int, *args: Any, **options: Any) -> Any:
+            if layer < one.layer:
+                return met[layer].out
+            raise _Reached(self._own[layer](*args, **options))
+
+        try:
+            self._forward(visit, tokens)
+        except (AttributeError, TypeError, ValueError):
+            return False
+        return True
 
     def without(self, layer: int, block: nn.Module, kinds: Collection[str]) -> nn.Module:
         """Return a block without its attention, its FFN or both; the weights are shared."""
@@ -225,15 +247,15 @@ class _Met:
         """Run the block."""
         self._others = [*args, *options.values()]
         self.given = _arrays(self._others)
-        self._out = self._block(x, *args, **options)
-        self.more = self._out[1:] if isinstance(self._out, tuple) else ()
+        self.out = self._block(x, *args, **options)
+        self.more = self.out[1:] if isinstance(self.out, tuple) else ()
         self.made = _arrays(self.more) - self.given
-        return self._out
+        return self.out
 
     @property
     def is_alone(self) -> bool:
         """Whether it gives arrays, and was given nothing that it can change besides caches."""
-        out = self._out if isinstance(self._out, tuple) else (self._out,)
+        out = self.out if isinstance(self.out, tuple) else (self.out,)
         return all(map(_is_plain, (*out, *(o for o in self._others if not hasattr(o, "state")))))
 
     @cached_property
@@ -265,17 +287,21 @@ class _Trial:
 
     Attributes:
         sublayers: each layer's.
+        obstacle: why no layer can lose any; None where nothing says so.
         extras: what a layer gives besides the stream, how many.
         sources: the layers of which later ones than the next use these; None if there are none.
     """
 
     def __init__(self, vocabulary: int, layers: int, met: list[_Met]):
         self.vocabulary, self._met = vocabulary, met
+        self.obstacle: str | None = None
         if [one.layer for one in met] != [*range(layers)]:
-            why = "the network does not run its layers once each, one after another"
-            self.sublayers = [Sublayers({}, dict.fromkeys(KINDS, why)) for _ in range(layers)]
+            self.obstacle = "the network does not run its layers once each, one after another"
+            self.sublayers = [Sublayers() for _ in range(layers)]
             self.extras, self.sources = 0, None
             return
+        if any(_arrays(before.out) & one.given - before.made for before, one in pairwise(met)):
+            self.obstacle = "its layers take the stream behind something else"
         self._uses = Counter(
             cache
             for one in met

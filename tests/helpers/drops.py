@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,11 +27,11 @@ from mlx_lm.models.cache import (
     save_prompt_cache,
     trim_prompt_cache,
 )
-from mlx_lm.utils import load_model, save_model
+from mlx_lm.utils import load_model, quantize_model, save_model
 from zoo import make_model
 
 from mlx_skipless.network import reduced
-from mlx_skipless.network.stock import StockNetwork, Sublayers
+from mlx_skipless.network.stock import StockNetwork
 
 TOKENS = np.random.default_rng(0).integers(0, 264, 20)
 LONG, SHORT = TOKENS[:13].tolist(), TOKENS[13:18].tolist()
@@ -131,29 +131,11 @@ WAYS: dict[str, Callable[[nn.Module], mx.array]] = {
 }
 
 
-@contextmanager
-def lacking(
-    model: nn.Module, layer: int, kind: str, own: Sublayers, wrap: Callable[..., Any] | None = None
-) -> Iterator[None]:
-    """Let a network lack a sub-layer for a while, or have each part of it wrapped."""
-    block = model.layers[layer]
-    parts = {path: dict(block.named_modules())[path] for path in own.parts[kind]}
-    for path, part in parts.items():
-        if wrap is None:
-            reduced.drop_part(block, path, own.handed.get(path, ()))
-        else:
-            block.update_modules(tree_unflatten([(path, wrap(part))]))
-    try:
-        yield
-    finally:
-        block.update_modules(tree_unflatten([*parts.items()]))
-
-
 def differ(one: mx.array, other: mx.array) -> float:
     """The largest difference; infinite where one is no number."""
-    if one.shape != other.shape or not bool(mx.isfinite(one).all()):
+    if one.shape != other.shape or bool(mx.isnan(one).any()):
         return float("inf")
-    return float(mx.abs(one - other).max())
+    return float(mx.where(one == other, 0.0, mx.abs(one - other)).max())
 
 
 @dataclass
@@ -177,8 +159,35 @@ class Case:
     def packed(self) -> nn.Module:
         """The network in 4 bits."""
         model = load_model(self.folder)[0]
-        nn.quantize(model, 32, 4, class_predicate=_can_pack)
-        return model
+        return quantize_model(model, dict(self.config), 32, 4)[0]
+
+    @cached_property
+    def saved(self) -> nn.Module:
+        """The network written and read again, which some change a little."""
+        folder = self.folder / "whole"
+        save_model(folder, self.model)
+        (folder / "config.json").write_text(json.dumps(self.config))
+        return load_model(folder)[0]
+
+    def _choose(self, way: str) -> nn.Module:
+        return getattr(self, {"4 bits": "packed", "saved": "saved"}.get(way, "model"))
+
+    @contextmanager
+    def lacking(
+        self, model: nn.Module, layer: int, kind: str, wrap: Callable[..., Any] | None = None
+    ) -> Iterator[None]:
+        """Let a network lack a sub-layer for a while, or have each part of it wrapped."""
+        own, block = self.sublayers[layer], model.layers[layer]
+        parts = {path: dict(block.named_modules())[path] for path in own.parts[kind]}
+        for path, part in parts.items():
+            if wrap is None:
+                reduced.drop_part(block, path, own.handed.get(path, ()))
+            else:
+                block.update_modules(tree_unflatten([(path, wrap(part))]))
+        try:
+            yield
+        finally:
+            block.update_modules(tree_unflatten([*parts.items()]))
 
     def run(self, way: str, layer: int | None = None, kind: str = "") -> mx.array:
         """Run the network in a way, whole or with a sub-layer's output times zero.
@@ -188,29 +197,24 @@ class Case:
         """
         key = way, layer, kind
         if key not in self._kept:
-            model = self.packed if way == "4 bits" else self.model
-            if layer is not None:
-                with lacking(model, layer, kind, self.sublayers[layer], Zeroed):
+            try:
+                model = self._choose(way)
+                with nullcontext() if layer is None else self.lacking(model, layer, kind, Zeroed):
                     self._kept[key] = WAYS[way](model)
                     mx.eval(self._kept[key])
-            else:
-                try:
-                    self._kept[key] = WAYS[way](model)
-                    mx.eval(self._kept[key])
-                except Exception as error:
-                    raise Cannot(str(error)) from error
+            except Exception as error:
+                if layer is None:
+                    raise Cannot(str(error).splitlines()[0]) from error
+                raise
         return self._kept[key]
 
     def compare(self, way: str, layer: int, kind: str) -> float:
         """How far the network without a sub-layer is from that with its output times zero."""
-        own = self.sublayers[layer]
         if way == "saved":
-            found = WAYS[way](self._save(layer, kind))
-        else:
-            model = self.packed if way == "4 bits" else self.model
-            with lacking(model, layer, kind, own):
-                found = WAYS[way](model)
-        return differ(self.run(way, layer, kind), found)
+            return differ(self.run(way, layer, kind), WAYS[way](self._save(layer, kind)))
+        model = self._choose(way)
+        with self.lacking(model, layer, kind):
+            return differ(self.run(way, layer, kind), WAYS[way](model))
 
     def change(self, way: str, layer: int, kind: str) -> float:
         """How far the network with a sub-layer's output times zero is from the whole."""
@@ -219,7 +223,7 @@ class Case:
     def _save(self, layer: int, kind: str) -> nn.Module:
         """Write the network without a sub-layer, as `convert` does; load it by mlx-lm alone."""
         own, folder = self.sublayers[layer], self.folder / f"{kind}{layer}"
-        with lacking(self.model, layer, kind, own):
+        with self.lacking(self.model, layer, kind):
             save_model(folder, self.model)
         entries = {
             reduced.DROPPED: {path: [layer] for path in own.parts[kind]},
@@ -239,7 +243,3 @@ class Case:
 def open_case(folder: Path, model_type: str) -> Case:
     """Make a random network of a type."""
     return Case(folder, make_model(folder, model_type))
-
-
-def _can_pack(path: str, module: nn.Module) -> bool:
-    return hasattr(module, "to_quantized") and module.weight.shape[-1] % 32 == 0

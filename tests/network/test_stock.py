@@ -3,10 +3,14 @@
 from collections.abc import Callable
 from functools import lru_cache
 
+import mlx.core as mx
 import pytest
-from drops import WAYS, Cannot, Case, open_case
+from drops import TOKENS, WAYS, Cannot, Case, differ, open_case
 from grids import only
+from mlx_lm.utils import load_model
 from zoo import CONFIGS
+
+from mlx_skipless.network.stock import StockNetwork
 
 KINDS = ("attention", "ffn")
 DEFAULT = {
@@ -39,3 +43,28 @@ def test_what_is_dropped_gives_zeros(
         for layer in network.droppable(kind):
             assert network.compare(way, layer, kind) == 0, (kind, layer)
             assert network.change(way, layer, kind) > 0, (kind, layer)
+
+
+ALONE = ("gemma4_text", "hunyuan", "rwkv7", "qwen3_5")
+
+
+@pytest.mark.parametrize("name", only(ALONE, CONFIGS))
+def test_layers_run_one_by_one(name: str, open_once: Callable[[str], Case]) -> None:
+    case = open_once(name)
+    network = StockNetwork(lambda: load_model(case.folder, lazy=True)[0])
+    if all(set(KINDS) <= own.obstacles.keys() for own in network.sublayers):
+        pytest.skip("nothing of it can go, so its layers need not run alone")
+    tokens = mx.array(TOKENS[None].repeat(2, axis=0))
+    whole = case.model(tokens)
+    assert differ(network.logits(network.hidden(tokens)), whole) < 1e-5
+    for layer, kind in {(None, ""), *(((case.droppable(k) or [None])[-1], k) for k in KINDS)}:
+        h = network.embed(tokens)
+        for at, block in network.walk():
+            if at == layer:
+                block = network.without(at, block, {kind})
+            h = network.run(at, h, tokens, block)
+        expected = whole
+        if layer is not None:
+            with case.lacking(case.model, layer, kind):
+                expected = case.model(tokens)
+        assert differ(network.logits(h), expected) < 1e-5, (layer, kind)
