@@ -300,7 +300,7 @@ class _Trial:
             self.sublayers = [Sublayers() for _ in range(layers)]
             self.extras, self.sources = 0, None
             return
-        if any(_arrays(before.out) & one.given - before.made for before, one in pairwise(met)):
+        if any(_arrays(take_stream(before.out)) & one.given for before, one in pairwise(met)):
             self.obstacle = "its layers take the stream behind something else"
         self._uses = Counter(
             cache
