@@ -99,6 +99,11 @@ class _Probe(nn.Module):
         self._tell("output", out)
         return out
 
+    def __getattr__(self, name: str) -> Any:
+        if name in self or "inner" not in self:
+            return super().__getattr__(name)
+        return getattr(self.inner, name)  # what a layer asks of the module inside it
+
     def _tell(self, side: str, arrays: Any) -> None:
         self._seen.extend((f"{self._name}'s {side}", array) for array in _list_floats(arrays))
 

@@ -6,7 +6,7 @@ run twice for instance, run as a whole.
 """
 
 from collections.abc import Callable, Collection, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import mlx.core as mx
@@ -60,8 +60,7 @@ class StockNetwork(Driver):
     ) -> Stream:
         """Run one layer on a stream, with what the model's forward passes to it for the tokens.
 
-        Where layers hand on more than the stream, a stream is its array and what they handed on, by
-        their number.
+        Where layers hand on more, a stream is its array and what they handed on, by number.
         """
         if self._trial.sources is None:
             return super().run(layer, h, tokens, module)
@@ -142,10 +141,8 @@ class StockNetwork(Driver):
 
     @cached_property
     def _trial(self) -> Trial:
-        def forward(visit: Callable[..., Any]) -> mx.array:
-            return self._forward(visit, TRIAL_TOKENS, cache=make_prompt_cache(self.model))
-
-        return Trial(forward, self._own)
+        caches = partial(make_prompt_cache, self.model)
+        return Trial(lambda v: self._forward(v, TRIAL_TOKENS, cache=caches()), self._own)
 
     def without(self, layer: int, block: nn.Module, kinds: Collection[str]) -> nn.Module:
         """Return a block without its attention, its FFN or both; the weights are shared."""
