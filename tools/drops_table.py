@@ -29,7 +29,9 @@ def name_parts(case: Case, kind: str) -> str:
         if kind in own.obstacles and (kind in own.parts or not text):
             stay.setdefault(own.obstacles[kind], []).append(layer)
     every = range(len(case.sublayers))
-    reasons = [why if [*every] == at else f"{str(at)[1:-1]} stay: {why}" for why, at in stay.items()]
+    reasons = [
+        why if [*every] == at else f"{str(at)[1:-1]} stay: {why}" for why, at in stay.items()
+    ]
     return "; ".join([text, *reasons] if text else reasons)
 
 

@@ -18,8 +18,8 @@ DEFAULT = {
     ("gpt_oss", "tokens"), ("gpt_oss", "batch"), ("gpt_oss", "saved cache"),
     ("qwen3_5", "chunks"), ("qwen3_5", "batch"), ("qwen3_5", "saved"), ("qwen3_5", "4 bits"),
     ("gemma4_text", "chunks"), ("gemma4_text", "saved"),
-    ("longcat_flash", "tokens"), ("longcat_flash", "saved"),
-    ("falcon_h1", "batch"), ("rwkv7", "chunks"), ("rwkv7", "saved"),
+    ("longcat_flash", "saved"),
+    ("falcon_h1", "batch"), ("falcon_h1", "saved"), ("rwkv7", "chunks"), ("rwkv7", "saved"),
     ("qwen3", "kv-bits"), ("qwen3", "trimmed"),
 }  # fmt: skip
 CASES = only(DEFAULT, [(name, way) for name in CONFIGS for way in WAYS])
