@@ -388,7 +388,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ),
     (
         "removal",
-        "(step.loss - loss) / _count_weights(args, step.kind)",
+        "(step.loss - loss) / count(*which)",
         "(step.loss - loss)",
         "tests/removal/test_sublayers.py",
     ),

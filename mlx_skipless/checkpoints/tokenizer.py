@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlx_lm.utils
 import transformers
@@ -53,8 +53,19 @@ def _find_files(folder: Path, *patterns: str) -> Iterator[Path]:
                 yield file
 
 
+class Opened(Protocol):
+    """A model whose files are at hand."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+    @property
+    def store(self) -> Any: ...
+
+
 def carry_tokenizer(
-    checkpoint: Checkpoint, folder: Path, *, stock: bool, trust_remote_code: bool
+    checkpoint: Opened, folder: Path, *, stock: bool, trust_remote_code: bool
 ) -> bool:
     """Put the source's tokenizer, chat template and generation settings into a folder.
 
@@ -99,7 +110,7 @@ def _check_named_files(source: Path) -> None:
                 files.check_inside(source / name, source, f'"{key}" in {config} leads')
 
 
-def _save_tokenizer(checkpoint: Checkpoint, folder: Path, trust_remote_code: bool) -> bool:
+def _save_tokenizer(checkpoint: Opened, folder: Path, trust_remote_code: bool) -> bool:
     tokenizer: Any
     with _explain_errors(checkpoint.path, GIVE_CHECKPOINT):
         if isinstance(checkpoint.store, GGUFStore):

@@ -9,14 +9,12 @@ from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from ..architectures.family import Family
 from ..architectures.tensors import arrange, find_places, restore_gains
 from ..checkpoints.safetensors import SafetensorsStore
 from ..errors import UserError
-from ..inference.loading import load_network
 from ..network.driver import Driver, StreamedNetwork
 from ..network.magnitudes import Magnitude, NotFinite, Watch
 from ..network.metrics import measure_kl, measure_nll
@@ -41,21 +39,6 @@ COPY_OVERFLOWS = (
 RESULT_OVERFLOWS = (
     "the result overflows {} on the check's text, at {}: use --dtype bfloat16 or float32"
 )
-
-
-class StockNetwork(Driver):
-    """A folder of one of mlx-lm's own architectures, in mlx-lm's own code, read layer by layer."""
-
-    def __init__(self, folder: Path):
-        super().__init__(load_network(folder, lazy=True)[0], resident=False)
-        self._folder = folder
-        self._unread: dict[int, nn.Module] = {}
-
-    def load_layer(self, layer: int) -> nn.Module:
-        """Read a layer's tensors; they go when the layer that is returned goes."""
-        if layer not in self._unread:
-            self._unread = dict(enumerate(load_network(self._folder, lazy=True)[0].layers))
-        return self._unread.pop(layer)
 
 
 class WrittenParts:

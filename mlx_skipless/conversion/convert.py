@@ -20,9 +20,12 @@ from ..checkpoints.tokenizer import carry_tokenizer, load_tokenizer
 from ..checkpoints.writer import SHARD_BYTES, Writer, check_free
 from ..constants import BUNDLED
 from ..errors import UserError
+from ..inference.loading import load_network
 from ..memory import machine_memory_bytes, peak_memory_bytes
 from ..network import model as model_module
 from ..network.driver import RESIDENT_BYTES, Driver, StreamedNetwork
+from ..network.parts import tensors_of
+from ..network.stock import StockNetwork
 from ..options import expand_path
 from ..progress import Progress, Stopwatch
 from ..quantization import bits
@@ -35,7 +38,6 @@ from ..text.samples import Passages
 from .card import write_card
 from .check import (
     CERTAIN,
-    StockNetwork,
     Verification,
     WrittenParts,
     compare_networks,
@@ -54,6 +56,21 @@ from .report import (
     explain_difference,
     make_report,
 )
+from .stock import (
+    StockJob,
+    StockSource,
+    check_job,
+    find_source,
+    open_network,
+    take_text,
+    write_beside,
+    write_config,
+    write_weights,
+)
+from .stock import check as check_stock
+from .stock import check_memory as check_stock_memory
+from .stock import decide as decide_stock
+from .stock_report import make_report as make_stock_report
 from .writing import MODEL_FILE, make_config, write
 
 BUFFER_CACHE_BYTES = 256 << 20
@@ -89,33 +106,65 @@ def convert(
     fields |= {} if mlx_path is None else {"mlx_path": mlx_path}
     options = replace(options or Options(), **fields)
     options = replace(options, mlx_path=expand_path(options.mlx_path))
-    job = plan(open_source(options), watch)
-    if options.dry_run:
-        report = add_wishes(make_report(job), job)
-    else:
-        with _open_result(job) as writer:
-            tokenizer = _write_beside(job, writer)
-            passages = _take_text(job, tokenizer, watch)
-            job = decide(job, passages, watch)
-
-            def attempt(job: Job) -> Verification | None:
-                write(job, writer, passages, watch)
-                job.opened.store.check_unchanged()
-                return check(job, writer, passages, watch)
-
-            if options.target_kl is None:
-                outcome = attempt(job)
-            else:
-                job, outcome = search_bits(job, passages, attempt, watch)
-            report = _finish(job, writer, passages, outcome, tokenizer)
-        if options.upload_repo is not None:
-            watch("uploading", 0, 1)
-            hub.upload(Path(options.mlx_path), options.upload_repo)
-            watch("uploading", 1, 1)
+    stock = find_source(options)
+    report = _convert(options, watch) if stock is None else _convert_stock(options, stock, watch)
+    if options.upload_repo is not None and not options.dry_run:
+        watch("uploading", 0, 1)
+        hub.upload(Path(options.mlx_path), options.upload_repo)
+        watch("uploading", 1, 1)
     seconds, peak = time.perf_counter() - started, peak_memory_bytes()
     rest = seconds - sum(watch.seconds.values())
     stages = {**watch.seconds, "other": rest}
     return replace(report, seconds=seconds, stages=stages, peak_memory_bytes=peak)
+
+
+def _convert(options: Options, watch: Stopwatch) -> Report:
+    """Convert a network that this package knows."""
+    job = plan(open_source(options), watch)
+    if options.dry_run:
+        return add_wishes(make_report(job), job)
+    _check_memory(job)
+    with _open_result(options, _most_bytes(job)) as writer:
+        tokenizer = _write_beside(job, writer)
+        passages = _take_text(job, tokenizer, watch)
+        job = decide(job, passages, watch)
+
+        def attempt(job: Job) -> Verification | None:
+            write(job, writer, passages, watch)
+            job.opened.store.check_unchanged()
+            return check(job, writer, passages, watch)
+
+        if options.target_kl is None:
+            outcome = attempt(job)
+        else:
+            job, outcome = search_bits(job, passages, attempt, watch)
+        report = add_tokenizer(make_report(job), tokenizer)
+        if job.calibrated and passages is not None:
+            report = add_calibration(report, passages)
+        return _finish(options, report, writer, outcome, job.unchanged)
+
+
+def _convert_stock(options: Options, source: StockSource, watch: Stopwatch) -> Report:
+    """Convert a network that only mlx-lm knows."""
+    job, network = StockJob(options, source), open_network(source)
+    check_job(job, network)
+    model, config = job.build_result(network.sublayers)
+    if options.dry_run:
+        return make_stock_report(job, network.paths, model, config)
+    check_stock_memory(source)
+    most = sum(array.nbytes for array in tensors_of(model).values())
+    with _open_result(options, most) as writer:
+        tokenizer = write_beside(job, writer, config)
+        passages = take_text(job, network, tokenizer, watch)
+        job = decide_stock(job, network, passages, watch)
+        model, config = job.build_result(network.sublayers)
+        write_config(writer, config)
+        report = add_tokenizer(make_stock_report(job, network.paths, model, config), tokenizer)
+        write_weights(network, model, writer, watch)
+        assert source.store is not None
+        source.store.check_unchanged()
+        outcome = check_stock(job, network, writer.folder, passages, watch)
+        return _finish(options, report, writer, outcome)
 
 
 def open_source(options: Options) -> Job:
@@ -173,7 +222,7 @@ def check(
 
 def _load_result(job: Job, folder: Path) -> Driver:
     if job.form.stock:
-        return StockNetwork(folder)
+        return StockNetwork(lambda: load_network(folder, lazy=True)[0])
     parts = WrittenParts(folder, job.layout.args, job.family)
     return StreamedNetwork(job.layout.args, parts, job.layout.config_entry)
 
@@ -185,13 +234,12 @@ def _load_source(job: Job, dtype: mx.Dtype = mx.float32) -> StreamedNetwork:
 
 
 @contextmanager
-def _open_result(job: Job) -> Iterator[Writer]:
-    """Open the result's folder, if disk and memory allow."""
-    _check_memory(job)
+def _open_result(options: Options, most_bytes: int) -> Iterator[Writer]:
+    """Open the result's folder, if the disk has room."""
     # MLX keeps freed buffers for reuse; layers come one at a time here and need not be kept.
     limit = mx.set_cache_limit(BUFFER_CACHE_BYTES)
     try:
-        with Writer(Path(job.options.mlx_path), _most_bytes(job)) as writer:
+        with Writer(Path(options.mlx_path), most_bytes) as writer:
             yield writer
     finally:
         mx.set_cache_limit(limit)
@@ -277,20 +325,18 @@ def _take_text(job: Job, tokenizer: GuardedTokenizer | None, progress: Progress)
 
 
 def _finish(
-    job: Job,
+    options: Options,
+    report: Report,
     writer: Writer,
-    passages: Passages | None,
     outcome: Verification | None,
-    tokenizer: GuardedTokenizer | None,
+    unchanged: bool = False,
 ) -> Report:
-    """Report what was done, write the model card, and make the result's folder appear."""
-    options, out = job.options, Path(job.options.mlx_path)
-    report = add_tokenizer(replace(make_report(job), output=str(out)), tokenizer)
-    if job.calibrated and passages is not None:
-        report = add_calibration(report, passages)
+    """Add the check to a report, write the model card, and make the result's folder appear."""
+    out = Path(options.mlx_path)
+    report = replace(report, output=str(out))
     if outcome is not None:
-        report = add_check(report, outcome, unchanged=job.unchanged)
-    given = [str(path) for path in (job.checkpoint.name, options.calibration) if path is not None]
+        report = add_check(report, outcome, unchanged=unchanged)
+    given = [str(path) for path in (report.source, options.calibration) if path is not None]
     writer.write_text("README.md", write_card(report, options.upload_repo or out.name, given))
     writer.commit()
     return report

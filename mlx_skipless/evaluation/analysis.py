@@ -20,7 +20,7 @@ from ..constants import REMOVALS
 from ..errors import UserError
 from ..network.driver import RESIDENT_BYTES, StreamedNetwork
 from ..network.model import ModelArgs
-from ..network.names import EMBEDDING, HEAD, MLP, PROJECTIONS, module_path
+from ..network.names import EMBEDDING, HEAD, MLP, PROJECTIONS, SUBLAYERS, module_path
 from ..network.wiring import LETTERS
 from ..options import check_seed, expand_path
 from ..progress import Progress, Steps
@@ -415,9 +415,7 @@ def _measure_drops(
     ``importance`` is that of each layer's attention: the least important one goes first.
     """
     layers = range(args.num_hidden_layers)
-    alone = [
-        (layer, part) for layer in layers for part in sublayers.PARTS if not args.lacks(part, layer)
-    ]
+    alone = [(layer, part) for layer in layers for part in SUBLAYERS if not args.lacks(part, layer)]
     there = [layer for layer in layers if not args.lacks("attention", layer)]
     order = sorted(there, key=lambda layer: importance[layer])
     prefixes = [order[:count] for count in range(len(order))]  # one keeps its attention
@@ -440,7 +438,7 @@ def _select_layer(
     args: ModelArgs, importance: Mapping[str, Sequence[float]], layer: int
 ) -> dict[str, float | None]:
     """Select one layer's importance by kind, None for what it lacks."""
-    gone = {part: args.lacks(part, layer) for part in sublayers.PARTS}
+    gone = {part: args.lacks(part, layer) for part in SUBLAYERS}
     gone["block"] = all(gone.values())
     return {kind: None if gone[kind] else values[layer] for kind, values in importance.items()}
 

@@ -25,6 +25,7 @@ from ..checkpoints.packed import is_packed
 from ..checkpoints.safetensors import FLOATS, SafetensorsStore, is_float, read_header
 from ..checkpoints.tokenizer import load_tokenizer
 from ..errors import UserError
+from ..network import reduced
 from ..network.model import Model, ModelArgs
 from ..network.parts import dtype_name
 from ..options import expand_path
@@ -97,15 +98,16 @@ def load_network(
         gguf = files.is_gguf(folder)
         way_out = f"`convert.py --model {folder}` makes one" if gguf else "give one"
         raise UserError(f"{folder} is no model folder: {way_out}")
-    config, skipless = _read_config(folder, path_or_hf_repo, trust_remote_code)
+    config, own = _read_config(folder, path_or_hf_repo, trust_remote_code)
     store = SafetensorsStore(folder)
     check_sizes(config, len(store.shapes))
     packed = is_packed(store)
-    if skipless:
+    overrides: dict[str, Any] = {"model_file": None} if own else {}
+    if config["model_type"] == "skipless":
         tensors = list_shapes(find_places(find_family(config), store.shapes), store.shapes)
-        overrides = {**asdict(read_model_args(config, tensors)), "model_file": None}
+        overrides |= asdict(read_model_args(config, tensors))
     else:
-        overrides = _tell_mlx_lm(config, None if packed else store, path_or_hf_repo)
+        overrides |= _tell_mlx_lm(config, None if packed else store, path_or_hf_repo)
     if not packed:  # a declaration may be left over; mlx-lm would believe it
         overrides |= dict.fromkeys(QUANTIZATION_KEYS)
     with _explain_errors(path_or_hf_repo, store), _show(folder, store.files) as shown:
@@ -113,8 +115,8 @@ def load_network(
             shown,
             lazy=True,
             model_config=overrides,
-            get_model_classes=_get_own_classes if skipless else mlx_lm.utils._get_classes,
-            trust_remote_code=trust_remote_code and not skipless,
+            get_model_classes=_get_own_classes if own else mlx_lm.utils._get_classes,
+            trust_remote_code=trust_remote_code and not own,
         )
         _check_types(model, folder, store.has_fp8)
         model.context = read_context(config)
@@ -130,23 +132,23 @@ def load_network(
 def _read_config(
     folder: Path, name: str | Path, trust_remote_code: bool
 ) -> tuple[dict[str, Any], bool]:
-    """Read a folder's config.json, and tell whether this package's own code runs it.
+    """Read a folder's config.json, and tell whether this package's own code builds its network.
 
     Raises:
         UserError: if something beside the weights is broken, or the model asks for trust.
     """
     config = read_config(folder)
     files.check_small(folder)
-    skipless = config.get("model_type") == "skipless"
+    own = config.get("model_type") == "skipless" or reduced.DROPPED in config
     code = config.get("model_file")
-    if code and not skipless:
+    if code and not own:
         if not trust_remote_code:
             raise UserError(
                 f"{name} brings its own code ({code}): add --trust-remote-code if you trust it"
             )
         if not files.is_there(folder / str(code)):
             raise UserError(f"{folder} lacks {code}, its own code: download it again")
-    return config, skipless
+    return config, own
 
 
 def _tell_mlx_lm(
@@ -237,7 +239,8 @@ def _check_types(model: nn.Module, folder: Path, has_fp8: bool) -> None:
     for path, module in model.named_modules():
         packed = any("scale" in key for key in module)
         for key, array in module.items():
-            if isinstance(array, mx.array) and not is_float(array.dtype) and not packed:
+            own = key.startswith("_")  # a constant of mlx-lm's code, no weight
+            if isinstance(array, mx.array) and not (is_float(array.dtype) or packed or own):
                 raise UserError(
                     f"{path}.{key} in {folder} is of the type {dtype_name(array.dtype)}, and "
                     f"weights are {', '.join(map(dtype_name, FLOATS.values()))}: use another export"
@@ -280,5 +283,7 @@ def _apply_adapters(model: nn.Module, folder: Path) -> nn.Module:
     return model
 
 
-def _get_own_classes(config: dict) -> tuple[type[nn.Module], type]:
-    return Model, ModelArgs
+def _get_own_classes(config: dict) -> tuple[Any, type]:
+    if config["model_type"] == "skipless":
+        return Model, ModelArgs
+    return reduced.Model, reduced.ModelArgs

@@ -16,7 +16,7 @@ Nothing here may know an architecture, but for ``StreamedNetwork``: our own netw
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from ..progress import Steps
 from .magnitudes import Watch
 from .model import Block, Model, ModelArgs, Stream, take_stream
-from .names import EMBEDDING, FINAL_NORM, HEAD
+from .names import EMBEDDING, FINAL_NORM, HEAD, SUBLAYERS
 from .parts import Arrays, Parts, replace_at, unpack
 
 RESIDENT_BYTES = 2 << 30  # of float32 weights that may stay in memory
@@ -53,13 +53,20 @@ class _Reached(Exception):
 
 
 class _StandIn(nn.Module):
-    """Stands in a layer's place: calling it calls the hook; any attribute is the layer's."""
+    """Stands in a layer's place: calling it calls the hook; any attribute is the layer's.
+
+    So is its class, because some architectures tell their layers apart by that.
+    """
 
     def __init__(self, layer: nn.Module, number: int, hook: _Hook):
         super().__init__()
         # Not as an item of the module: so the layer's tensors are no longer among the model's.
         self.__dict__["_layer"] = layer
         self._number, self._hook = number, hook
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return type(self.__dict__["_layer"])
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         if not args:  # some architectures name what they pass; the stream is what comes first
@@ -73,7 +80,45 @@ class _StandIn(nn.Module):
         return getattr(self.__dict__["_layer"], name)
 
 
-class Driver:
+class Network:
+    """What there is to know of a network besides running it; a subclass of ``Driver`` tells.
+
+    Attributes:
+        parallel: whether the attention and the FFN of a block read the same stream.
+        is_chain: whether a layer's stream is all that the next one needs of it.
+    """
+
+    parallel = False
+    is_chain = True
+
+    def without(self, layer: int, block: nn.Module, kinds: Collection[str]) -> nn.Module:
+        """Return a block without its "attention", its "ffn" or both; the weights are shared."""
+        raise NotImplementedError
+
+    def count_weights(self, layer: int, kind: str) -> int:
+        """Count the weights of a layer's "attention" or "ffn"."""
+        raise NotImplementedError
+
+    def can_drop(self, layer: int, kind: str) -> bool:
+        """Whether a layer can lose its "attention", its "ffn" or as a "block" both."""
+        return True
+
+    def drop(self, dropped: Mapping[str, Collection[int]]) -> "Driver":
+        """Return the network, which is no chain, without some layers' "attention" or "ffn"."""
+        raise NotImplementedError
+
+    @property
+    def vocabulary(self) -> int:
+        """How many logits there are."""
+        raise NotImplementedError
+
+    @property
+    def context(self) -> int | None:
+        """How many tokens in a row the model was made for; None where nothing says so."""
+        raise NotImplementedError
+
+
+class Driver(Network):
     """Runs a model, or any single layer of it, inside the model's own forward.
 
     ``embed``, ``run`` and ``logits`` need layers that return a ``Stream``.
@@ -265,6 +310,31 @@ class StreamedNetwork(Driver):
             self._fill(self.parts.head(), (FINAL_NORM, HEAD))
             self._loaded.add("head")
 
+    @property
+    def parallel(self) -> bool:  # type: ignore[override]
+        """Whether the attention and the FFN of a block read the same stream."""
+        return self.args.block == "parallel"
+
+    def without(self, layer: int, block: nn.Module, kinds: Collection[str]) -> nn.Module:
+        """Return a block without its "attention", its "ffn" or both; the weights are shared."""
+        for kind in kinds:
+            block = replace_at(block, SUBLAYERS[kind], None)
+        return block
+
+    def count_weights(self, layer: int, kind: str) -> int:
+        """Count the weights of a layer's "attention" or "ffn"."""
+        return count_weights(self.args, kind)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many logits there are."""
+        return self.args.vocab_size
+
+    @property
+    def context(self) -> int | None:
+        """How many tokens in a row the model was made for; None where nothing says so."""
+        return self.args.max_position_embeddings
+
     def release(self) -> None:
         """Let go the embedding, the final norm and the head, unless layers are kept as well."""
         if self._loaded and not self.resident:
@@ -278,6 +348,15 @@ class StreamedNetwork(Driver):
             module = dict(self.model.named_modules()).get(path)
             if module is not None:
                 module.load_weights([(n.removeprefix(f"{path}."), a) for n, a in own.items()])
+
+
+def count_weights(args: ModelArgs, kind: str) -> int:
+    """Count the weights of the matrices of an "attention" or "ffn"."""
+    if kind == "attention":
+        query, key = args.num_attention_heads, args.num_key_value_heads
+        return 2 * args.hidden_size * (query + key) * args.head_dim
+    experts = max(args.num_local_experts, 1)
+    return (3 if args.gated else 2) * experts * args.hidden_size * args.intermediate_size
 
 
 def load_block(

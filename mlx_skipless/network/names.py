@@ -16,6 +16,8 @@ PROJECTIONS = {
     "up_proj": "mlp.up_proj",
     "down_proj": "mlp.down_proj",
 }
+# What a block calls its two halves.
+SUBLAYERS = {"attention": "self_attn", "ffn": "mlp"}
 ATTENTION, MLP = tuple(PROJECTIONS)[:4], tuple(PROJECTIONS)[4:]
 EXPERTS = ("gate_proj", "up_proj", "down_proj")  # a mixture has one of each per expert
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens", "lm_head", "model.norm"

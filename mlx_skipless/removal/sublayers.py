@@ -6,21 +6,19 @@ measures that. Another measures the loss without each of the least important one
 greedy search does both again after each drop.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from ..errors import UserError
-from ..network.driver import Driver, StreamedNetwork, Streams, split_batches
+from ..network.driver import Driver, Streams, count_weights, split_batches
 from ..network.metrics import measure_nll
 from ..network.model import ModelArgs, Stream, take_stream
-from ..network.parts import replace_at
+from ..network.names import SUBLAYERS
 from ..progress import Steps, tell_part
 
-PARTS = {"attention": "self_attn", "ffn": "mlp"}  # and what a block calls them
 KINDS = ("attention", "ffn", "block")  # what can be asked for; a block is both
 SHORTLIST = 2  # times as many as shall go, the least important, are tried alone
 CANDIDATES = 6  # the least important of each kind, tried at each step of the greedy search
@@ -92,14 +90,15 @@ def check_wishes(args: ModelArgs, wishes: Sequence[Wish], spared: Drops) -> None
 
 
 def measure_importance(
-    network: StreamedNetwork,
+    network: Driver,
     tokens: mx.array,
     dropped: Drops | None = None,
     progress: Steps = lambda done, total: None,
 ) -> dict[str, list[float]]:
     """Measure how much each sub-layer and each block turns the stream.
 
-    That is 1 - cosine of the stream before and after it, the mean over tokens.
+    That is 1 - cosine of the stream before and after it, the mean over tokens. Where a network is
+    no chain of layers it is what the loss grows by without it.
 
     Args:
         network: runs the layers.
@@ -110,29 +109,27 @@ def measure_importance(
     Returns:
         A number a layer for "attention", "ffn" and "block".
     """
+    if not network.is_chain:
+        return _rank_by_loss(network, tokens, dropped or {}, progress)
     found: dict[str, list[float]] = {kind: [] for kind in KINDS}
     batches = split_batches(tokens)
     streams: list[Stream] = [network.embed(batch) for batch in batches]
     mx.eval(streams)
     for layer, block in network.walk(progress):
         gone = _find_gone(dropped or {}, layer)
-        attention, ffn = _drop(block, {"ffn"} | gone), _drop(block, {"attention"} | gone)
+        attention = network.without(layer, block, {"ffn"} | gone)
+        whole = network.without(layer, block, gone)
         sums = dict.fromkeys(KINDS, 0.0)
         for i, (x, batch) in enumerate(zip(streams, batches, strict=True)):
-            given = network.run(layer, x, batch, attention)
-            first, middle = take_stream(x), take_stream(given)
-            if network.args.block == "parallel":  # both read the block's input
-                before, behind = first, take_stream(network.run(layer, first, batch, ffn))
-                out = middle + behind - first
-            else:
-                before, behind = middle, take_stream(network.run(layer, middle, batch, ffn))
-                out = behind
+            given, passed = (network.run(layer, x, batch, one) for one in (attention, whole))
+            first, middle, out = map(take_stream, (x, given, passed))
+            # In a parallel block both read the block's input.
+            before, behind = (first, out - middle + first) if network.parallel else (middle, out)
             for kind, a, b in (
                 ("attention", first, middle), ("ffn", before, behind), ("block", first, out),
             ):  # fmt: skip
                 sums[kind] += float(mx.sum(1 - _cosine(a, b)).item())  # type: ignore[arg-type]
-            # With head skips the attention gives the next one its heads' outputs.
-            streams[i] = out if isinstance(given, mx.array) else (out, given[1])
+            streams[i] = passed
             mx.eval(streams[i])
         for kind in KINDS:
             found[kind].append(sums[kind] / tokens.size)
@@ -150,18 +147,43 @@ def measure_losses(
     As long as two sets agree, one stream serves both.
     """
     batches = split_batches(tokens)
+    if not network.is_chain:
+        return [*_measure_wholes(network, batches, variants, progress)]
     streams = Streams(network, batches, range(len(variants)))
     for layer, block in network.walk(progress):
         gone = {i: _find_gone(variant, layer) for i, variant in enumerate(variants)}
         lacking = {i: parts for i, parts in gone.items() if parts}
-        streams.advance(layer, block, lacking, partial(_drop, block))
+        streams.advance(layer, block, lacking, partial(network.without, layer, block))
     distinct = {id(stream): stream for stream in streams.values()}
     losses = {key: _measure_loss(network, stream, batches) for key, stream in distinct.items()}
     return [losses[id(streams[i])] for i in range(len(variants))]
 
 
+def _measure_wholes(
+    network: Driver, batches: Sequence[mx.array], variants: Sequence[Drops], progress: Steps
+) -> Iterator[float]:
+    """The loss of a network with each set of drops, each run as a whole."""
+    for done, variant in enumerate(variants):
+        progress(done, len(variants))
+        reduced = network.drop(variant)
+        yield _measure_loss(reduced, [reduced.hidden(batch) for batch in batches], batches)
+    progress(len(variants), len(variants))
+
+
+def _rank_by_loss(
+    network: Driver, tokens: mx.array, dropped: Drops, progress: Steps
+) -> dict[str, list[float]]:
+    """Measure what the loss grows by without each sub-layer and each block that could go."""
+    layers = range(len(network.paths))
+    alone = [(kind, layer) for kind in KINDS for layer in layers if network.can_drop(layer, kind)]
+    variants = [dropped, *(_add(dropped, kind, layer) for kind, layer in alone)]
+    whole, *losses = measure_losses(network, tokens, variants, progress)
+    found = dict(zip(alone, (loss - whole for loss in losses), strict=True))
+    return {kind: [found.get((kind, layer), 0.0) for layer in layers] for kind in KINDS}
+
+
 def choose_drops(
-    network: StreamedNetwork,
+    network: Driver,
     tokens: mx.array,
     wishes: Sequence[Wish],
     *,
@@ -215,7 +237,7 @@ class _Search:
         max_loss: the share by which the loss may grow where no number of drops is given.
     """
 
-    def __init__(self, network: StreamedNetwork, tokens: mx.array, spared: Drops, max_loss: float):
+    def __init__(self, network: Driver, tokens: mx.array, spared: Drops, max_loss: float):
         self._network, self._tokens = network, tokens
         self._spared, self._max_loss = spared, max_loss
         self._dropped: Drops = {}
@@ -263,21 +285,19 @@ class _Search:
         variants = [_add(self._dropped, kind, layer) for kind, layer in candidates]
         losses = measure_losses(self._network, self._tokens, variants, progress)
         steps = [Step(after, *which) for after, which in zip(losses, candidates, strict=True)]
-        args = self._network.args
-        return min(steps, key=lambda step: (step.loss - loss) / _count_weights(args, step.kind))
 
+        def count(kind: str, layer: int) -> int:
+            return sum(self._network.count_weights(layer, part) for part in _list_parts(kind))
 
-def _count_weights(args: ModelArgs, kind: str | None) -> int:
-    """Weights of one sub-layer's matrices."""
-    query, key = args.num_attention_heads, args.num_key_value_heads
-    attention = 2 * args.hidden_size * (query + key) * args.head_dim
-    experts = max(args.num_local_experts, 1)
-    ffn = (3 if args.gated else 2) * experts * args.hidden_size * args.intermediate_size
-    return {"attention": attention, "ffn": ffn, "block": attention + ffn}[kind or "block"]
+        prices = [
+            (step.loss - loss) / count(*which)
+            for step, which in zip(steps, candidates, strict=True)
+        ]
+        return steps[prices.index(min(prices))]
 
 
 def _list_parts(kind: str) -> tuple[str, ...]:
-    return tuple(PARTS) if kind == "block" else (kind,)
+    return tuple(SUBLAYERS) if kind == "block" else (kind,)
 
 
 def _rank(measured: Sequence[float], kind: str, *kept_out: Drops) -> list[int]:
@@ -293,18 +313,11 @@ def _add(dropped: Drops, kind: str, layer: int) -> Drops:
 
 
 def _sort(dropped: Drops) -> dict[str, list[int]]:
-    return {part: sorted(dropped[part]) for part in PARTS if dropped.get(part)}
+    return {part: sorted(dropped[part]) for part in SUBLAYERS if dropped.get(part)}
 
 
 def _find_gone(dropped: Drops, layer: int) -> frozenset[str]:
     return frozenset(part for part, layers in dropped.items() if layer in layers)
-
-
-def _drop(block: nn.Module, parts: Collection[str]) -> nn.Module:
-    """Return the block without its attention, its FFN or both; the weights are shared."""
-    for part in parts:
-        block = replace_at(block, PARTS[part], None)
-    return block
 
 
 def _cosine(a: mx.array, b: mx.array) -> mx.array:
@@ -327,6 +340,8 @@ def _measure_loss(network: Driver, streams: Sequence[Stream], batches: Sequence[
 def describe_wishes(args: ModelArgs, wishes: Sequence[Wish]) -> str:
     """Say what will go, as far as it is known before anything is measured."""
     known = [(wish.kind, wish.count) for wish in wishes if wish.count is not None]
-    weights = sum(count * _count_weights(args, kind) for kind, count in known)
+    weights = sum(
+        count * count_weights(args, part) for kind, count in known for part in _list_parts(kind)
+    )
     what = " and ".join(f"{count} x {kind}" for kind, count in known) or "what --max-loss allows"
     return f"which layers lose it is measured when converting: {what}, {weights:,} weights or more"

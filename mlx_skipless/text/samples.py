@@ -10,7 +10,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ..checkpoints import hub
 from ..errors import UserError
-from ..network.driver import StreamedNetwork
+from ..network.driver import Driver
 from ..progress import Steps
 from . import corpus
 
@@ -139,7 +139,7 @@ def _size_calibration(fitted: int | None) -> tuple[int, int]:
 
 
 def sample_passages(
-    network: StreamedNetwork,
+    network: Driver,
     *,
     seed: int,
     start: int | None,
@@ -160,7 +160,7 @@ def sample_passages(
         progress: called with (tokens of a sequence done, all).
     """
     check = (LONG_CHECK if long_check else CHECK) if network.resident else STREAMED_CHECK
-    longest = network.args.max_position_embeddings or CALIBRATION[1]
+    longest = network.context or CALIBRATION[1]
     sizes = [check]
     if calibrating:
         sizes.append(_size_calibration(fitted) if network.resident else STREAMED_CALIBRATION)
@@ -172,7 +172,7 @@ def sample_passages(
 
 
 def sample_text(
-    network: StreamedNetwork,
+    network: Driver,
     sequences: int,
     length: int,
     *,
@@ -188,9 +188,14 @@ def sample_text(
     def next_logits(fresh: mx.array) -> mx.array:
         return network.logits(network.hidden(fresh, caches)[:, -1:])[:, -1]
 
-    vocabulary = network.args.vocab_size
     return sample_tokens(
-        next_logits, vocabulary, sequences, length, seed=seed, start=start, progress=progress
+        next_logits,
+        network.vocabulary,
+        sequences,
+        length,
+        seed=seed,
+        start=start,
+        progress=progress,
     )
 
 

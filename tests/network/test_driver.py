@@ -14,10 +14,11 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_skipless
-from mlx_skipless.conversion.check import StockNetwork
+from mlx_skipless.inference.loading import load_network
 from mlx_skipless.network.driver import Driver, Recorder, StreamedNetwork, Streams, widen
 from mlx_skipless.network.magnitudes import Watch
 from mlx_skipless.network.parts import replace_at, tensors_of, unpack
+from mlx_skipless.network.stock import StockNetwork
 
 SHARED: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 4, "intermediate_size": 48, "num_attention_heads": 4,
@@ -172,7 +173,7 @@ def test_a_stock_folder_can_be_run_again(tmp_path: Path) -> None:
     """Read anew each time, and as mlx-lm runs it."""
     make_llama(tmp_path, num_hidden_layers=2)
     model, _ = mlx_skipless.load(tmp_path)
-    network = StockNetwork(tmp_path)
+    network = StockNetwork(lambda: load_network(tmp_path, lazy=True)[0])
     for _ in range(2):
         got = network.logits(network.hidden(text(2)))
         assert mx.allclose(got, model(text(2)), atol=1e-4).item()

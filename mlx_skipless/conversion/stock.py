@@ -1,0 +1,343 @@
+"""Conversions of networks that mlx-lm knows and this package does not: all that is not exact.
+
+What such a network computes only mlx-lm's own code says, which ``network/stock.py`` runs a layer at
+a time. So whatever mlx-lm loads can lose sub-layers and be quantized. The result is written as
+``mlx_lm.convert`` writes it, under the names of mlx-lm's modules.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.utils import _get_classes, dequantize_model, get_total_parameters
+
+from ..architectures.families import FAMILIES
+from ..checkpoints import files, hub
+from ..checkpoints.checkpoint import read_dtype
+from ..checkpoints.guarded import GuardedTokenizer
+from ..checkpoints.safetensors import SafetensorsStore, Store
+from ..checkpoints.tokenizer import carry_tokenizer, load_tokenizer
+from ..checkpoints.writer import SHARD_BYTES, Writer
+from ..errors import UserError
+from ..inference.loading import load_network
+from ..memory import machine_memory_bytes
+from ..network import reduced
+from ..network.driver import RESIDENT_BYTES
+from ..network.parts import tensors_of
+from ..network.stock import StockNetwork
+from ..progress import Progress
+from ..quantization.coverage import check_packable
+from ..quantization.layout import quantize_nearest
+from ..removal.sublayers import Step, Wish, choose_drops
+from ..text import samples
+from ..text.samples import Passages
+from .check import Verification, compare_networks
+from .options import Options
+from .planning import list_wishes
+from .writing import MODEL_FILE
+
+KINDS = ("attention", "ffn")
+
+
+@dataclass(frozen=True)
+class StockSource:
+    """A model of mlx-lm's own.
+
+    Attributes:
+        name: what the user called it.
+        path: its folder, or its config.json if a plan is all that is asked for.
+        config: its config.
+        trust_remote_code: whether its tokenizer may run code.
+    """
+
+    name: str
+    path: Path
+    config: Mapping[str, Any]
+    trust_remote_code: bool = False
+
+    @cached_property
+    def store(self) -> Store | None:
+        """Its tensors; None if they are elsewhere."""
+        there = self.path.is_dir() and any(self.path.glob("*.safetensors"))
+        return SafetensorsStore(self.path) if there else None
+
+    def build(self) -> nn.Module:
+        """Build its network anew, with lazy weights; with random ones if there are none."""
+        if self.store is not None:
+            return load_network(self.path, lazy=True)[0]
+        kind, kind_args = _get_classes(dict(self.config))
+        model = kind(kind_args.from_dict(dict(self.config)))
+        model.set_dtype(read_dtype(dict(self.config)))
+        return model
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """Its network, of which only names and shapes are asked for."""
+        return self.build()
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether matrices of it are quantized."""
+        return any("scales" in module for module in self.model.modules())
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The number type of most of its matrices that are not quantized."""
+        floats = (a for a in tensors_of(self.model).values() if mx.issubdtype(a.dtype, mx.floating))
+        return Counter(a.dtype for a in floats).most_common(1)[0][0]
+
+
+def find_source(options: Options) -> StockSource | None:
+    """Find a conversion's source, if it is of an architecture that only mlx-lm knows.
+
+    Raises:
+        UserError: if it cannot be read, or has no weights and more than a plan is asked for.
+    """
+    if options.model is None:
+        return None
+    name, trust = str(options.model), options.trust_remote_code
+    path = hub.resolve(name, revision=options.revision, config_only=options.dry_run, code=trust)
+    if path.is_dir():
+        config = files.read_config(path)
+    elif path.suffix.lower() == ".json" and files.is_there(path):
+        config = files.read_json(path)
+    else:
+        return None
+    if config.get("model_type") in FAMILIES or not _is_known(config):
+        return None
+    source = StockSource(name, path, config, trust)
+    if source.store is None and not options.dry_run:
+        raise UserError(f"{name} has no weights: add --dry-run, or give the model")
+    return source
+
+
+def _is_known(config: Mapping[str, Any]) -> bool:
+    """Whether mlx-lm has a network for a config, and no other code is needed."""
+    kind = config.get("model_type")
+    if config.get("model_file") or not isinstance(kind, str):
+        return False
+    if not kind.replace("-", "_").replace(".", "_").isidentifier():
+        return False
+    try:
+        _get_classes(dict(config))
+    except (ValueError, AttributeError):  # no such file, or no network in it
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class StockJob:
+    """One conversion of a network of mlx-lm's own, as far as it is decided.
+
+    Attributes:
+        options: what the user asked for.
+        source: the model.
+        dropped: the layers that lose their "attention" or "ffn".
+        path: the steps of the search for these, if there was one.
+    """
+
+    options: Options
+    source: StockSource
+    dropped: Mapping[str, list[int]] = field(default_factory=dict)
+    path: tuple[Step, ...] = ()
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Type of the result's weights that are not quantized."""
+        name = self.options.dtype
+        return getattr(mx, name) if name else self.source.dtype
+
+    def build_result(self, sublayers: list[Any]) -> tuple[nn.Module, dict[str, Any]]:
+        """Build the result with lazy weights; return it and its config.json.
+
+        ``sublayers`` are those of the source's layers.
+        """
+        model, options = self.source.build(), self.options
+        config = {k: v for k, v in self.source.config.items() if k != "vision_config"}
+        if self.source.is_packed and (options.quantization or options.dtype):
+            model = dequantize_model(model)
+            config = {k: v for k, v in config.items() if not k.startswith("quantiz")}
+        if options.dtype is not None:
+            model.set_dtype(self.dtype)
+        if parts := self._name_dropped(sublayers):
+            handed = [one.handed.items() for one in sublayers]
+            outputs = {path: more for one in handed for path, more in one if path in parts}
+            reduced.drop(model, parts, outputs)
+            config |= {reduced.DROPPED: parts, "model_file": MODEL_FILE}
+            config |= {reduced.OUTPUTS: outputs} if outputs else {}
+        if (q := options.quantization) is not None:
+            check_packable(model, q)
+            try:
+                model, entry = quantize_nearest(model, q)
+            except TypeError as error:  # some networks of mlx-lm have matrices of their own kinds
+                kind = self.source.config["model_type"]
+                raise UserError(f"-q: mlx-lm cannot quantize a {kind}: {error}") from error
+            config["quantization"] = config["quantization_config"] = entry
+        return model, dict(sorted(config.items()))
+
+    def _name_dropped(self, sublayers: list[Any]) -> dict[str, list[int]]:
+        """The layers without a part, by what the network's blocks call it."""
+        found: dict[str, set[int]] = {}
+        for kind, layers in self.dropped.items():
+            for layer in layers:
+                for part in sublayers[layer].parts[kind]:
+                    found.setdefault(part, set()).add(layer)
+        return {part: sorted(layers) for part, layers in sorted(found.items())}
+
+
+def check_job(job: StockJob, network: StockNetwork) -> None:
+    """Check that what is asked for can be done.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    options = job.options
+    exact = {
+        f"--remove {options.remove}": options.remove not in ("auto", "none"),
+        "--skipless": options.skipless,
+        "--fold-norms": options.fold_norms,
+        "--precompute-first-layer": options.precompute_first_layer is not None,
+    }
+    for flag, asked in exact.items():
+        if asked:
+            raise UserError(
+                f"{flag}: that is not known of a {job.source.config['model_type']}, only of "
+                f"{', '.join(sorted(FAMILIES))}; sub-layers can go of whatever mlx-lm runs, and "
+                "-q quantizes it"
+            )
+    spared = find_spared(network)
+    layers = len(network.paths)
+    for wish in list_wishes(options):
+        kinds = KINDS if wish.kind == "block" else (wish.kind,)
+        stay = {layer for kind in kinds for layer in spared[kind]}
+        most = min(layers - 1, layers - len(stay))
+        flag = f"--drop-{wish.kind} {'auto' if wish.count is None else wish.count}"
+        if most < 1:
+            obstacles = network.sublayers[min(stay)].obstacles
+            raise UserError(f"{flag}: {next(obstacles[k] for k in kinds if k in obstacles)}")
+        if wish.count is not None and not 1 <= wish.count <= most:
+            raise UserError(f"{flag}: of this model's {layers} layers 1 to {most} can lose theirs")
+
+
+def find_spared(network: StockNetwork) -> dict[str, list[int]]:
+    """The layers whose "attention" or "ffn" cannot go."""
+    return {
+        kind: [layer for layer, one in enumerate(network.sublayers) if kind in one.obstacles]
+        for kind in KINDS
+    }
+
+
+def open_network(source: StockSource) -> StockNetwork:
+    """Open a source's network, to run in float32; its layers stay in memory if they are small."""
+    resident = 4 * get_total_parameters(source.model) <= RESIDENT_BYTES
+    return StockNetwork(source.build, mx.float32, resident=resident)
+
+
+def check_memory(source: StockSource) -> None:
+    """Refuse what cannot fit: two shards, a few layers, what stands before and behind them."""
+    layers = [sum(a.nbytes for a in tensors_of(one).values()) for one in source.model.layers]
+    ends = sum(a.nbytes for a in tensors_of(source.model).values()) - sum(layers)
+    needed = 2 * SHARD_BYTES + 4 * max(layers) + 2 * ends
+    if needed > machine_memory_bytes():
+        raise UserError(
+            f"converting this model takes about {needed / 1e9:.0f} GB of memory and this machine "
+            f"has {machine_memory_bytes() / 1e9:.0f} GB: use a larger one"
+        )
+
+
+def take_text(
+    job: StockJob, network: StockNetwork, tokenizer: GuardedTokenizer | None, progress: Progress
+) -> Passages | None:
+    """Take the tokens that deciding and checking need; None if nothing does."""
+    options, calibrating = job.options, bool(job.options.drops)
+    if not (options.verify or calibrating):
+        return None
+    if options.calibration is None:
+        return samples.sample_passages(
+            network,
+            seed=options.seed,
+            start=None if tokenizer is None else tokenizer.bos_token_id,
+            calibrating=calibrating,
+            progress=partial(progress, "sampling text"),
+        )
+    if tokenizer is None:
+        raise UserError("--calibration needs a tokenizer and the source has none: drop it")
+    return samples.cut_passages(
+        str(options.calibration),
+        samples.read_text(options.calibration),
+        lambda text: tokenizer.encode(text, verbose=False),
+        calibrating=calibrating,
+        longest=network.context,
+    )
+
+
+def decide(
+    job: StockJob, network: StockNetwork, passages: Passages | None, progress: Progress
+) -> StockJob:
+    """Choose on text what goes."""
+    if not job.options.drops or passages is None or passages.calibration is None:
+        return job
+    wishes: list[Wish] = list_wishes(job.options)
+    dropped, path = choose_drops(
+        network,
+        passages.calibration,
+        wishes,
+        greedy=job.options.greedy,
+        max_loss=job.options.allowed_loss,
+        spared=find_spared(network),
+        progress=partial(progress, "dropping"),
+    )
+    return replace(job, dropped=dropped, path=tuple(path))
+
+
+def write_beside(
+    job: StockJob, writer: Writer, config: Mapping[str, Any]
+) -> GuardedTokenizer | None:
+    """Write what a result has beside its weights; return its tokenizer."""
+    write_config(writer, config)
+    trust = {"trust_remote_code": job.options.trust_remote_code}
+    if not carry_tokenizer(job.source, writer.folder, stock=True, **trust):
+        return None
+    return load_tokenizer(writer.folder, config, name=job.source.name, **trust)
+
+
+def write_config(writer: Writer, config: Mapping[str, Any]) -> None:
+    """Write a result's config.json, and the code that the config names."""
+    writer.write_json("config.json", config)
+    if reduced.DROPPED in config:
+        code = Path(str(reduced.__file__)).read_text(encoding="utf-8")
+        writer.write_text(MODEL_FILE, code)
+
+
+def write_weights(
+    network: StockNetwork, model: nn.Module, writer: Writer, progress: Progress
+) -> None:
+    """Write a result's weights, a layer at a time; ``model`` is left without them."""
+    weights, layers = get_total_parameters(model), [*model.layers]
+    for done, (path, layer) in enumerate(zip(network.paths, layers, strict=True)):
+        progress("converting", done, len(layers) + 1)
+        writer.add({f"{path}.{name}": array for name, array in tensors_of(layer).items()})
+        layer.clear()
+    writer.add(tensors_of(model))
+    writer.finish_weights(weights)
+    progress("converting", len(layers) + 1, len(layers) + 1)
+
+
+def check(
+    job: StockJob,
+    network: StockNetwork,
+    folder: Path,
+    passages: Passages | None,
+    progress: Progress,
+) -> Verification | None:
+    """Compare a written result with its source on text; None if that is not wanted."""
+    if not job.options.verify or passages is None:
+        return None
+    result = StockNetwork(lambda: load_network(folder, lazy=True)[0])
+    tell = partial(progress, "checking")
+    return compare_networks(network, [result], passages.check, passages.origin, tell)[0]

@@ -1,0 +1,156 @@
+"""What the conversion of a network of mlx-lm's own did, in numbers."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+from ..errors import UserError
+from ..network import reduced
+from ..network.parts import dtype_name
+from ..quantization.coverage import Packing
+from .planning import SAVINGS
+from .report import LayerRow, Report
+from .stock import StockJob
+
+# What configs call the number of experts that a token is given to.
+CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k")
+
+Sizes = Mapping[str, tuple[int, int]]  # weights and bytes of a module's own tensors, by path
+
+
+def make_report(
+    job: StockJob, paths: list[str], model: nn.Module, config: Mapping[str, Any]
+) -> Report:
+    """Report a conversion as far as it is decided, before its result is written.
+
+    Args:
+        job: all decided.
+        paths: the module paths of the layers.
+        model: the result, with lazy weights.
+        config: its config.json.
+    """
+    source, width = job.source, job.source.dtype.size
+    whole, after = _measure_sizes(source.model), _measure_sizes(model)
+    before = {path: (count, count * width) for path, (count, _) in whole.items()}
+    packed = [module for module in model.modules() if "scales" in module]
+    formats = Counter((getattr(m, "mode", "affine"), m.bits, m.group_size) for m in packed)
+    nothing = not job.options.drops and job.options.quantization is None
+    bytes_after = _total(after, 1)
+    return Report(
+        source=source.name,
+        output=None,
+        packing=_describe_packing(source.model),
+        kept_packed=source.is_packed and not (job.options.quantization or job.options.dtype),
+        dtype=dtype_name(job.dtype),
+        quantization=config.get("quantization"),
+        packings=tuple(Packing(*one, count) for one, count in formats.most_common()),
+        bits_per_weight=8 * bytes_after / _total(after, 0),
+        params_before=_total(before, 0),
+        params_after=_total(after, 0),
+        bytes_before=_total(before, 1),
+        bytes_after=bytes_after,
+        removed={kind: layers for kind, layers in job.dropped.items() if layers},
+        folded=(),
+        stock=reduced.DROPPED not in config,
+        skipless=False,
+        speedup_from_bytes=_count_read(source.model, config) / _count_read(model, config),
+        first_layer=None,
+        cache_bytes_before=_count_cache_bytes(source.model),
+        cache_bytes_after=_count_cache_bytes(model),
+        rows=tuple(_make_rows(job, paths, before, after)),
+        notes=tuple(_describe_path(job)),
+        advice=(SAVINGS,) if nothing else (),
+        warnings=(),
+        verification=None,
+        seconds=0.0,
+        stages={},
+        peak_memory_bytes=0,
+    )
+
+
+def _describe_path(job: StockJob) -> Iterator[str]:
+    if job.path:
+        steps = ", ".join(map(str, job.path))
+        yield f"loss on the text, nats per token, whole and after each drop: {steps}"
+
+
+def _describe_packing(model: nn.Module) -> str | None:
+    bits = Counter(m.bits for m in model.modules() if "scales" in m)
+    return f"MLX {bits.most_common(1)[0][0]}-bit" if bits else None
+
+
+def _measure_sizes(model: nn.Module) -> Sizes:
+    """Count each module's own weights, as they are before quantization, and its bytes."""
+    found = {}
+    for path, module in model.named_modules():
+        own = {name: a for name, a in module.items() if isinstance(a, mx.array)}
+        if own:
+            count = sum(_count_weights(module, name, array) for name, array in own.items())
+            found[path] = count, sum(array.nbytes for array in own.values())
+    return found
+
+
+def _count_weights(module: nn.Module, name: str, array: mx.array) -> int:
+    if "scales" not in module:
+        return array.size
+    return {"weight": array.size * 32 // module.bits, "bias": array.size}.get(name, 0)
+
+
+def _total(sizes: Sizes, which: int, prefix: str = "") -> int:
+    """Add up the weights (0) or the bytes (1) of the modules at or under a path."""
+    return sum(
+        one[which]
+        for path, one in sizes.items()
+        if not prefix or path == prefix or path.startswith(f"{prefix}.")
+    )
+
+
+def _count_read(model: nn.Module, config: Mapping[str, Any]) -> float:
+    """Count the weights that decoding a token reads; of experts those that it is given to."""
+    text = config.get("text_config")
+    settings = {**config, **text} if isinstance(text, Mapping) else config
+    chosen = next((settings[k] for k in CHOSEN if isinstance(settings.get(k), int)), None)
+    total = 0.0
+    for module in model.modules():
+        own = [(name, a) for name, a in module.items() if isinstance(a, mx.array)]
+        count = sum(_count_weights(module, name, array) for name, array in own)
+        if isinstance(module, SwitchLinear | QuantizedSwitchLinear) and chosen:
+            count *= min(1, chosen / module.num_experts)
+        total += count
+    return total
+
+
+def _count_cache_bytes(model: nn.Module) -> int:
+    """Count the bytes of KV cache that a token takes; nothing is computed."""
+    caches = make_prompt_cache(model)
+    try:
+        model(mx.zeros((1, 1), mx.int32), cache=caches)
+    except (AttributeError, TypeError, ValueError) as error:  # a quantized head, for instance
+        raise UserError(f"mlx-lm cannot run the result: {error}") from error
+    flat = [one for cache in caches for one in getattr(cache, "caches", (cache,))]
+    kept = [getattr(one, name, None) for one in flat for name in ("keys", "values")]
+    arrays = [array for array in kept if isinstance(array, mx.array)]
+    return sum(array.nbytes // array.shape[2] for array in arrays)
+
+
+def _make_rows(job: StockJob, paths: list[str], before: Sizes, after: Sizes) -> Iterator[LayerRow]:
+    inside = tuple(f"{path}." for path in paths)
+    body = paths[0].rsplit(".", 2)[0]
+    ends = [path for path in before if not path.startswith(inside)]
+    for name in (*paths, *ends):
+        layer = paths.index(name) if name in paths else None
+        yield LayerRow(
+            name=name.removeprefix(f"{body}.").removeprefix(f"{body.rpartition('.')[0]}."),
+            goes=" ".join(kind for kind, layers in job.dropped.items() if layer in layers),
+            weights_before=_total(before, 0, name),
+            weights_after=_total(after, 0, name),
+            bytes_before=_total(before, 1, name),
+            bytes_after=_total(after, 1, name),
+            condition=None,
+            cost=None,
+        )
