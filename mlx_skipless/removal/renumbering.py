@@ -160,8 +160,10 @@ def _list_readings(config: Mapping[str, Any], layers: Layers) -> Iterator[tuple[
         if isinstance(value, Mapping) and not NOT_BY_LAYER.search(key):
             yield from (([key, *path], other) for path, other in _list_readings(value, layers))
         else:
-            usual, *others = [*_read_entry(key, value, layers, first), value]
-            yield from (([key], other) for other in others if other != usual)
+            read = [*_read_entry(key, value, layers, first)]
+            if read and "layer" not in key:
+                read.append(value)  # as long as there are layers by chance
+            yield from (([key], other) for other in read[1:] if other != read[0])
             if type(value) is int and 0 < value <= layers.total and LAYERS.search(key):
                 yield [key], layers.count_first(value)
                 yield [key], layers.count_last(value)
@@ -240,6 +242,7 @@ class _Tracer(Driver):
         for cache in caches:
             if type(getattr(cache, "offset", None)) is int:
                 cache.offset = FULL
+        self._forward(pass_on, tokens)  # also without caches, as trainers do
         self._forward(pass_on, tokens, cache=caches)
         for layer in self._own:
             for name, module in layer.named_modules():
