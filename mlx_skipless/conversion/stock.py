@@ -179,8 +179,11 @@ class StockJob:
         if options.dtype is not None:
             model.set_dtype(self.dtype)
         if parts := self._name_dropped(network.sublayers):
-            reduced.drop(model, parts)
+            handed = [one.handed.items() for one in network.sublayers]
+            outputs = {path: more for one in handed for path, more in one if path in parts}
+            reduced.drop(model, parts, outputs)
             config |= {reduced.DROPPED: parts, "model_file": MODEL_FILE}
+            config |= {reduced.OUTPUTS: outputs} if outputs else {}
         if (q := options.quantization) is not None:
             check_packable(model, q)
             model, entry = quantize_nearest(model, q)

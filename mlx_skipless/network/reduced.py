@@ -2,17 +2,23 @@
 
 A result of a drop carries this file as its model.py. Its config.json is that of the whole network
 and says what is gone, by the names that mlx-lm's blocks have for their parts:
-``"dropped_sublayers": {"self_attn": [3, 5], "mlp": [2]}``.
+``"dropped_sublayers": {"self_attn": [3, 5], "mlp": [2]}``. Parts of parts are named by their path:
+``"attn.attention"``. A part that returns more than its output hands on what it is given instead,
+by position or name: ``"dropped_outputs": {"self_attn": ["shared_kv", null]}``.
 """
 
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Optional, Union
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_unflatten
 from mlx_lm.utils import _get_classes
 
-DROPPED = "dropped_sublayers"
+DROPPED, OUTPUTS = "dropped_sublayers", "dropped_outputs"
+
+Handed = Sequence[Optional[Union[int, str]]]
 
 
 class ModelArgs:
@@ -31,15 +37,27 @@ def Model(args: ModelArgs) -> nn.Module:
     """Build the network of a config, without the sub-layers that it says are gone."""
     kind, kind_args = _get_classes(args.config)
     model = kind(kind_args.from_dict(args.config))
-    drop(model, args.config[DROPPED])
+    drop(model, args.config[DROPPED], args.config.get(OUTPUTS, {}))
     return model
 
 
-def drop(model: nn.Module, dropped: dict[str, list[int]]) -> None:
-    """Take sub-layers out of a network, in place: layers by the name that their blocks have."""
-    for part, layers in dropped.items():
+def drop(model: nn.Module, dropped: dict[str, list[int]], outputs: Mapping[str, Handed]) -> None:
+    """Take sub-layers out of a network, in place.
+
+    Args:
+        model: the network.
+        dropped: the layers, by the path that their blocks have for the part.
+        outputs: what the part hands on beside its output, by the same.
+    """
+    for path, layers in dropped.items():
         for layer in layers:
-            setattr(model.layers[layer], part, Dropped(model.layers[layer][part]))
+            drop_part(model.layers[layer], path, outputs.get(path, ()))
+
+
+def drop_part(block: nn.Module, path: str, handed: Handed = ()) -> None:
+    """Take a part out of a block, in place."""
+    gone = Dropped(dict(block.named_modules())[path], handed)
+    block.update_modules(tree_unflatten([(path, gone)]))
 
 
 class Dropped(nn.Module):
@@ -50,18 +68,25 @@ class Dropped(nn.Module):
 
     Args:
         inner: the sub-layer, whose settings some blocks ask for.
+        handed: what it returns beside its output: arguments, by their position or name.
     """
 
-    def __init__(self, inner: nn.Module):
+    def __init__(self, inner: nn.Module, handed: Handed = ()):
         super().__init__()
         self.__dict__.update(vars(inner))
+        self._handed = tuple(handed)
 
-    def __call__(self, x: mx.array, *args: Any, **options: Any) -> mx.array:
-        """Return zeros like ``x``, (batch, length, hidden)."""
-        for given in (*args, *options.values()):
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Return zeros like the first argument, (batch, length, hidden)."""
+        x, *others = (*args, *options.values())
+        for given in others:
             for cache in getattr(given, "caches", (given,)):
                 _count_tokens(cache, x)
-        return mx.zeros_like(x)
+        zeros = mx.zeros_like(x)
+        if not self._handed:
+            return zeros
+        named = {**dict(enumerate(args)), **options}
+        return (zeros, *(named.get(key) for key in self._handed))
 
 
 def _count_tokens(cache: Any, x: mx.array) -> None:
@@ -72,6 +97,9 @@ def _count_tokens(cache: Any, x: mx.array) -> None:
         zeros = mx.zeros((x.shape[0], 1, x.shape[1], width), dtype=x.dtype)
         cache.update_and_fetch(zeros, zeros)
     elif hasattr(cache, "advance"):
+        for i, state in enumerate(cache.cache):
+            if state is None:  # mlx-lm cuts batches out of whatever states there are
+                cache[i] = mx.zeros_like(x[:, :1])
         cache.advance(x.shape[1])
 
 

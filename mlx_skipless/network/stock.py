@@ -2,33 +2,31 @@
 
 Nothing here knows an architecture. What is a sub-layer is found by running each block once,
 without computing anything, and looking at what it calls: a part of it that holds matrices and turns
-a stream (batch, length, hidden) into another. If it is given a cache it is an attention, or
-what stands in the place of one, else an FFN.
+a stream (batch, length, hidden) into another. If it is given more than that, such as a mask and a
+cache, it is an attention, or what stands in the place of one, else an FFN.
 """
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from .driver import Driver, Recorder
+from .driver import Changes, Driver, Recorder, _Reached
+from .model import Stream, take_stream
 from .parts import replace_at, tensors_of
-from .reduced import Dropped
+from .reduced import Dropped, Handed
 
+KINDS = ("attention", "ffn")
 FFN_NAME = re.compile(r"mlp|ffn|feed_forward|moe|experts")
 # Parts of a block that turn a stream into another and are no sub-layers of their own.
-HELPERS = {
-    "laurel": "gemma3n's low-rank path beside an attention",
-    "altup": "gemma3n's mixing of its streams",
-    "per_layer_input_gate": "gemma3n's and gemma4's embeddings by layer",
-    "router": "what chooses experts",
-}
+HELPERS = {"laurel": "gemma3n's low-rank path beside an attention"}
 
 
 @dataclass(frozen=True)
@@ -36,12 +34,14 @@ class Sublayers:
     """What a block calls its sub-layers.
 
     Attributes:
-        parts: the names of the block's modules, by "attention" and "ffn".
+        parts: the paths of the block's modules, by "attention" and "ffn".
         obstacles: why one of these cannot go, by the same names.
+        handed: what parts return beside their output: arguments, by the parts' paths.
     """
 
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     obstacles: Mapping[str, str] = field(default_factory=dict)
+    handed: Mapping[str, Handed] = field(default_factory=dict)
 
 
 class StockNetwork(Driver):
@@ -75,101 +75,265 @@ class StockNetwork(Driver):
             self._unread = dict(enumerate(self._cast(self._build()).layers))
         return self._unread.pop(layer)
 
+    def run(
+        self, layer: int, h: Stream, tokens: mx.array, module: nn.Module | None = None
+    ) -> Stream:
+        """Run one layer on a stream, with what the model's forward passes to it for the tokens.
+
+        Where layers hand on more than the stream, a stream is its array and what they handed on, by
+        their number.
+        """
+        if self._sources is None:
+            return super().run(layer, h, tokens, module)
+        running: Any = self.layer(layer) if module is None else module
+        stream = take_stream(h)
+        handed: dict[int, Any] = {} if isinstance(h, mx.array) else h[1]  # type: ignore[assignment]
+
+        def visit(at: int, x: mx.array, *args: Any, **options: Any) -> Any:
+            if at < layer:
+                return (stream, *handed.get(at, handed[layer - 1]))
+            raise _Reached(running(stream, *args, **options))
+
+        out, *more = self._forward(visit, tokens)
+        kept = {at: one for at, one in handed.items() if at in self._sources}
+        return out, kept | {layer: more}  # type: ignore[return-value]
+
+    def logits(self, h: Stream, changes: Changes | None = None) -> mx.array:
+        """Return float32 logits (batch, length, vocabulary) of what the last layer gave."""
+        if self._sources is None:
+            return super().logits(h, changes)
+        nothing = [None] * self._trial.extras
+        return super().logits((take_stream(h), *nothing), changes)  # type: ignore[arg-type]
+
+    @property
+    def _sources(self) -> frozenset[int] | None:
+        return self._trial.sources
+
     @property
     def vocabulary(self) -> int:
         """How many logits there are."""
-        return self._trial[0]
+        return self._trial.vocabulary
+
+    @property
+    def context(self) -> int | None:
+        """How many tokens in a row the model was made for; None where nothing says so."""
+        return getattr(self.model, "context", None)
 
     @property
     def sublayers(self) -> list[Sublayers]:
         """What each layer's block calls its sub-layers."""
-        return self._trial[1]
+        return self._trial.sublayers
 
     @cached_property
-    def _trial(self) -> tuple[int, list[Sublayers]]:
+    def _trial(self) -> "_Trial":
         """What a forward meets; nothing is computed and no weight is read."""
-        spied: list[_Spied] = []
+        met: list[_Met] = []
 
-        def visit(layer: int, x: mx.array, *args: Any, **options: Any) -> Any:
-            spied.append(_Spied(self._own[layer]))
-            return spied[-1].run(x, *args, **options)
+        def visit(layer: int, *args: Any, **options: Any) -> Any:
+            met.append(_Met(layer, self._own[layer]))
+            return met[-1].run(*args, **options)
 
         cache = make_prompt_cache(self.model)
         logits = self._forward(visit, mx.zeros((1, 2), mx.int32), cache=cache)
-        uses = Counter(cache for one in spied for cache in one.caches)
-        return logits.shape[-1], [one.judge(uses) for one in spied]
+        return _Trial(logits.shape[-1], len(self._own), met)
 
     def without(self, layer: int, block: nn.Module, kinds: Collection[str]) -> nn.Module:
         """Return a block without its attention, its FFN or both; the weights are shared."""
+        own = self.sublayers[layer]
         for kind in kinds:
-            for name in self.sublayers[layer].parts.get(kind, ()):
-                block = replace_at(block, name, Dropped(block[name]))
+            for path in own.parts.get(kind, ()):
+                gone = Dropped(_find_part(block, path), own.handed.get(path, ()))
+                block = replace_at(block, path, gone)
         return block
 
     def count_weights(self, layer: int, kind: str) -> int:
         """Count what is stored of a layer's "attention" or "ffn", in bytes."""
-        block = self._own[layer]
-        parts = self.sublayers[layer].parts.get(kind, ())
-        return sum(a.nbytes for name in parts for a in tensors_of(block[name]).values())
+        paths = self.sublayers[layer].parts.get(kind, ())
+        parts = [_find_part(self._own[layer], path) for path in paths]
+        return sum(a.nbytes for part in parts for a in tensors_of(part).values())
 
 
 class _Spy(Recorder):
-    """A module that keeps its latest input and output, and the caches that it was given."""
+    """A module that keeps what it was given last and what it gave."""
 
-    def __call__(self, x: Any, *others: Any, **options: Any) -> Any:
-        given = [one for one in (*others, *options.values()) if _is_cache(one)]
-        self.__dict__["caches"] = given
-        return super().__call__(x, *others, **options)
-
-
-class _Spied:
-    """A block whose parts with matrices are spied on."""
-
-    def __init__(self, block: nn.Module):
-        self._spies: dict[str, _Spy] = {}
-        self._block: Any = block
-        self._plain = True
-        for name, part in block.children().items():
-            if isinstance(part, nn.Module) and _holds_matrices(part) and name not in HELPERS:
-                self._spies[name] = _Spy(part)
-                self._block = replace_at(self._block, name, self._spies[name])
-
-    def run(self, *args: Any, **options: Any) -> Any:
-        """Run the block."""
-        out = self._block(*args, **options)
-        self._plain = isinstance(out, mx.array)
-        return out
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        stream, *others = (*args, *options.values())
+        keys = [*range(len(args)), *options][1:]  # by position or name
+        self.__dict__["others"] = dict(zip(keys, others, strict=True))
+        self.x, self.y = stream, self.inner(*args, **options)
+        return self.y
 
     @property
-    def caches(self) -> set[int]:
-        """The identities of the caches that the block's parts were given."""
-        called = (spy for spy in self._spies.values() if "y" in spy)
-        return {id(cache) for spy in called for cache in spy.__dict__["caches"]}
+    def turns_stream(self) -> bool:
+        """Whether it was called on a stream and gave another."""
+        out = self.y[0] if isinstance(self.y, tuple) else self.y
+        return isinstance(out, mx.array) and out.shape == self.x.shape
 
-    def judge(self, uses: Mapping[int, int]) -> Sublayers:
-        """Tell the sub-layers; ``uses`` counts the blocks that were given each cache."""
+    @property
+    def caches(self) -> list[Any]:
+        """The caches that it was given."""
+        return [given for given in self.__dict__["others"].values() if hasattr(given, "state")]
+
+    def tell_kind(self, path: str) -> str:
+        """Tell an attention by what it is given."""
+        others = self.__dict__["others"].values()
+        given = any(one is not None for one in others)
+        return "attention" if given and not FFN_NAME.search(path) else "ffn"
+
+    @property
+    def more(self) -> Sequence[Any]:
+        """What it gave beside its output."""
+        return self.y[1:] if isinstance(self.y, tuple) else ()
+
+    @property
+    def handed(self) -> Handed:
+        """Which of its arguments it gave beside its output, by position or name."""
+        others = self.__dict__["others"].items()
+        same = [[key for key, one in others if _is_same(one, given)] for given in self.more]
+        return [next(iter(keys), None) for keys in same]
+
+    @property
+    def made(self) -> set[int]:
+        """The identities of arrays that it made and gave beside its output."""
+        return _arrays(self.more) - _arrays([*self.__dict__["others"].values()])
+
+
+class _Met:
+    """A block that a forward met, and what it called.
+
+    Args:
+        layer: its number.
+        block: the block.
+    """
+
+    def __init__(self, layer: int, block: nn.Module):
+        self.layer = layer
+        paths = [
+            path
+            for path, part in block.named_modules()
+            if path and path.count(".") < 2 and path not in HELPERS and _holds_matrices(part)
+        ]
+        self._spies: dict[str, _Spy] = {}
+        self._block: Any = block
+        for path in sorted(paths, key=lambda path: (-path.count("."), path)):  # the inner ones first
+            self._spies[path] = _Spy(_find_part(self._block, path))
+            self._block = replace_at(self._block, path, self._spies[path])
+
+    def run(self, x: mx.array, *args: Any, **options: Any) -> Any:
+        """Run the block."""
+        self._others = [*args, *options.values()]
+        self.given = _arrays(self._others)
+        self._out = self._block(x, *args, **options)
+        self.more = self._out[1:] if isinstance(self._out, tuple) else ()
+        self.made = _arrays(self.more) - self.given
+        return self._out
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it gives arrays, and was given nothing that it can change besides caches."""
+        out = self._out if isinstance(self._out, tuple) else (self._out,)
+        return all(map(_is_plain, (*out, *(o for o in self._others if not hasattr(o, "state")))))
+
+    @cached_property
+    def parts(self) -> dict[str, _Spy]:
+        """The parts that are sub-layers, by path.
+
+        If a part is not called, or gives more than its output, its own parts may be sub-layers.
+        """
+        called = {path: spy for path, spy in self._spies.items() if "y" in spy}
+        found: dict[str, _Spy] = {}
+        for name in self._block.children():
+            inside = {path: spy for path, spy in called.items() if path.startswith(f"{name}.")}
+            if name in called:
+                inside = {path: spy for path, spy in inside.items() if spy.caches}
+            if name not in called or (called[name].more and inside):
+                found |= inside
+            else:
+                found[name] = called[name]
+        return {path: spy for path, spy in found.items() if spy.turns_stream}
+
+
+class _Trial:
+    """What a forward met.
+
+    Args:
+        vocabulary: how many logits it gave.
+        layers: how many layers the network has.
+        met: what it met.
+
+    Attributes:
+        sublayers: each layer's.
+        extras: what a layer gives besides the stream, how many.
+        sources: the layers of which later ones than the next use these; None if there are none.
+    """
+
+    def __init__(self, vocabulary: int, layers: int, met: list[_Met]):
+        self.vocabulary, self._met = vocabulary, met
+        if [one.layer for one in met] != [*range(layers)]:
+            why = "the network does not run its layers once each, one after another"
+            self.sublayers = [Sublayers({}, dict.fromkeys(KINDS, why)) for _ in range(layers)]
+            self.extras, self.sources = 0, None
+            return
+        self._uses = Counter(
+            cache
+            for one in met
+            for cache in {id(cache) for spy in one.parts.values() for cache in spy.caches}
+        )
+        self._handed: dict[str, list[Any]] = {}
+        for path, spy in (item for one in met for item in one.parts.items() if item[1].more):
+            known = self._handed.setdefault(path, [None] * len(spy.more))
+            self._handed[path] = [a if b is None else b for a, b in zip(known, spy.handed)]
+        self.sublayers = [self._judge(one) for one in met]
+        self.extras = len(met[0].more)
+        used = (one.layer for one in met if self._is_used(one.made, one.layer + 2))
+        self.sources = frozenset(used) if self.extras else None
+
+    def _is_used(self, made: set[int], start: int) -> bool:
+        """Whether layers from one on are given any of these arrays."""
+        return any(made & later.given for later in self._met[start:])
+
+    def _judge(self, one: _Met) -> Sublayers:
         parts: dict[str, tuple[str, ...]] = {}
         obstacles: dict[str, str] = {}
-        for name, spy in self._spies.items():
-            if "y" not in spy:
-                continue
-            caches = spy.__dict__["caches"]
-            kind = "attention" if caches and not FFN_NAME.search(name) else "ffn"
-            parts[kind] = (*parts.get(kind, ()), name)
-            if not (isinstance(spy.y, mx.array) and spy.y.shape == spy.x.shape):
-                obstacles[kind] = f"its {name} hands on more than its output"
-            elif any(uses[id(cache)] > 1 for cache in caches):
-                obstacles[kind] = f"layers share what its {name} keeps"
-        for kind in ("attention", "ffn"):
-            if not self._plain:
-                obstacles[kind] = "its block hands on more than the stream"
+        for path, spy in one.parts.items():
+            kind = spy.tell_kind(path)
+            parts[kind] = (*parts.get(kind, ()), path)
+            if self._is_used(spy.made, one.layer + 1):
+                obstacles[kind] = f"later layers use what its {path} makes"
+            elif any(self._uses[id(cache)] > 1 for cache in spy.caches):
+                obstacles[kind] = f"layers share what its {path} keeps"
+            elif not all(map(_counts_tokens, spy.caches)):
+                obstacles[kind] = f"its {path} keeps what only itself can write"
+        for kind in KINDS:
+            if not one.is_alone:
+                obstacles[kind] = "its block shares more with others than the stream"
             elif kind not in parts:
                 obstacles[kind] = f"its block calls no module that is its {kind}"
-        return Sublayers(parts, obstacles)
+        return Sublayers(parts, obstacles, {p: h for p, h in self._handed.items() if p in one.parts})
 
 
-def _is_cache(given: Any) -> bool:
-    return any(hasattr(given, name) for name in ("update_and_fetch", "advance", "caches"))
+def _counts_tokens(cache: Any) -> bool:
+    return any(hasattr(cache, name) for name in ("update_and_fetch", "advance", "caches"))
+
+
+def _arrays(tree: Any) -> set[int]:
+    """The identities of the arrays of a tree."""
+    return {id(leaf) for _, leaf in tree_flatten(tree) if isinstance(leaf, mx.array)}
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two trees hold the same arrays, and any."""
+    return bool(_arrays([one])) and _arrays([one]) == _arrays([other])
+
+
+def _is_plain(tree: Any) -> bool:
+    if isinstance(tree, tuple):
+        return all(map(_is_plain, tree))
+    return tree is None or isinstance(tree, mx.array | str | int | float)
+
+
+def _find_part(block: nn.Module, path: str) -> Any:
+    return dict(block.named_modules())[path]
 
 
 def _holds_matrices(module: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes
 
 from ..network.driver import Driver
+from ..network.model import take_stream
 
 Config = dict[str, Any]
 
@@ -150,7 +151,7 @@ def passes_stream(network: Driver, layer: int) -> bool:
     tokens = mx.arange(1, 1 + TOKENS)[None]
     h = network.embed(tokens) + 1
     block = network.without(layer, network.layer(layer), ("attention", "ffn"))
-    return bool(mx.array_equal(network.run(layer, h, tokens, block), h))
+    return bool(mx.array_equal(take_stream(network.run(layer, h, tokens, block)), h))
 
 
 def _list_readings(config: Mapping[str, Any], layers: Layers) -> Iterator[tuple[list[str], Any]]:
