@@ -11,7 +11,7 @@ import pytest
 import zoo
 from factory import make_llama
 from grids import only
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
@@ -28,7 +28,7 @@ from mlx_skipless.removal.renumbering import (
 PATTERNS: dict[str, list[int]] = {
     "bailing_hybrid": [1, 2], "bailing_moe_linear": [1, 2], "bailing_moe_v3": [0, 1],
     "exaone4": [1, 2], "gemma3": [0, 1, 2], "gemma3_text": [3, 4, 5], "jamba": [3, 4],
-    "kimi_linear": [1, 2], "phi3small": [1, 2], "plamo2": [2, 3], "plamo3": [0, 3],
+    "kimi_linear": [1, 2], "plamo2": [2, 3], "plamo3": [0, 3],
     "qwen3_5": [0, 1], "qwen3_5_moe": [2, 3], "qwen3_next": [1, 2], "recurrent_gemma": [3],
     "laguna": [0, 2], "afmoe": [0, 2], "lfm2": [0, 3], "lfm2_moe": [0, 3], "lfm2-vl": [0, 3],
     "gpt_oss": [0, 3], "mellum": [0, 2], "mimo_v2_flash": [2, 3], "olmo3": [0, 2],
@@ -42,7 +42,6 @@ CANNOT = {
     "minicpm": "its blocks are scaled by their number",
     "minicpm3": "its blocks are scaled by their number",
     "afm7": "its last layers read the keys of another",
-    "deepseek_v41": "its blocks hand on more than the stream",
     "hunyuan": "its blocks hand on more than the stream",
     "iquestloopcoder": "it runs its layers twice",
     "kimi_k3": "its blocks hand on more than the stream",
@@ -50,7 +49,10 @@ CANNOT = {
     "prism_hadamard_qwen35": "its config lists each matrix by its path",
     "rwkv7": "its blocks hand on more than the stream",
 }
+# This package's loader takes a constant in them, of whole numbers, for a tensor.
+NOT_LOADED = {"deepseek_v41", "phi3small"}
 FEW = ("deepseek_v3", "gemma3_text", "gpt_oss", "nemotron_h", "qwen3_5", "qwen3_moe", "smollm3")
+NAMES = sorted(zoo.CONFIGS.keys() - CANNOT.keys() - NOT_LOADED)
 
 
 class Silent(nn.Module):
@@ -62,7 +64,8 @@ class Silent(nn.Module):
         self.inner = inner
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        return self.inner(*args, **options) * 0
+        out = self.inner(*args, **options)
+        return (out[0] * 0, *out[1:]) if isinstance(out, tuple) else out * 0
 
 
 def run(model: nn.Module) -> np.ndarray:
@@ -103,11 +106,12 @@ def silence(folder: Path, network: StockNetwork, gone: list[int]) -> nn.Module:
         block = model.layers[layer]
         for names in network.sublayers[layer].parts.values():
             for name in names:
-                setattr(block, name, Silent(block[name]))
+                silent = Silent(dict(block.named_modules())[name])
+                block.update_modules(tree_unflatten([(name, silent)]))
     return model
 
 
-@pytest.mark.parametrize("name", only(FEW, sorted(zoo.CONFIGS.keys() - CANNOT.keys())))
+@pytest.mark.parametrize("name", only(FEW, NAMES))
 def test_the_same_network(name: str, tmp_path: Path) -> None:
     """Plain mlx-lm loads it, and every bit of every logit is the same."""
     network = open_zoo(tmp_path, name)
