@@ -283,7 +283,7 @@ def _write_beside(job: Job, writer: Writer) -> GuardedTokenizer | None:
     config = make_config(job)
     writer.write_json("config.json", config)  # transformers reads it with the tokenizer
     trust = {"trust_remote_code": job.options.trust_remote_code}
-    same_type = job.form.stock and not job.options.drops
+    same_type = job.form.stock and (job.form.renumbered or not job.options.drops)
     if not carry_tokenizer(job.opened, writer.folder, stock=same_type, **trust):
         return None
     return load_tokenizer(writer.folder, config, name=job.checkpoint.name, **trust)

@@ -139,7 +139,7 @@ def _make_rows(job: StockJob, paths: list[str], before: Sizes, after: Sizes) -> 
     ends = [path for path in before if not path.startswith(inside)]
     for name in (*paths, *ends):
         layer = paths.index(name) if name in paths else None
-        new = name if job.layers is None else rename_layer(name, paths, job.layers)
+        new = name if job.layers is None else rename_layer(name, job.layers, paths)
         yield LayerRow(
             name=name.removeprefix("model."),
             goes=" ".join(kind for kind, layers in job.dropped.items() if layer in layers),

@@ -9,7 +9,7 @@ by position or name: ``"dropped_outputs": {"self_attn": ["shared_kv", null]}``.
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Optional, Union
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,7 +18,7 @@ from mlx_lm.utils import _get_classes
 
 DROPPED, OUTPUTS = "dropped_sublayers", "dropped_outputs"
 
-Handed = Sequence[Optional[Union[int, str]]]
+Handed = Sequence[int | str | None]
 
 
 class ModelArgs:

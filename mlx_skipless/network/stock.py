@@ -215,7 +215,9 @@ class _Met:
         ]
         self._spies: dict[str, _Spy] = {}
         self._block: Any = block
-        for path in sorted(paths, key=lambda path: (-path.count("."), path)):  # the inner ones first
+        for path in sorted(
+            paths, key=lambda path: (-path.count("."), path)
+        ):  # the inner ones first
             self._spies[path] = _Spy(_find_part(self._block, path))
             self._block = replace_at(self._block, path, self._spies[path])
 
@@ -309,7 +311,9 @@ class _Trial:
                 obstacles[kind] = "its block shares more with others than the stream"
             elif kind not in parts:
                 obstacles[kind] = f"its block calls no module that is its {kind}"
-        return Sublayers(parts, obstacles, {p: h for p, h in self._handed.items() if p in one.parts})
+        return Sublayers(
+            parts, obstacles, {p: h for p, h in self._handed.items() if p in one.parts}
+        )
 
 
 def _counts_tokens(cache: Any) -> bool:

@@ -120,7 +120,7 @@ def shorten_network(
     """
     kind, kind_args = _get_classes(config)
     short = kind(kind_args.from_dict(config))
-    rename = partial(rename_layer, paths=paths, layers=layers)
+    rename = partial(rename_layer, layers=layers, paths=paths)
 
     def move(tree: Any) -> Any:
         flat = tree_flatten(tree, is_leaf=lambda one: isinstance(one, nn.Module))
@@ -136,8 +136,15 @@ def shorten_network(
     return short, config
 
 
-def rename_layer(name: str, paths: Sequence[str], layers: Layers) -> str | None:
-    """Return the name that a module or tensor gets; None if its layer goes."""
+def rename_layer(name: str, layers: Layers, paths: Sequence[str] = ()) -> str | None:
+    """Return the name that a module or tensor gets; None if its layer goes.
+
+    Args:
+        name: the whole network's.
+        layers: those that stay.
+        paths: the module paths of all layers; none: they are called as in this package's network.
+    """
+    paths = paths or [f"model.layers.{layer}" for layer in range(layers.total)]
     for layer, path in enumerate(paths):
         if name == path or name.startswith(f"{path}."):
             if layer not in layers.kept:
@@ -275,9 +282,9 @@ def _make_watched(kind: Any) -> type:
 
     def tell(self: Any, name: str, value: Any) -> Any:
         if not name.startswith("__") and name != "_note" and not hasattr(value, "__self__"):
-            note: Callable[[str, Any], None] | None = object.__getattribute__(
-                self, "__dict__"
-            ).get("_note")
+            note: Callable[[str, Any], None] | None = object.__getattribute__(self, "__dict__").get(
+                "_note"
+            )
             if note is not None:
                 note(name, value)
         return value
@@ -302,7 +309,11 @@ def _fill(array: mx.array) -> mx.array:
 
 
 def _describe_tensors(module: nn.Module) -> list[Any]:
-    kinds = {(path, type(one).__name__) for path, one in module.named_modules() if not isinstance(one, nn.Identity)}
+    kinds = {
+        (path, type(one).__name__)
+        for path, one in module.named_modules()
+        if not isinstance(one, nn.Identity)
+    }
     shapes = [(name, a.shape, a.dtype) for name, a in tree_flatten(module.parameters())]
     return [sorted(kinds), shapes]
 

@@ -17,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_unflatten
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import (
     can_trim_prompt_cache,
@@ -25,7 +26,6 @@ from mlx_lm.models.cache import (
     save_prompt_cache,
     trim_prompt_cache,
 )
-from mlx.utils import tree_unflatten
 from mlx_lm.utils import load_model, save_model
 from zoo import make_model
 

@@ -9,7 +9,6 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import zoo
-from factory import make_llama
 from grids import only
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
@@ -73,9 +72,7 @@ def run(model: nn.Module) -> np.ndarray:
     text = mx.array(np.random.default_rng(0).integers(3, 260, (1, 24)))
     cache = make_prompt_cache(model)
     cuts = [0, 10, 19, *range(20, 25)]
-    parts = [
-        model(text[:, a:b], cache=cache) for a, b in zip(cuts[:-1], cuts[1:], strict=True)
-    ]
+    parts = [model(text[:, a:b], cache=cache) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
     whole = mx.concatenate([model(text), *parts], axis=1)
     return np.array(whole.astype(mx.float32))
 
