@@ -44,8 +44,8 @@ from .writing import MODEL_FILE
 
 KINDS = ("attention", "ffn")
 NO_RENUMBERING = (
-    "mlx-lm has no network of this architecture without just the blocks {}, whose kind or place its "
-    "config fixes: the result carries one"
+    "mlx-lm's config of this architecture cannot leave out just blocks {}: the result carries a "
+    "network without them"
 )
 
 

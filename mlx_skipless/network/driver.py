@@ -53,13 +53,20 @@ class _Reached(Exception):
 
 
 class _StandIn(nn.Module):
-    """Stands in a layer's place: calling it calls the hook; any attribute is the layer's."""
+    """Stands in a layer's place: calling it calls the hook; any attribute is the layer's.
+
+    So is its class, because some architectures tell their layers apart by that.
+    """
 
     def __init__(self, layer: nn.Module, number: int, hook: _Hook):
         super().__init__()
         # Not as an item of the module: so the layer's tensors are no longer among the model's.
         self.__dict__["_layer"] = layer
         self._number, self._hook = number, hook
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return type(self.__dict__["_layer"])
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         if not args:  # some architectures name what they pass; the stream is what comes first

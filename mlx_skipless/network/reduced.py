@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import _get_classes
 
 DROPPED, OUTPUTS = "dropped_sublayers", "dropped_outputs"
@@ -37,21 +37,33 @@ def Model(args: ModelArgs) -> nn.Module:
     """Build the network of a config, without the sub-layers that it says are gone."""
     kind, kind_args = _get_classes(args.config)
     model = kind(kind_args.from_dict(args.config))
-    drop(model, args.config[DROPPED], args.config.get(OUTPUTS, {}))
+    gone = drop(model, args.config[DROPPED], args.config.get(OUTPUTS, {}))
+    sanitize = getattr(model, "sanitize", lambda weights: weights)
+
+    def sanitize_rest(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Show mlx-lm's code for these weights all that it may look for."""
+        return {k: a for k, a in sanitize({**gone, **weights}).items() if k not in gone}
+
+    model.sanitize = sanitize_rest
     return model
 
 
-def drop(model: nn.Module, dropped: dict[str, list[int]], outputs: Mapping[str, Handed]) -> None:
-    """Take sub-layers out of a network, in place.
+def drop(
+    model: nn.Module, dropped: dict[str, list[int]], outputs: Mapping[str, Handed]
+) -> dict[str, mx.array]:
+    """Take sub-layers out of a network, in place; return their parameters by name.
 
     Args:
         model: the network.
         dropped: the layers, by the path that their blocks have for the part.
         outputs: what the part hands on beside its output, by the same.
     """
+    whole = dict(tree_flatten(model.parameters()))
     for path, layers in dropped.items():
         for layer in layers:
             drop_part(model.layers[layer], path, outputs.get(path, ()))
+    left = dict(tree_flatten(model.parameters()))
+    return {name: array for name, array in whole.items() if name not in left}
 
 
 def drop_part(block: nn.Module, path: str, handed: Handed = ()) -> None:
@@ -85,7 +97,7 @@ class Dropped(nn.Module):
         zeros = mx.zeros_like(x)
         if not self._handed:
             return zeros
-        named = {**dict(enumerate(args)), **options}
+        named: dict[Any, Any] = {**dict(enumerate(args)), **options}
         return (zeros, *(named.get(key) for key in self._handed))
 
 

@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_reduce
 from mlx_lm.models.cache import make_prompt_cache
 
 from .driver import Changes, Driver, Recorder, _Reached
@@ -122,7 +123,10 @@ class StockNetwork(Driver):
     @property
     def sublayers(self) -> list[Sublayers]:
         """What each layer's block calls its sub-layers."""
-        return self._trial.sublayers
+        trial = self._trial
+        if trial.obstacle is None:
+            return trial.sublayers
+        return [Sublayers({}, dict.fromkeys(KINDS, trial.obstacle)) for _ in trial.sublayers]
 
     @cached_property
     def _trial(self) -> "_Trial":
@@ -133,9 +137,27 @@ class StockNetwork(Driver):
             met.append(_Met(layer, self._own[layer]))
             return met[-1].run(*args, **options)
 
-        cache = make_prompt_cache(self.model)
-        logits = self._forward(visit, mx.zeros((1, 2), mx.int32), cache=cache)
-        return _Trial(logits.shape[-1], len(self._own), met)
+        tokens = mx.zeros((1, 2), mx.int32)
+        logits = self._forward(visit, tokens, cache=make_prompt_cache(self.model))
+        trial = _Trial(logits.shape[-1], len(self._own), met)
+        for one in met:
+            if not (trial.obstacle or self._runs_alone(one, met, tokens)):
+                trial.obstacle = f"layer {one.layer} does not run alone"
+        return trial
+
+    def _runs_alone(self, one: "_Met", met: list["_Met"], tokens: mx.array) -> bool:
+        """Whether a layer runs without caches on what the others handed on."""
+
+        def visit(layer: int, *args: Any, **options: Any) -> Any:
+            if layer < one.layer:
+                return met[layer].out
+            raise _Reached(self._own[layer](*args, **options))
+
+        try:
+            self._forward(visit, tokens)
+        except (AttributeError, TypeError, ValueError):
+            return False
+        return True
 
     def without(self, layer: int, block: nn.Module, kinds: Collection[str]) -> nn.Module:
         """Return a block without its attention, its FFN or both; the weights are shared."""
@@ -225,15 +247,15 @@ class _Met:
         """Run the block."""
         self._others = [*args, *options.values()]
         self.given = _arrays(self._others)
-        self._out = self._block(x, *args, **options)
-        self.more = self._out[1:] if isinstance(self._out, tuple) else ()
+        self.out = self._block(x, *args, **options)
+        self.more = self.out[1:] if isinstance(self.out, tuple) else ()
         self.made = _arrays(self.more) - self.given
-        return self._out
+        return self.out
 
     @property
     def is_alone(self) -> bool:
         """Whether it gives arrays, and was given nothing that it can change besides caches."""
-        out = self._out if isinstance(self._out, tuple) else (self._out,)
+        out = self.out if isinstance(self.out, tuple) else (self.out,)
         return all(map(_is_plain, (*out, *(o for o in self._others if not hasattr(o, "state")))))
 
     @cached_property
@@ -265,17 +287,21 @@ class _Trial:
 
     Attributes:
         sublayers: each layer's.
+        obstacle: why no layer can lose any; None where nothing says so.
         extras: what a layer gives besides the stream, how many.
         sources: the layers of which later ones than the next use these; None if there are none.
     """
 
     def __init__(self, vocabulary: int, layers: int, met: list[_Met]):
         self.vocabulary, self._met = vocabulary, met
+        self.obstacle: str | None = None
         if [one.layer for one in met] != [*range(layers)]:
-            why = "the network does not run its layers once each, one after another"
-            self.sublayers = [Sublayers({}, dict.fromkeys(KINDS, why)) for _ in range(layers)]
+            self.obstacle = "the network does not run its layers once each, one after another"
+            self.sublayers = [Sublayers() for _ in range(layers)]
             self.extras, self.sources = 0, None
             return
+        if any(_arrays(take_stream(before.out)) & one.given for before, one in pairwise(met)):
+            self.obstacle = "its layers take the stream behind something else"
         self._uses = Counter(
             cache
             for one in met
@@ -283,8 +309,9 @@ class _Trial:
         )
         self._handed: dict[str, list[Any]] = {}
         for path, spy in (item for one in met for item in one.parts.items() if item[1].more):
-            known = self._handed.setdefault(path, [None] * len(spy.more))
-            self._handed[path] = [a if b is None else b for a, b in zip(known, spy.handed)]
+            known = self._handed.get(path) or [None] * len(spy.more)
+            both = zip(known, spy.handed, strict=True)
+            self._handed[path] = [a if b is None else b for a, b in both]
         self.sublayers = [self._judge(one) for one in met]
         self.extras = len(met[0].more)
         used = (one.layer for one in met if self._is_used(one.made, one.layer + 2))
@@ -294,26 +321,25 @@ class _Trial:
         """Whether layers from one on are given any of these arrays."""
         return any(made & later.given for later in self._met[start:])
 
-    def _judge(self, one: _Met) -> Sublayers:
+    def _judge(self, met: _Met) -> Sublayers:
         parts: dict[str, tuple[str, ...]] = {}
         obstacles: dict[str, str] = {}
-        for path, spy in one.parts.items():
+        for path, spy in met.parts.items():
             kind = spy.tell_kind(path)
             parts[kind] = (*parts.get(kind, ()), path)
-            if self._is_used(spy.made, one.layer + 1):
+            if self._is_used(spy.made, met.layer + 1):
                 obstacles[kind] = f"later layers use what its {path} makes"
             elif any(self._uses[id(cache)] > 1 for cache in spy.caches):
                 obstacles[kind] = f"layers share what its {path} keeps"
             elif not all(map(_counts_tokens, spy.caches)):
                 obstacles[kind] = f"its {path} keeps what only itself can write"
         for kind in KINDS:
-            if not one.is_alone:
+            if not met.is_alone:
                 obstacles[kind] = "its block shares more with others than the stream"
             elif kind not in parts:
                 obstacles[kind] = f"its block calls no module that is its {kind}"
-        return Sublayers(
-            parts, obstacles, {p: h for p, h in self._handed.items() if p in one.parts}
-        )
+        handed = {path: more for path, more in self._handed.items() if path in met.parts}
+        return Sublayers(parts, obstacles, handed)
 
 
 def _counts_tokens(cache: Any) -> bool:
@@ -322,12 +348,13 @@ def _counts_tokens(cache: Any) -> bool:
 
 def _arrays(tree: Any) -> set[int]:
     """The identities of the arrays of a tree."""
-    return {id(leaf) for _, leaf in tree_flatten(tree) if isinstance(leaf, mx.array)}
+    leaves: list[Any] = tree_reduce(lambda found, leaf: [*found, leaf], tree, [])
+    return {id(leaf) for leaf in leaves if isinstance(leaf, mx.array)}
 
 
 def _is_same(one: Any, other: Any) -> bool:
     """Whether two trees hold the same arrays, and any."""
-    return bool(_arrays([one])) and _arrays([one]) == _arrays([other])
+    return bool(_arrays(one)) and _arrays(one) == _arrays(other)
 
 
 def _is_plain(tree: Any) -> bool:

@@ -8,7 +8,7 @@ layers be left out so.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -21,6 +21,7 @@ from mlx_lm.utils import _get_classes
 
 from ..network.driver import Driver
 from ..network.model import take_stream
+from ..network.parts import tensors_of
 
 Config = dict[str, Any]
 
@@ -123,7 +124,7 @@ def shorten_network(
     rename = partial(rename_layer, layers=layers, paths=paths)
 
     def move(tree: Any) -> Any:
-        flat = tree_flatten(tree, is_leaf=lambda one: isinstance(one, nn.Module))
+        flat: Any = tree_flatten(tree, is_leaf=lambda one: isinstance(one, nn.Module))
         named = ((rename(path), one) for path, one in flat)
         return tree_unflatten([(path, one) for path, one in named if path is not None])
 
@@ -268,8 +269,7 @@ class _Tracer(Driver):
                 object.__setattr__(value, "__class__", _make_watched(type(value)))
                 object.__setattr__(value, "_note", partial(self._note, "", {}))
         module.__class__ = _make_watched(type(module))
-        own = {} if not isinstance(module, nn.Module) else dict(tree_flatten(module.parameters()))
-        module.__dict__["_note"] = partial(self._note, name, own)
+        module.__dict__["_note"] = partial(self._note, name, tensors_of(module))
 
     def _note(self, module: str, parameters: Mapping[str, Any], name: str, value: Any) -> None:
         if self._reads is not None and name not in parameters:
@@ -280,17 +280,14 @@ class _Tracer(Driver):
 def _make_watched(kind: Any) -> type:
     """Make a class whose objects tell what is read of them."""
 
-    def tell(self: Any, name: str, value: Any) -> Any:
-        if not name.startswith("__") and name != "_note" and not hasattr(value, "__self__"):
-            note: Callable[[str, Any], None] | None = object.__getattribute__(self, "__dict__").get(
-                "_note"
-            )
-            if note is not None:
-                note(name, value)
-        return value
-
     if hasattr(kind, "_is_watched"):
         return kind  # type: ignore[no-any-return]
+
+    def tell(self: Any, name: str, value: Any) -> Any:
+        note = object.__getattribute__(self, "__dict__").get("_note")
+        if note is not None and not name.startswith("__") and not hasattr(value, "__self__"):
+            note(name, value)
+        return value
 
     def read(self: Any, name: str) -> Any:
         return tell(self, name, kind.__getattribute__(self, name))
@@ -309,20 +306,17 @@ def _fill(array: mx.array) -> mx.array:
 
 
 def _describe_tensors(module: nn.Module) -> list[Any]:
-    kinds = {
-        (path, type(one).__name__)
-        for path, one in module.named_modules()
-        if not isinstance(one, nn.Identity)
-    }
-    shapes = [(name, a.shape, a.dtype) for name, a in tree_flatten(module.parameters())]
-    return [sorted(kinds), shapes]
+    parts = [(path, part) for path, part in module.named_modules() if type(part) is not nn.Identity]
+    kinds = sorted((path, type(part).__name__) for path, part in parts)
+    return [kinds, {name: (a.shape, a.dtype) for name, a in tensors_of(module).items()}]
 
 
 def _describe(value: Any) -> Any:
     """Describe a value so that equal ones have equal descriptions."""
     if isinstance(value, mx.array):
-        there = bytes(memoryview(value.astype(mx.float32))) if value.size <= LARGEST else None
-        return value.shape, str(value.dtype), there
+        small = value.size <= LARGEST
+        numbers: Any = value.astype(mx.float32) if small else ()
+        return value.shape, value.dtype, bytes(memoryview(numbers)) if small else None
     if isinstance(value, nn.Module):
         return type(value).__name__
     if isinstance(value, list | tuple):

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,11 @@ from mlx_lm.models.cache import (
     save_prompt_cache,
     trim_prompt_cache,
 )
-from mlx_lm.utils import load_model, save_model
+from mlx_lm.utils import load_model, quantize_model, save_model
 from zoo import make_model
 
 from mlx_skipless.network import reduced
-from mlx_skipless.network.stock import StockNetwork, Sublayers
+from mlx_skipless.network.stock import StockNetwork
 
 TOKENS = np.random.default_rng(0).integers(0, 264, 20)
 LONG, SHORT = TOKENS[:13].tolist(), TOKENS[13:18].tolist()
@@ -123,103 +124,122 @@ WAYS: dict[str, Callable[[nn.Module], mx.array]] = {
     "tokens": run_tokens,
     "batch": run_batch,
     "kv-bits": run_kv_bits,
+    "4 bits": run_chunks,
+    "saved": run_chunks,
     "saved cache": run_saved_cache,
     "trimmed": run_trimmed,
 }
 
 
-@contextmanager
-def lacking(
-    model: nn.Module, layer: int, kind: str, own: Sublayers, wrap: Callable[..., Any] | None = None
-) -> Iterator[None]:
-    """Let a network lack a sub-layer for a while, or have each part of it wrapped."""
-    block = model.layers[layer]
-    parts = {path: dict(block.named_modules())[path] for path in own.parts[kind]}
-    for path, part in parts.items():
-        if wrap is None:
-            reduced.drop_part(block, path, own.handed.get(path, ()))
-        else:
-            block.update_modules(tree_unflatten([(path, wrap(part))]))
-    try:
-        yield
-    finally:
-        block.update_modules(tree_unflatten([*parts.items()]))
-
-
 def differ(one: mx.array, other: mx.array) -> float:
     """The largest difference; infinite where one is no number."""
-    if one.shape != other.shape or not bool(mx.isfinite(one).all()):
+    if one.shape != other.shape or bool(mx.isnan(one).any()):
         return float("inf")
-    return float(mx.abs(one - other).max())
+    return float(mx.where(one == other, 0.0, mx.abs(one - other)).max())
 
 
 @dataclass
 class Case:
-    """A network of which a sub-layer is dropped.
+    """A network of which sub-layers are dropped.
 
     Args:
-        model: the network.
+        folder: holds it, and gets what is written of it.
         config: its config.
-        sublayers: its own, as `StockNetwork` finds them.
     """
 
-    model: nn.Module
+    folder: Path
     config: dict[str, Any]
-    sublayers: Sequence[Sublayers]
 
     def __post_init__(self) -> None:
-        self._whole: dict[str, mx.array] = {}
-        self._zeroed: dict[tuple[str, int, str], mx.array] = {}
+        self.model = load_model(self.folder)[0]
+        self.sublayers = StockNetwork(lambda: load_model(self.folder, lazy=True)[0]).sublayers
+        self._kept: dict[tuple[Any, ...], mx.array] = {}
 
-    def run_whole(self, way: str) -> mx.array:
-        """Run the whole network; raise Cannot if it does not run in this way."""
-        if way not in self._whole:
-            try:
-                self._whole[way] = WAYS[way](self.model)
-                mx.eval(self._whole[way])
-            except Exception as error:
-                raise Cannot(str(error)) from error
-        return self._whole[way]
+    @cached_property
+    def packed(self) -> nn.Module:
+        """The network in 4 bits."""
+        model = load_model(self.folder)[0]
+        return quantize_model(model, dict(self.config), 32, 4)[0]
 
-    def run_zeroed(self, way: str, layer: int, kind: str) -> mx.array:
-        """Run the network with the sub-layer's output times zero."""
+    @cached_property
+    def saved(self) -> nn.Module:
+        """The network written and read again, which some change a little."""
+        folder = self.folder / "whole"
+        save_model(folder, self.model)
+        (folder / "config.json").write_text(json.dumps(self.config))
+        return load_model(folder)[0]
+
+    def _choose(self, way: str) -> nn.Module:
+        return getattr(self, {"4 bits": "packed", "saved": "saved"}.get(way, "model"))
+
+    @contextmanager
+    def lacking(
+        self, model: nn.Module, layer: int, kind: str, wrap: Callable[..., Any] | None = None
+    ) -> Iterator[None]:
+        """Let a network lack a sub-layer for a while, or have each part of it wrapped."""
+        own, block = self.sublayers[layer], model.layers[layer]
+        parts = {path: dict(block.named_modules())[path] for path in own.parts[kind]}
+        for path, part in parts.items():
+            if wrap is None:
+                reduced.drop_part(block, path, own.handed.get(path, ()))
+            else:
+                block.update_modules(tree_unflatten([(path, wrap(part))]))
+        try:
+            yield
+        finally:
+            block.update_modules(tree_unflatten([*parts.items()]))
+
+    def run(self, way: str, layer: int | None = None, kind: str = "") -> mx.array:
+        """Run the network in a way, whole or with a sub-layer's output times zero.
+
+        Raises:
+            Cannot: if the whole network does not run in this way.
+        """
         key = way, layer, kind
-        if key not in self._zeroed:
-            with lacking(self.model, layer, kind, self.sublayers[layer], Zeroed):
-                self._zeroed[key] = WAYS[way](self.model)
-                mx.eval(self._zeroed[key])
-        return self._zeroed[key]
+        if key not in self._kept:
+            try:
+                model = self._choose(way)
+                with nullcontext() if layer is None else self.lacking(model, layer, kind, Zeroed):
+                    self._kept[key] = WAYS[way](model)
+                    mx.eval(self._kept[key])
+            except Exception as error:
+                if layer is None:
+                    raise Cannot(str(error).splitlines()[0]) from error
+                raise
+        return self._kept[key]
 
     def compare(self, way: str, layer: int, kind: str) -> float:
-        """How far the network without the sub-layer is from that with its output times zero."""
-        self.run_whole(way)
-        with lacking(self.model, layer, kind, self.sublayers[layer]):
-            return differ(self.run_zeroed(way, layer, kind), WAYS[way](self.model))
+        """How far the network without a sub-layer is from that with its output times zero."""
+        if way == "saved":
+            return differ(self.run(way, layer, kind), WAYS[way](self._save(layer, kind)))
+        model = self._choose(way)
+        with self.lacking(model, layer, kind):
+            return differ(self.run(way, layer, kind), WAYS[way](model))
 
-    def compare_saved(self, folder: Path, layer: int, kind: str) -> float:
-        """The same once written as `convert` does and loaded by mlx-lm alone."""
-        own = self.sublayers[layer]
-        with lacking(self.model, layer, kind, own):
+    def change(self, way: str, layer: int, kind: str) -> float:
+        """How far the network with a sub-layer's output times zero is from the whole."""
+        return differ(self.run(way), self.run(way, layer, kind))
+
+    def _save(self, layer: int, kind: str) -> nn.Module:
+        """Write the network without a sub-layer, as `convert` does; load it by mlx-lm alone."""
+        own, folder = self.sublayers[layer], self.folder / f"{kind}{layer}"
+        with self.lacking(self.model, layer, kind):
             save_model(folder, self.model)
         entries = {
             reduced.DROPPED: {path: [layer] for path in own.parts[kind]},
-            reduced.OUTPUTS: {path: own.handed[path] for path in own.handed},
+            reduced.OUTPUTS: own.handed,
             "model_file": "model.py",
         }
         (folder / "config.json").write_text(json.dumps(self.config | entries))
         (folder / "model.py").write_text(Path(str(reduced.__file__)).read_text())
-        loaded = load_model(folder, trust_remote_code=True)[0]
-        return differ(self.run_zeroed("chunks", layer, kind), run_chunks(loaded))
+        return load_model(folder, trust_remote_code=True)[0]
+
+    def droppable(self, kind: str) -> list[int]:
+        """The first, a middle and the last layer whose sub-layer can go."""
+        can = [i for i, own in enumerate(self.sublayers) if kind not in own.obstacles]
+        return sorted({can[0], can[len(can) // 2], can[-1]}) if can else []
 
 
-def open_case(folder: Path, model_type: str, *, packed: bool = False) -> Case:
-    """Make a random network of a type; of 4 bits where that is asked for."""
-    config = make_model(folder, model_type)
-    model = load_model(folder)[0]
-    if packed:
-        nn.quantize(model, 32, 4, class_predicate=_can_pack)
-    return Case(model, config, StockNetwork(lambda: load_model(folder, lazy=True)[0]).sublayers)
-
-
-def _can_pack(path: str, module: nn.Module) -> bool:
-    return hasattr(module, "to_quantized") and module.weight.shape[-1] % 32 == 0
+def open_case(folder: Path, model_type: str) -> Case:
+    """Make a random network of a type."""
+    return Case(folder, make_model(folder, model_type))
