@@ -87,11 +87,18 @@ def _measure_sizes(model: nn.Module) -> Sizes:
     """Count each module's own weights, as they are before quantization, and its bytes."""
     found = {}
     for path, module in model.named_modules():
-        own = {name: a for name, a in module.items() if isinstance(a, mx.array)}
+        own = dict(_list_weights(module))
         if own:
             count = sum(_count_weights(module, name, array) for name, array in own.items())
             found[path] = count, sum(array.nbytes for array in own.values())
     return found
+
+
+def _list_weights(module: nn.Module) -> Iterator[tuple[str, mx.array]]:
+    """Yield a module's own tensors, and no constant that it computes when it is built."""
+    for name, array in module.items():
+        if isinstance(array, mx.array) and not name.startswith("_"):
+            yield name, array
 
 
 def _count_weights(module: nn.Module, name: str, array: mx.array) -> int:
@@ -116,8 +123,7 @@ def _count_read(model: nn.Module, config: Mapping[str, Any]) -> float:
     chosen = next((settings[k] for k in CHOSEN if isinstance(settings.get(k), int)), None)
     total = 0.0
     for module in model.modules():
-        own = [(name, a) for name, a in module.items() if isinstance(a, mx.array)]
-        count = sum(_count_weights(module, name, array) for name, array in own)
+        count = sum(_count_weights(module, name, array) for name, array in _list_weights(module))
         if isinstance(module, SwitchLinear | QuantizedSwitchLinear) and chosen:
             count *= min(1, chosen / module.num_experts)
         total += count
