@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from ..architectures.config import read_model_args
 from ..architectures.families import find_family
-from ..architectures.family import Config, Family
+from ..architectures.family import DROP_LISTS, Config, Family
 from ..architectures.tensors import (
     Place,
     arrange,
@@ -194,7 +194,7 @@ class Checkpoint(Blueprint):
                 raise UserError(
                     f"{self.name} has a tensor {place.names[0]}, which needs {needed}: take it out"
                 )
-            if name not in expected and not tied_head and not ignored:
+            if name not in expected and not (tied_head or ignored or name in self._dropped):
                 raise UserError(
                     f"{self.name} has a tensor {place.names[0]} that a {self.config['model_type']} "
                     "of this config does not use: config.json describes another model"
@@ -204,6 +204,13 @@ class Checkpoint(Blueprint):
     def _expected(self) -> dict[str, Shape]:
         """The shape of each of the network's tensors."""
         return {name: tuple(a.shape) for name, a in tensors_of(Model(self.args)).items()}
+
+    @cached_property
+    def _dropped(self) -> set[str]:
+        """The names of what LLM-Drop left out of a network, and perhaps not out of its files."""
+        if not any(self.config.get(key) for key in DROP_LISTS):
+            return set()
+        return {*tensors_of(Model(replace(self.args, removed={})))} - {*self._expected}
 
     @property
     def is_whole(self) -> bool:

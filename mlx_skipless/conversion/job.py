@@ -148,7 +148,8 @@ class Job:
     @property
     def layers(self) -> Layers | None:
         """The layers that stay, where some are left out as a whole."""
-        total, gone = self.plan.before.num_hidden_layers, self.measured.dropped.get("ffn", ())
+        args = self.plan.after
+        total, gone = args.num_hidden_layers, args.removed.get("ffn", ())
         if not (self.form.renumbered and gone):
             return None
         return Layers(tuple(layer for layer in range(total) if layer not in gone), total)

@@ -100,7 +100,7 @@ def choose_form(job: Job) -> Form:
     family, args = checkpoint.family, checkpoint.args
     known = family.stock is not None and not options.skipless
     renumbered = known and not table and _drops_whole_layers(job)
-    whole = renumbered or not options.drops
+    whole = renumbered or not (options.drops or args.removed)
     express = family.expresses if whole else family.expresses_without_sublayers
     expressed = known and express(args)
     forgets_window = known and not expressed and _differs_by_long_window(job)
@@ -135,8 +135,11 @@ def advise(job: Job) -> Iterator[str]:
 
 def _drops_whole_layers(job: Job) -> bool:
     """Whether layers go as a whole, in a network whose layers are all alike."""
-    alike = len({*job.checkpoint.args.layer_types}) == 1
-    return [*job.options.drops] == ["block"] and not job.options.distill and alike
+    options, args = job.options, job.checkpoint.args
+    alike = len({*args.layer_types}) == 1
+    asked = not options.drops or [*options.drops] == ["block"]
+    whole = args.removed.get("attention") == args.removed.get("ffn")
+    return asked and whole and alike and not options.distill
 
 
 def _differs_by_long_window(job: Job) -> bool:

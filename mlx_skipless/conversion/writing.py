@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..architectures.family import DROP_LISTS
 from ..architectures.tensors import rename_to_source, to_source_module, to_source_names
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.tokenizer import NO_MODEL_TYPE
@@ -28,6 +29,8 @@ from .job import Job
 MODEL_FILE = "model.py"
 # Keys (or how they begin) that mean something to mlx-lm in these architectures, and to no one else.
 ONLY_MLX_LMS = ("quantiz", "text_config", "rope_traditional", "layer_norm_bias")
+# What a result says in mlx-lm's terms.
+LLM_DROPS = (*DROP_LISTS, "auto_map")
 
 
 def write(job: Job, writer: Writer, passages: Passages | None, progress: Progress) -> None:
@@ -62,7 +65,8 @@ def make_config(job: Job) -> dict[str, Any]:
     if job.form.stock:
         if job.layers is not None:
             source = shorten_config(source, job.layers)
-        config = {k: v for k, v in source.items() if not k.startswith(ONLY_MLX_LMS)}
+        gone = ONLY_MLX_LMS + (LLM_DROPS if job.plan.before.removed else ())
+        config = {k: v for k, v in source.items() if not k.startswith(gone)}
         config |= job.family.make_stock_settings(args)
     else:
         keep = ("bos_token_id", "eos_token_id", "pad_token_id")
