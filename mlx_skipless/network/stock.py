@@ -1,6 +1,9 @@
 """Networks of mlx-lm's own, of whatever architecture, read a layer at a time.
 
-Nothing here knows an architecture. What is a sub-layer is found by running each block once,
+Nothing here knows an architecture. Most networks are chains: what a layer gives is all that the
+next one needs of it. Those that are not, of layers that run twice for instance, run as a whole.
+
+What is a sub-layer is found by running each block once,
 without computing anything, and looking at what it calls: a part of it that holds matrices and turns
 a stream (batch, length, hidden) into another. If it is given more than that, such as a mask and a
 cache, it is an attention, or what stands in the place of one, else an FFN.
@@ -11,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -19,12 +21,14 @@ import mlx.nn as nn
 from mlx.utils import tree_reduce
 from mlx_lm.models.cache import make_prompt_cache
 
-from .driver import Changes, Driver, Recorder, _Reached
+from .driver import Changes, Driver, Recorder, _Reached, widen
+from .magnitudes import Watch
 from .model import Stream, take_stream
 from .parts import replace_at, tensors_of
-from .reduced import Dropped, Handed
+from .reduced import Dropped, Handed, drop_part
 
 KINDS = ("attention", "ffn")
+CHAIN_TOKENS, CHAIN_ERROR = 12, 1e-3
 FFN_NAME = re.compile(r"mlp|ffn|feed_forward|moe|experts")
 # Parts of a block that turn a stream into another and are no sub-layers of their own.
 HELPERS = {"laurel": "gemma3n's low-rank path beside an attention"}
@@ -99,12 +103,51 @@ class StockNetwork(Driver):
         kept = {at: one for at, one in handed.items() if at in self._sources}
         return out, kept | {layer: more}  # type: ignore[return-value]
 
+    @cached_property
+    def is_chain(self) -> bool:  # type: ignore[override]
+        """Whether the layers, run one by one, make the network; tried on a few tokens."""
+        tokens = mx.arange(CHAIN_TOKENS)[None] * 7 % self.vocabulary
+        try:
+            h: Stream = self.embed(tokens)
+            for layer, block in self.walk():
+                h = self.run(layer, h, tokens, block)
+                mx.eval(h)
+            by_layers = self._finish(h)
+        except (AttributeError, KeyError, TypeError, ValueError):  # they need more than that
+            return False
+        whole = self._run_whole(tokens)
+        return bool(mx.abs(by_layers - whole).max() <= CHAIN_ERROR * mx.abs(whole).max())
+
+    def hidden(
+        self, tokens: mx.array, caches: list[Any] | None = None, watch: Watch | None = None
+    ) -> mx.array:
+        """Return what the last layer gives; of what is no chain, the logits."""
+        if self.is_chain:
+            return super().hidden(tokens, caches, watch)
+        return self._run_whole(tokens, caches)
+
     def logits(self, h: Stream, changes: Changes | None = None) -> mx.array:
-        """Return float32 logits (batch, length, vocabulary) of what the last layer gave."""
+        """Return float32 logits (batch, length, vocabulary) of what ``hidden`` gave."""
+        return self._finish(h, changes) if self.is_chain else take_stream(h)
+
+    def _finish(self, h: Stream, changes: Changes | None = None) -> mx.array:
         if self._sources is None:
             return super().logits(h, changes)
         nothing = [None] * self._trial.extras
         return super().logits((take_stream(h), *nothing), changes)  # type: ignore[arg-type]
+
+    def _run_whole(self, tokens: mx.array, caches: list[Any] | None = None) -> mx.array:
+        """Return float32 logits (batch, length, vocabulary) by the model's own forward."""
+        widen(self.model)
+
+        def visit(layer: int, *args: Any, **options: Any) -> Any:
+            block: Any = self.layer(layer)
+            return block(*args, **options)
+
+        caches = make_prompt_cache(self.model) if caches is None else caches
+        logits = self._forward(visit, tokens, cache=caches).astype(mx.float32)
+        mx.eval(logits)
+        return logits
 
     @property
     def _sources(self) -> frozenset[int] | None:
@@ -123,41 +166,19 @@ class StockNetwork(Driver):
     @property
     def sublayers(self) -> list[Sublayers]:
         """What each layer's block calls its sub-layers."""
-        trial = self._trial
-        if trial.obstacle is None:
-            return trial.sublayers
-        return [Sublayers({}, dict.fromkeys(KINDS, trial.obstacle)) for _ in trial.sublayers]
+        return self._trial.sublayers
 
     @cached_property
     def _trial(self) -> "_Trial":
         """What a forward meets; nothing is computed and no weight is read."""
-        met: list[_Met] = []
+        met = [_Met(block) for block in self._own]
 
         def visit(layer: int, *args: Any, **options: Any) -> Any:
-            met.append(_Met(layer, self._own[layer]))
-            return met[-1].run(*args, **options)
+            return met[layer].run(*args, **options)
 
         tokens = mx.zeros((1, 2), mx.int32)
         logits = self._forward(visit, tokens, cache=make_prompt_cache(self.model))
-        trial = _Trial(logits.shape[-1], len(self._own), met)
-        for one in met:
-            if not (trial.obstacle or self._runs_alone(one, met, tokens)):
-                trial.obstacle = f"layer {one.layer} does not run alone"
-        return trial
-
-    def _runs_alone(self, one: "_Met", met: list["_Met"], tokens: mx.array) -> bool:
-        """Whether a layer runs without caches on what the others handed on."""
-
-        def visit(layer: int, *args: Any, **options: Any) -> Any:
-            if layer < one.layer:
-                return met[layer].out
-            raise _Reached(self._own[layer](*args, **options))
-
-        try:
-            self._forward(visit, tokens)
-        except (AttributeError, TypeError, ValueError):
-            return False
-        return True
+        return _Trial(logits.shape[-1], met)
 
     def without(self, layer: int, block: nn.Module, kinds: Collection[str]) -> nn.Module:
         """Return a block without its attention, its FFN or both; the weights are shared."""
@@ -167,6 +188,25 @@ class StockNetwork(Driver):
                 gone = Dropped(_find_part(block, path), own.handed.get(path, ()))
                 block = replace_at(block, path, gone)
         return block
+
+    def drop(self, dropped: Mapping[str, Collection[int]]) -> "StockNetwork":
+        """Return the network without some layers' "attention" or "ffn"."""
+
+        def build() -> nn.Module:
+            model: Any = self._build()
+            for kind, layers in dropped.items():
+                for layer in layers:
+                    own = self.sublayers[layer]
+                    for path in own.parts[kind]:
+                        drop_part(model.layers[layer], path, own.handed.get(path, ()))
+            return model
+
+        return StockNetwork(build, self._dtype, resident=self.resident)
+
+    def can_drop(self, layer: int, kind: str) -> bool:
+        """Whether a layer can lose its "attention", its "ffn" or as a "block" both."""
+        kinds = KINDS if kind == "block" else (kind,)
+        return not any(one in self.sublayers[layer].obstacles for one in kinds)
 
     def count_weights(self, layer: int, kind: str) -> int:
         """Count what is stored of a layer's "attention" or "ffn", in bytes."""
@@ -221,15 +261,12 @@ class _Spy(Recorder):
 
 
 class _Met:
-    """A block that a forward met, and what it called.
+    """A block, and what a forward did with it."""
 
-    Args:
-        layer: its number.
-        block: the block.
-    """
-
-    def __init__(self, layer: int, block: nn.Module):
-        self.layer = layer
+    def __init__(self, block: nn.Module):
+        self.given: set[int] = set()
+        self.made: set[int] = set()
+        self.out: Any = None
         paths = [
             path
             for path, part in block.named_modules()
@@ -245,18 +282,15 @@ class _Met:
 
     def run(self, x: mx.array, *args: Any, **options: Any) -> Any:
         """Run the block."""
-        self._others = [*args, *options.values()]
-        self.given = _arrays(self._others)
+        self.given |= _arrays([*args, *options.values()])
         self.out = self._block(x, *args, **options)
-        self.more = self.out[1:] if isinstance(self.out, tuple) else ()
         self.made = _arrays(self.more) - self.given
         return self.out
 
     @property
-    def is_alone(self) -> bool:
-        """Whether it gives arrays, and was given nothing that it can change besides caches."""
-        out = self.out if isinstance(self.out, tuple) else (self.out,)
-        return all(map(_is_plain, (*out, *(o for o in self._others if not hasattr(o, "state")))))
+    def more(self) -> Sequence[Any]:
+        """What it gave beside the stream."""
+        return self.out[1:] if isinstance(self.out, tuple) else ()
 
     @cached_property
     def parts(self) -> dict[str, _Spy]:
@@ -282,26 +316,16 @@ class _Trial:
 
     Args:
         vocabulary: how many logits it gave.
-        layers: how many layers the network has.
-        met: what it met.
+        met: the layers.
 
     Attributes:
         sublayers: each layer's.
-        obstacle: why no layer can lose any; None where nothing says so.
         extras: what a layer gives besides the stream, how many.
         sources: the layers of which later ones than the next use these; None if there are none.
     """
 
-    def __init__(self, vocabulary: int, layers: int, met: list[_Met]):
+    def __init__(self, vocabulary: int, met: list[_Met]):
         self.vocabulary, self._met = vocabulary, met
-        self.obstacle: str | None = None
-        if [one.layer for one in met] != [*range(layers)]:
-            self.obstacle = "the network does not run its layers once each, one after another"
-            self.sublayers = [Sublayers() for _ in range(layers)]
-            self.extras, self.sources = 0, None
-            return
-        if any(_arrays(take_stream(before.out)) & one.given for before, one in pairwise(met)):
-            self.obstacle = "its layers take the stream behind something else"
         self._uses = Counter(
             cache
             for one in met
@@ -312,31 +336,29 @@ class _Trial:
             known = self._handed.get(path) or [None] * len(spy.more)
             both = zip(known, spy.handed, strict=True)
             self._handed[path] = [a if b is None else b for a, b in both]
-        self.sublayers = [self._judge(one) for one in met]
+        self.sublayers = [self._judge(layer, one) for layer, one in enumerate(met)]
         self.extras = len(met[0].more)
-        used = (one.layer for one in met if self._is_used(one.made, one.layer + 2))
+        used = (layer for layer, one in enumerate(met) if self._is_used(one.made, layer + 2))
         self.sources = frozenset(used) if self.extras else None
 
     def _is_used(self, made: set[int], start: int) -> bool:
         """Whether layers from one on are given any of these arrays."""
         return any(made & later.given for later in self._met[start:])
 
-    def _judge(self, met: _Met) -> Sublayers:
+    def _judge(self, layer: int, met: _Met) -> Sublayers:
         parts: dict[str, tuple[str, ...]] = {}
         obstacles: dict[str, str] = {}
         for path, spy in met.parts.items():
             kind = spy.tell_kind(path)
             parts[kind] = (*parts.get(kind, ()), path)
-            if self._is_used(spy.made, met.layer + 1):
+            if self._is_used(spy.made, layer + 1):
                 obstacles[kind] = f"later layers use what its {path} makes"
             elif any(self._uses[id(cache)] > 1 for cache in spy.caches):
                 obstacles[kind] = f"layers share what its {path} keeps"
             elif not all(map(_counts_tokens, spy.caches)):
                 obstacles[kind] = f"its {path} keeps what only itself can write"
         for kind in KINDS:
-            if not met.is_alone:
-                obstacles[kind] = "its block shares more with others than the stream"
-            elif kind not in parts:
+            if kind not in parts:
                 obstacles[kind] = f"its block calls no module that is its {kind}"
         handed = {path: more for path, more in self._handed.items() if path in met.parts}
         return Sublayers(parts, obstacles, handed)
@@ -355,12 +377,6 @@ def _arrays(tree: Any) -> set[int]:
 def _is_same(one: Any, other: Any) -> bool:
     """Whether two trees hold the same arrays, and any."""
     return bool(_arrays(one)) and _arrays(one) == _arrays(other)
-
-
-def _is_plain(tree: Any) -> bool:
-    if isinstance(tree, tuple):
-        return all(map(_is_plain, tree))
-    return tree is None or isinstance(tree, mx.array | str | int | float)
 
 
 def _find_part(block: nn.Module, path: str) -> Any:
