@@ -313,10 +313,8 @@ def leave_out_blocks(job: StockJob, network: StockNetwork) -> StockJob:
     if not gone:
         return job
     layers = Layers(tuple(n for n in range(total) if n not in gone), total)
-    config = None
-    if all(passes_stream(network, layer) for layer in gone):
-        config = delete_layers(job.source.config, layers)
-    if config is None:
+    config = delete_layers(job.source.config, layers)
+    if config is None or not all(passes_stream(network, layer) for layer in gone):
         note = NO_RENUMBERING.format(", ".join(map(str, gone)))
         return replace(job, notes=(*job.notes, note))
     return replace(job, layers=layers, config=config)
