@@ -186,7 +186,11 @@ class StockJob:
             config |= {reduced.OUTPUTS: outputs} if outputs else {}
         if (q := options.quantization) is not None:
             check_packable(model, q)
-            model, entry = quantize_nearest(model, q)
+            try:
+                model, entry = quantize_nearest(model, q)
+            except TypeError as error:  # some networks of mlx-lm have matrices of their own kinds
+                kind = self.source.config["model_type"]
+                raise UserError(f"-q: mlx-lm cannot quantize a {kind}: {error}") from error
             config["quantization"] = config["quantization_config"] = entry
         return model, dict(sorted(config.items()))
 

@@ -65,8 +65,7 @@ class Watch:
         """
         seen: list[tuple[str, mx.array]] = []
         out = _add_probes(layer, seen)(*inputs, **options)
-        given: Any = tree_flatten([out])
-        seen += [("", array) for _, array in given if isinstance(array, mx.array)]
+        seen += [("", array) for array in _list_floats(out)]
         largest = [mx.abs(array).max().astype(mx.float32) for _, array in seen]
         mx.eval(out, largest)
         found = [
@@ -93,16 +92,26 @@ class _Probe(nn.Module):
         self.inner, self._name = inner, name
         self.__dict__["_seen"] = seen  # beside the module's items, which are tensors
 
-    def __call__(self, x: Any, *others: Any, **options: Any) -> Any:
+    def __call__(self, *args: Any, **options: Any) -> Any:
         # An attention without matrices reads several arrays of a table, and may give two.
-        self._tell("input", x)
-        out = self.inner(x, *others, **options)
+        self._tell("input", next(iter((*args, *options.values()))))
+        out = self.inner(*args, **options)
         self._tell("output", out)
         return out
 
+    def __getattr__(self, name: str) -> Any:
+        if name in self or "inner" not in self:
+            return super().__getattr__(name)
+        return getattr(self.inner, name)  # what a layer asks of the module inside it
+
     def _tell(self, side: str, arrays: Any) -> None:
-        several = [arrays] if isinstance(arrays, mx.array) else arrays
-        self._seen.extend((f"{self._name}'s {side}", array) for array in several)
+        self._seen.extend((f"{self._name}'s {side}", array) for array in _list_floats(arrays))
+
+
+def _list_floats(tree: Any) -> list[mx.array]:
+    leaves: Any = tree_flatten([tree])
+    arrays = (leaf for _, leaf in leaves if isinstance(leaf, mx.array))
+    return [array for array in arrays if mx.issubdtype(array.dtype, mx.floating)]
 
 
 def _add_probes(layer: nn.Module, seen: list[tuple[str, mx.array]]) -> nn.Module:

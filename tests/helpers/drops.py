@@ -115,7 +115,7 @@ def run_trimmed(model: nn.Module) -> mx.array:
     cache = make_prompt_cache(model)
     found = run(model, cache, 4, 2)
     if not can_trim_prompt_cache(cache) or trim_prompt_cache(cache, 3) != 3:
-        raise Cannot
+        raise Cannot("its caches forget nothing")
     return mx.concatenate([found, run(model, cache, 3, 1, start=3)])
 
 
@@ -204,7 +204,7 @@ class Case:
                     mx.eval(self._kept[key])
             except Exception as error:
                 if layer is None:
-                    raise Cannot(str(error).splitlines()[0]) from error
+                    raise Cannot((str(error) or "it says no").splitlines()[0]) from error
                 raise
         return self._kept[key]
 
