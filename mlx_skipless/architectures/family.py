@@ -19,6 +19,8 @@ COMMON_KEYS = (
     "rope_scaling", "rope_parameters", "max_position_embeddings", "sliding_window", "layer_types",
     "attention_bias", "mlp_bias", "tie_word_embeddings",
 )  # fmt: skip
+# LLM-Drop's keys for the layers whose attention or FFN it dropped (He et al., arXiv 2406.15786).
+DROP_LISTS = {"drop_attn_list": "attention", "drop_mlp_list": "ffn"}
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ class Family:
         return {
             **{key: config[key] for key in COMMON_KEYS if key in config},
             **{key: find_value(config, key, default=self.defaults[key]) for key in self.defaults},
+            "removed": read_dropped(config),
             "biases": list_biases(config, self.biased),
             **self.means,
             **self.read(config),
@@ -172,6 +175,33 @@ def check_flag(key: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise UserError(f'"{key}" in config.json is {value!r}; it must be true or false')
     return value
+
+
+def read_dropped(config: Config) -> dict[str, list[int]]:
+    """Return the layers that LLM-Drop left without "attention" or "ffn".
+
+    It writes their numbers, and its network a flag for each layer.
+
+    Raises:
+        UserError: for a list of anything else.
+    """
+    found = {}
+    for key, part in DROP_LISTS.items():
+        value = [] if config.get(key) is None else config[key]
+        layers = list_layers(config)
+        flags = isinstance(value, list) and all(type(one) is bool for one in value)
+        if flags and len(value) in (0, len(layers)):
+            value = [layer for layer, gone in zip(layers, value, strict=False) if gone]
+        if not isinstance(value, list) or any(
+            type(one) is not int or one not in layers for one in value
+        ):
+            raise UserError(
+                f'"{key}" in config.json is {value!r}; it must list layers from 0 to '
+                f"{len(layers) - 1}, or have true or false for each"
+            )
+        if value:
+            found[part] = sorted({*value})
+    return found
 
 
 def find_value(config: Config, *keys: str, default: Any = None) -> Any:

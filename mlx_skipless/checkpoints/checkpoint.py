@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from ..architectures.config import read_model_args
 from ..architectures.families import find_family
-from ..architectures.family import Config, Family
+from ..architectures.family import DROP_LISTS, Config, Family
 from ..architectures.tensors import (
     Place,
     arrange,
@@ -178,7 +178,7 @@ class Checkpoint(Blueprint):
             UserError: for a tensor that is missing, misshapen, not a float, or not the network's.
         """
         expected = self._expected
-        optional = _find_optional(expected, self.args)
+        optional, dropped = _find_optional(expected, self.args), _find_dropped(self)
         for name, shape in expected.items():
             if name in self._places:
                 self._validate_tensor(name, shape)
@@ -194,7 +194,7 @@ class Checkpoint(Blueprint):
                 raise UserError(
                     f"{self.name} has a tensor {place.names[0]}, which needs {needed}: take it out"
                 )
-            if name not in expected and not tied_head and not ignored:
+            if name not in expected and not (tied_head or ignored or name in dropped):
                 raise UserError(
                     f"{self.name} has a tensor {place.names[0]} that a {self.config['model_type']} "
                     "of this config does not use: config.json describes another model"
@@ -243,6 +243,13 @@ def _find_needed(name: str) -> str | None:
         "output_skip": "to be in the last layer, with an attention",
     }
     return needs.get(name.rpartition(".")[2])
+
+
+def _find_dropped(checkpoint: Checkpoint) -> set[str]:
+    """The tensors of what LLM-Drop left out of a network, but perhaps not out of its files."""
+    if not any(checkpoint.config.get(key) for key in DROP_LISTS):
+        return set()
+    return {*tensors_of(Model(replace(checkpoint.args, removed={})))}
 
 
 def _find_optional(names: Iterable[str], args: ModelArgs) -> set[str]:

@@ -148,7 +148,7 @@ def _convert_stock(options: Options, source: StockSource, watch: Stopwatch) -> R
     """Convert a network that only mlx-lm knows."""
     job, network = StockJob(options, source), open_network(source)
     check_job(job, network)
-    model, config = job.build_result(network.sublayers)
+    model, config = job.build_result(network)
     if options.dry_run:
         return make_stock_report(job, network.paths, model, config)
     check_stock_memory(source)
@@ -157,7 +157,7 @@ def _convert_stock(options: Options, source: StockSource, watch: Stopwatch) -> R
         tokenizer = write_beside(job, writer, config)
         passages = take_text(job, network, tokenizer, watch)
         job = decide_stock(job, network, passages, watch)
-        model, config = job.build_result(network.sublayers)
+        model, config = job.build_result(network)
         write_config(writer, config)
         report = add_tokenizer(make_stock_report(job, network.paths, model, config), tokenizer)
         write_weights(network, model, writer, watch)
@@ -283,7 +283,7 @@ def _write_beside(job: Job, writer: Writer) -> GuardedTokenizer | None:
     config = make_config(job)
     writer.write_json("config.json", config)  # transformers reads it with the tokenizer
     trust = {"trust_remote_code": job.options.trust_remote_code}
-    same_type = job.form.stock and not job.options.drops
+    same_type = job.form.stock and (job.form.renumbered or not job.options.drops)
     if not carry_tokenizer(job.opened, writer.folder, stock=same_type, **trust):
         return None
     return load_tokenizer(writer.folder, config, name=job.checkpoint.name, **trust)

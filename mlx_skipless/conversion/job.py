@@ -19,7 +19,9 @@ from ..removal.algebra import Conditioning
 from ..removal.candidates import find_mixed
 from ..removal.choices import RemovalCost
 from ..removal.merger import Merger
+from ..removal.networks import keep_layers
 from ..removal.plan import Plan, make_plan
+from ..removal.renumbering import Layers
 from ..removal.sublayers import Step
 from .options import Options
 
@@ -32,12 +34,14 @@ class Form:
         packed: whether what nothing touches stays packed as its source has it.
         table: whether layer 0's projections become a table by token.
         stock: whether the result is a network of mlx-lm's own.
+        renumbered: whether layers that lose all are left out, and the others renumbered.
         notes: why it is so, a sentence each.
     """
 
     packed: bool = False
     table: bool = False
     stock: bool = False
+    renumbered: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -142,9 +146,20 @@ class Job:
         return self.checkpoint.family if self.form.stock else FAMILIES["skipless"]
 
     @property
+    def layers(self) -> Layers | None:
+        """The layers that stay, where some are left out as a whole."""
+        args = self.plan.after
+        total, gone = args.num_hidden_layers, args.removed.get("ffn", ())
+        if not (self.form.renumbered and gone):
+            return None
+        return Layers(tuple(layer for layer in range(total) if layer not in gone), total)
+
+    @property
     def stored_args(self) -> ModelArgs:
         """The network as it lies on disk."""
         args = self.layout.args
+        if self.layers is not None:
+            args = keep_layers(args, self.layers)
         return args if self.form.stock else replace(args, fused=self.layout.fusable_layers)
 
     @property

@@ -99,7 +99,9 @@ def choose_form(job: Job) -> Form:
     table = options.precompute_first_layer is not None and declined is None
     family, args = checkpoint.family, checkpoint.args
     known = family.stock is not None and not options.skipless
-    express = family.expresses_without_sublayers if options.drops else family.expresses
+    renumbered = known and not table and _drops_whole_layers(job)
+    whole = renumbered or not (options.drops or args.removed)
+    express = family.expresses if whole else family.expresses_without_sublayers
     expressed = known and express(args)
     forgets_window = known and not expressed and _differs_by_long_window(job)
     # What one matrix holds has bits of its own only as a whole.
@@ -115,7 +117,8 @@ def choose_form(job: Job) -> Form:
     stock = expressed and not table and not split
     if declined is not None:
         notes.append(f"the first layer stays computed: {declined} (--precompute-first-layer force)")
-    return replace(form, table=table, stock=stock, notes=tuple(notes))
+    renumbered = renumbered and stock
+    return replace(form, table=table, stock=stock, renumbered=renumbered, notes=tuple(notes))
 
 
 def advise(job: Job) -> Iterator[str]:
@@ -128,6 +131,15 @@ def advise(job: Job) -> Iterator[str]:
     whole = args.norm == "pre" and not args.precomputed
     if whole and (letters := "".join(_plan_skipless(job))):
         yield SKIPLESS_NETWORK.format(letters)
+
+
+def _drops_whole_layers(job: Job) -> bool:
+    """Whether layers go as a whole, in a network whose layers are all alike."""
+    options, args = job.options, job.checkpoint.args
+    alike = len({*args.layer_types}) == 1
+    asked = not options.drops or [*options.drops] == ["block"]
+    whole = args.removed.get("attention") == args.removed.get("ffn")
+    return asked and whole and alike and not options.distill
 
 
 def _differs_by_long_window(job: Job) -> bool:

@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..network import reduced
 from ..network.parts import dtype_name
 from ..quantization.coverage import Packing
+from ..removal.renumbering import rename_layer
 from .planning import SAVINGS
 from .report import LayerRow, Report
 from .stock import StockJob
@@ -63,7 +64,7 @@ def make_report(
         cache_bytes_before=_count_cache_bytes(source.model),
         cache_bytes_after=_count_cache_bytes(model),
         rows=tuple(_make_rows(job, paths, before, after)),
-        notes=tuple(_describe_path(job)),
+        notes=(*job.notes, *_describe_path(job)),
         advice=(SAVINGS,) if nothing else (),
         warnings=(),
         verification=None,
@@ -88,11 +89,18 @@ def _measure_sizes(model: nn.Module) -> Sizes:
     """Count each module's own weights, as they are before quantization, and its bytes."""
     found = {}
     for path, module in model.named_modules():
-        own = {name: a for name, a in module.items() if isinstance(a, mx.array)}
+        own = dict(_list_weights(module))
         if own:
             count = sum(_count_weights(module, name, array) for name, array in own.items())
             found[path] = count, sum(array.nbytes for array in own.values())
     return found
+
+
+def _list_weights(module: nn.Module) -> Iterator[tuple[str, mx.array]]:
+    """Yield a module's own tensors, and no constant that it computes when it is built."""
+    for name, array in module.items():
+        if isinstance(array, mx.array) and not name.startswith("_"):
+            yield name, array
 
 
 def _count_weights(module: nn.Module, name: str, array: mx.array) -> int:
@@ -117,8 +125,7 @@ def _count_read(model: nn.Module, config: Mapping[str, Any]) -> float:
     chosen = next((settings[k] for k in CHOSEN if isinstance(settings.get(k), int)), None)
     total = 0.0
     for module in model.modules():
-        own = [(name, a) for name, a in module.items() if isinstance(a, mx.array)]
-        count = sum(_count_weights(module, name, array) for name, array in own)
+        count = sum(_count_weights(module, name, array) for name, array in _list_weights(module))
         if isinstance(module, SwitchLinear | QuantizedSwitchLinear) and chosen:
             count *= min(1, chosen / module.num_experts)
         total += count
@@ -144,13 +151,14 @@ def _make_rows(job: StockJob, paths: list[str], before: Sizes, after: Sizes) -> 
     ends = [path for path in before if not path.startswith(inside)]
     for name in (*paths, *ends):
         layer = paths.index(name) if name in paths else None
+        new = name if job.layers is None else rename_layer(name, job.layers, paths)
         yield LayerRow(
             name=name.removeprefix(f"{body}.").removeprefix(f"{body.rpartition('.')[0]}."),
             goes=" ".join(kind for kind, layers in job.dropped.items() if layer in layers),
             weights_before=_total(before, 0, name),
-            weights_after=_total(after, 0, name),
+            weights_after=_total(after, 0, new) if new else 0,
             bytes_before=_total(before, 1, name),
-            bytes_after=_total(after, 1, name),
+            bytes_after=_total(after, 1, new) if new else 0,
             condition=None,
             cost=None,
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..architectures.family import DROP_LISTS
 from ..architectures.tensors import rename_to_source, to_source_module, to_source_names
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.tokenizer import NO_MODEL_TYPE
@@ -19,6 +20,7 @@ from ..quantization.calibration import STEPS, CalibratedParts, NearestParts
 from ..quantization.distillation import distill
 from ..quantization.layout import PackedLayout
 from ..removal.merger import Merger
+from ..removal.renumbering import rename_layer, shorten_config
 from ..removal.table import TabledParts
 from ..text.samples import Passages
 from .check import WrittenParts
@@ -27,6 +29,8 @@ from .job import Job
 MODEL_FILE = "model.py"
 # Keys (or how they begin) that mean something to mlx-lm in these architectures, and to no one else.
 ONLY_MLX_LMS = ("quantiz", "text_config", "rope_traditional", "layer_norm_bias")
+# What a result says in mlx-lm's terms.
+LLM_DROPS = (*DROP_LISTS, "auto_map")
 
 
 def write(job: Job, writer: Writer, passages: Passages | None, progress: Progress) -> None:
@@ -59,7 +63,10 @@ def make_config(job: Job) -> dict[str, Any]:
     """Make the config.json of a job's result."""
     source, layout, args = job.checkpoint.config, job.layout, job.stored_args
     if job.form.stock:
-        config = {k: v for k, v in source.items() if not k.startswith(ONLY_MLX_LMS)}
+        if job.layers is not None:
+            source = shorten_config(source, job.layers)
+        gone = ONLY_MLX_LMS + (LLM_DROPS if job.plan.before.removed else ())
+        config = {k: v for k, v in source.items() if not k.startswith(gone)}
         config |= job.family.make_stock_settings(args)
     else:
         keep = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -72,7 +79,7 @@ def make_config(job: Job) -> dict[str, Any]:
     if layout.config_entry is not None:
         settings = {
             to_source_module(job.family, module, args): v
-            for module, v in layout.config_entry.items()
+            for module, v in _renumber(job, layout.config_entry).items()
         }
         config["quantization"] = config["quantization_config"] = settings
     return dict(sorted(config.items()))
@@ -80,9 +87,18 @@ def make_config(job: Job) -> dict[str, Any]:
 
 def _rename(job: Job, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """Tensors, of a whole layer or more, as the result's files have them."""
+    tensors = _renumber(job, tensors)
     if isinstance(job.layout, PackedLayout):
         return rename_to_source(job.family, tensors, job.stored_args)
     return to_source_names(job.family, tensors, job.stored_args, job.layout.dtype)
+
+
+def _renumber(job: Job, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries by the canonical name of a module or tensor, under the numbers of the result."""
+    if job.layers is None:
+        return dict(entries)
+    named = ((rename_layer(name, job.layers), entry) for name, entry in entries.items())
+    return {name: entry for name, entry in named if name is not None}
 
 
 def _make_parts(job: Job, tokens: mx.array | None, progress: Steps) -> Parts:

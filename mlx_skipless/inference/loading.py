@@ -18,6 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..architectures.config import check_sizes, read_model_args
 from ..architectures.families import FAMILIES, find_family
+from ..architectures.family import DROP_LISTS
 from ..architectures.tensors import find_places, list_shapes
 from ..checkpoints import files, hub
 from ..checkpoints.files import ADAPTER_CONFIG, ADAPTERS, PEFT_ADAPTERS, read_config
@@ -168,6 +169,14 @@ def _tell_mlx_lm(
         UserError: if mlx-lm's network would compute something else without a word.
     """
     family = FAMILIES.get(str(config.get("model_type")))
+    if any(config.get(key) for key in DROP_LISTS):
+        way_out = f"`convert.py --model {name}` makes one that does not"
+        if family is None:
+            way_out = "use the model that it was made of, and drop from that"
+        raise UserError(
+            f"{name} lacks sub-layers ({', '.join(DROP_LISTS)}), which mlx-lm's own network of a "
+            f"{config['model_type']} ignores: {way_out}"
+        )
     if family is None or family.stock is None:
         return {}
     try:

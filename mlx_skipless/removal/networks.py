@@ -9,6 +9,7 @@ from ..network.names import ATTENTION, EMBEDDING, MLP, NORMS, find_readers
 from ..network.wiring import LETTERS, parse_layer, parse_letter
 from .candidates import find_mixed
 from .choices import Request
+from .renumbering import Layers, rename_layer
 
 PARTS = (*LETTERS, "attention", "ffn")  # that a layer can lack
 
@@ -163,6 +164,25 @@ def unite_layers(*maps: Mapping[str, list[int]]) -> dict[str, list[int]]:
     """Unite maps from the parts that layers lack to those layers."""
     parts = {part: sorted({i for layers in maps for i in layers.get(part, ())}) for part in PARTS}
     return {part: layers for part, layers in parts.items() if layers}
+
+
+def keep_layers(args: ModelArgs, layers: Layers) -> ModelArgs:
+    """Make the network of some of another's layers, with their numbers in a row."""
+
+    def renumber(lists: Mapping[str, list[int]]) -> dict[str, list[int]]:
+        found = {part: layers.renumber(numbers) for part, numbers in lists.items()}
+        return {part: numbers for part, numbers in found.items() if numbers}
+
+    extra = {rename_layer(path, layers): bits for path, bits in args.extra_bits.items()}
+    return replace(
+        args,
+        num_hidden_layers=len(layers.kept),
+        layer_types=layers.pick(args.layer_types),
+        removed=renumber(args.removed),
+        biases=renumber(args.biases),
+        fused=renumber(args.fused),
+        extra_bits={path: bits for path, bits in extra.items() if path is not None},
+    )
 
 
 def add_table(args: ModelArgs) -> ModelArgs:

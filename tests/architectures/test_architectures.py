@@ -120,6 +120,8 @@ PRETRAINED: list[dict[str, Any]] = [
     {"drop_attention": 1},
     {"drop_attention": 1, "remove": "none"},
     {"drop_ffn": 1},
+    {"drop_block": 1},
+    {"drop_block": 2},
     {"drop_block": 1, "precompute_first_layer": "force"},
 ]
 
@@ -134,7 +136,7 @@ def test_what_a_pretrained_model_can_do_without(
     expected = reference.logits(config, without(weights, report.removed), text())
     check_same_function(expected, tmp_path / "o", text(), 1e-5)
     dropping = any("drop" in option for option in options)
-    assert report.stock == (name in STOCK and {*options} <= {"remove"})
+    assert report.stock == (name in STOCK and {*options} <= {"remove", "drop_block"})
     check = report.verification
     assert check is not None and (dropping or check.kl < 1e-9)
     assert sum(array.size for array in stored(tmp_path / "o").values()) == report.params_after
