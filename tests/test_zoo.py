@@ -1,7 +1,6 @@
 """Tiny models of mlx-lm's architectures: each loads and runs as its published models would."""
 
-import importlib
-import pkgutil
+import re
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,24 +14,31 @@ from mlx_lm.utils import load
 from zoo import CANNOT, CONFIGS, make_model
 
 LENGTH = 24
-# At once and token by token differ in mlx-lm itself: how far at most, and why.
-DIFFERENT: dict[str, tuple[float, str]] = {}
+# Where a prompt at once and token by token differ in mlx-lm itself, more than this, and why.
+DIFFERENT = {
+    "phi3small": (0.1, "its block-sparse layers add the mask's booleans to the scores"),
+    "plamo3": (0.1, "a prompt's window is one token wider than what the cache keeps"),
+}
 
 
-def model_types() -> set[str]:
-    """The files of the installed mlx-lm that hold a model and its arguments."""
-    names = [file.name for file in pkgutil.iter_modules(models.__path__)]
-    modules = {name: importlib.import_module(f"mlx_lm.models.{name}") for name in names}
-    return {
-        name
-        for name, module in modules.items()
-        if hasattr(module, "Model") and hasattr(module, "ModelArgs")
-    }
-
-
-def test_names_are_of_architectures() -> None:
-    assert CONFIGS.keys() | CANNOT.keys() <= model_types()
+def test_every_architecture_is_in_one_table() -> None:
+    files = {file.stem: file.read_text() for file in Path(models.__path__[0]).glob("*.py")}
+    classes = (r"^(class|from .* import) Model\b", r"^class ModelArgs\b")
+    found = {name for name, text in files.items() if all(re.search(c, text, re.M) for c in classes)}
+    assert CONFIGS.keys() | CANNOT.keys() == found
     assert not CONFIGS.keys() & CANNOT.keys()
+    assert CONFIGS.keys() > DIFFERENT.keys()
+
+
+def test_a_seed_gives_one_model(tmp_path: Path) -> None:
+    stored = []
+    for i, seed in enumerate((0, 0, 1)):
+        mx.random.seed(i)
+        make_model(tmp_path / str(i), "gemma4", seed=seed, dtype="bfloat16")
+        stored.append(mx.load(str(tmp_path / str(i) / "model.safetensors")))
+    assert all(array.dtype == mx.bfloat16 for array in stored[0].values())
+    assert all(mx.array_equal(array, stored[1][name]) for name, array in stored[0].items())
+    assert not any(mx.array_equal(array, stored[2][name]) for name, array in stored[0].items())
 
 
 @pytest.mark.parametrize("model_type", only(("gemma3n", "gpt_oss", "qwen3", "qwen3_5"), CONFIGS))
@@ -42,19 +48,23 @@ def test_it_loads_and_runs(model_type: str, tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer.encode("a fox")) == "a fox"
     stored = mx.load(str(tmp_path / "model.safetensors"))
     for name, array in tree_flatten(model.parameters()):
-        assert mx.array_equal(array, stored[name]), name
+        assert mx.allclose(array, stored[name], rtol=1e-6, atol=0), name
 
     def logits(tokens: np.ndarray, chunk: int) -> np.ndarray:
         cache = make_prompt_cache(model)
         chunks = [tokens[i : i + chunk] for i in range(0, len(tokens), chunk)]
         parts = [model(mx.array(one)[None], cache=cache).astype(mx.float32) for one in chunks]
-        return np.array(mx.concatenate(parts, axis=1))[0]
+        return np.array(mx.concatenate(parts, axis=1))[0, :, :256]
 
     tokens = np.random.default_rng(0).integers(0, 256, LENGTH)
     at_once = logits(tokens, LENGTH)
     assert np.isfinite(at_once).all() and 0.1 < at_once.std() < 10
-    most, _ = DIFFERENT.get(model_type, (1e-4, ""))
-    assert np.abs(logits(tokens, 1) - at_once).max() < most
+    step_by_step = np.abs(logits(tokens, 1) - at_once).max()
+    if model_type in DIFFERENT:
+        assert step_by_step > DIFFERENT[model_type][0]
+    else:
+        assert step_by_step < 1e-4
     tokens[2] += 1
     change = np.abs(logits(tokens, LENGTH) - at_once).max(axis=-1)
-    assert (change[:2] < most).all() and (change[2:] > 1e-2).all()
+    assert (change[:2] < 1e-4).all() or model_type == "phi3small"
+    assert (change[2:] > 1e-2).all()
