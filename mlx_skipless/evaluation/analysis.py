@@ -25,8 +25,7 @@ from ..inference.stock import StockSource, find_stock, open_network
 from ..network.driver import RESIDENT_BYTES, Driver, StreamedNetwork
 from ..network.model import ModelArgs
 from ..network.names import EMBEDDING, HEAD, MLP, PROJECTIONS, SUBLAYERS, module_path
-from ..network.parts import tensors_of
-from ..network.reduced import drop
+from ..network.parts import replace_at, tensors_of
 from ..network.stock import StockNetwork
 from ..network.wiring import LETTERS
 from ..options import check_seed, expand_path
@@ -502,6 +501,7 @@ class _StockSizes:
     """
 
     def __init__(self, source: StockSource, network: StockNetwork):
+        self._network = network
         self._model: Any = source.build_shapes()
         self._names = [one.parts for one in network.sublayers]
         self.whole = _count(self._model)
@@ -534,7 +534,8 @@ class _StockSizes:
         """Describe the network without these attentions, those that went before among them."""
         for layer in layers:
             if layer not in self._gone:
-                drop(self._model, {name: [layer] for name in self._names[layer]["attention"]})
+                block = self._network.without(layer, self._model.layers[layer], {"attention"})
+                self._model = replace_at(self._model, self._network.paths[layer], block)
                 self._gone.add(layer)
         return Dropped(
             tuple(layers),
