@@ -3,6 +3,7 @@
 mlx-lm's caches do the work. Ours is what chooses them for each layer, and says why one cannot be.
 """
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,12 @@ def make_cache(
             raise UserError(
                 "--kv-bits with --max-kv-size: mlx-lm cannot quantize a bounded cache; drop one"
             )
+        cache = [_quantize(c, kv_bits) for c in cache]
         group_size = _find_group_size(model)
-        fresh = make_prompt_cache(model)
-        _check_quantized(model, [_quantize(c, kv_bits, group_size) for c in fresh])
-        cache = [_quantize(c, kv_bits, group_size) for c in cache]
+        for one in cache:
+            if isinstance(one, QuantizedKVCache):
+                one.group_size = group_size
+        _check_quantized(model, copy.deepcopy(cache))
     return cache
 
 
@@ -151,9 +154,9 @@ def _bound(cache: Any, size: int) -> Any:
     )
 
 
-def _quantize(cache: Any, bits: int, group_size: int) -> Any:
+def _quantize(cache: Any, bits: int) -> Any:
     if type(cache) is KVCache:
-        return _QuantizedKVCache(group_size=group_size, bits=bits)
+        return _QuantizedKVCache(bits=bits)
     if isinstance(cache, ArraysCache):  # a state, no keys and values
         return cache
     if isinstance(cache, RotatingKVCache):
