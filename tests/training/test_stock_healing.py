@@ -1,0 +1,65 @@
+"""Healing networks of mlx-lm's own: what is written is nearer to the original, in plain mlx-lm."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+from grids import only
+from zoo import make_model
+
+from mlx_skipless.network import reduced
+from mlx_skipless.training.healing import heal
+from mlx_skipless.training.recipe import Treatment
+
+TALE = "".join(f"the fox number {i} met {7 * i % 13} hens under a tree.\n" for i in range(60))
+LOST = {
+    "gemma3_text": "self_attn",
+    "gpt_oss": "mlp",
+    "mamba2": "mixer",
+    "olmo2": "mlp",
+    "qwen3_5": "mlp",
+    "smollm3": "self_attn",
+}
+
+
+def measure_kl(teacher: Path, folder: Path, ids: mx.array) -> float:
+    """KL(teacher || model), nats per token, of two folders as mlx-lm loads them."""
+    models: list[Any] = [
+        mlx_lm.load(str(one), trust_remote_code=True)[0]  # type: ignore[call-arg]
+        for one in (teacher, folder)
+    ]
+    p, q = (m(ids).astype(mx.float32) for m in models)
+    p, q = (a - mx.logsumexp(a, axis=-1, keepdims=True) for a in (p, q))
+    return float((mx.exp(p) * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("kind", only(("lora",), ["lora", "full"]))
+@pytest.mark.parametrize("model_type", only(("gemma3_text",), LOST))
+def test_a_healed_model_is_nearer(model_type: str, kind: str, tmp_path: Path) -> None:
+    teacher, student, out = tmp_path / "t", tmp_path / "s", tmp_path / "healed"
+    make_model(teacher, model_type)
+    part = LOST[model_type]
+    config = json.loads((teacher / "config.json").read_text())
+    config |= {"dropped_sublayers": {part: [1]}, "model_file": "model.py"}
+    shutil.copytree(teacher, student)
+    (student / "config.json").write_text(json.dumps(config))
+    shutil.copy(str(reduced.__file__), student / "model.py")
+    weights = mx.load(str(teacher / "model.safetensors"))
+    assert isinstance(weights, dict)
+    left = {n: a for n, a in weights.items() if f"layers.1.{part}." not in n}
+    mx.save_safetensors(str(student / "model.safetensors"), left, metadata={"format": "mlx"})
+    (tmp_path / "text.txt").write_text(TALE)
+    treatment = Treatment(
+        steps=12, context=16, batch_size=4, fine_tune_type=kind, learning_rate=3e-3
+    )
+    result = heal(student, teacher, out, treatment, data=[tmp_path / "text.txt"])
+    assert result.after.kl < 0.9 * result.before.kl
+    assert json.loads((out / "config.json").read_text()) == config
+    assert (out / "model.py").read_bytes() == (student / "model.py").read_bytes()
+    assert {*mx.load(str(out / "model.safetensors"))} == {*left}
+    ids = mx.array(mlx_lm.load(str(teacher))[1].encode(TALE)[:200])[None]
+    assert measure_kl(teacher, out, ids) < 0.9 * measure_kl(teacher, student, ids)
