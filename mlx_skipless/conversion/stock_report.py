@@ -135,11 +135,12 @@ def _count_cache_bytes(model: nn.Module) -> int:
 
 def _make_rows(job: StockJob, paths: list[str], before: Sizes, after: Sizes) -> Iterator[LayerRow]:
     inside = tuple(f"{path}." for path in paths)
+    body = paths[0].rsplit(".", 2)[0]
     ends = [path for path in before if not path.startswith(inside)]
     for name in (*paths, *ends):
         layer = paths.index(name) if name in paths else None
         yield LayerRow(
-            name=name.removeprefix("model."),
+            name=name.removeprefix(f"{body}.").removeprefix(f"{body.rpartition('.')[0]}."),
             goes=" ".join(kind for kind, layers in job.dropped.items() if layer in layers),
             weights_before=_total(before, 0, name),
             weights_after=_total(after, 0, name),

@@ -73,11 +73,38 @@ class _StandIn(nn.Module):
         return getattr(self.__dict__["_layer"], name)
 
 
-class Driver:
+class Network:
+    """What there is to know of a network besides running it; a subclass of ``Driver`` tells.
+
+    Attributes:
+        parallel: whether the attention and the FFN of a block read the same stream.
+    """
+
+    parallel = False
+
+    def without(self, layer: int, block: nn.Module, kinds: Collection[str]) -> nn.Module:
+        """Return a block without its "attention", its "ffn" or both; the weights are shared."""
+        raise NotImplementedError
+
+    def count_weights(self, layer: int, kind: str) -> int:
+        """Count the weights of a layer's "attention" or "ffn"."""
+        raise NotImplementedError
+
+    @property
+    def vocabulary(self) -> int:
+        """How many logits there are."""
+        raise NotImplementedError
+
+    @property
+    def context(self) -> int | None:
+        """How many tokens in a row the model was made for; None where nothing says so."""
+        raise NotImplementedError
+
+
+class Driver(Network):
     """Runs a model, or any single layer of it, inside the model's own forward.
 
-    ``embed``, ``run`` and ``logits`` need layers that return a ``Stream``; ``without`` and what
-    follows it need a subclass that knows them.
+    ``embed``, ``run`` and ``logits`` need layers that return a ``Stream``.
 
     Args:
         model: a model of mlx-lm, or one made like them. Its layers are replaced by stand-ins.
@@ -86,10 +113,7 @@ class Driver:
     Attributes:
         model: that model, with stand-ins as layers.
         paths: each layer's module path in the model.
-        parallel: whether the attention and the FFN of a block read the same stream.
     """
-
-    parallel = False
 
     def __init__(self, model: Any, *, resident: bool = True):
         self.model, self.resident = model, resident
@@ -115,24 +139,6 @@ class Driver:
 
     def release(self) -> None:
         """Let go what ``load_embedding`` and ``load_head`` loaded; a later call loads it again."""
-
-    def without(self, layer: int, block: nn.Module, kinds: Collection[str]) -> nn.Module:
-        """Return a block without its "attention", its "ffn" or both; the weights are shared."""
-        raise NotImplementedError
-
-    def count_weights(self, layer: int, kind: str) -> int:
-        """Count the weights of a layer's "attention" or "ffn"."""
-        raise NotImplementedError
-
-    @property
-    def vocabulary(self) -> int:
-        """How many logits there are."""
-        raise NotImplementedError
-
-    @property
-    def context(self) -> int | None:
-        """How many tokens in a row the model was made for; None where nothing says so."""
-        return getattr(self.model, "context", None)
 
     # What all share.
 

@@ -81,6 +81,11 @@ class StockNetwork(Driver):
         return self._trial[0]
 
     @property
+    def context(self) -> int | None:
+        """How many tokens in a row the model was made for; None where nothing says so."""
+        return getattr(self.model, "context", None)
+
+    @property
     def sublayers(self) -> list[Sublayers]:
         """What each layer's block calls its sub-layers."""
         return self._trial[1]
