@@ -148,7 +148,7 @@ def _convert_stock(options: Options, source: StockSource, watch: Stopwatch) -> R
     """Convert a network that only mlx-lm knows."""
     job, network = StockJob(options, source), open_network(source)
     check_job(job, network)
-    model, config = job.build_result(network.sublayers)
+    model, config = job.build_result(network)
     if options.dry_run:
         return make_stock_report(job, network.paths, model, config)
     check_stock_memory(source)
@@ -157,7 +157,7 @@ def _convert_stock(options: Options, source: StockSource, watch: Stopwatch) -> R
         tokenizer = write_beside(job, writer, config)
         passages = take_text(job, network, tokenizer, watch)
         job = decide_stock(job, network, passages, watch)
-        model, config = job.build_result(network.sublayers)
+        model, config = job.build_result(network)
         write_config(writer, config)
         report = add_tokenizer(make_stock_report(job, network.paths, model, config), tokenizer)
         write_weights(network, model, writer, watch)

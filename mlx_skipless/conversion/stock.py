@@ -33,6 +33,7 @@ from ..network.stock import StockNetwork
 from ..progress import Progress
 from ..quantization.coverage import check_packable
 from ..quantization.layout import quantize_nearest
+from ..removal.renumbering import Layers, delete_layers, passes_stream, shorten_network
 from ..removal.sublayers import Step, Wish, choose_drops
 from ..text import samples
 from ..text.samples import Passages
@@ -42,6 +43,10 @@ from .planning import list_wishes
 from .writing import MODEL_FILE
 
 KINDS = ("attention", "ffn")
+NO_RENUMBERING = (
+    "mlx-lm has no network of this architecture without just the blocks {}, whose kind or place its "
+    "config fixes: the result carries one"
+)
 
 
 @dataclass(frozen=True)
@@ -139,12 +144,18 @@ class StockJob:
         source: the model.
         dropped: the layers that lose their "attention" or "ffn".
         path: the steps of the search for these, if there was one.
+        layers: those that stay, where some are left out as a whole.
+        config: of the network of these.
+        notes: why it is so, a sentence each.
     """
 
     options: Options
     source: StockSource
     dropped: Mapping[str, list[int]] = field(default_factory=dict)
     path: tuple[Step, ...] = ()
+    layers: Layers | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -152,19 +163,22 @@ class StockJob:
         name = self.options.dtype
         return getattr(mx, name) if name else self.source.dtype
 
-    def build_result(self, sublayers: list[Any]) -> tuple[nn.Module, dict[str, Any]]:
+    def build_result(self, network: StockNetwork) -> tuple[nn.Module, dict[str, Any]]:
         """Build the result with lazy weights; return it and its config.json.
 
-        ``sublayers`` are those of the source's layers.
+        ``network`` is the source's.
         """
         model, options = self.source.build(), self.options
-        config = {k: v for k, v in self.source.config.items() if k != "vision_config"}
+        config = dict(self.config or self.source.config)
+        if self.layers is not None:
+            model, config = shorten_network(model, network.paths, config, self.layers)
+        config.pop("vision_config", None)
         if self.source.is_packed and (options.quantization or options.dtype):
             model = dequantize_model(model)
             config = {k: v for k, v in config.items() if not k.startswith("quantiz")}
         if options.dtype is not None:
             model.set_dtype(self.dtype)
-        if parts := self._name_dropped(sublayers):
+        if parts := self._name_dropped(network.sublayers):
             reduced.drop(model, parts)
             config |= {reduced.DROPPED: parts, "model_file": MODEL_FILE}
         if (q := options.quantization) is not None:
@@ -176,10 +190,11 @@ class StockJob:
     def _name_dropped(self, sublayers: list[Any]) -> dict[str, list[int]]:
         """The layers without a part, by what the network's blocks call it."""
         found: dict[str, set[int]] = {}
+        there = self.layers or Layers(tuple(range(len(sublayers))), len(sublayers))
         for kind, layers in self.dropped.items():
-            for layer in layers:
-                for part in sublayers[layer].parts[kind]:
-                    found.setdefault(part, set()).add(layer)
+            for new, layer in enumerate(there.kept):
+                for part in sublayers[layer].parts[kind] if layer in layers else ():
+                    found.setdefault(part, set()).add(new)
         return {part: sorted(layers) for part, layers in sorted(found.items())}
 
 
@@ -285,7 +300,23 @@ def decide(
         spared=find_spared(network),
         progress=partial(progress, "dropping"),
     )
-    return replace(job, dropped=dropped, path=tuple(path))
+    return leave_out_blocks(replace(job, dropped=dropped, path=tuple(path)), network)
+
+
+def leave_out_blocks(job: StockJob, network: StockNetwork) -> StockJob:
+    """Leave out layers that lose all, and renumber the others, where mlx-lm runs what is left."""
+    total = len(network.paths)
+    gone = [n for n in range(total) if all(n in job.dropped.get(kind, ()) for kind in KINDS)]
+    if not gone:
+        return job
+    layers = Layers(tuple(n for n in range(total) if n not in gone), total)
+    config = None
+    if all(passes_stream(network, layer) for layer in gone):
+        config = delete_layers(job.source.config, layers)
+    if config is None:
+        note = NO_RENUMBERING.format(", ".join(map(str, gone)))
+        return replace(job, notes=(*job.notes, note))
+    return replace(job, layers=layers, config=config)
 
 
 def write_beside(
@@ -312,7 +343,7 @@ def write_weights(
 ) -> None:
     """Write a result's weights, a layer at a time; ``model`` is left without them."""
     weights, layers = get_total_parameters(model), [*model.layers]
-    for done, (path, layer) in enumerate(zip(network.paths, layers, strict=True)):
+    for done, (path, layer) in enumerate(zip(network.paths, layers, strict=False)):
         progress("converting", done, len(layers) + 1)
         writer.add({f"{path}.{name}": array for name, array in tensors_of(layer).items()})
         layer.clear()

@@ -12,6 +12,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from ..network import reduced
 from ..network.parts import dtype_name
 from ..quantization.coverage import Packing
+from ..removal.renumbering import rename_layer
 from .planning import SAVINGS
 from .report import LayerRow, Report
 from .stock import StockJob
@@ -61,7 +62,7 @@ def make_report(
         cache_bytes_before=_count_cache_bytes(source.model),
         cache_bytes_after=_count_cache_bytes(model),
         rows=tuple(_make_rows(job, paths, before, after)),
-        notes=tuple(_describe_path(job)),
+        notes=(*job.notes, *_describe_path(job)),
         advice=(SAVINGS,) if nothing else (),
         warnings=(),
         verification=None,
@@ -139,13 +140,14 @@ def _make_rows(job: StockJob, paths: list[str], before: Sizes, after: Sizes) -> 
     ends = [path for path in before if not path.startswith(inside)]
     for name in (*paths, *ends):
         layer = paths.index(name) if name in paths else None
+        new = name if job.layers is None else rename_layer(name, paths, job.layers)
         yield LayerRow(
             name=name.removeprefix(f"{body}.").removeprefix(f"{body.rpartition('.')[0]}."),
             goes=" ".join(kind for kind, layers in job.dropped.items() if layer in layers),
             weights_before=_total(before, 0, name),
-            weights_after=_total(after, 0, name),
+            weights_after=_total(after, 0, new) if new else 0,
             bytes_before=_total(before, 1, name),
-            bytes_after=_total(after, 1, name),
+            bytes_after=_total(after, 1, new) if new else 0,
             condition=None,
             cost=None,
         )

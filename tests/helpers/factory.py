@@ -262,7 +262,7 @@ def write(
     template: bool = True,
 ) -> Weights:
     """Write config, tokenizer and weights; return the weights rounded to dtype, in float64."""
-    tokenizer = _tokenizer(config.get("max_position_embeddings", 512))
+    tokenizer = make_tokenizer(config.get("max_position_embeddings", 512))
     tokenizer.chat_template = CHAT_TEMPLATE if template else None
     if config["vocab_size"] < len(tokenizer):
         raise ValueError(f"vocab_size must be at least {len(tokenizer)}")
@@ -330,7 +330,7 @@ def _stored(weights: Weights, dtype: str) -> dict[str, mx.array]:
     return {name: mx.array(w.astype(np.float32)).astype(kind) for name, w in weights.items()}
 
 
-def _tokenizer(length: int) -> PreTrainedTokenizerFast:
+def make_tokenizer(length: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE without merges: 256 bytes, <s>, </s>."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {character: i for i, character in enumerate(alphabet)}
