@@ -13,6 +13,7 @@ from ..network import reduced
 from ..network.parts import dtype_name
 from ..quantization.coverage import Packing
 from ..removal.renumbering import rename_layer
+from .decisions import describe_bits
 from .planning import SAVINGS
 from .report import LayerRow, Report
 from .stock import StockJob
@@ -62,7 +63,7 @@ def make_report(
         cache_bytes_before=_count_cache_bytes(source.model),
         cache_bytes_after=_count_cache_bytes(model),
         rows=tuple(_make_rows(job, paths, before, after)),
-        notes=(*job.notes, *_describe_path(job)),
+        notes=(*job.notes, *_describe_path(job), *describe_bits(job.bits)),
         advice=(SAVINGS,) if nothing else (),
         warnings=(),
         verification=None,

@@ -77,8 +77,13 @@ def _multiply(x: mx.array, y: mx.array) -> np.ndarray:
 
 def estimate_memory(args: ModelArgs) -> int:
     """Estimate the bytes that calibrating takes at most, beside a layer's weights."""
-    hidden, width = args.hidden_size, args.num_attention_heads * args.head_dim
-    widest = max(hidden, args.intermediate_size, width)
+    width = args.num_attention_heads * args.head_dim
+    widest = max(args.hidden_size, args.intermediate_size, width)
+    return estimate_moments(widest, args.hidden_size)
+
+
+def estimate_moments(widest: int, hidden: int) -> int:
+    """Estimate the same for a stream's width and the inputs of the widest matrix."""
     moments = 6 * widest**2 + 20 * widest * hidden  # with a solver's and a rounding's copies
     held = 4 * TEXT_TOKENS * (widest + 4 * hidden)  # what matrices read and give in one layer
     return moments * (8 if widest <= WIDE else 4) + 8 * 4 * BATCH_TOKENS * widest + held
