@@ -294,9 +294,9 @@ def _json_starts(target: str) -> list[Any]:
         awq = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
         mlx = {"group_size": 32, "bits": 4, "mode": "affine", "lm_head": {"bits": 8}}
         return [{"quantization": mlx}, *({"quantization_config": c} for c in (gptq, awq))]
-    from factory import _tokenizer
+    from factory import make_tokenizer
 
-    return [json.loads(_tokenizer(512).backend_tokenizer.to_str())]
+    return [json.loads(make_tokenizer(512).backend_tokenizer.to_str())]
 
 
 def _gguf_files() -> Iterator[bytes]:

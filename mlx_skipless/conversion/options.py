@@ -82,7 +82,7 @@ class Options:
     )
     max_loss: float | None = approximate(
         None,
-        "by how much auto may raise the loss, nats per token (default: 1%)",
+        "share by which auto may raise the loss, nats per token (default: 1%)",
         parse=parse_share,
         metavar="SHARE",
     )

@@ -78,9 +78,11 @@ class Network:
 
     Attributes:
         parallel: whether the attention and the FFN of a block read the same stream.
+        is_chain: whether a layer's stream is all that the next one needs of it.
     """
 
     parallel = False
+    is_chain = True
 
     def without(self, layer: int, block: nn.Module, kinds: Collection[str]) -> nn.Module:
         """Return a block without its "attention", its "ffn" or both; the weights are shared."""
@@ -88,6 +90,14 @@ class Network:
 
     def count_weights(self, layer: int, kind: str) -> int:
         """Count the weights of a layer's "attention" or "ffn"."""
+        raise NotImplementedError
+
+    def can_drop(self, layer: int, kind: str) -> bool:
+        """Whether a layer can lose its "attention", its "ffn" or as a "block" both."""
+        return True
+
+    def drop(self, dropped: Mapping[str, Collection[int]]) -> "Driver":
+        """Return the network, which is no chain, without some layers' "attention" or "ffn"."""
         raise NotImplementedError
 
     @property

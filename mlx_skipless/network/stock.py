@@ -1,6 +1,9 @@
 """Networks of mlx-lm's own, of whatever architecture, read a layer at a time.
 
-Nothing here knows an architecture. What is a sub-layer is found by running each block once,
+Nothing here knows an architecture. Most networks are chains: what a layer gives is all that the
+next one needs of it. Those that are not, of layers that share keys for instance, run as a whole.
+
+What is a sub-layer is found by running each block once,
 without computing anything, and looking at what it calls: a part of it that holds matrices and turns
 a stream (batch, length, hidden) into another. If it is given a cache it is an attention, or
 what stands in the place of one, else an FFN.
@@ -17,10 +20,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from .driver import Driver, Recorder
+from .driver import Changes, Driver, Recorder, widen
+from .magnitudes import Watch
+from .model import Stream, take_stream
 from .parts import replace_at, tensors_of
 from .reduced import Dropped
 
+CHAIN_TOKENS, CHAIN_ERROR = 12, 1e-3
 FFN_NAME = re.compile(r"mlp|ffn|feed_forward|moe|experts")
 # Parts of a block that turn a stream into another and are no sub-layers of their own.
 HELPERS = {
@@ -91,13 +97,65 @@ class StockNetwork(Driver):
         return self._trial[1]
 
     @cached_property
+    def is_chain(self) -> bool:  # type: ignore[override]
+        """Whether the layers, run one by one, make the network; tried on a few tokens."""
+        tokens = mx.arange(CHAIN_TOKENS)[None] * 7 % self.vocabulary
+        try:
+            h: Stream = self.embed(tokens)
+            for layer, block in self.walk():
+                h = self.run(layer, h, tokens, block)
+                mx.eval(h)
+            by_layers = Driver.logits(self, h)
+        except (AttributeError, TypeError, ValueError):  # they need more than that
+            return False
+        whole = self._run_whole(tokens)
+        return bool(mx.abs(by_layers - whole).max() <= CHAIN_ERROR * mx.abs(whole).max())
+
+    def hidden(
+        self, tokens: mx.array, caches: list[Any] | None = None, watch: Watch | None = None
+    ) -> mx.array:
+        """Return what the last layer gives; of what is no chain, the logits."""
+        if self.is_chain:
+            return super().hidden(tokens, caches, watch)
+        return self._run_whole(tokens, caches)
+
+    def logits(self, h: Stream, changes: Changes | None = None) -> mx.array:
+        """Return float32 logits (batch, length, vocabulary) of what ``hidden`` gave."""
+        return super().logits(h, changes) if self.is_chain else take_stream(h)
+
+    def _run_whole(self, tokens: mx.array, caches: list[Any] | None = None) -> mx.array:
+        """Return float32 logits (batch, length, vocabulary) by the model's own forward."""
+        widen(self.model)
+
+        def visit(layer: int, *args: Any, **options: Any) -> Any:
+            block: Any = self.layer(layer)
+            return block(*args, **options)
+
+        caches = make_prompt_cache(self.model) if caches is None else caches
+        logits = self._forward(visit, tokens, cache=caches).astype(mx.float32)
+        mx.eval(logits)
+        return logits
+
+    def drop(self, dropped: Mapping[str, Collection[int]]) -> "StockNetwork":
+        """Return the network without some layers' "attention" or "ffn"."""
+
+        def build() -> nn.Module:
+            model: Any = self._build()
+            for kind, layers in dropped.items():
+                for layer in layers:
+                    for name in self.sublayers[layer].parts[kind]:
+                        setattr(model.layers[layer], name, Dropped(model.layers[layer][name]))
+            return model
+
+        return StockNetwork(build, self._dtype, resident=self.resident)
+
+    @cached_property
     def _trial(self) -> tuple[int, list[Sublayers]]:
         """What a forward meets; nothing is computed and no weight is read."""
-        spied: list[_Spied] = []
+        spied = [_Spied(block) for block in self._own]
 
         def visit(layer: int, x: mx.array, *args: Any, **options: Any) -> Any:
-            spied.append(_Spied(self._own[layer]))
-            return spied[-1].run(x, *args, **options)
+            return spied[layer].run(x, *args, **options)
 
         cache = make_prompt_cache(self.model)
         logits = self._forward(visit, mx.zeros((1, 2), mx.int32), cache=cache)
@@ -110,6 +168,11 @@ class StockNetwork(Driver):
             for name in self.sublayers[layer].parts.get(kind, ()):
                 block = replace_at(block, name, Dropped(block[name]))
         return block
+
+    def can_drop(self, layer: int, kind: str) -> bool:
+        """Whether a layer can lose its "attention", its "ffn" or as a "block" both."""
+        kinds = ("attention", "ffn") if kind == "block" else (kind,)
+        return not any(one in self.sublayers[layer].obstacles for one in kinds)
 
     def count_weights(self, layer: int, kind: str) -> int:
         """Count what is stored of a layer's "attention" or "ffn", in bytes."""
@@ -133,7 +196,6 @@ class _Spied:
     def __init__(self, block: nn.Module):
         self._spies: dict[str, _Spy] = {}
         self._block: Any = block
-        self._plain = True
         for name, part in block.children().items():
             if isinstance(part, nn.Module) and _holds_matrices(part) and name not in HELPERS:
                 self._spies[name] = _Spy(part)
@@ -141,9 +203,7 @@ class _Spied:
 
     def run(self, *args: Any, **options: Any) -> Any:
         """Run the block."""
-        out = self._block(*args, **options)
-        self._plain = isinstance(out, mx.array)
-        return out
+        return self._block(*args, **options)
 
     @property
     def caches(self) -> set[int]:
@@ -166,9 +226,7 @@ class _Spied:
             elif any(uses[id(cache)] > 1 for cache in caches):
                 obstacles[kind] = f"layers share what its {name} keeps"
         for kind in ("attention", "ffn"):
-            if not self._plain:
-                obstacles[kind] = "its block hands on more than the stream"
-            elif kind not in parts:
+            if kind not in parts:
                 obstacles[kind] = f"its block calls no module that is its {kind}"
         return Sublayers(parts, obstacles)
 

@@ -6,7 +6,7 @@ measures that. Another measures the loss without each of the least important one
 greedy search does both again after each drop.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -97,7 +97,8 @@ def measure_importance(
 ) -> dict[str, list[float]]:
     """Measure how much each sub-layer and each block turns the stream.
 
-    That is 1 - cosine of the stream before and after it, the mean over tokens.
+    That is 1 - cosine of the stream before and after it, the mean over tokens. Where a network is
+    no chain of layers it is what the loss grows by without it.
 
     Args:
         network: runs the layers.
@@ -108,6 +109,8 @@ def measure_importance(
     Returns:
         A number a layer for "attention", "ffn" and "block".
     """
+    if not network.is_chain:
+        return _rank_by_loss(network, tokens, dropped or {}, progress)
     found: dict[str, list[float]] = {kind: [] for kind in KINDS}
     batches = split_batches(tokens)
     streams: list[Stream] = [network.embed(batch) for batch in batches]
@@ -144,6 +147,8 @@ def measure_losses(
     As long as two sets agree, one stream serves both.
     """
     batches = split_batches(tokens)
+    if not network.is_chain:
+        return [*_measure_wholes(network, batches, variants, progress)]
     streams = Streams(network, batches, range(len(variants)))
     for layer, block in network.walk(progress):
         gone = {i: _find_gone(variant, layer) for i, variant in enumerate(variants)}
@@ -152,6 +157,29 @@ def measure_losses(
     distinct = {id(stream): stream for stream in streams.values()}
     losses = {key: _measure_loss(network, stream, batches) for key, stream in distinct.items()}
     return [losses[id(streams[i])] for i in range(len(variants))]
+
+
+def _measure_wholes(
+    network: Driver, batches: Sequence[mx.array], variants: Sequence[Drops], progress: Steps
+) -> Iterator[float]:
+    """The loss of a network with each set of drops, each run as a whole."""
+    for done, variant in enumerate(variants):
+        progress(done, len(variants))
+        reduced = network.drop(variant)
+        yield _measure_loss(reduced, [reduced.hidden(batch) for batch in batches], batches)
+    progress(len(variants), len(variants))
+
+
+def _rank_by_loss(
+    network: Driver, tokens: mx.array, dropped: Drops, progress: Steps
+) -> dict[str, list[float]]:
+    """Measure what the loss grows by without each sub-layer and each block that could go."""
+    layers = range(len(network.paths))
+    alone = [(kind, layer) for kind in KINDS for layer in layers if network.can_drop(layer, kind)]
+    variants = [dropped, *(_add(dropped, kind, layer) for kind, layer in alone)]
+    whole, *losses = measure_losses(network, tokens, variants, progress)
+    found = dict(zip(alone, (loss - whole for loss in losses), strict=True))
+    return {kind: [found.get((kind, layer), 0.0) for layer in layers] for kind in KINDS}
 
 
 def choose_drops(

@@ -102,7 +102,7 @@ _QWEN3_5 = _WIDE | _DELTA | {
     },
 }  # fmt: skip
 _GRANITE = _LLAMA | _TIED | {
-    "attention_bias": False, "mlp_bias": False, "logits_scaling": 2.0,
+    "intermediate_size": 128, "attention_bias": False, "mlp_bias": False, "logits_scaling": 2.0,
     "attention_multiplier": 0.125, "embedding_multiplier": 4.0, "residual_multiplier": 0.5,
 }  # fmt: skip
 _BAILING = {
@@ -347,7 +347,7 @@ CONFIGS: dict[str, Config] = {
     "jamba": _LLAMA | {
         "attn_layer_offset": 1, "attn_layer_period": 3, "expert_layer_offset": 1,
         "expert_layer_period": 2, "mamba_d_conv": 4, "mamba_d_state": 16, "mamba_expand": 2,
-        "mamba_dt_rank": 8, "num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 6,
+        "mamba_dt_rank": 32, "num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 6,
     },
     "kimi_k25": {"text_config": _DEEPSEEK | {"model_type": "kimi_k2"}},
     "kimi_k3": {
@@ -400,7 +400,7 @@ CONFIGS: dict[str, Config] = {
     },
     "mamba": {
         "hidden_size": 64, "intermediate_size": 128, "state_size": 16, "num_hidden_layers": 4,
-        "conv_kernel": 4, "use_bias": False, "use_conv_bias": True, "time_step_rank": 4,
+        "conv_kernel": 4, "use_bias": False, "use_conv_bias": True, "time_step_rank": 32,
         "vocab_size": _VOCABULARY,
     },
     "mamba2": {
@@ -529,6 +529,7 @@ CONFIGS: dict[str, Config] = {
         "vocab_size": _VOCABULARY,
     },
     "recurrent_gemma": _GEMMA | {
+        "intermediate_size": 128,
         "num_hidden_layers": 5, "num_attention_heads": 2, "num_key_value_heads": 1,
         "attention_bias": False, "conv1d_width": 4, "logits_soft_cap": 30.0,
         "attention_window_size": WINDOW, "embeddings_scale_by_sqrt_dim": True,
@@ -536,8 +537,8 @@ CONFIGS: dict[str, Config] = {
     },
     "rwkv7": {
         "hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_hidden_layers": 4,
-        "norm_eps": 1e-5, "a_low_rank_dim": 32, "v_low_rank_dim": 32, "gate_low_rank_dim": 32,
-        "decay_low_rank_dim": 32, "vocab_size": _VOCABULARY,
+        "norm_eps": 1e-5, "a_low_rank_dim": 64, "v_low_rank_dim": 64, "gate_low_rank_dim": 64,
+        "decay_low_rank_dim": 64, "vocab_size": _VOCABULARY,
     },
     "seed_oss": _WIDE | {"attention_bias": True, "attention_out_bias": False},
     "solar_open": _WIDE | _ROUTED_EXPERTS | {"partial_rotary_factor": 1.0, "use_qk_norm": True},
