@@ -33,7 +33,7 @@ TEST = (64, 64)  # sequences, tokens
 GROUP = {"q_group_size": 32}
 ALL: dict[str, Any] = {
     "hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 3,
-    "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 256, "rms_norm_eps": 1e-6,
+    "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 264, "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0, "max_position_embeddings": 1024, "tie_word_embeddings": False,
 }  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -139,7 +139,9 @@ def print_row(folder: Path, kind: str, text: Path, arguments: argparse.Namespace
     if "num_experts" in CONFIGS[kind]:
         del ways["distilled"]
     found = {name: measure(name, calibration=text, **way)[1] for name, way in ways.items()}
-    ratios = [f"{found[n] / nearest:.2f} ×" if n in found else "" for n in ("text", "bytes", "distilled")]
+    ratios = [
+        f"{found[n] / nearest:.2f} ×" if n in found else "" for n in ("text", "bytes", "distilled")
+    ]
     print(f"| {kind} | {loss:.2f} | {nearest:.4f} | " + " | ".join(ratios) + " |", flush=True)
 
 

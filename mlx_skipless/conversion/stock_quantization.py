@@ -11,8 +11,9 @@ from mlx_lm.utils import dequantize_model, get_total_parameters
 
 from ..checkpoints.writer import Writer
 from ..inference.loading import load_network
+from ..network.driver import Driver
 from ..network.parts import tensors_of
-from ..network.stock import StockNetwork
+from ..network.stock import StockNetwork, WholeNetwork
 from ..progress import Progress
 from ..quantization import bits, sensitivity
 from ..quantization.distillation import distill
@@ -48,14 +49,16 @@ def write(
     tell = partial(progress, "converting")
     fits = None
     if job.calibrated and tokens is not None:
-        dense = StockNetwork(lambda: job.build_dense(network)[0], mx.float32)
+        dense = _open_dense(job, network)
         fits = CalibratedModules(dense, model, job.dtype, tokens, tell)
         fits.embedding()
+        if not dense.is_chain:
+            fits.layer(0)
     for done, layer in enumerate(layers):
         path = network.paths[done]
         if fits is None:
             tell(done, len(layers) + 1)
-        else:
+        elif dense.is_chain:
             fits.layer(done)
         writer.add({f"{path}.{name}": array for name, array in tensors_of(layer).items()})
         layer.clear()
@@ -76,7 +79,7 @@ def measure_mixtures(
     forms, entry = read_formats(model, job.dtype), config["quantization"]
     free = [path for path in forms if not isinstance(entry.get(path), dict)]
     costs = sensitivity.measure_rounding(
-        StockNetwork(lambda: job.build_dense(network)[0], mx.float32),
+        _open_dense(job, network),
         free,
         forms.get,
         tokens,
@@ -96,6 +99,15 @@ def measure_mixtures(
         total - sum(own[path]["weight"].nbytes + scales[path] for path in free),
         find_floors(job, network, model),
     )
+
+
+def _open_dense(job: StockJob, network: StockNetwork) -> Driver:
+    """Open the result as it is before it is quantized, in float32; ``network`` is the source's."""
+    if network.is_chain:
+        return StockNetwork(lambda: job.build_dense(network)[0], mx.float32)
+    model, _ = job.build_dense(network)
+    model.set_dtype(mx.float32)
+    return WholeNetwork(model)
 
 
 def find_floors(job: StockJob, network: StockNetwork, model: nn.Module) -> dict[str, int]:

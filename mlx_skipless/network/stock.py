@@ -181,6 +181,44 @@ class StockNetwork(Driver):
         return sum(a.nbytes for name in parts for a in tensors_of(block[name]).values())
 
 
+class WholeNetwork(Driver):
+    """A network that is no chain of layers, run as one layer: it takes tokens and gives logits.
+
+    Args:
+        model: with its weights.
+    """
+
+    is_chain = False
+
+    def __init__(self, model: nn.Module):
+        self.model, self.resident, self.paths = widen(model), True, [""]
+
+    def layer(self, layer: int) -> nn.Module:
+        """Return the model."""
+        return self.model
+
+    def embed(self, tokens: mx.array, changes: Changes | None = None) -> mx.array:
+        """Return the tokens."""
+        return tokens
+
+    def run(
+        self, layer: int, h: Stream, tokens: mx.array, module: nn.Module | None = None
+    ) -> Stream:
+        """Return float32 logits (batch, length, vocabulary) of tokens (batch, length)."""
+        running: Any = self.model if module is None else module
+        logits: mx.array = running(tokens, cache=make_prompt_cache(self.model))
+        return logits.astype(mx.float32)
+
+    def logits(self, h: Stream, changes: Changes | None = None) -> mx.array:
+        """Return what ``run`` gave."""
+        return take_stream(h)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many logits there are."""
+        return take_stream(self.run(0, mx.zeros(1), mx.zeros((1, 1), mx.int32))).shape[-1]
+
+
 class _Spy(Recorder):
     """A module that keeps its latest input and output, and the caches that it was given."""
 

@@ -35,6 +35,8 @@ def quantize_nearest(
         answer = usual(path, module)
         if path in q.own and answer is True:
             return {"group_size": q.usual_group_size, "bits": q.own[path], "mode": q.mode}
+        if isinstance(answer, dict) and module.weight.shape[-1] % answer.get("group_size", 1):  # type: ignore[union-attr]
+            return answer | {"group_size": q.usual_group_size}  # which divides its inputs
         return answer
 
     with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints; its callers may not

@@ -34,11 +34,11 @@ def read_formats(model: nn.Module, dtype: mx.Dtype) -> dict[str, Format]:
 class CalibratedModules:
     """Fits the modules of a quantized network to a text, in place, in the order of the stream.
 
-    Matrices outside of the layers are rounded to nearest, but for a head of its own. So are those
+    A network that is no chain of layers comes as one layer. Matrices outside of the layers are rounded to nearest, but for a head of its own. So are those
     in layers that ``find_readers`` leaves out.
 
     Args:
-        network: with dense matrices, to run in float32.
+        network: with dense matrices, in float32.
         packed: the same network with quantized modules, whose weights are lazy.
         dtype: of the dense weights.
         tokens: (sequences, length) of text.
@@ -56,8 +56,9 @@ class CalibratedModules:
         self._network, self._tokens, self._progress = network, split_batches(tokens), progress
         self._forms = read_formats(packed, dtype)
         self._modules: dict[str, Any] = dict(packed.named_modules())
-        inside = tuple(f"{path}." for path in network.paths)
-        outside = [path for path in self._forms if not path.startswith(inside)]
+        inside = tuple(f"{path}." for path in network.paths if path)
+        chained = self._forms if network.is_chain else ()
+        outside = [path for path in chained if not path.startswith(inside)]
         self._ends = {path: self._modules[path] for path in outside}
         self._wanted: list[Stream] = []  # the dense network's streams
         self._streams: list[Stream] = []
@@ -66,16 +67,15 @@ class CalibratedModules:
         """Let the text enter both networks."""
         network = self._network
         self._wanted = [network.embed(tokens) for tokens in self._tokens]
-        self._streams = [
-            network.embed(tokens, self._ends).astype(mx.float32) for tokens in self._tokens
-        ]
+        begun = [network.embed(tokens, self._ends) for tokens in self._tokens]
+        self._streams = [h.astype(mx.float32) if network.is_chain else h for h in begun]
         mx.eval(self._wanted, self._streams)
         network.release()
 
     def layer(self, layer: int) -> None:
         """Quantize a layer; to be called once for each, first to last."""
         network, tokens, streams = self._network, self._tokens, self._streams
-        prefix = f"{network.paths[layer]}."
+        prefix = f"{network.paths[layer]}.".removeprefix(".")
         forms = {
             path.removeprefix(prefix): form
             for path, form in self._forms.items()
@@ -91,7 +91,8 @@ class CalibratedModules:
         packed, result = fit_layer(passage, result, forms, progress=tell)
         for path, parts in packed.items():
             self._modules[prefix + path].update(parts)
-        passage.advance(result)
+        if network.is_chain:
+            passage.advance(result)
 
     def head(self) -> None:
         """Quantize what stands behind the layers, unless it is the embedding."""

@@ -76,7 +76,7 @@ def find_readers(
     counts = Counter(path for path, _ in calls)
     once = {path: call for path, call in calls if counts[path] == 1}
     routed = {path for path in parents if path in once and once[path].indices is not None}
-    groups: dict[int, list[str]] = {}
+    groups: dict[int, list[str]] = {}  # the calls keep their arrays, whose numbers stay theirs
     for path, call in once.items():
         if path in paths and _is_plain(modules[path], call, path.rpartition(".")[0] in routed):
             groups.setdefault(id(call.x), []).append(path)
@@ -118,7 +118,8 @@ def fit_layer(
         try:
             new = fit(read, {path: modules[path] for path in group}, forms, rewrite)
         except OverflowError:
-            raise UserError(overflows.format(f"{passage.where}.{group[0]}")) from None
+            where = f"{passage.where}.{group[0]}".removeprefix(".")
+            raise UserError(overflows.format(where)) from None
         for path, parts in new.items():
             # What comes behind is fitted to what this matrix gives from now on.
             result = replace_at(result, f"{path}.weight", forms[path].dense(parts))
@@ -169,13 +170,16 @@ class Passage:
         self._given: list[dict[str, Any]] = [{} for _ in batches]  # by the result's final modules
         self._latest: list[_Reading] = []
         self._settled: set[str] = set()
+        self._lasting: set[str] = set()  # parts that change a cache, so that they always run
         block: Any = source.layer(layer)
         recorders: dict[str, Recorder] = {}
         for path in [*readers.paths, *readers.routed]:
             recorders[path] = _Called(dict(block.named_modules())[path])
             block = replace_at(block, path, recorders[path])
         for i, tokens in enumerate(batches):
-            ahead[i] = source.run(layer, ahead[i], tokens, block)
+            out = source.run(layer, ahead[i], tokens, block)
+            if source.is_chain:  # else there is nothing behind it, and its logits take much room
+                ahead[i] = out
             self._wanted.append({path: recorders[path].y for path in readers.paths})
             self._routes.append({path: recorders[path].indices for path in readers.routed})
 
@@ -192,17 +196,22 @@ class Passage:
             reader = _Called(dict(block.named_modules())[group[0]])
             block = replace_at(block, group[0], reader)
             block = self._route(block, i)
-            recorders = {part: Recorder(block[part]) for part in finished}
+            modules = dict(block.named_modules())
+            recorders = {part: _Called(modules[part]) for part in finished}
             for part, recorder in recorders.items():
                 block = replace_at(block, part, recorder)
             self._source.run(self.layer, self._streams[i], tokens, block)
             wanted = {path: self._wanted[i].pop(path) for path in group}
             for part, recorder in recorders.items():
-                if "y" in recorder:  # what is inside it is no longer needed
+                if "y" not in recorder:
+                    continue
+                if recorder.has_cache:
+                    self._lasting.add(part)
+                else:  # what is inside it is no longer needed
                     inside = f"{part}."
                     kept = {p: y for p, y in self._given[i].items() if not p.startswith(inside)}
                     self._given[i] = kept | {part: recorder.y}
-            if late:
+            if late and self._source.is_chain:
                 mx.eval(self._ahead[i], self._wanted[i], self._routes[i])
             mx.eval(reader.x, wanted, self._given[i])
             others, options = reader.__dict__["given"]
@@ -238,15 +247,15 @@ class Passage:
         """The parts of the layer all of whose matrices are final since the latest run."""
         places: dict[str, list[str]] = {}
         for path in self.readers.paths:
-            places.setdefault(path.partition(".")[0], []).append(path)
-        return [
-            part
-            for part, inside in places.items()
-            if isinstance(result.get(part), nn.Module)
-            and inside != [part]
-            and self._settled.issuperset(inside)
-            and part not in self._given[0]
-        ]
+            names = path.split(".")
+            for end in range(1, len(names)):
+                places.setdefault(".".join(names[:end]), []).append(path)
+        modules = dict(result.named_modules())
+        final = {p for p, inside in places.items() if self._settled.issuperset(inside)}
+        final &= modules.keys() - self._lasting  # without lists
+        done = {*self._given[0]}
+        final = {p for p in final if not any(f"{p}.".startswith(f"{q}.") for q in done)}
+        return [p for p in final if not any(p.startswith(f"{q}.") for q in final)]
 
     def _resume(self, result: nn.Module, batch: int) -> nn.Module:
         """Return a copy of a layer that does not compute again what is final."""
@@ -282,6 +291,12 @@ class _Called(Recorder):
             one.x, one.y, one.__dict__["given"] = x, y, (others, options)
             calls.append((self.__dict__["path"], one))
         return y
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether it was called with a cache."""
+        others, options = self.__dict__["given"]
+        return any(hasattr(one, "state") for one in (*others, *options.values()))
 
     @property
     def indices(self) -> mx.array | None:

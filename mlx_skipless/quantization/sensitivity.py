@@ -139,8 +139,10 @@ def measure_rounding(
     alone = {where: (where,) for where in matrices}
     if isinstance(network, StreamedNetwork):
         rows = limit_tokens(tokens, len(alone), network.args)
-    else:
+    elif network.is_chain:
         rows = _limit(tokens, len(alone), network.embed(tokens[:1, :1]).shape[-1])
+    else:  # every copy's logits are held
+        rows = _limit(tokens, len(alone), network.vocabulary)
     return _Comparison(network, rows, alone, format_of).run({}, progress)
 
 
@@ -235,7 +237,7 @@ class _Comparison:
                 streams[name] = [self._network.embed(self._tokens, new)]
         mx.eval(dict(streams))
         for layer, block in self._network.walk(lambda done, total: progress(done, total + rows)):
-            prefix = f"{self._network.paths[layer]}."
+            prefix = f"{self._network.paths[layer]}.".removeprefix(".")
             there = {f"{prefix}{name}": array for name, array in tensors_of(block).items()}
             changed = {name: name for name in self._rounded if self._find(name, there)}
 
