@@ -122,12 +122,14 @@ def print_row(folder: Path, kind: str, text: Path, arguments: argparse.Namespace
     test = save_tokenizer(source)[read_bytes(arguments.test)]
     starts = np.linspace(0, len(test) - length, count).astype(int)
     tokens = mx.array(np.stack([test[at : at + length] for at in starts]).astype(np.int32))
-    load = partial(load_network, lazy=True)
+
+    def load(path: Path) -> nn.Module:
+        return load_network(path, lazy=True)[0]
 
     def measure(name: str, **options: Any) -> tuple[int, float]:
         out = folder / f"{kind}-{name}"
         report = mlx_skipless.convert(source, out, verify=False, **GROUP, **options)
-        networks = [StockNetwork(lambda: load(one)[0], mx.float32) for one in (source, out)]
+        networks = [StockNetwork(partial(load, one), mx.float32) for one in (source, out)]
         return report.bytes_after, compare_networks(networks[0], networks[1:], tokens, "")[0].kl
 
     size, nearest = measure("nearest", quantize=True)
@@ -140,7 +142,8 @@ def print_row(folder: Path, kind: str, text: Path, arguments: argparse.Namespace
         del ways["distilled"]
     found = {name: measure(name, calibration=text, **way)[1] for name, way in ways.items()}
     ratios = [
-        f"{found[n] / nearest:.2f} ×" if n in found else "" for n in ("text", "bytes", "distilled")
+        f"{found[name] / nearest:.2f}" if name in found else ""
+        for name in ("text", "bytes", "distilled")
     ]
     print(f"| {kind} | {loss:.2f} | {nearest:.4f} | " + " | ".join(ratios) + " |", flush=True)
 

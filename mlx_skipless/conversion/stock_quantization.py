@@ -132,14 +132,14 @@ def find_floors(job: StockJob, network: StockNetwork, model: nn.Module) -> dict[
             if isinstance(m, SwitchLinear | QuantizedSwitchLinear)
         }
         attentions = network.sublayers[layer].parts.get("attention", ())
-        starts = tuple(f"{inside}{part}." for part in attentions) if keeps_state else ()
+        starts = tuple(f"{inside}{part}." for part in attentions)
         for where, module in modules.items():
             if "scales" not in module:
                 continue
-            if isinstance(module, nn.QuantizedLinear) and module.weight.shape[0] in experts:
+            if where.startswith(starts):
+                floors |= {where: STATE_BITS} if keeps_state else {}
+            elif isinstance(module, nn.QuantizedLinear) and module.weight.shape[0] in experts:
                 floors[where] = ROUTER_BITS
-            elif starts and where.startswith(starts):
-                floors[where] = STATE_BITS
     return floors
 
 
