@@ -88,11 +88,17 @@ def _measure_sizes(model: nn.Module) -> Sizes:
     """Count each module's own weights, as they are before quantization, and its bytes."""
     found = {}
     for path, module in model.named_modules():
-        own = {name: a for name, a in module.items() if isinstance(a, mx.array)}
+        own = _list_tensors(module)
         if own:
             count = sum(_count_weights(module, name, array) for name, array in own.items())
             found[path] = count, sum(array.nbytes for array in own.values())
     return found
+
+
+def _list_tensors(module: nn.Module) -> dict[str, mx.array]:
+    """A module's own tensors; what else it keeps is not written."""
+    arrays = {name: a for name, a in module.items() if isinstance(a, mx.array)}
+    return {name: a for name, a in arrays.items() if not name.startswith("_")}
 
 
 def _count_weights(module: nn.Module, name: str, array: mx.array) -> int:
@@ -117,8 +123,8 @@ def _count_read(model: nn.Module, config: Mapping[str, Any]) -> float:
     chosen = next((settings[k] for k in CHOSEN if isinstance(settings.get(k), int)), None)
     total = 0.0
     for module in model.modules():
-        own = [(name, a) for name, a in module.items() if isinstance(a, mx.array)]
-        count = sum(_count_weights(module, name, array) for name, array in own)
+        own = _list_tensors(module)
+        count = sum(_count_weights(module, name, array) for name, array in own.items())
         if isinstance(module, SwitchLinear | QuantizedSwitchLinear) and chosen:
             count *= min(1, chosen / module.num_experts)
         total += count

@@ -20,7 +20,7 @@ from mlx_skipless.conversion.stock import StockJob, find_source, open_network
 from mlx_skipless.conversion.stock_quantization import find_floors
 from mlx_skipless.network.driver import is_held_out, split_batches
 from mlx_skipless.network.stock import StockNetwork
-from mlx_skipless.quantization import fitting, passage
+from mlx_skipless.quantization import distillation, fitting, passage
 from mlx_skipless.quantization.formats import Format
 from mlx_skipless.quantization.layout import quantize_nearest
 from mlx_skipless.quantization.modules import CalibratedModules
@@ -257,7 +257,8 @@ def test_a_distance_is_kept(tmp_path: Path) -> None:
     assert larger.bytes_after > report.bytes_after
 
 
-def test_distilling_brings_it_closer(tmp_path: Path) -> None:
+def test_distilling_brings_it_closer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distillation, "LEARNING_RATE", 1e-3)  # there is little text
     zoo.make_model(tmp_path / "s", HYBRID, num_hidden_layers=2, full_attention_interval=2)
     tokens = draw_tokens(tmp_path / "s", 2, 8)
     wanted, kls = run(open_model(tmp_path / "s"), tokens), []
