@@ -13,7 +13,6 @@ import transformers
 
 from ..errors import UserError, first_line
 from . import files, hub
-from .checkpoint import Checkpoint
 from .files import read_json
 from .gguf_file import GGUFStore
 from .guarded import GuardedTokenizer, explain_panics
@@ -169,7 +168,7 @@ def _read_processor_template(folder: Path) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def open_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
+def open_tokenizer(checkpoint: Opened, *, trust_remote_code: bool) -> Any:
     """Load the tokenizer of a checkpoint; None if it has none.
 
     Raises:

@@ -53,7 +53,7 @@ def run(options: dict[str, Any]) -> None:
     with open_output(options) as shown, open_figure("--plot", figure, width, style) as draw:
         with shown.progress() as progress:
             found = analyze(**options, progress=progress)
-        if figure is not None and found.layers[0].condition is None:
+        if figure is not None and not any(x.condition or x.importance for x in found.layers):
             raise UserError(NOTHING_TO_MEASURE.format("--plot"))
         for part in describe_analysis(found):
             if isinstance(part, Grid):

@@ -14,8 +14,9 @@ def describe_analysis(analysis: Analysis) -> Iterator[Grid | str]:
     Lines stand between the tables.
     """
     yield _tabulate_parts(analysis)
-    yield ""
-    yield _tabulate_removals(analysis)
+    if analysis.removals:
+        yield ""
+        yield _tabulate_removals(analysis)
     obstacles: dict[str, list[str]] = {}
     for one in analysis.removals:
         if one.obstacle is not None:

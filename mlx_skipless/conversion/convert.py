@@ -21,6 +21,7 @@ from ..checkpoints.writer import SHARD_BYTES, Writer, check_free
 from ..constants import BUNDLED
 from ..errors import UserError
 from ..inference.loading import load_network
+from ..inference.stock import StockSource, open_network
 from ..memory import machine_memory_bytes, peak_memory_bytes
 from ..network import model as model_module
 from ..network.driver import RESIDENT_BYTES, Driver, StreamedNetwork
@@ -58,10 +59,8 @@ from .report import (
 )
 from .stock import (
     StockJob,
-    StockSource,
     check_job,
     find_source,
-    open_network,
     take_text,
     write_beside,
 )

@@ -8,27 +8,24 @@ a time. So whatever mlx-lm loads can lose sub-layers and be quantized. The resul
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchLinear
-from mlx_lm.utils import _get_classes, dequantize_model, get_total_parameters
+from mlx_lm.utils import dequantize_model, get_total_parameters
 
 from ..architectures.families import FAMILIES
-from ..checkpoints import files, hub
-from ..checkpoints.checkpoint import read_dtype
 from ..checkpoints.guarded import GuardedTokenizer
-from ..checkpoints.safetensors import SafetensorsStore, Store
 from ..checkpoints.tokenizer import carry_tokenizer, load_tokenizer
 from ..checkpoints.writer import SHARD_BYTES, Writer
 from ..errors import UserError
 from ..inference.loading import load_network
+from ..inference.stock import StockSource, find_stock
 from ..memory import machine_memory_bytes
 from ..network import reduced
-from ..network.driver import RESIDENT_BYTES
 from ..network.parts import tensors_of
 from ..network.stock import StockNetwork
 from ..progress import Progress
@@ -52,54 +49,6 @@ NO_RENUMBERING = (
 )
 
 
-@dataclass(frozen=True)
-class StockSource:
-    """A model of mlx-lm's own.
-
-    Attributes:
-        name: what the user called it.
-        path: its folder, or its config.json if a plan is all that is asked for.
-        config: its config.
-        trust_remote_code: whether its tokenizer may run code.
-    """
-
-    name: str
-    path: Path
-    config: Mapping[str, Any]
-    trust_remote_code: bool = False
-
-    @cached_property
-    def store(self) -> Store | None:
-        """Its tensors; None if they are elsewhere."""
-        there = self.path.is_dir() and any(self.path.glob("*.safetensors"))
-        return SafetensorsStore(self.path) if there else None
-
-    def build(self) -> nn.Module:
-        """Build its network anew, with lazy weights; with random ones if there are none."""
-        if self.store is not None:
-            return load_network(self.path, lazy=True)[0]
-        kind, kind_args = _get_classes(dict(self.config))
-        model = kind(kind_args.from_dict(dict(self.config)))
-        model.set_dtype(read_dtype(dict(self.config)))
-        return model
-
-    @cached_property
-    def model(self) -> nn.Module:
-        """Its network, of which only names and shapes are asked for."""
-        return self.build()
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether matrices of it are quantized."""
-        return any("scales" in module for module in self.model.modules())
-
-    @property
-    def dtype(self) -> mx.Dtype:
-        """The number type of most of its matrices that are not quantized."""
-        floats = (a for a in tensors_of(self.model).values() if mx.issubdtype(a.dtype, mx.floating))
-        return Counter(a.dtype for a in floats).most_common(1)[0][0]
-
-
 def find_source(options: Options) -> StockSource | None:
     """Find a conversion's source, if it is of an architecture that only mlx-lm knows.
 
@@ -108,34 +57,22 @@ def find_source(options: Options) -> StockSource | None:
     """
     if options.model is None:
         return None
-    name, trust = str(options.model), options.trust_remote_code
-    path = hub.resolve(name, revision=options.revision, config_only=options.dry_run, code=trust)
-    if path.is_dir():
-        config = files.read_config(path)
-    elif path.suffix.lower() == ".json" and files.is_there(path):
-        config = files.read_json(path)
-    else:
+    source = find_stock(
+        options.model,
+        revision=options.revision,
+        config_only=options.dry_run,
+        trust_remote_code=options.trust_remote_code,
+    )
+    if source is None:
         return None
-    if config.get("model_type") in FAMILIES or not _is_known(config):
-        return None
-    source = StockSource(name, path, config, trust)
     if source.store is None and not options.dry_run:
-        raise UserError(f"{name} has no weights: add --dry-run, or give the model")
+        raise UserError(f"{source.name} has no weights: add --dry-run, or give the model")
+    if reduced.DROPPED in source.config and options.drops:
+        raise UserError(
+            f"{source.name} has lost sub-layers already: drop all that shall go from the model "
+            "that it was made from"
+        )
     return source
-
-
-def _is_known(config: Mapping[str, Any]) -> bool:
-    """Whether mlx-lm has a network for a config, and no other code is needed."""
-    kind = config.get("model_type")
-    if config.get("model_file") or not isinstance(kind, str):
-        return False
-    if not kind.replace("-", "_").replace(".", "_").isidentifier():
-        return False
-    try:
-        _get_classes(dict(config))
-    except (ValueError, AttributeError):  # no such file, or no network in it
-        return False
-    return True
 
 
 @dataclass(frozen=True)
@@ -264,12 +201,6 @@ def find_spared(network: StockNetwork) -> dict[str, list[int]]:
         kind: [layer for layer, one in enumerate(network.sublayers) if kind in one.obstacles]
         for kind in KINDS
     }
-
-
-def open_network(source: StockSource) -> StockNetwork:
-    """Open a source's network, to run in float32; its layers stay in memory if they are small."""
-    resident = 4 * get_total_parameters(source.model) <= RESIDENT_BYTES
-    return StockNetwork(source.build, mx.float32, resident=resident)
 
 
 def check_memory(job: StockJob) -> None:

@@ -3,40 +3,48 @@
 From a config alone: weights by part, and what each removal would save. From the weights too: the
 condition numbers of Q, K, V and P. From a text too: how important each sub-layer is (1 - cosine,
 arXiv 2406.15786, section 3.2), what dropping it alone costs, and what dropping ever more costs.
+Of architectures that only mlx-lm knows: the weights by part, and what is measured on text.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from ..checkpoints.checkpoint import Blueprint, Checkpoint, open_checkpoint
 from ..checkpoints.tokenizer import open_tokenizer
 from ..constants import REMOVALS
 from ..errors import UserError
-from ..network.driver import RESIDENT_BYTES, StreamedNetwork
+from ..inference.stock import StockSource, find_stock, open_network
+from ..network.driver import RESIDENT_BYTES, Driver, StreamedNetwork
 from ..network.model import ModelArgs
 from ..network.names import EMBEDDING, HEAD, MLP, PROJECTIONS, SUBLAYERS, module_path
+from ..network.parts import replace_at, tensors_of
+from ..network.stock import StockNetwork
 from ..network.wiring import LETTERS
 from ..options import check_seed, expand_path
-from ..progress import Progress, Steps
+from ..progress import Progress
 from ..quantization.layout import Layout
-from ..quantization.sensitivity import limit_tokens
+from ..quantization.sensitivity import MEASURED_TOKENS, STREAMS_BYTES, limit_tokens
 from ..removal import sublayers
 from ..removal.merger import Merger
 from ..removal.plan import make_plan
 from ..removal.source import SourceReader
 from ..removal.table import FirstLayer, find_obstacle, measure_table
 from ..text import samples
+from .benchmark import count_bytes_read, count_cache_bytes
 
 TEXT = (8, 256)  # sequences, tokens each
 STREAMED_TEXT = (128, 16)  # where layers are read from disk for each sampled token
 JUDGES = 2  # one sequence in so many measures the losses of all that could be dropped
 OWN_TEXT = "sampled from the model"
+CONFIG_ALONE = "a config alone: nothing could be measured"
 NOTHING_TO_MEASURE = "{}: a config has no weights to measure; give the model"
 BATCHES = (1, 16, 256, 1024)  # for which a table of the first layer is counted
 LARGEST_LOSS = 700.0  # whose perplexity a float holds
@@ -77,9 +85,10 @@ class Layer:
         layer: its number, from 0.
         weights: how many are in its "attention" and in its "ffn".
         importance: 1 - cosine of its "attention", "ffn" and "block", None for what is gone
-            already; None for a model without skips and for a config without weights.
+            already or cannot go; None for a model without skips and for a config without weights.
         drop_cost: how much the loss, in nats per token, rises without its "attention" or "ffn".
-        condition: largest over smallest singular value of its Q, K, V and P, by letter.
+        condition: largest over smallest singular value of its Q, K, V and P, by letter; None where
+            this package does not know the architecture, and for a config without weights.
     """
 
     layer: int
@@ -118,8 +127,9 @@ class Analysis:
     Attributes:
         source: the model, as the user named it.
         weights: how many the whole network has.
-        parts: weights by part: embedding, q, k, v, p, ffn, head, norms and vectors.
-        removals: one for each choice of letters.
+        parts: weights by part: embedding, q, k, v, p, ffn, head, norms and vectors; embedding,
+            attention, ffn and rest where this package does not know the architecture.
+        removals: one for each choice of letters; none where it does not.
         first_layer: what a table of the first layer's projections would save; None if there can be
             none.
         first_layer_reads: how many times fewer numbers such a table reads, by batch size.
@@ -195,18 +205,22 @@ def analyze(
     """
     check_seed(seed)
     content = None if calibration is None else samples.read_text(calibration)
-    config_only = config_only or str(model).endswith(".json") or _lacks_weights(model)
-    checkpoint = open_checkpoint(
-        model,
-        revision=revision,
-        config_only=config_only,
-        trust_remote_code=trust_remote_code,
-    )
-    if config_only:
-        if content is not None:
-            raise UserError(NOTHING_TO_MEASURE.format("--calibration"))
-        checkpoint = checkpoint.without_weights()
     text = _Text(str(calibration), content, seed)
+    config_only = config_only or str(model).endswith(".json") or _lacks_weights(model)
+    opening: dict[str, Any] = {
+        "revision": revision,
+        "config_only": config_only,
+        "trust_remote_code": trust_remote_code,
+    }
+    source = find_stock(model, **opening)
+    checkpoint = open_checkpoint(model, **opening) if source is None else None
+    if config_only and content is not None:
+        raise UserError(NOTHING_TO_MEASURE.format("--calibration"))
+    if source is not None:
+        return _analyze_stock(source, text, config_only, progress)
+    assert checkpoint is not None
+    if config_only:
+        checkpoint = checkpoint.without_weights()
     measured = _measure(checkpoint, text, trust_remote_code, progress)
     if isinstance(checkpoint, Checkpoint):
         checkpoint.store.check_unchanged()
@@ -256,7 +270,7 @@ def _find_notes(checkpoint: Blueprint, text: str | None) -> Iterator[str]:
     args = checkpoint.args
     yield from checkpoint.notes
     if not isinstance(checkpoint, Checkpoint):
-        yield "a config alone: nothing could be measured"
+        yield CONFIG_ALONE
     if (reason := sublayers.explain_undroppable(args)) is not None:
         yield f"no sub-layer can be dropped: {reason}"
         if text is not None:
@@ -336,18 +350,60 @@ def _measure(
     if sublayers.explain_undroppable(args) is not None:
         return _Measured(conditions, unmeasured, unmeasured)
     tokenizer = open_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
-    if text.content is None:
-        tokens, origin = _sample_rows(args, parts, tokenizer, text.seed, progress), OWN_TEXT
-    else:
-        tokens, origin = _encode_rows(args, text.name, text.content, tokenizer), text.name
-    importance = sublayers.measure_importance(
-        StreamedNetwork(args, parts), tokens, progress=partial(progress, "importance")
-    )
-    costs, drops = _measure_drops(
-        args, checkpoint.dtype, parts, tokens, importance["attention"], partial(progress, "losses")
-    )
-    rows = [_select_layer(args, importance, i) for i in range(args.num_hidden_layers)]
-    return _Measured(conditions, rows, costs, drops, origin)
+    resident = Layout(args, mx.float32).nbytes() <= RESIDENT_BYTES
+    speaker = StreamedNetwork(args, parts, resident=resident)
+    tokens = _take_rows(speaker, text, tokenizer, progress)
+    there = {
+        part: [n for n in range(args.num_hidden_layers) if not args.lacks(part, n)]
+        for part in SUBLAYERS
+    }
+
+    def judge(copies: int) -> mx.array:
+        return limit_tokens(tokens[::JUDGES], copies, args)
+
+    def describe(layers: list[int], loss: float) -> Dropped:
+        return _describe_drop(args, checkpoint.dtype, layers, loss)
+
+    network = StreamedNetwork(args, parts)
+    measured = _measure_sublayers(network, tokens, there, judge, describe, progress)
+    return replace(measured, conditions=conditions, text=_name_text(text))
+
+
+def _measure_sublayers(
+    network: Driver,
+    tokens: mx.array,
+    there: Mapping[str, Sequence[int]],
+    judge: Callable[[int], mx.array],
+    describe: Callable[[list[int], float], Dropped],
+    progress: Progress,
+) -> _Measured:
+    """Measure each sub-layer's importance, what its drop costs, and what ever more drops cost.
+
+    Args:
+        network: runs the layers.
+        tokens: (sequences, length) of text.
+        there: the layers that have an "attention", and an "ffn", that can go.
+        judge: gives the tokens that losses are measured on, for so many copies of their stream.
+        describe: describes the network without the attention of some layers, of that loss; these
+            are ever more.
+        progress: called with (stage, done, total).
+    """
+    found = sublayers.measure_importance(network, tokens, progress=partial(progress, "importance"))
+    layers = range(len(network.paths))
+    alone = [(n, part) for n in layers for part in SUBLAYERS if n in there[part]]
+    order = sorted(there["attention"], key=lambda n: found["attention"][n])
+    prefixes = [order[:count] for count in range(max(1, len(order)))]  # one keeps its attention
+    variants: list[sublayers.Drops] = [{part: [n]} for n, part in alone]
+    variants += [{"attention": prefix} for prefix in prefixes]
+    tell = partial(progress, "losses")
+    losses = sublayers.measure_losses(network, judge(len(variants)), variants, tell)
+    curve = losses[len(alone) :]
+    costs: list[dict[str, float]] = [{} for _ in layers]
+    for (n, part), loss in zip(alone, losses, strict=False):
+        costs[n][part] = loss - curve[0]
+    importance = [_select_layer(there, found, n) for n in layers]
+    drops = tuple(describe(*one) for one in zip(prefixes, curve, strict=True))
+    return _Measured([None for _ in layers], importance, costs, drops)
 
 
 def _measure_conditions(
@@ -364,7 +420,25 @@ def _measure_conditions(
     return found
 
 
-def _encode_rows(args: ModelArgs, name: str, text: str, tokenizer: Any) -> mx.array:
+def _take_rows(network: Driver, text: _Text, tokenizer: Any, progress: Progress) -> mx.array:
+    """Take rows (sequences, length) of tokens to measure on: of the user's text, or sampled."""
+    if text.content is not None:
+        return _encode_rows(network.context, text.name, text.content, tokenizer)
+    progress("sampling text", 0, 1)
+    sequences, length = TEXT if network.resident else STREAMED_TEXT
+    length = min(length, network.context or length)
+    begin = None if tokenizer is None else tokenizer.bos_token_id
+    tokens = samples.sample_text(network, sequences, length, seed=text.seed, start=begin)
+    mx.eval(tokens)
+    progress("sampling text", 1, 1)
+    return tokens
+
+
+def _name_text(text: _Text) -> str:
+    return OWN_TEXT if text.content is None else text.name
+
+
+def _encode_rows(longest: int | None, name: str, text: str, tokenizer: Any) -> mx.array:
     """Cut rows (sequences, length) of tokens from evenly spaced places of a user's text.
 
     Raises:
@@ -377,7 +451,7 @@ def _encode_rows(args: ModelArgs, name: str, text: str, tokenizer: Any) -> mx.ar
     size = min(step, samples.PIECE)
     pieces = [text[i * step : i * step + size] for i in range(sequences)]
     rows = [tokenizer.encode(piece, verbose=False) for piece in pieces]
-    length = min(length, args.max_position_embeddings or length, *map(len, rows))
+    length = min(length, longest or length, *map(len, rows))
     if length < samples.SHORTEST:
         raise UserError(
             f"--calibration {name} has {length} tokens in an eighth of it; at least "
@@ -386,59 +460,11 @@ def _encode_rows(args: ModelArgs, name: str, text: str, tokenizer: Any) -> mx.ar
     return mx.array([row[:length] for row in rows])
 
 
-def _sample_rows(
-    args: ModelArgs, parts: Merger, tokenizer: Any, seed: int, progress: Progress
-) -> mx.array:
-    """Sample rows (sequences, length) of tokens from the model."""
-    progress("sampling text", 0, 1)
-    resident = Layout(args, mx.float32).nbytes() <= RESIDENT_BYTES
-    network = StreamedNetwork(args, parts, resident=resident)
-    sequences, length = TEXT if resident else STREAMED_TEXT
-    length = min(length, args.max_position_embeddings or length)
-    begin = None if tokenizer is None else tokenizer.bos_token_id
-    tokens = samples.sample_text(network, sequences, length, seed=seed, start=begin)
-    mx.eval(tokens)
-    progress("sampling text", 1, 1)
-    return tokens
-
-
-def _measure_drops(
-    args: ModelArgs,
-    dtype: mx.Dtype,
-    parts: Merger,
-    tokens: mx.array,
-    importance: Sequence[float],
-    progress: Steps,
-) -> tuple[list[dict[str, float]], tuple[Dropped, ...]]:
-    """Measure in one pass what each drop alone costs, and what dropping ever more attentions does.
-
-    ``importance`` is that of each layer's attention: the least important one goes first.
-    """
-    layers = range(args.num_hidden_layers)
-    alone = [(layer, part) for layer in layers for part in SUBLAYERS if not args.lacks(part, layer)]
-    there = [layer for layer in layers if not args.lacks("attention", layer)]
-    order = sorted(there, key=lambda layer: importance[layer])
-    prefixes = [order[:count] for count in range(len(order))]  # one keeps its attention
-    variants: list[sublayers.Drops] = [{part: [layer]} for layer, part in alone]
-    variants += [{"attention": prefix} for prefix in prefixes]
-    rows = limit_tokens(tokens[::JUDGES], len(variants), args)
-    losses = sublayers.measure_losses(StreamedNetwork(args, parts), rows, variants, progress)
-    curve = losses[len(alone) :]
-    costs: list[dict[str, float]] = [{} for _ in layers]
-    for (layer, part), loss in zip(alone, losses, strict=False):
-        costs[layer][part] = loss - curve[0]
-    drops = (
-        _describe_drop(args, dtype, prefix, loss)
-        for prefix, loss in zip(prefixes, curve, strict=True)
-    )
-    return costs, tuple(drops)
-
-
 def _select_layer(
-    args: ModelArgs, importance: Mapping[str, Sequence[float]], layer: int
+    there: Mapping[str, Sequence[int]], importance: Mapping[str, Sequence[float]], layer: int
 ) -> dict[str, float | None]:
     """Select one layer's importance by kind, None for what it lacks."""
-    gone = {part: args.lacks(part, layer) for part in SUBLAYERS}
+    gone = {part: layer not in there[part] for part in SUBLAYERS}
     gone["block"] = all(gone.values())
     return {kind: None if gone[kind] else values[layer] for kind, values in importance.items()}
 
@@ -446,12 +472,141 @@ def _select_layer(
 def _describe_drop(args: ModelArgs, dtype: mx.Dtype, layers: list[int], loss: float) -> Dropped:
     """Describe the network without the attention of ``layers``."""
     layout = Layout(make_plan(args, remove="none", dropped={"attention": layers}).after, dtype)
-    perplexity = math.exp(loss) if loss < LARGEST_LOSS else math.inf
     return Dropped(
         tuple(layers),
         loss,
-        perplexity,
+        _exponentiate(loss),
         layout.count(),
         layout.bytes_per_token,
         layout.cache_bytes_per_token,
+    )
+
+
+def _exponentiate(loss: float) -> float:
+    return math.exp(loss) if loss < LARGEST_LOSS else math.inf
+
+
+def _count(module: nn.Module) -> int:
+    return sum(array.size for array in tensors_of(module).values())
+
+
+class _StockSizes:
+    """What a network that only mlx-lm knows holds, whole and without ever more attentions.
+
+    All is dense, in the number type that its config declares.
+
+    Args:
+        source: the model.
+        network: tells its sub-layers.
+    """
+
+    def __init__(self, source: StockSource, network: StockNetwork):
+        self._network = network
+        self._model: Any = source.build_shapes()
+        self._names = [one.parts for one in network.sublayers]
+        self.whole = _count(self._model)
+        self.cache_bytes = count_cache_bytes(self._model, 1)
+        self.layers = [
+            {kind: self._count_part(n, kind) for kind in SUBLAYERS} for n in range(len(self._names))
+        ]
+        self.parts = self._count_parts(tuple(f"{path}." for path in network.paths))
+        self._gone: set[int] = set()
+
+    def _count_part(self, layer: int, kind: str) -> int:
+        modules = dict(self._model.layers[layer].named_modules())
+        return sum(_count(modules[name]) for name in self._names[layer].get(kind, ()))
+
+    def _count_parts(self, inside: tuple[str, ...]) -> dict[str, int]:
+        modules = dict(self._model.named_modules())
+        ends = {
+            part: sum(
+                _count(module)
+                for path, module in modules.items()
+                if isinstance(module, kind) and not path.startswith(inside)
+            )
+            for part, kind in (("embedding", nn.Embedding), ("head", nn.Linear))
+        }
+        sums = {kind: sum(one[kind] for one in self.layers) for kind in SUBLAYERS}
+        found = {"embedding": ends["embedding"], **sums, "head": ends["head"]}
+        return {**found, "rest": self.whole - sum(found.values())}
+
+    def describe(self, layers: list[int], loss: float) -> Dropped:
+        """Describe the network without these attentions, those that went before among them."""
+        for layer in layers:
+            if layer not in self._gone:
+                block = self._network.without(layer, self._model.layers[layer], {"attention"})
+                self._model = replace_at(self._model, self._network.paths[layer], block)
+                self._gone.add(layer)
+        return Dropped(
+            tuple(layers),
+            loss,
+            _exponentiate(loss),
+            _count(self._model),
+            count_bytes_read(self._model),
+            count_cache_bytes(self._model, 1),
+        )
+
+
+def _find_stock_notes(
+    source: StockSource, network: StockNetwork, config_only: bool
+) -> Iterator[str]:
+    """Say what the figures of a network that only mlx-lm knows do not."""
+    kind = source.config["model_type"]
+    yield (
+        f"of a {kind} only mlx-lm's network is known: condition numbers and what exact removals "
+        "save are not"
+    )
+    if config_only:
+        yield CONFIG_ALONE
+        return
+    for part in SUBLAYERS:
+        reasons: dict[str, list[int]] = {}
+        for layer, one in enumerate(network.sublayers):
+            if part in one.obstacles:
+                reasons.setdefault(one.obstacles[part], []).append(layer)
+        for reason, layers in reasons.items():
+            numbers = ", ".join(map(str, layers))
+            where = "all layers" if len(layers) == len(network.paths) else f"layer {numbers}"
+            yield f"no {part} to drop in {where}: {reason}"
+    if not network.is_chain:
+        yield "layers hand on more than the stream: importance is what the loss rises by"
+
+
+def _analyze_stock(
+    source: StockSource, text: _Text, config_only: bool, progress: Progress
+) -> Analysis:
+    """Measure what a network that only mlx-lm knows could do without."""
+    network = open_network(source)
+    sizes = _StockSizes(source, network)
+    layers = range(len(network.paths))
+    unmeasured = [None for _ in layers]
+    measured = _Measured(unmeasured, unmeasured, unmeasured)
+    if not config_only:
+        tokenizer = open_tokenizer(source, trust_remote_code=source.trust_remote_code)
+        tokens = _take_rows(network, text, tokenizer, progress)
+        there = {part: [n for n in layers if network.can_drop(n, part)] for part in SUBLAYERS}
+
+        def judge(copies: int) -> mx.array:
+            stream: Any = tree_flatten([network.embed(tokens[:1, :1])])
+            width = sum(array.size for _, array in stream)
+            rows = min(STREAMS_BYTES // (4 * width * (copies + 2)), MEASURED_TOKENS)
+            return tokens[::JUDGES][: max(1, rows // tokens.shape[1])]
+
+        measured = _measure_sublayers(network, tokens, there, judge, sizes.describe, progress)
+        measured = replace(measured, text=_name_text(text))
+        assert source.store is not None
+        source.store.check_unchanged()
+    rows = zip(sizes.layers, measured.importance, measured.costs, strict=True)
+    return Analysis(
+        source=source.name,
+        weights=sizes.whole,
+        parts=sizes.parts,
+        removals=(),
+        first_layer=None,
+        first_layer_reads=None,
+        cache_bytes=sizes.cache_bytes,
+        layers=tuple(Layer(n, *row, None) for n, row in enumerate(rows)),
+        drops=measured.drops,
+        text=measured.text,
+        notes=tuple(_find_stock_notes(source, network, config_only)),
     )

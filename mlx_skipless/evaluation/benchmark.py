@@ -467,7 +467,8 @@ def _begin_cache(model: nn.Module, batch_size: int) -> list[Any]:
 def count_cache_bytes(model: nn.Module, tokens: float) -> int:
     """Count the bytes of a sequence's keys and values; a window keeps its last tokens only."""
     total = 0.0
-    for one in _begin_cache(model, 1):
+    begun = _begin_cache(model, 1)
+    for one in (part for cache in begun for part in getattr(cache, "caches", (cache,))):
         if isinstance(one, KVCache | RotatingKVCache):
             kept = min(tokens, getattr(one, "max_size", tokens))
             total += one.nbytes / one.keys.shape[2] * kept

@@ -3,6 +3,7 @@
 mlx-lm's caches do the work. Ours is what chooses them for each layer, and says why one cannot be.
 """
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,12 @@ def make_cache(
             raise UserError(
                 "--kv-bits with --max-kv-size: mlx-lm cannot quantize a bounded cache; drop one"
             )
+        cache = [_quantize(c, kv_bits) for c in cache]
         group_size = _find_group_size(model)
-        cache = [_quantize(c, kv_bits, group_size) for c in cache]
+        for one in cache:
+            if isinstance(one, QuantizedKVCache):
+                one.group_size = group_size
+        _check_quantized(model, copy.deepcopy(cache))
     return cache
 
 
@@ -149,9 +154,9 @@ def _bound(cache: Any, size: int) -> Any:
     )
 
 
-def _quantize(cache: Any, bits: int, group_size: int) -> Any:
+def _quantize(cache: Any, bits: int) -> Any:
     if type(cache) is KVCache:
-        return _QuantizedKVCache(group_size=group_size, bits=bits)
+        return _QuantizedKVCache(bits=bits)
     if isinstance(cache, ArraysCache):  # a state, no keys and values
         return cache
     if isinstance(cache, RotatingKVCache):
@@ -163,17 +168,38 @@ def _quantize(cache: Any, bits: int, group_size: int) -> Any:
 
 
 def _find_group_size(model: nn.Module) -> int:
-    """The values along a head that share a scale; where its size is unknown MLX decides."""
-    args = getattr(model, "args", None)
-    hidden, heads = (getattr(args, key, 0) for key in ("hidden_size", "num_attention_heads"))
-    head_dim = getattr(args, "head_dim", None) or (hidden // heads if heads else 0)
+    """The values along a head that share a scale; where no head is seen MLX decides."""
+    cache = make_prompt_cache(model)
+    _read_token(model, cache)
+    held = [one for one in cache if type(one) is KVCache and one.keys is not None]
+    sizes = {array.shape[-1] for one in held for array in (one.keys, one.values)}
     for size in (64, 32):
-        if head_dim % size == 0:
+        if all(width % size == 0 for width in sizes):
             return size
     raise UserError(
-        f"--kv-bits: heads of {head_dim} values cannot be quantized in groups of 64 or 32; "
+        f"--kv-bits: heads of {min(sizes)} values cannot be quantized in groups of 64 or 32; "
         "drop --kv-bits"
     )
+
+
+def _check_quantized(model: nn.Module, cache: list[Any]) -> None:
+    """Check that a model can read a quantized cache; ``cache`` is used up.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    try:
+        _read_token(model, cache)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"--kv-bits: mlx-lm's network of this model cannot read a quantized cache "
+            f"({first_line(error)}); drop --kv-bits"
+        ) from error
+
+
+def _read_token(model: nn.Module, cache: list[Any]) -> None:
+    """Have a model read a token into a cache, lazily: shapes without values."""
+    model(mx.zeros((1, 1), mx.int32), cache=cache)
 
 
 class _QuantizedKVCache(QuantizedKVCache):

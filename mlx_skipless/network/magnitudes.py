@@ -66,7 +66,8 @@ class Watch:
         seen: list[tuple[str, mx.array]] = []
         out = _add_probes(layer, seen)(*inputs, **options)
         given: Any = tree_flatten([out])
-        seen += [("", array) for _, array in given if isinstance(array, mx.array)]
+        seen += [("", array) for _, array in given]
+        seen = [one for one in seen if _is_float(one[1])]  # routers give numbers of experts, too
         largest = [mx.abs(array).max().astype(mx.float32) for _, array in seen]
         mx.eval(out, largest)
         found = [
@@ -79,6 +80,10 @@ class Watch:
         self.layers.append(max(found, key=lambda one: one.share))
         self._tell(len(self.layers))
         return out
+
+
+def _is_float(given: Any) -> bool:
+    return isinstance(given, mx.array) and mx.issubdtype(given.dtype, mx.floating)
 
 
 def _magnitude(where: str, dtype: mx.Dtype, value: Any) -> Magnitude:
@@ -101,8 +106,13 @@ class _Probe(nn.Module):
         return out
 
     def _tell(self, side: str, arrays: Any) -> None:
-        several = [arrays] if isinstance(arrays, mx.array) else arrays
-        self._seen.extend((f"{self._name}'s {side}", array) for array in several)
+        several: Any = tree_flatten([arrays])
+        self._seen.extend((f"{self._name}'s {side}", array) for _, array in several)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self or "inner" not in self:
+            return super().__getattr__(name)
+        return getattr(self.inner, name)  # what a layer asks of the module inside it
 
 
 def _add_probes(layer: nn.Module, seen: list[tuple[str, mx.array]]) -> nn.Module:

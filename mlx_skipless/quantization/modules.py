@@ -34,8 +34,8 @@ def read_formats(model: nn.Module, dtype: mx.Dtype) -> dict[str, Format]:
 class CalibratedModules:
     """Fits the modules of a quantized network to a text, in place, in the order of the stream.
 
-    A network that is no chain of layers comes as one layer. Matrices outside of the layers are rounded to nearest, but for a head of its own. So are those
-    in layers that ``find_readers`` leaves out.
+    A network that is no chain of layers comes as one layer. Matrices outside of the layers are
+    rounded to nearest, but for a head of its own. So are those that ``find_readers`` leaves out.
 
     Args:
         network: with dense matrices, in float32.

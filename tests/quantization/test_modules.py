@@ -16,8 +16,9 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_skipless
 from mlx_skipless.conversion.options import Options
-from mlx_skipless.conversion.stock import StockJob, find_source, open_network
+from mlx_skipless.conversion.stock import StockJob, find_source
 from mlx_skipless.conversion.stock_quantization import find_floors
+from mlx_skipless.inference.stock import open_network
 from mlx_skipless.network.driver import is_held_out, split_batches
 from mlx_skipless.network.stock import StockNetwork
 from mlx_skipless.quantization import distillation, fitting, passage

@@ -1,0 +1,131 @@
+"""Models of architectures that mlx-lm knows and this package does not.
+
+What such a network computes only mlx-lm's own code says. So a source here is a folder and a way to
+build its network anew, with lazy weights; ``network/stock.py`` runs it a layer at a time.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.utils import _get_classes, get_total_parameters
+
+from ..architectures.families import FAMILIES
+from ..checkpoints import files, hub
+from ..checkpoints.checkpoint import read_dtype
+from ..checkpoints.safetensors import SafetensorsStore, Store
+from ..network import reduced
+from ..network.driver import RESIDENT_BYTES
+from ..network.parts import tensors_of
+from ..network.stock import StockNetwork
+from .loading import load_network
+
+
+@dataclass(frozen=True)
+class StockSource:
+    """A model of mlx-lm's own.
+
+    Attributes:
+        name: what the user called it.
+        path: its folder, or its config.json if a plan is all that is asked for.
+        config: its config.
+        trust_remote_code: whether its tokenizer may run code.
+    """
+
+    name: str
+    path: Path
+    config: Mapping[str, Any]
+    trust_remote_code: bool = False
+
+    @cached_property
+    def store(self) -> Store | None:
+        """Its tensors; None if they are elsewhere."""
+        there = self.path.is_dir() and any(self.path.glob("*.safetensors"))
+        return SafetensorsStore(self.path) if there else None
+
+    def build(self) -> nn.Module:
+        """Build its network anew, with lazy weights; with random ones if there are none."""
+        return load_network(self.path, lazy=True)[0] if self.store else self.build_shapes()
+
+    def build_shapes(self) -> nn.Module:
+        """Build its network dense, with weights that are random and cost nothing until used."""
+        config = {k: v for k, v in self.config.items() if not k.startswith("quantization")}
+        kind, kind_args = _get_classes(config)
+        if reduced.DROPPED in config:
+            kind, kind_args = reduced.Model, reduced.ModelArgs
+        model = kind(kind_args.from_dict(config))
+        model.set_dtype(read_dtype(config))
+        return model
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """Its network, of which only names and shapes are asked for."""
+        return self.build()
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether matrices of it are quantized."""
+        return any("scales" in module for module in self.model.modules())
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The number type of most of its matrices that are not quantized."""
+        floats = (a for a in tensors_of(self.model).values() if mx.issubdtype(a.dtype, mx.floating))
+        return Counter(a.dtype for a in floats).most_common(1)[0][0]
+
+
+def find_stock(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    config_only: bool = False,
+    trust_remote_code: bool = False,
+) -> StockSource | None:
+    """Find a model, if it is of an architecture that only mlx-lm knows.
+
+    Args:
+        model: a Hub id, a folder, or its config.json alone.
+        revision: a branch, tag or commit of a Hub id.
+        config_only: do without the weights; those of a Hub id are not fetched.
+        trust_remote_code: let its tokenizer run its code.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    name = str(model)
+    path = hub.resolve(name, revision=revision, config_only=config_only, code=trust_remote_code)
+    if path.is_dir():
+        config = files.read_config(path)
+    elif path.suffix.lower() == ".json" and files.is_there(path):
+        config = files.read_json(path)
+    else:
+        return None
+    if config.get("model_type") in FAMILIES or not _is_known(config):
+        return None
+    return StockSource(name, path, config, trust_remote_code)
+
+
+def _is_known(config: Mapping[str, Any]) -> bool:
+    """Whether mlx-lm has a network for a config, and no other code is needed."""
+    kind = config.get("model_type")
+    brings_code = config.get("model_file") and reduced.DROPPED not in config
+    if brings_code or not isinstance(kind, str):
+        return False
+    if not kind.replace("-", "_").replace(".", "_").isidentifier():
+        return False
+    try:
+        _get_classes(dict(config))
+    except (ValueError, AttributeError):  # no such file, or no network in it
+        return False
+    return True
+
+
+def open_network(source: StockSource) -> StockNetwork:
+    """Open a source's network, to run in float32; its layers stay in memory if they are small."""
+    resident = 4 * get_total_parameters(source.model) <= RESIDENT_BYTES
+    return StockNetwork(source.build, mx.float32, resident=resident)
