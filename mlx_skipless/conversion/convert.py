@@ -44,7 +44,7 @@ from .check import (
     compare_networks,
     compare_with_rounding,
 )
-from .decisions import decide, search_bits
+from .decisions import decide, measure_mixtures, search_bits
 from .job import Job
 from .options import Options
 from .planning import plan
@@ -63,12 +63,12 @@ from .stock import (
     find_source,
     take_text,
     write_beside,
-    write_config,
-    write_weights,
 )
 from .stock import check as check_stock
 from .stock import check_memory as check_stock_memory
 from .stock import decide as decide_stock
+from .stock_quantization import measure_mixtures as measure_stock_mixtures
+from .stock_quantization import write as write_stock
 from .stock_report import make_report as make_stock_report
 from .writing import MODEL_FILE, make_config, write
 
@@ -136,7 +136,9 @@ def _convert(options: Options, watch: Stopwatch) -> Report:
         if options.target_kl is None:
             outcome = attempt(job)
         else:
-            job, outcome = search_bits(job, passages, attempt, watch)
+            assert passages is not None and passages.calibration is not None
+            mixtures = measure_mixtures(job, passages.calibration, watch).mixtures()
+            job, outcome = search_bits(job, mixtures, attempt)
         report = add_tokenizer(make_report(job), tokenizer)
         if job.calibrated and passages is not None:
             report = add_calibration(report, passages)
@@ -150,19 +152,33 @@ def _convert_stock(options: Options, source: StockSource, watch: Stopwatch) -> R
     model, config = job.build_result(network)
     if options.dry_run:
         return make_stock_report(job, network.paths, model, config)
-    check_stock_memory(source)
-    most = sum(array.nbytes for array in tensors_of(model).values())
-    with _open_result(options, most) as writer:
+    check_stock_memory(job)
+    sizes = (sum(a.nbytes for a in tensors_of(one).values()) for one in (model, source.model))
+    with _open_result(options, max(sizes)) as writer:
         tokenizer = write_beside(job, writer, config)
         passages = take_text(job, network, tokenizer, watch)
         job = decide_stock(job, network, passages, watch)
+
+        def attempt(job: StockJob) -> Verification | None:
+            write_stock(job, network, writer, passages, watch)
+            assert source.store is not None
+            source.store.check_unchanged()
+            return check_stock(job, network, writer.folder, passages, watch)
+
+        if not options.mixes_bits:
+            outcome = attempt(job)
+        else:
+            assert passages is not None and passages.calibration is not None
+            raises = measure_stock_mixtures(job, network, passages.calibration, watch)
+            if options.target_bytes is not None:
+                job = job.learn(bits=raises.mixtures(options.target_bytes)[-1].bits)
+                outcome = attempt(job)
+            else:
+                job, outcome = search_bits(job, raises.mixtures(), attempt)
         model, config = job.build_result(network)
-        write_config(writer, config)
         report = add_tokenizer(make_stock_report(job, network.paths, model, config), tokenizer)
-        write_weights(network, model, writer, watch)
-        assert source.store is not None
-        source.store.check_unchanged()
-        outcome = check_stock(job, network, writer.folder, passages, watch)
+        if job.calibrated and passages is not None:
+            report = add_calibration(report, passages)
         return _finish(options, report, writer, outcome)
 
 

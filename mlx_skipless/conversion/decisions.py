@@ -4,8 +4,9 @@ On it are measured which sub-layers matter least, which removals pay, and what b
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 import mlx.core as mx
 
@@ -21,6 +22,9 @@ from ..text.samples import Passages
 from .check import Verification
 from .job import Job, find_inverses
 from .planning import list_wishes
+from .stock import StockJob
+
+AnyJob = TypeVar("AnyJob", Job, StockJob)
 
 
 def decide(job: Job, passages: Passages | None, progress: Progress) -> Job:
@@ -45,24 +49,22 @@ def decide(job: Job, passages: Passages | None, progress: Progress) -> Job:
     if job.calibrated and job.options.remove == "auto":
         job = _choose_removals(job, tokens, progress)
     if (size := job.options.target_bytes) is not None:
-        mixtures = _measure_mixtures(job, tokens, progress).mixtures(size)
+        mixtures = measure_mixtures(job, tokens, progress).mixtures(size)
         job = job.learn(bits=mixtures[-1].bits)
     return job
 
 
 def search_bits(
-    job: Job,
-    passages: Passages | None,
-    attempt: Callable[[Job], Verification | None],
-    progress: Progress,
-) -> tuple[Job, Verification]:
+    job: AnyJob,
+    mixtures: list[bits.Mixture],
+    attempt: Callable[[AnyJob], Verification | None],
+) -> tuple[AnyJob, Verification]:
     """Search the smallest mixture of bits whose result is as close to its source as was asked for.
 
     Args:
         job: without bits of single matrices.
-        passages: the text, with tokens to calibrate with.
+        mixtures: the ones to choose from, the smallest first.
         attempt: writes a job's result and checks it.
-        progress: called with (stage, done, total).
 
     Returns:
         The job with its bits, whose result was written last, and the check of that.
@@ -71,7 +73,7 @@ def search_bits(
         UserError: if even the largest mixture is too far from the source.
     """
     limit = job.options.target_kl
-    assert limit is not None and passages is not None and passages.calibration is not None
+    assert limit is not None
     checks: dict[int, Verification] = {}
 
     def measure(mixture: bits.Mixture) -> float:
@@ -80,7 +82,6 @@ def search_bits(
         checks[mixture.nbytes] = outcome
         return outcome.kl
 
-    mixtures = _measure_mixtures(job, passages.calibration, progress).mixtures()
     chosen, written = bits.find_smallest(mixtures, limit, measure)
     if not written:
         measure(chosen)
@@ -94,8 +95,13 @@ def describe_decisions(job: Job) -> Iterator[str]:
         yield f"loss on the text, nats per token, whole and after each drop: {steps}"
     if (dense := describe_dense(job.layout)) is not None:
         yield dense
-    if job.measured.bits:
-        counts = sorted(Counter(job.measured.bits.values()).items())
+    yield from describe_bits(job.measured.bits)
+
+
+def describe_bits(chosen: Mapping[str, int]) -> Iterator[str]:
+    """Tell which bits were chosen for how many matrices, if any were."""
+    if chosen:
+        counts = sorted(Counter(chosen.values()).items())
         yield "bits chosen by what rounding each matrix costs: " + ", ".join(
             f"{width} in {count} matri{'x' if count == 1 else 'ces'}" for width, count in counts
         )
@@ -143,7 +149,7 @@ def _choose_removals(job: Job, tokens: mx.array, progress: Progress) -> Job:
     return job.learn(costs=costs)
 
 
-def _measure_mixtures(job: Job, tokens: mx.array, progress: Progress) -> bits.Raises:
+def measure_mixtures(job: Job, tokens: mx.array, progress: Progress) -> bits.Raises:
     """Measure on the text what rounding each matrix costs, which orders the mixtures of bits."""
     layout, whole = job.layout, job.whole_layout
     assert layout.quantization is not None

@@ -5,6 +5,7 @@ a time. So whatever mlx-lm loads can lose sub-layers and be quantized. The resul
 ``mlx_lm.convert`` writes it, under the names of mlx-lm's modules.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import dequantize_model, get_total_parameters
 
 from ..architectures.families import FAMILIES
@@ -27,7 +29,9 @@ from ..network import reduced
 from ..network.parts import tensors_of
 from ..network.stock import StockNetwork
 from ..progress import Progress
-from ..quantization.coverage import check_packable
+from ..quantization.coverage import check_packable, find_widths
+from ..quantization.distillation import LOGITS_BYTES
+from ..quantization.fitting import estimate_moments
 from ..quantization.layout import quantize_nearest
 from ..removal.renumbering import Layers, delete_layers, passes_stream, shorten_network
 from ..removal.sublayers import Step, Wish, choose_drops
@@ -83,6 +87,7 @@ class StockJob:
         layers: those that stay, where some are left out as a whole.
         config: of the network of these.
         notes: why it is so, a sentence each.
+        bits: of the matrices for which they were chosen, by module path.
     """
 
     options: Options
@@ -92,6 +97,18 @@ class StockJob:
     layers: Layers | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    bits: Mapping[str, int] = field(default_factory=dict)
+
+    def learn(self, **found: Any) -> "StockJob":
+        """Add to what was decided; ``found`` are fields."""
+        return replace(self, **found)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the result is quantized against text."""
+        options = self.options
+        asked = options.calibration is not None or options.mixes_bits or options.distill > 0
+        return options.quantization is not None and asked
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -103,6 +120,22 @@ class StockJob:
         """Build the result with lazy weights; return it and its config.json.
 
         ``network`` is the source's.
+        """
+        model, config = self.build_dense(network)
+        if (q := self.options.quantization) is not None:
+            check_packable(model, q)
+            try:
+                model, entry = quantize_nearest(model, replace(q, own=self.bits))
+            except TypeError as error:  # some networks of mlx-lm have matrices of their own kinds
+                kind = self.source.config["model_type"]
+                raise UserError(f"-q: mlx-lm cannot quantize a {kind}: {error}") from error
+            config["quantization"] = config["quantization_config"] = entry
+        return model, dict(sorted(config.items()))
+
+    def build_dense(self, network: StockNetwork) -> tuple[nn.Module, dict[str, Any]]:
+        """Build the result as it is before it is quantized, with its config.json.
+
+        A packed source of which no matrix changes stays packed.
         """
         model, options = self.source.build(), self.options
         config = dict(self.config or self.source.config)
@@ -120,15 +153,7 @@ class StockJob:
             reduced.drop(model, parts, outputs)
             config |= {reduced.DROPPED: parts, "model_file": MODEL_FILE}
             config |= {reduced.OUTPUTS: outputs} if outputs else {}
-        if (q := options.quantization) is not None:
-            check_packable(model, q)
-            try:
-                model, entry = quantize_nearest(model, q)
-            except TypeError as error:  # some networks of mlx-lm have matrices of their own kinds
-                kind = self.source.config["model_type"]
-                raise UserError(f"-q: mlx-lm cannot quantize a {kind}: {error}") from error
-            config["quantization"] = config["quantization_config"] = entry
-        return model, dict(sorted(config.items()))
+        return model, config
 
     def _name_dropped(self, sublayers: list[Any]) -> dict[str, list[int]]:
         """The layers without a part, by what the network's blocks call it."""
@@ -161,6 +186,8 @@ def check_job(job: StockJob, network: StockNetwork) -> None:
                 f"{', '.join(sorted(FAMILIES))}; sub-layers can go of whatever mlx-lm runs, and "
                 "-q quantizes it"
             )
+    if options.distill and any(isinstance(m, SwitchLinear) for m in job.source.model.modules()):
+        raise UserError("--distill is not for models with experts: drop it")
     spared = find_spared(network)
     layers = len(network.paths)
     for wish in list_wishes(options):
@@ -183,11 +210,16 @@ def find_spared(network: StockNetwork) -> dict[str, list[int]]:
     }
 
 
-def check_memory(source: StockSource) -> None:
+def check_memory(job: StockJob) -> None:
     """Refuse what cannot fit: two shards, a few layers, what stands before and behind them."""
-    layers = [sum(a.nbytes for a in tensors_of(one).values()) for one in source.model.layers]
-    ends = sum(a.nbytes for a in tensors_of(source.model).values()) - sum(layers)
+    model, options = job.source.model, job.options
+    layers = [sum(a.nbytes for a in tensors_of(one).values()) for one in model.layers]
+    ends = sum(a.nbytes for a in tensors_of(model).values()) - sum(layers)
     needed = 2 * SHARD_BYTES + 4 * max(layers) + 2 * ends
+    if job.calibrated:
+        needed += estimate_moments(max(find_widths(model).values()), _find_hidden(job))
+    if options.distill:  # the source, the result's codes, its dense matrices, their gradients
+        needed += 5 * 4 * get_total_parameters(model) + 8 * LOGITS_BYTES
     if needed > machine_memory_bytes():
         raise UserError(
             f"converting this model takes about {needed / 1e9:.0f} GB of memory and this machine "
@@ -195,20 +227,35 @@ def check_memory(source: StockSource) -> None:
         )
 
 
+def _find_hidden(job: StockJob) -> int:
+    """The width of the stream: that of most matrices' inputs."""
+    return Counter(find_widths(job.source.model).values()).most_common(1)[0][0]
+
+
 def take_text(
     job: StockJob, network: StockNetwork, tokenizer: GuardedTokenizer | None, progress: Progress
 ) -> Passages | None:
     """Take the tokens that deciding and checking need; None if nothing does."""
-    options, calibrating = job.options, bool(job.options.drops)
+    options, calibrating = job.options, job.calibrated or bool(job.options.drops)
     if not (options.verify or calibrating):
         return None
+    # Choosing sub-layers, distilling and few bits take all the text that there is.
+    q, weights = options.quantization, get_total_parameters(job.source.model)
+    few = options.mixes_bits or (q is not None and q.usual_bits < 4)
+    all_of_it = options.drops or options.distill or few or not calibrating
+    small = weights <= samples.LONG_CHECK_WEIGHTS or mx.default_device().type != mx.cpu
+    sizes: dict[str, Any] = {
+        "calibrating": calibrating,
+        "long_check": job.calibrated and small,
+        "fitted": None if all_of_it else max(find_widths(job.source.model).values()),
+    }
     if options.calibration is None:
         return samples.sample_passages(
             network,
             seed=options.seed,
             start=None if tokenizer is None else tokenizer.bos_token_id,
-            calibrating=calibrating,
             progress=partial(progress, "sampling text"),
+            **sizes,
         )
     if tokenizer is None:
         raise UserError("--calibration needs a tokenizer and the source has none: drop it")
@@ -216,8 +263,8 @@ def take_text(
         str(options.calibration),
         samples.read_text(options.calibration),
         lambda text: tokenizer.encode(text, verbose=False),
-        calibrating=calibrating,
         longest=network.context,
+        **sizes,
     )
 
 
@@ -273,20 +320,6 @@ def write_config(writer: Writer, config: Mapping[str, Any]) -> None:
         writer.write_text(MODEL_FILE, code)
 
 
-def write_weights(
-    network: StockNetwork, model: nn.Module, writer: Writer, progress: Progress
-) -> None:
-    """Write a result's weights, a layer at a time; ``model`` is left without them."""
-    weights, layers = get_total_parameters(model), [*model.layers]
-    for done, (path, layer) in enumerate(zip(network.paths, layers, strict=False)):
-        progress("converting", done, len(layers) + 1)
-        writer.add({f"{path}.{name}": array for name, array in tensors_of(layer).items()})
-        layer.clear()
-    writer.add(tensors_of(model))
-    writer.finish_weights(weights)
-    progress("converting", len(layers) + 1, len(layers) + 1)
-
-
 def check(
     job: StockJob,
     network: StockNetwork,
@@ -297,6 +330,10 @@ def check(
     """Compare a written result with its source on text; None if that is not wanted."""
     if not job.options.verify or passages is None:
         return None
-    result = StockNetwork(lambda: load_network(folder, lazy=True)[0])
+    results = [StockNetwork(lambda: load_network(folder, lazy=True)[0])]
+    if job.calibrated:  # beside the source quantized alone, to nearest
+        alone = StockJob(job.options, job.source)
+        results.append(StockNetwork(lambda: alone.build_result(network)[0]))
     tell = partial(progress, "checking")
-    return compare_networks(network, [result], passages.check, passages.origin, tell)[0]
+    found, *others = compare_networks(network, results, passages.check, passages.origin, tell)
+    return found.beside(*others) if others else found

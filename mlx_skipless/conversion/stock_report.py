@@ -14,6 +14,7 @@ from ..network import reduced
 from ..network.parts import dtype_name
 from ..quantization.coverage import Packing
 from ..removal.renumbering import rename_layer
+from .decisions import describe_bits
 from .planning import SAVINGS
 from .report import LayerRow, Report
 from .stock import StockJob
@@ -64,7 +65,7 @@ def make_report(
         cache_bytes_before=_count_cache_bytes(source.model),
         cache_bytes_after=_count_cache_bytes(model),
         rows=tuple(_make_rows(job, paths, before, after)),
-        notes=(*job.notes, *_describe_path(job)),
+        notes=(*job.notes, *_describe_path(job), *describe_bits(job.bits)),
         advice=(SAVINGS,) if nothing else (),
         warnings=(),
         verification=None,
@@ -89,18 +90,17 @@ def _measure_sizes(model: nn.Module) -> Sizes:
     """Count each module's own weights, as they are before quantization, and its bytes."""
     found = {}
     for path, module in model.named_modules():
-        own = dict(_list_weights(module))
+        own = _list_tensors(module)
         if own:
             count = sum(_count_weights(module, name, array) for name, array in own.items())
             found[path] = count, sum(array.nbytes for array in own.values())
     return found
 
 
-def _list_weights(module: nn.Module) -> Iterator[tuple[str, mx.array]]:
-    """Yield a module's own tensors, and no constant that it computes when it is built."""
-    for name, array in module.items():
-        if isinstance(array, mx.array) and not name.startswith("_"):
-            yield name, array
+def _list_tensors(module: nn.Module) -> dict[str, mx.array]:
+    """A module's own tensors; what else it keeps is not written."""
+    arrays = {name: a for name, a in module.items() if isinstance(a, mx.array)}
+    return {name: a for name, a in arrays.items() if not name.startswith("_")}
 
 
 def _count_weights(module: nn.Module, name: str, array: mx.array) -> int:
@@ -125,7 +125,8 @@ def _count_read(model: nn.Module, config: Mapping[str, Any]) -> float:
     chosen = next((settings[k] for k in CHOSEN if isinstance(settings.get(k), int)), None)
     total = 0.0
     for module in model.modules():
-        count = sum(_count_weights(module, name, array) for name, array in _list_weights(module))
+        own = _list_tensors(module)
+        count = sum(_count_weights(module, name, array) for name, array in own.items())
         if isinstance(module, SwitchLinear | QuantizedSwitchLinear) and chosen:
             count *= min(1, chosen / module.num_experts)
         total += count

@@ -16,9 +16,10 @@ from ..network.model import Model, ModelArgs
 from ..network.names import EMBEDDING, FINAL_NORM, HEAD, is_stream_norm_weight
 from ..network.parts import Merged, Parts, dtype_name
 from ..progress import Progress, Steps, tell_part
-from ..quantization.calibration import STEPS, CalibratedParts, NearestParts
+from ..quantization.calibration import CalibratedParts, NearestParts
 from ..quantization.distillation import distill
 from ..quantization.layout import PackedLayout
+from ..quantization.passage import STEPS
 from ..removal.merger import Merger
 from ..removal.renumbering import rename_layer, shorten_config
 from ..removal.table import TabledParts

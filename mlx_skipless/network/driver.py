@@ -476,6 +476,39 @@ class Recorder(nn.Module):
         return self.y
 
 
+class _Counted(Recorder):
+    """A module that counts its calls."""
+
+    count = 0
+
+    def __call__(self, x: Any, *others: Any, **options: Any) -> Any:
+        self.__dict__["count"] = self.count + 1
+        return super().__call__(x, *others, **options)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """Apply an embedding as a tied head does."""
+        self.__dict__["count"] = self.count + 1
+        return super().as_linear(x)
+
+
+def find_ends(network: Driver) -> tuple[set[str], set[str]]:
+    """Find the embeddings and matrices that a forward calls before its layers, and behind them.
+
+    Nothing is computed. A tied embedding is in both sets of module paths.
+    """
+    modules: dict[Any, Any] = dict(network.model.named_modules())
+    counted = {
+        path: _Counted(module)
+        for path, module in modules.items()
+        if hasattr(module, "to_quantized") or "scales" in module
+    }
+    h = network.embed(mx.zeros((1, 1), mx.int32), counted)
+    before = {path: one.count for path, one in counted.items()}
+    network.logits(h, counted)  # which begins with the embedding
+    behind = {path for path, one in counted.items() if one.count > 2 * before[path]}
+    return {path for path, count in before.items() if count}, behind
+
+
 class Streams(dict[Hashable, list[Stream]]):
     """Copies of a text's stream that pass through a network's layers side by side, by name.
 

@@ -174,3 +174,41 @@ class StockNetwork(Driver):
         parts = self.sublayers[layer].parts.get(kind, ())
         whole = tensors_of(self._own[layer]).items()
         return sum(a.nbytes for name, a in whole if name.startswith(tuple(f"{p}." for p in parts)))
+
+
+class WholeNetwork(Driver):
+    """A network that is no chain of layers, run as one layer: it takes tokens and gives logits.
+
+    Args:
+        model: with its weights.
+    """
+
+    is_chain = False
+
+    def __init__(self, model: nn.Module):
+        self.model, self.resident, self.paths = widen(model), True, [""]
+
+    def layer(self, layer: int) -> nn.Module:
+        """Return the model."""
+        return self.model
+
+    def embed(self, tokens: mx.array, changes: Changes | None = None) -> mx.array:
+        """Return the tokens."""
+        return tokens
+
+    def run(
+        self, layer: int, h: Stream, tokens: mx.array, module: nn.Module | None = None
+    ) -> Stream:
+        """Return float32 logits (batch, length, vocabulary) of tokens (batch, length)."""
+        running: Any = self.model if module is None else module
+        logits: mx.array = running(tokens, cache=make_prompt_cache(self.model))
+        return logits.astype(mx.float32)
+
+    def logits(self, h: Stream, changes: Changes | None = None) -> mx.array:
+        """Return what ``run`` gave."""
+        return take_stream(h)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many logits there are."""
+        return take_stream(self.run(0, mx.zeros(1), mx.zeros((1, 1), mx.int32))).shape[-1]

@@ -47,6 +47,7 @@ class Raises:
         measured_bits: see there.
         scale_bytes: of each matrix's scales and biases.
         rest: bytes of all other tensors.
+        floors: the fewest bits of some matrices, by module path.
     """
 
     def __init__(
@@ -56,22 +57,28 @@ class Raises:
         measured_bits: int,
         scale_bytes: Mapping[str, int],
         rest: int,
+        floors: Mapping[str, int] | None = None,
     ):
+        floors = floors or {}
+        widths = {where: [b for b in BITS if b >= floors.get(where, 0)] for where in weights}
+
         def cost(where: str, bits: int) -> float:
             return costs[where] * ((2**measured_bits - 1) / (2**bits - 1)) ** 2
 
         raises = []
         for where, count in weights.items():
-            for low, high in itertools.pairwise(BITS):
+            for low, high in itertools.pairwise(widths[where]):
                 gain = cost(where, low) - cost(where, high)
                 more = count * (high - low) // 8
                 raises.append((-gain / more, low, where, high, gain, more))
         # Gains fall from each width to the next, so sorting keeps a matrix's own in order.
         self._raises = [tuple_[2:] for tuple_ in sorted(raises)]
+        least = {where: found[0] for where, found in widths.items()}
+        self._fewest = f"{BITS[0]} bits" + (" (some keep more)" if floors else "")
         self._least = Mixture(
-            dict.fromkeys(weights, BITS[0]),
-            rest + sum(count * BITS[0] // 8 + scale_bytes[w] for w, count in weights.items()),
-            sum(cost(where, BITS[0]) for where in weights),
+            least,
+            rest + sum(count * least[w] // 8 + scale_bytes[w] for w, count in weights.items()),
+            sum(cost(where, bits) for where, bits in least.items()),
         )
 
     def mixtures(self, limit: float = math.inf) -> list[Mixture]:
@@ -84,8 +91,8 @@ class Raises:
         """
         if self._least.nbytes > limit:
             raise UserError(
-                f"--target-bytes {limit:,} is out of reach: at {BITS[0]} bits in every matrix that "
-                f"can be quantized the result takes {self._least.nbytes:,} bytes"
+                f"--target-bytes {limit:,} is out of reach: at {self._fewest} in every matrix "
+                f"that can be quantized the result takes {self._least.nbytes:,} bytes"
             )
         found, stopped = [self._least], set()
         for where, high, gain, more in self._raises:

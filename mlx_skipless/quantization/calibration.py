@@ -18,7 +18,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..errors import UserError
 from ..network.driver import (
     Driver,
     Recorder,
@@ -28,26 +27,18 @@ from ..network.driver import (
     load_block,
     split_batches,
 )
-from ..network.model import Block, Model, Stream
-from ..network.names import EMBEDDING, EXPERTS, FINAL_NORM, HEAD, module_path
-from ..network.parts import ChangedParts, Merged, Parts, replace_at
+from ..network.model import Model, Stream
+from ..network.names import EMBEDDING, FINAL_NORM, HEAD, module_path
+from ..network.parts import ChangedParts, Merged, Parts
 from ..progress import Steps, tell_part
-from .fitting import Moments, fit_weight, to_float64
+from .fitting import Moments, to_float64
 from .formats import Packed
 from .layout import Layout
+from .passage import OVERFLOWS, Passage, find_readers, fit_layer, fit_matrix
 
-# Matrices that read the same place, in the order in which a block runs them.
-READERS = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("o_proj",),
-    ("router", "gate_proj", "up_proj"),
-    ("down_proj",),
-)
-STEPS = len(READERS)  # that progress tells of for each part of a network
 HEAD_TOKENS = 8  # for each number of the stream: as many tokens weigh a tied embedding
-OVERFLOWS = (
-    "activations overflow float32 at {} on the text to quantize against: the stream has no norms "
-    "to hold it. --remove none and --remove p need no text"
+NO_NORMS = (
+    f"{OVERFLOWS}: the stream has no norms to hold it. --remove none and --remove p need no text"
 )
 
 Arrays = dict[str, mx.array]
@@ -127,31 +118,32 @@ class CalibratedParts:
         """
         out = dict(self._merger.layer(layer))
         dense = {name: array.astype(mx.float32) for name, array in out.items()}
-        result = load_block(self._layout.args, layer, dense)
-        groups = [[module_path(layer, name) for name in readers] for readers in READERS]
-        groups = [[where for where in places if self._is_fitted(where, out)] for places in groups]
-        places_to_fit = [where for places in groups for where in places]
-        passage = _Passage(
-            self._source, layer, self._tokens, self._wanted, self.streams, places_to_fit
-        )
-        for done, places in enumerate(groups):
-            tell_part(self._progress, 1 + layer, 2 + len(self._source.paths))(done, STEPS)
-            if not places:
-                continue
-            seen, judge = self._observe(passage, places, result, out)
-            for where in places:
-                packed, weight = self._fit(where, seen, judge, out.pop(f"{where}.weight"))
-                out |= packed
-                # What comes behind is fitted to what this matrix gives from now on.
-                result = replace_at(result, f"{_shorten(where)}.weight", weight)
-            passage.settle(result, places)
-        experts = EXPERTS if self._layout.args.num_local_experts else ()
-        for where in (module_path(layer, name) for name in experts):
+        prefix = f"{self._source.paths[layer]}."
+        forms = {}
+        for name, array in dense.items():
+            where, _, kind = name.rpartition(".")
             form = self._layout.format_of(where)
-            if f"{where}.weight" in out and form is not None:
-                nearest = form.nearest(out.pop(f"{where}.weight"))
+            if kind != "weight" or form is None:
+                continue
+            if array.ndim == 2:
+                forms[where.removeprefix(prefix)] = form
+            else:  # experts see few of the text's tokens each
+                nearest = form.nearest(out.pop(name))
                 out |= _name_parts(where, nearest)
-                result = replace_at(result, f"{_shorten(where)}.weight", form.dense(nearest))
+                dense[name] = form.dense(nearest)
+        result: nn.Module = load_block(self._layout.args, layer, dense)
+        passage = self._enter(layer, result, forms)
+        packed, result = fit_layer(
+            passage,
+            result,
+            forms,
+            rewrite=lambda path, y: self._merger.rewrite(prefix + path, y),
+            progress=tell_part(self._progress, 1 + layer, 2 + len(self._source.paths)),
+            overflows=NO_NORMS,
+        )
+        for path, parts in packed.items():
+            del out[f"{prefix}{path}.weight"]
+            out |= _name_parts(prefix + path, parts)
         passage.advance(result, ends)
         return out
 
@@ -166,140 +158,16 @@ class CalibratedParts:
             y = _record_head(self._source, wanted).y - out.get(f"{HEAD}.bias", 0)
             read = _record_head(self._result, self.streams[i], norm)
             moments[is_held_out(i)].add(read.x, {HEAD: y})
-        packed, _ = self._fit(HEAD, *moments, out.pop(f"{HEAD}.weight"))
-        return out | packed
-
-    def _is_fitted(self, where: str, tensors: Arrays) -> bool:
-        """Whether a matrix is packed and one for all tokens, as experts are not."""
-        return self._layout.format_of(where) is not None and tensors[f"{where}.weight"].ndim == 2
-
-    def _observe(
-        self, passage: "_Passage", places: Sequence[str], result: Block, merged: Arrays
-    ) -> tuple[Moments, Moments]:
-        """Run the text; collect what reaches the matrices at ``places`` and what they should give.
-
-        The second moments are those of the batches that judge.
-        """
-        first = _shorten(places[0])  # they all read the same
-        ffn = first.startswith("mlp.")
-        moments = Moments(), Moments()
-        passage.inputs = []
-        for i, tokens in enumerate(self._tokens):
-            block, reader = _record(passage.resume(result, i), first)
-            attends = ffn and block.self_attn is not None and "self_attn" not in passage.given[i]
-            if attends:
-                block, attention = _record(block, "self_attn")
-            self._source.run(passage.layer, self.streams[i], tokens, block)
-            wanted = {where: passage.wanted[i].pop(where) for where in places}
-            if attends:  # its matrices are final, and what it gives is needed again
-                passage.given[i] = {"self_attn": attention.y}
-            if ffn:  # so that the source's inner numbers can go, which are the widest
-                mx.eval(self._wanted[i], passage.wanted[i])
-            mx.eval(reader.x, wanted, passage.given[i])
-            passage.inputs.append(reader.x)
-            targets = {where: self._rewrite(where, y, merged) for where, y in wanted.items()}
-            moments[is_held_out(i)].add(reader.x, targets)
-        if not all(found.finite for found in moments):
-            raise UserError(OVERFLOWS.format(places[0]))
-        return moments
-
-    def _fit(
-        self, where: str, seen: Moments, judge: Moments, merged: mx.array
-    ) -> tuple[Arrays, mx.array]:
-        """Fit and round a matrix; return its packed parts by name, and what they stand for."""
-        form = self._layout.format_of(where)
+        form = self._layout.format_of(HEAD)
         assert form is not None
-        weight = fit_weight(seen, judge, where, to_float64(merged).T, form)
-        packed = form.with_feedback(weight.T, seen.gram + judge.gram)
-        return _name_parts(where, packed), form.dense(packed)
+        packed = fit_matrix(*moments, HEAD, out.pop(f"{HEAD}.weight"), form)
+        return out | _name_parts(HEAD, packed)
 
-    def _rewrite(self, where: str, y: mx.array, merged: Arrays) -> mx.array:
-        """What a matrix writes in the source, as x @ weight should be in the result."""
-        y = self._merger.rewrite(where, y)
-        bias = merged.get(f"{where}.bias")
-        return y if bias is None else y - bias
-
-
-class _Passage:
-    """A text's way through one layer while the layer's matrices become final, group by group.
-
-    The source's layer runs once, and only as far as is asked for: MLX computes late. The result's
-    runs as often as there are groups, each time from where it changed last.
-
-    Args:
-        source: the network of the layer.
-        layer: its number.
-        batches: the text's tokens.
-        ahead: the source's streams, a batch each; they pass the layer at once, to be computed.
-        streams: the result's streams; they pass it in ``advance``.
-        places: module paths of the matrices to fit.
-
-    Attributes:
-        layer: see there.
-        wanted: of each batch, what the source's matrices give, by module path.
-        given: of each batch, what the result's final modules give, by path in the layer.
-        inputs: of each batch, what the latest group reads in the result.
-    """
-
-    def __init__(
-        self,
-        source: StreamedNetwork,
-        layer: int,
-        batches: Sequence[mx.array],
-        ahead: list[Stream],
-        streams: list[Stream],
-        places: Sequence[str],
-    ):
-        self._source, self._batches, self._ahead, self._streams = source, batches, ahead, streams
-        self.layer = layer
-        self.wanted: list[dict[str, mx.array]] = []
-        self.given: list[dict[str, Any]] = [{} for _ in batches]
-        self.inputs: list[mx.array] = []
-        block: Any = source.layer(layer)
-        recorders: dict[str, Recorder] = {}
-        for where in places:
-            block, recorders[where] = _record(block, _shorten(where))
-        for i, tokens in enumerate(batches):
-            ahead[i] = source.run(layer, ahead[i], tokens, block)
-            self.wanted.append({where: found.y for where, found in recorders.items()})
-
-    def advance(self, result: Block, ends: bool) -> None:
-        """Let the result's streams pass the layer, all matrices of which are final.
-
-        If the text's way ends here, only the streams of the batches that judge pass it.
-        """
-        for i, tokens in enumerate(self._batches):
-            if ends and not is_held_out(i):
-                continue
-            block = self.resume(result, i)
-            self._streams[i] = self._source.run(self.layer, self._streams[i], tokens, block)
-            mx.eval(self._streams[i], [] if ends else self._ahead[i])
-            self.given[i].clear()
-
-    def settle(self, result: Block, places: Sequence[str]) -> None:
-        """Take down that the matrices at ``places``, which were observed last, are final."""
-        modules = dict(result.named_modules())
-        for given, x in zip(self.given, self.inputs, strict=True):
-            given |= {path: modules[path](x) for path in map(_shorten, places)}
-        self.inputs = []
-
-    def resume(self, result: Block, batch: int) -> Block:
-        """Return a copy of a layer that does not compute again what is final."""
-        modules = dict(result.named_modules())
-        for path, value in self.given[batch].items():
-            result = replace_at(result, path, _Given(modules[path], value))
-        return result
-
-
-class _Given(Recorder):
-    """Stands in a module's place and gives what that gave."""
-
-    def __init__(self, inner: nn.Module, value: Any):
-        super().__init__(inner)
-        self.y = value
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        return self.y
+    def _enter(self, layer: int, result: nn.Module, forms: Mapping[str, Any]) -> Passage:
+        """Begin the text's way through a layer."""
+        source, tokens, streams = self._source, self._tokens, self.streams
+        readers = find_readers(source, layer, result, streams[0], tokens[0], [*forms])
+        return Passage(source, layer, tokens, self._wanted, streams, readers)
 
 
 def weigh_embedding(
@@ -331,7 +199,7 @@ def weigh_embedding(
     rows = to_float64(embedding[mx.concatenate([tokens.reshape(-1) for tokens in batches])])
     seen = rows.T @ rows
     gram = np.zeros_like(seen)
-    merged, readers = merger.layer(0), [*READERS[0]]
+    merged, readers = merger.layer(0), ["q_proj", "k_proj", "v_proj"]
     if before.block == "parallel":
         readers += before.ffn_readers
     for name in readers:
@@ -370,16 +238,5 @@ def _record_head(
     return recorder
 
 
-def _record(block: Block, path: str) -> tuple[Block, Recorder]:
-    """Return a copy of a block that records what one of its matrices reads and gives."""
-    recorder = Recorder(dict(block.named_modules())[path])
-    return replace_at(block, path, recorder), recorder
-
-
 def _name_parts(where: str, packed: Packed) -> Arrays:
     return {f"{where}.{part}": array for part, array in packed.items()}
-
-
-def _shorten(where: str) -> str:
-    """A module's path inside its layer."""
-    return where.split(".", 3)[3]

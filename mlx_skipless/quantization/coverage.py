@@ -6,6 +6,7 @@ MLX packs whole groups of a matrix's inputs, so a format can hold only some widt
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.nn as nn
 
@@ -42,12 +43,11 @@ def count_packings(layout: Layout) -> tuple[Packing, ...]:
 
 
 def find_widths(model: nn.Module) -> dict[str, int]:
-    """The inputs of each matrix that a format could hold, by module path."""
-    return {
-        path: module.weight.shape[-1]  # type: ignore[union-attr]
-        for path, module in model.named_modules()
-        if hasattr(module, "to_quantized")
-    }
+    """The inputs of each matrix that a format holds or could hold, by module path."""
+    modules: dict[str, Any] = dict(model.named_modules())
+    dense = {p: m.weight.shape[-1] for p, m in modules.items() if hasattr(m, "to_quantized")}
+    packed = {p: m.scales.shape[-1] * m.group_size for p, m in modules.items() if "scales" in m}
+    return dense | packed
 
 
 def check_packable(model: nn.Module, q: Quantization) -> None:

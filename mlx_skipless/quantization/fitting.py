@@ -31,15 +31,18 @@ class Moments:
         gram: X^T X, (in, in).
         cross: X^T Y, (in, out), by the matrix's name.
         energy: |y|^2 of each output, (out,), by the matrix's name.
+        count: of the inputs.
     """
 
     gram: np.ndarray = field(default_factory=lambda: np.zeros((1, 1), dtype=np.float32))
     cross: dict[str, np.ndarray] = field(default_factory=dict)
     energy: dict[str, np.ndarray] = field(default_factory=dict)
+    count: int = 0
 
     def add(self, x: mx.array, targets: Mapping[str, mx.array]) -> None:
         """Take in inputs (batch, length, in) and, by name, outputs (batch, length, out)."""
         x = x.reshape(-1, x.shape[-1]).astype(mx.float32)
+        self.count += x.shape[0]
         # In float32 where float64 would take gigabytes; what comes of it is judged in any case.
         kind = np.float64 if x.shape[-1] <= WIDE else np.float32
         self.gram = self.gram + _multiply(x, x).astype(kind, copy=False)
@@ -74,8 +77,13 @@ def _multiply(x: mx.array, y: mx.array) -> np.ndarray:
 
 def estimate_memory(args: ModelArgs) -> int:
     """Estimate the bytes that calibrating takes at most, beside a layer's weights."""
-    hidden, width = args.hidden_size, args.num_attention_heads * args.head_dim
-    widest = max(hidden, args.intermediate_size, width)
+    width = args.num_attention_heads * args.head_dim
+    widest = max(args.hidden_size, args.intermediate_size, width)
+    return estimate_moments(widest, args.hidden_size)
+
+
+def estimate_moments(widest: int, hidden: int) -> int:
+    """Estimate the same for a stream's width and the inputs of the widest matrix."""
     moments = 6 * widest**2 + 20 * widest * hidden  # with a solver's and a rounding's copies
     held = 4 * TEXT_TOKENS * (widest + 4 * hidden)  # what matrices read and give in one layer
     return moments * (8 if widest <= WIDE else 4) + 8 * 4 * BATCH_TOKENS * widest + held

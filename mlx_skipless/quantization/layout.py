@@ -25,12 +25,23 @@ def quantize_nearest(
     """Quantize a model to nearest, lazily and in place.
 
     ``predicate`` tells of a module path and its module whether it is quantized, or with which
-    settings; default: the model's own predicate. Returns the model and the ``quantization`` entry
-    for its config.json.
+    settings; default: the model's own predicate. Where it says no more than yes, a matrix has the
+    bits that ``q`` has for it. Returns the model and the ``quantization`` entry for its
+    config.json.
     """
+    usual = predicate or getattr(model, "quant_predicate", None) or (lambda path, module: True)
+
+    def choose(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        answer = usual(path, module)
+        if path in q.own and answer is True:
+            return {"group_size": q.usual_group_size, "bits": q.own[path], "mode": q.mode}
+        if isinstance(answer, dict) and module.weight.shape[-1] % answer.get("group_size", 1):  # type: ignore[union-attr]
+            return answer | {"group_size": q.usual_group_size}  # which divides its inputs
+        return answer
+
     with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints; its callers may not
         model, config = quantize_model(
-            model, {}, q.group_size, q.bits, mode=q.mode, quant_predicate=predicate
+            model, {}, q.group_size, q.bits, mode=q.mode, quant_predicate=choose
         )
     return model, config["quantization"]
 
@@ -57,17 +68,8 @@ class Layout:
             return model, None
         q = self.quantization
         # Lazy arrays: shapes are made, weights never are.
-        return quantize_nearest(model, q, self._make_predicate(q))
-
-    def _make_predicate(self, q: Quantization) -> Callable[..., bool | dict[str, Any]]:
         usual = quant_predicate(self.args.extra_bits, q.usual_bits)
-
-        def predicate(path: str, module: nn.Module, *rest: Any) -> bool | dict[str, Any]:
-            if path in q.own and usual(path, module, *rest) is True:
-                return {"group_size": q.usual_group_size, "bits": q.own[path], "mode": q.mode}
-            return usual(path, module, *rest)
-
-        return predicate
+        return quantize_nearest(model, q, usual)
 
     @property
     def config_entry(self) -> dict[str, Any] | None:

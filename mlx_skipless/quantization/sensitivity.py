@@ -14,10 +14,18 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
-from ..network.driver import HELD_OUT, StreamedNetwork, Streams, is_held_out, split_batches
+from ..network.driver import (
+    HELD_OUT,
+    Driver,
+    StreamedNetwork,
+    Streams,
+    find_ends,
+    is_held_out,
+    split_batches,
+)
 from ..network.metrics import measure_kl
 from ..network.model import ModelArgs, Stream, take_stream
-from ..network.names import EMBEDDING, HEAD
+from ..network.names import EMBEDDING
 from ..network.parts import Arrays, replace_at, tensors_of
 from ..network.wiring import parse_layer
 from ..progress import Steps, tell_part
@@ -110,7 +118,7 @@ def measure_removals(
 
 
 def measure_rounding(
-    network: StreamedNetwork,
+    network: Driver,
     matrices: Iterable[str],
     format_of: FormatOf,
     tokens: mx.array,
@@ -119,7 +127,7 @@ def measure_rounding(
     """Measure the KL of a network whose matrices are rounded to nearest, one at a time.
 
     Args:
-        network: the one to compare with, in float32.
+        network: the one to compare with, in float32, with dense matrices.
         matrices: module paths.
         format_of: how a matrix of the network is packed.
         tokens: (sequences, length) of text, of which as much is used as memory is meant for.
@@ -129,7 +137,12 @@ def measure_rounding(
         Nats per token by module path.
     """
     alone = {where: (where,) for where in matrices}
-    rows = limit_tokens(tokens, len(alone), network.args)
+    if isinstance(network, StreamedNetwork):
+        rows = limit_tokens(tokens, len(alone), network.args)
+    elif network.is_chain:
+        rows = _limit(tokens, len(alone), network.embed(tokens[:1, :1]).shape[-1])
+    else:  # every copy's logits are held
+        rows = _limit(tokens, len(alone), network.vocabulary)
     return _Comparison(network, rows, alone, format_of).run({}, progress)
 
 
@@ -143,7 +156,11 @@ def _thin(tokens: mx.array, args: ModelArgs) -> mx.array:
 def limit_tokens(tokens: mx.array, copies: int, args: ModelArgs) -> mx.array:
     """Return a text's first sequences, as many as so many copies of their stream have room for."""
     heads = args.num_attention_heads * args.head_dim if args.head_skip else 0
-    one = 4 * (args.hidden_size + heads) * tokens.shape[1] * (copies + 2)
+    return _limit(tokens, copies, args.hidden_size + heads)
+
+
+def _limit(tokens: mx.array, copies: int, width: int) -> mx.array:
+    one = 4 * width * tokens.shape[1] * (copies + 2)
     return tokens[: max(1, min(STREAMS_BYTES // one, MEASURED_TOKENS // tokens.shape[1]))]
 
 
@@ -184,7 +201,7 @@ class _Comparison:
     """Compares a network with changed copies of itself on tokens (rows, length).
 
     Args:
-        network: in float32.
+        network: in float32, with dense matrices.
         tokens: (rows, length).
         rounded: some copies by name, and the matrices that are rounded to nearest in each.
         format_of: how a matrix is packed.
@@ -192,7 +209,7 @@ class _Comparison:
 
     def __init__(
         self,
-        network: StreamedNetwork,
+        network: Driver,
         tokens: mx.array,
         rounded: Mapping[str, Collection[str]],
         format_of: FormatOf,
@@ -213,19 +230,22 @@ class _Comparison:
         """
         rows = len(self._tokens)
         streams = Streams(self._network, [self._tokens], (None, *self._rounded))
-        embedding = self._network.parts.embedding()
+        before, behind = find_ends(self._network)
+        embedding = self._list_outside(before)
         for name in self._rounded:
             if new := self._round(name, embedding):
                 streams[name] = [self._network.embed(self._tokens, new)]
         mx.eval(dict(streams))
         for layer, block in self._network.walk(lambda done, total: progress(done, total + rows)):
-            prefix = f"{self._network.paths[layer]}."
+            prefix = f"{self._network.paths[layer]}.".removeprefix(".")
             there = {f"{prefix}{name}": array for name, array in tensors_of(block).items()}
             changed = {name: name for name in self._rounded if self._find(name, there)}
 
-            def make(name: str, block: nn.Module = block, there: Arrays = there) -> nn.Module:
+            def make(
+                name: str, block: nn.Module = block, there: Arrays = there, prefix: str = prefix
+            ) -> nn.Module:
                 for path, weight in self._round(name, there).items():
-                    block = replace_at(block, path.split(".", 3)[3], weight)
+                    block = replace_at(block, path.removeprefix(prefix), weight)
                 return block
 
             streams.advance(layer, block, changed, make)
@@ -233,15 +253,16 @@ class _Comparison:
         layers = len(self._network.paths)
         return self._compare(
             {name: take_stream(h) for name, (h,) in streams.items()},
+            behind,
             lambda done, total: progress(layers + done, layers + total),
         )
 
-    def _compare(self, streams: Mapping[Any, mx.array], progress: Steps) -> dict[str, float]:
+    def _compare(
+        self, streams: Mapping[Any, mx.array], behind: Collection[str], progress: Steps
+    ) -> dict[str, float]:
         """Mean KL at the logits; None is the stream that nothing changes."""
-        tied = self._network.args.tie_word_embeddings
-        parts = self._network.parts
-        head = {**parts.head(), **(parts.embedding() if tied else {})}
-        head = {name: a for name, a in head.items() if name.startswith((EMBEDDING, HEAD))}
+        self._network.load_head()
+        head = self._list_outside(behind)
         changes = {name: self._round(name, head) for name in self._rounded}
         found = {name: 0.0 for name in streams if name is not None}
         rows = len(self._tokens)
@@ -253,6 +274,11 @@ class _Comparison:
                 found[name] += _measure_mean_kl(wanted, got) / rows
             progress(row + 1, rows)
         return found
+
+    def _list_outside(self, modules: Collection[str]) -> Arrays:
+        """The tensors of modules outside of the layers."""
+        tensors = tensors_of(self._network.model)
+        return {name: a for name, a in tensors.items() if name.rpartition(".")[0] in modules}
 
     def _find(self, name: str, tensors: Arrays) -> list[tuple[str, Format]]:
         """The tensors, of those given, that are rounded in a copy, and their formats."""

@@ -1,0 +1,179 @@
+"""How the weights of a network of mlx-lm's own are quantized and written."""
+
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+from mlx_lm.utils import dequantize_model, get_total_parameters
+
+from ..checkpoints.writer import Writer
+from ..inference.loading import load_network
+from ..network.driver import Driver
+from ..network.parts import tensors_of
+from ..network.stock import StockNetwork, WholeNetwork
+from ..progress import Progress
+from ..quantization import bits, sensitivity
+from ..quantization.distillation import distill
+from ..quantization.modules import CalibratedModules, read_formats
+from ..text.samples import Passages
+from .stock import StockJob, write_config
+
+ROUTER_BITS = 8  # at least: an error sends tokens to other experts
+STATE_BITS = 4  # at least, where some layers keep a state: errors stay in it
+
+
+def write(
+    job: StockJob,
+    network: StockNetwork,
+    writer: Writer,
+    passages: Passages | None,
+    progress: Progress,
+) -> None:
+    """Write config.json and weights of a job's result, in the place of earlier ones.
+
+    Args:
+        job: all decided.
+        network: the source's.
+        writer: of the result's folder.
+        passages: the text to quantize against and to distill with, if need be.
+        progress: called with (stage, done, total).
+    """
+    writer.discard_weights()
+    model, config = job.build_result(network)
+    write_config(writer, config)
+    tokens = None if passages is None else passages.calibration
+    weights, layers = get_total_parameters(model), [*model.layers]
+    tell = partial(progress, "converting")
+    fits = None
+    if job.calibrated and tokens is not None:
+        dense = _open_dense(job, network)
+        fits = CalibratedModules(dense, model, job.dtype, tokens, tell)
+        fits.embedding()
+        if not dense.is_chain:
+            fits.layer(0)
+    for done, layer in enumerate(layers):
+        path = network.paths[done]
+        if fits is None:
+            tell(done, len(layers) + 1)
+        elif dense.is_chain:
+            fits.layer(done)
+        writer.add({f"{path}.{name}": array for name, array in tensors_of(layer).items()})
+        layer.clear()
+    if fits is not None:
+        fits.head()
+    writer.add(tensors_of(model))
+    writer.finish_weights(weights)
+    tell(len(layers) + 1, len(layers) + 1)
+    if job.options.distill and tokens is not None:
+        _distill(job, network, writer, tokens, progress)
+
+
+def measure_mixtures(
+    job: StockJob, network: StockNetwork, tokens: mx.array, progress: Progress
+) -> bits.Raises:
+    """Measure on the text what rounding each matrix costs, which orders the mixtures of bits."""
+    model, config = job.build_result(network)
+    forms, entry = read_formats(model, job.dtype), config["quantization"]
+    free = [path for path in forms if not isinstance(entry.get(path), dict)]
+    costs = sensitivity.measure_rounding(
+        _open_dense(job, network),
+        free,
+        forms.get,
+        tokens,
+        partial(progress, "measuring matrices"),
+    )
+    modules: dict[str, Any] = dict(model.named_modules())
+    own = {p: {n: a for n, a in modules[p].items() if isinstance(a, mx.array)} for p in free}
+    scales = {
+        p: sum(a.nbytes for n, a in own[p].items() if n in ("scales", "biases")) for p in free
+    }
+    total = sum(array.nbytes for array in tensors_of(model).values())
+    return bits.Raises(
+        {path: own[path]["weight"].size * 32 // forms[path].bits for path in free},
+        costs,
+        entry["bits"],
+        scales,
+        total - sum(own[path]["weight"].nbytes + scales[path] for path in free),
+        find_floors(job, network, model),
+    )
+
+
+def _open_dense(job: StockJob, network: StockNetwork) -> Driver:
+    """Open the result as it is before it is quantized, in float32; ``network`` is the source's."""
+    if network.is_chain:
+        return StockNetwork(lambda: job.build_dense(network)[0], mx.float32)
+    model, _ = job.build_dense(network)
+    model.set_dtype(mx.float32)
+    return WholeNetwork(model)
+
+
+def find_floors(job: StockJob, network: StockNetwork, model: nn.Module) -> dict[str, int]:
+    """Find the fewest bits of some matrices of a result, by module path.
+
+    Routers are the matrices that have as many outputs as there are experts beside them. Attentions
+    and state-space layers have a floor where some layers keep a state instead of keys and values.
+    """
+    floors: dict[str, int] = {}
+    kept = range(len(network.paths)) if job.layers is None else job.layers.kept
+    keeps_state = any(
+        not hasattr(one, "keys")
+        for cache in make_prompt_cache(model)
+        for one in getattr(cache, "caches", (cache,))
+    )
+    for layer, path in zip(kept, network.paths, strict=False):
+        inside = f"{path}."
+        modules = {p: m for p, m in model.named_modules() if p.startswith(inside)}
+        experts = {
+            m.num_experts
+            for m in modules.values()
+            if isinstance(m, SwitchLinear | QuantizedSwitchLinear)
+        }
+        attentions = network.sublayers[layer].parts.get("attention", ())
+        starts = tuple(f"{inside}{part}." for part in attentions)
+        for where, module in modules.items():
+            if "scales" not in module:
+                continue
+            if where.startswith(starts):
+                floors |= {where: STATE_BITS} if keeps_state else {}
+            elif isinstance(module, nn.QuantizedLinear) and module.weight.shape[0] in experts:
+                floors[where] = ROUTER_BITS
+    return floors
+
+
+def _distill(
+    job: StockJob,
+    network: StockNetwork,
+    writer: Writer,
+    tokens: mx.array,
+    progress: Progress,
+) -> None:
+    """Write the weights again with scales and biases that are trained towards the source."""
+    result = load_network(writer.folder, lazy=True)[0]
+    written, weights = tensors_of(result), get_total_parameters(result)
+    forms = read_formats(result, job.dtype)
+    packed = {path: form for path, form in forms.items() if written[f"{path}.weight"].ndim == 2}
+    mx.eval(written)
+    teacher = job.source.build()
+    if job.source.is_packed:
+        teacher = dequantize_model(teacher)
+    student = dequantize_model(result)
+    teacher.set_dtype(mx.float32)
+    student.set_dtype(mx.float32)
+    student.train()  # mlx-lm's own kernels have no gradients
+    changed = distill(
+        teacher,
+        student,
+        written,
+        packed,
+        tokens,
+        steps=job.options.distill,
+        seed=job.options.seed,
+        progress=partial(progress, "distilling"),
+    )
+    changed = {name: array.astype(written[name].dtype) for name, array in changed.items()}
+    writer.discard_weights()
+    writer.add(written | changed)
+    writer.finish_weights(weights)

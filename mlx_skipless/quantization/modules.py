@@ -1,0 +1,128 @@
+"""Quantizes a network of mlx-lm's own against text, module by module.
+
+Which matrices are quantized, and how, mlx-lm has decided: it is read from the quantized modules,
+whose weights are then replaced. Two streams of the text lie in memory, and one layer at a time.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..network.driver import Driver, Recorder, find_ends, is_held_out, split_batches
+from ..network.model import Stream
+from ..network.parts import replace_at
+from ..progress import Steps, tell_part
+from .fitting import Moments
+from .formats import Format, Packed
+from .passage import STEPS, Passage, find_readers, fit_layer, fit_matrix
+
+
+def read_formats(model: nn.Module, dtype: mx.Dtype) -> dict[str, Format]:
+    """Read how each quantized module of a model is packed, by module path.
+
+    ``dtype`` is that of the dense weights.
+    """
+    found: dict[str, Any] = {path: m for path, m in model.named_modules() if "scales" in m}
+    return {
+        path: Format(m.bits, m.group_size, m.mode, m.scales.dtype if m.mode == "affine" else dtype)
+        for path, m in found.items()
+    }
+
+
+class CalibratedModules:
+    """Fits the modules of a quantized network to a text, in place, in the order of the stream.
+
+    A network that is no chain of layers comes as one layer. Matrices outside of the layers are
+    rounded to nearest, but for a head of its own. So are those that ``find_readers`` leaves out.
+
+    Args:
+        network: with dense matrices, in float32.
+        packed: the same network with quantized modules, whose weights are lazy.
+        dtype: of the dense weights.
+        tokens: (sequences, length) of text.
+        progress: called with (steps done, all), ``STEPS`` for each part: embedding, layers, head.
+    """
+
+    def __init__(
+        self,
+        network: Driver,
+        packed: nn.Module,
+        dtype: mx.Dtype,
+        tokens: mx.array,
+        progress: Steps = lambda done, total: None,
+    ):
+        self._network, self._tokens, self._progress = network, split_batches(tokens), progress
+        self._forms = read_formats(packed, dtype)
+        self._modules: dict[str, Any] = dict(packed.named_modules())
+        inside = tuple(f"{path}." for path in network.paths if path)
+        chained = self._forms if network.is_chain else ()
+        outside = [path for path in chained if not path.startswith(inside)]
+        self._ends = {path: self._modules[path] for path in outside}
+        self._wanted: list[Stream] = []  # the dense network's streams
+        self._streams: list[Stream] = []
+
+    def embedding(self) -> None:
+        """Let the text enter both networks."""
+        network = self._network
+        self._wanted = [network.embed(tokens) for tokens in self._tokens]
+        begun = [network.embed(tokens, self._ends) for tokens in self._tokens]
+        self._streams = [h.astype(mx.float32) if network.is_chain else h for h in begun]
+        mx.eval(self._wanted, self._streams)
+        network.release()
+
+    def layer(self, layer: int) -> None:
+        """Quantize a layer; to be called once for each, first to last."""
+        network, tokens, streams = self._network, self._tokens, self._streams
+        prefix = f"{network.paths[layer]}.".removeprefix(".")
+        forms = {
+            path.removeprefix(prefix): form
+            for path, form in self._forms.items()
+            if path.startswith(prefix)
+        }
+        result = network.layer(layer)
+        readers = find_readers(network, layer, result, streams[0], tokens[0], [*forms])
+        for path in forms.keys() - {*readers.paths}:
+            nearest = forms[path].dense(_list_parts(self._modules[prefix + path]))
+            result = replace_at(result, f"{path}.weight", nearest)
+        passage = Passage(network, layer, tokens, self._wanted, streams, readers)
+        tell = tell_part(self._progress, 1 + layer, 2 + len(network.paths))
+        packed, result = fit_layer(passage, result, forms, progress=tell)
+        for path, parts in packed.items():
+            self._modules[prefix + path].update(parts)
+        if network.is_chain:
+            passage.advance(result)
+
+    def head(self) -> None:
+        """Quantize what stands behind the layers, unless it is the embedding."""
+        before, behind = find_ends(self._network)
+        modules = dict(self._network.model.named_modules())
+        for path in sorted(behind - before):
+            if path not in self._ends or not isinstance(modules[path], nn.Linear):
+                continue
+            bias = modules[path].get("bias", 0)
+            moments = Moments(), Moments()
+            for i, wanted in enumerate(self._wanted):
+                y = self._record(path, wanted, {}).y - bias
+                x = self._record(path, self._streams[i], self._ends).x
+                moments[is_held_out(i)].add(x, {path: y})
+            prior = modules[path]["weight"]
+            parts = fit_matrix(*moments, path, prior, self._forms[path])
+            self._modules[path].update(parts)
+        count = STEPS * (2 + len(self._network.paths))
+        self._progress(count, count)
+
+    def _record(self, path: str, h: Stream, changes: Mapping[str, Any]) -> Recorder:
+        """Run what is behind the layers; record what one module there reads and gives."""
+        recorder = Recorder(dict(self._network.model.named_modules())[path])
+        self._network.logits(h, {**changes, path: recorder})
+        return recorder
+
+
+def _list_parts(module: Any) -> Packed:
+    return {
+        part: module[part]
+        for part in ("weight", "scales", "biases")
+        if module.get(part) is not None
+    }

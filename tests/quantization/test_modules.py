@@ -1,0 +1,290 @@
+"""Networks of mlx-lm's own, quantized against text: each fit, what is written, what it is worth."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.utils
+import numpy as np
+import pytest
+import reference
+import zoo
+from grids import only, thorough
+from mlx_lm.models.cache import make_prompt_cache
+
+import mlx_skipless
+from mlx_skipless.conversion.options import Options
+from mlx_skipless.conversion.stock import StockJob, find_source
+from mlx_skipless.conversion.stock_quantization import find_floors
+from mlx_skipless.inference.stock import open_network
+from mlx_skipless.network.driver import is_held_out, split_batches
+from mlx_skipless.network.stock import StockNetwork
+from mlx_skipless.quantization import distillation, fitting, passage
+from mlx_skipless.quantization.formats import Format
+from mlx_skipless.quantization.layout import quantize_nearest
+from mlx_skipless.quantization.modules import CalibratedModules
+from mlx_skipless.quantization.passage import find_readers
+from mlx_skipless.quantization.settings import Quantization
+from mlx_skipless.text import samples
+
+DENSE, MOE, HYBRID = "gemma3_text", "qwen3_moe", "qwen3_5"
+KINDS = (DENSE, MOE, HYBRID, "gpt_oss", "deepseek_v3", "mamba2", "gemma3n", "gemma4_text")
+
+
+@pytest.fixture(autouse=True)
+def less_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples, "CALIBRATION", (32, 48))
+    monkeypatch.setattr(samples, "LONG_CHECK", (4, 32))
+
+
+def draw_text(seed: int, letters: int) -> str:
+    """Text of few letters, some of which are frequent: activations are alike."""
+    share = np.random.default_rng(0).dirichlet(np.full(64, 0.3))
+    drawn = np.random.default_rng(seed).choice(64, letters, p=share)
+    return "".join(chr(48 + i) for i in drawn)
+
+
+def draw_tokens(folder: Path, seed: int, rows: int, length: int = 32) -> mx.array:
+    ids = mlx_lm.utils.load_tokenizer(folder).encode(draw_text(seed, rows * length))
+    return mx.array(ids[: rows * length]).reshape(rows, length)
+
+
+def open_model(folder: Path) -> nn.Module:
+    return mlx_lm.utils.load_model(folder)[0]
+
+
+def run(model: nn.Module, tokens: mx.array) -> np.ndarray:
+    logits = model(tokens, cache=make_prompt_cache(model)).astype(mx.float32)
+    return np.array(logits).astype(np.float64)
+
+
+def make_text(folder: Path, letters: int = 8000) -> Path:
+    file = folder / "text.txt"
+    file.write_text(draw_text(1, letters))
+    return file
+
+
+@pytest.mark.parametrize("kind", only((DENSE, MOE, HYBRID), KINDS))
+def test_text_makes_quantization_better(kind: str, tmp_path: Path) -> None:
+    """Against mlx-lm's own quantization, on other text; what is written is what is reported."""
+    zoo.make_model(tmp_path / "s", kind)
+    report = mlx_skipless.convert(
+        tmp_path / "s",
+        tmp_path / "o",
+        quantize=True,
+        q_group_size=32,
+        calibration=make_text(tmp_path),
+    )
+    tokens, result = draw_tokens(tmp_path / "s", 2, 8), open_model(tmp_path / "o")
+    wanted, got = run(open_model(tmp_path / "s"), tokens), run(result, tokens)
+    nearest, config = mlx_lm.utils.quantize_model(open_model(tmp_path / "s"), {}, 32, 4)
+    alone = reference.softmax_kl(wanted, run(nearest, tokens))
+    assert reference.softmax_kl(wanted, got) < (0.5 if kind in KINDS[:3] else 0.8) * alone
+    assert report.verification is not None and report.verification.quantized_only is not None
+    assert report.verification.kl < 0.8 * report.verification.quantized_only.kl
+    # mlx-lm alone reads the same network as this package.
+    ours = StockNetwork(lambda: open_model(tmp_path / "o"))
+    assert reference.worst_relative_error(got, np.array(ours.logits(ours.hidden(tokens)))) < 1e-4
+    stored = mx.load(str(tmp_path / "o/model.safetensors"))
+    assert report.bytes_after == sum(array.nbytes for array in stored.values())  # type: ignore[union-attr]
+    written = json.loads((tmp_path / "o/config.json").read_text())
+    assert report.quantization == written["quantization"] == config["quantization"]
+    packed = {name for name, module in nearest.named_modules() if "scales" in module}
+    assert packed == {name.removesuffix(".scales") for name in stored if name.endswith(".scales")}
+
+
+GROUPS: dict[str, list[list[str]]] = {
+    MOE: [
+        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        ["self_attn.o_proj"],
+        ["mlp.gate"],
+        ["mlp.switch_mlp.gate_proj", "mlp.switch_mlp.up_proj"],
+        ["mlp.switch_mlp.down_proj"],
+    ],
+    HYBRID: [
+        [f"linear_attn.in_proj_{name}" for name in ("a", "b", "qkv", "z")],
+        ["linear_attn.out_proj"],
+        ["mlp.gate_proj", "mlp.up_proj"],
+        ["mlp.down_proj"],
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_what_reads_the_same_is_found(kind: str, tmp_path: Path) -> None:
+    zoo.make_model(tmp_path, kind)
+    network = StockNetwork(lambda: mlx_lm.utils.load_model(tmp_path, lazy=True)[0])
+    layer, tokens = (1, 0)[kind == HYBRID], draw_tokens(tmp_path, 0, 4)
+    block = network.layer(layer)
+    paths = [path for path, module in block.named_modules() if hasattr(module, "to_quantized")]
+    found = find_readers(network, layer, block, network.embed(tokens), tokens, paths)
+    assert [{*group} for group in found.groups] == [{*group} for group in GROUPS[kind]]
+    assert found.routed == ({"mlp.switch_mlp"} if kind == MOE else set())
+
+
+def solve(
+    x: np.ndarray, y: np.ndarray, held: np.ndarray, prior: np.ndarray, form: Format
+) -> np.ndarray:
+    """The best of all ridge regressions, each as ordinary least squares of a longer problem."""
+
+    def error(weight: np.ndarray) -> float:
+        parts = form.nearest(mx.array(np.ascontiguousarray(weight.T, dtype=np.float32)))
+        return float(np.sum((x[held] @ np.array(form.dense(parts)).T - y[held]) ** 2))
+
+    found = [prior]
+    for ridge in fitting.RIDGES:
+        root = np.sqrt(ridge * np.mean(np.sum(x[~held] ** 2, 0))) * np.eye(x.shape[1])
+        for towards in (0 * prior, prior):
+            longer = np.vstack([x[~held], root]), np.vstack([y[~held], root @ towards])
+            found.append(np.linalg.lstsq(*longer, rcond=None)[0])
+    return min(found, key=error)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_each_fit_is_the_least_squares(
+    bias: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first layer's queries and its experts' gates, computed again from the definition."""
+    kind = "gpt_oss" if bias else MOE
+    zoo.make_model(tmp_path, kind, **({} if bias else {"mlp_only_layers": []}))
+    tokens, source = draw_tokens(tmp_path, 3, 48), open_model(tmp_path)
+    fitted: list[np.ndarray] = []
+    feedback = Format.with_feedback
+
+    def remember(form: Format, weight: np.ndarray, gram: np.ndarray) -> Any:
+        fitted.append(weight.T)
+        return feedback(form, weight, gram)
+
+    monkeypatch.setattr(Format, "with_feedback", remember)
+    packed, _ = quantize_nearest(open_model(tmp_path), Quantization(4, 32))
+    network = StockNetwork(lambda: open_model(tmp_path), mx.float32)
+    fits = CalibratedModules(network, packed, mx.float32, tokens)
+    fits.embedding()
+    fits.layer(0)
+    rows = [
+        is_held_out(i) for i, batch in enumerate(split_batches(tokens)) for _ in range(batch.size)
+    ]
+    held, form = np.array(rows), Format(4, 32, "affine")
+    block = source.layers[0]
+    wanted, begun = (m.model.embed_tokens(tokens) for m in (source, packed))
+    y, x = block.self_attn.q_proj(block.input_layernorm(wanted)), block.input_layernorm(begun)
+    y = y - block.self_attn.q_proj.bias if bias else y
+    flat = [np.array(a.reshape(-1, a.shape[-1])).astype(np.float64) for a in (x, y)]
+    prior = np.array(block.self_attn.q_proj.weight).astype(np.float64).T
+    assert np.allclose(fitted[0], solve(*flat, held, prior, form), atol=2e-3)
+    if bias:
+        return
+    # The same for an expert, from what the source's router gives it.
+    seen = []
+    for model, h in ((source, wanted), (packed, begun)):
+        own = model.layers[0]
+        h = h + own.self_attn(own.input_layernorm(h), "causal")
+        seen.append(np.array(own.post_attention_layernorm(h)).reshape(-1, h.shape[-1]))
+    gates = np.array(block.mlp.gate(mx.array(seen[0])))
+    mine = (np.argsort(-gates, axis=-1)[:, : block.mlp.top_k] == 2).any(-1)
+    weight = np.array(block.mlp.switch_mlp.gate_proj.weight[2]).astype(np.float64)
+    s, x = (one[mine].astype(np.float64) for one in seen)
+    best = solve(x, s @ weight.T, held[mine], weight.T, form)
+    assert min(np.abs(w - best).max() for w in fitted if w.shape == best.shape) < 2e-3
+
+
+def test_experts_that_see_little_are_rounded_to_nearest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passage, "SPARSE", 1e-3)  # as if each expert needed a thousand widths
+    zoo.make_model(tmp_path, MOE)
+    results = [quantize_nearest(open_model(tmp_path), Quantization(4, 32))[0] for _ in range(2)]
+    network = StockNetwork(lambda: open_model(tmp_path), mx.float32)
+    fits = CalibratedModules(network, results[1], mx.float32, draw_tokens(tmp_path, 3, 16))
+    fits.embedding()
+    fits.layer(0)
+    fits.layer(1)
+    for path in (path for group in GROUPS[MOE] for path in group):
+        first, second = (dict(model.layers[1].named_modules())[path] for model in results)
+        same = mx.array_equal(first["weight"], second["weight"]).item()
+        assert same == ("switch_mlp" in path), path
+
+
+def test_floors(tmp_path: Path) -> None:
+    """Routers keep 8 bits whatever mlx-lm says of them, what keeps a state 4."""
+    floors = {}
+    for kind in ("qwen3_5_moe", "olmoe", DENSE):
+        zoo.make_model(tmp_path / kind, kind)
+        options = Options(tmp_path / kind, quantize=True, q_group_size=32, dry_run=True)
+        source = find_source(options)
+        assert source is not None
+        job = StockJob(options, source)
+        network = open_network(source)
+        floors[kind] = find_floors(job, network, job.build_result(network)[0])
+    names = {path.rpartition(".")[2]: bits for path, bits in floors["qwen3_5_moe"].items()}
+    assert names == {
+        "gate": 8, "in_proj_a": 4, "in_proj_b": 4, "in_proj_qkv": 4, "in_proj_z": 4, "out_proj": 4,
+        "q_proj": 4, "k_proj": 4, "v_proj": 4, "o_proj": 4,
+    }  # fmt: skip
+    assert {path.rpartition(".")[2]: bits for path, bits in floors["olmoe"].items()} == {"gate": 8}
+    assert not floors[DENSE]
+
+
+@pytest.mark.parametrize("kind", only((HYBRID,), (DENSE, MOE, HYBRID)))
+def test_a_size_is_kept(kind: str, tmp_path: Path) -> None:
+    zoo.make_model(tmp_path / "s", kind)
+    text = {"calibration": make_text(tmp_path), "q_group_size": 32, "verify": False}
+    plain = mlx_skipless.convert(tmp_path / "s", tmp_path / "p", quantize=True, **text)
+    report = mlx_skipless.convert(
+        tmp_path / "s", tmp_path / "o", target_bytes=plain.bytes_after, **text
+    )
+    assert 0.97 * plain.bytes_after <= report.bytes_after <= plain.bytes_after
+    tokens, result = draw_tokens(tmp_path / "s", 2, 8), open_model(tmp_path / "o")
+    modules = dict(result.named_modules())
+    entry = {k: v for k, v in report.quantization.items() if isinstance(v, dict)}  # type: ignore[union-attr]
+    assert {modules[path].bits for path in entry} >= {3, 5} or len({*map(str, entry.values())}) > 2
+    assert all(modules[path].bits == one["bits"] for path, one in entry.items())
+    if kind == HYBRID:
+        assert all(m.bits >= 4 for p, m in modules.items() if "attn" in p and "scales" in m)
+    wanted = run(open_model(tmp_path / "s"), tokens)
+    kls = [reference.softmax_kl(wanted, run(open_model(tmp_path / n), tokens)) for n in "po"]
+    assert kls[1] < kls[0]
+
+
+@thorough
+def test_a_distance_is_kept(tmp_path: Path) -> None:
+    zoo.make_model(tmp_path / "s", DENSE)
+    text = {"calibration": make_text(tmp_path), "q_group_size": 32}
+    report = mlx_skipless.convert(tmp_path / "s", tmp_path / "o", target_kl=0.002, **text)
+    assert report.verification is not None and report.verification.kl <= 0.002
+    larger = mlx_skipless.convert(tmp_path / "s", tmp_path / "q", target_kl=0.0005, **text)
+    assert larger.bytes_after > report.bytes_after
+
+
+def test_distilling_brings_it_closer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distillation, "LEARNING_RATE", 1e-3)  # there is little text
+    zoo.make_model(tmp_path / "s", HYBRID, num_hidden_layers=2, full_attention_interval=2)
+    tokens = draw_tokens(tmp_path / "s", 2, 8)
+    wanted, kls = run(open_model(tmp_path / "s"), tokens), []
+    for steps in (0, 20):
+        out = tmp_path / f"o{steps}"
+        mlx_skipless.convert(
+            tmp_path / "s", out, quantize=True, q_bits=3, q_group_size=32, distill=steps,
+            calibration=make_text(tmp_path), verify=False,
+        )  # fmt: skip
+        kls.append(reference.softmax_kl(wanted, run(open_model(out), tokens)))
+    assert kls[1] < kls[0]
+
+
+def test_experts_are_not_distilled(tmp_path: Path) -> None:
+    zoo.make_model(tmp_path / "s", MOE)
+    with pytest.raises(mlx_skipless.UserError, match="--distill is not for models with experts"):
+        mlx_skipless.convert(tmp_path / "s", tmp_path / "o", quantize=True, distill=9)
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_router_is_packed_in_groups_that_divide_its_inputs(tmp_path: Path) -> None:
+    """mlx-lm asks for groups of 64 in routers; this one has 96 inputs."""
+    zoo.make_model(tmp_path / "s", MOE, hidden_size=96)
+    mlx_skipless.convert(
+        tmp_path / "s", tmp_path / "o", quantize=True, q_group_size=32, verify=False
+    )
+    gate = open_model(tmp_path / "o").layers[1].mlp.gate
+    assert (gate.bits, gate.group_size) == (8, 32)
