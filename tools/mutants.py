@@ -52,7 +52,6 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("reduced", "if state is None:", "if False:", STOCK),
     ("reduced", "sanitize({**gone, **weights})", "sanitize(weights)", STOCK),
     ("reduced", "not isinstance(cache, _StaysDense) and", "False and", STOCK),
-    ("trial", "self._is_used(spy.made, layer + 1)", "self._is_used(spy.made, layer + 2)", STOCK),
     ("trial", "if any(one.given for one in met):", "if False:", STOCK),
     # The algebra: signs, transposes, biases.
     ("algebra", "else q.bias @ inverse)", "else -q.bias @ inverse)", EXACT),
