@@ -5,6 +5,8 @@
 The models and the ways of running them are those of the tests.
 """
 
+import contextlib
+import io
 import itertools
 import sys
 import tempfile
@@ -52,7 +54,7 @@ def main() -> None:
     works = 0
     chosen = sys.argv[1:] or [*CONFIGS]
     for name in chosen:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             case = open_case(Path(folder) / "model", name)
             cells = [try_ways(case, ways) for ways in COLUMNS.values()]
             row = (*(name_parts(case, kind) for kind in KINDS), *cells)
