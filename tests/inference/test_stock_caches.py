@@ -1,4 +1,4 @@
-"""Quantized caches of networks of mlx-lm's own, whose configs say in many ways how wide heads are."""
+"""Quantized caches of networks of mlx-lm's own, whose heads configs describe in many ways."""
 
 from pathlib import Path
 
