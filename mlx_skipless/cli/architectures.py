@@ -1,11 +1,12 @@
-"""architectures: what can go from the architectures that are known."""
+"""architectures: what can go from the architectures that are known, and from all others."""
 
 import argparse
 import re
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from ..evaluation.catalogue import Entry, list_entries
+from ..evaluation.catalogue import Entry, list_entries, list_other_types
 from .shared import add_output_arguments, open_output
 from .tables import Grid, format_count
 
@@ -42,7 +43,10 @@ def run(options: dict[str, Any]) -> None:
             shown.say(LEGEND)
         else:
             shown.say(Grid(TITLES, rows, words=len(TITLES)).markdown())
-        shown.write_json({"models": [entry.as_dict() for entry in entries]})
+        others = list_other_types()
+        shown.say("\n" + _describe_others(others))
+        models = [entry.as_dict() for entry in entries]
+        shown.write_json({"models": models, "other_model_types": others})
 
 
 def tabulate_entries(entries: Sequence[Entry]) -> Grid:
@@ -64,6 +68,18 @@ def tabulate_entries(entries: Sequence[Entry]) -> Grid:
         pays = f"{entry.table_growth:+.1%}" if entry.table_pays else "too large"
         rows.append((entry.name, format_count(entry.weights), *gone, pays))
     return Grid(titles, rows)
+
+
+def _describe_others(model_types: Sequence[str]) -> str:
+    """Say what is possible for the architectures that only mlx-lm knows."""
+    return textwrap.fill(
+        f"mlx-lm has {len(model_types)} more model types. None of them loses weights exactly. All "
+        "run through mlx-lm's own network: attentions, FFNs and blocks are dropped and measured "
+        "(--dry-run says where that cannot be), weights are quantized (-q), and analyze, heal, "
+        f"perplexity, evaluate and bench take them: {', '.join(model_types)}.",
+        width=79,
+        break_on_hyphens=False,
+    )
 
 
 def _make_row(entry: Entry) -> tuple[str, ...]:

@@ -1,9 +1,12 @@
 """What can go from the architectures that are known: arithmetic on published shapes."""
 
+import re
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx_lm.models
 
 from ..architectures.config import read_model_args
 from ..architectures.families import FAMILIES
@@ -60,6 +63,18 @@ def read_catalogue_args(name: str) -> ModelArgs:
 def list_entries() -> list[Entry]:
     """List what can go from each model in the catalogue."""
     return [_make_entry(name) for name in MODELS]
+
+
+def list_other_types() -> list[str]:
+    """List the ``model_type``s that the installed mlx-lm has a network for and we have no entry."""
+    files = (file for folder in mlx_lm.models.__path__ for file in Path(folder).glob("*.py"))
+    needed = (r"^(class|from .* import) Model\b", r"^class ModelArgs\b")
+    networks = (
+        file.stem
+        for file in files
+        if all(re.search(one, file.read_text("utf-8"), re.M) for one in needed)
+    )
+    return sorted({*networks} - FAMILIES.keys())
 
 
 def _make_entry(name: str) -> Entry:

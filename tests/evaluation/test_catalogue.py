@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from zoo import CANNOT, CONFIGS
 
 from mlx_skipless.architectures.families import FAMILIES
 from mlx_skipless.architectures.shapes import MODELS
@@ -93,7 +94,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     """The document has the table that it prints, and its JSON says the same."""
     assert main(["architectures", "--json", str(tmp_path / "a.json")]) == 0
     printed = capsys.readouterr().out.strip()
-    assert printed.startswith("| model |") and printed in DOCUMENT.read_text()
+    table, paragraph = printed.rsplit("\n\n", 1)
+    assert table.startswith("| model |") and table in DOCUMENT.read_text()
+    others = (CONFIGS.keys() | CANNOT.keys()) - FAMILIES.keys()
+    assert {*catalogue.list_other_types()} == others
+    assert max(map(len, paragraph.splitlines())) < 80
+    assert f"mlx-lm has {len(others)} more model types" in paragraph
+    assert {*re.split(r"[\s,.:]+", paragraph)} > others
     models = json.loads((tmp_path / "a.json").read_text())["models"]
     assert {one["name"]: one["weights"] for one in models} == PUBLISHED
     by_name = {one["name"]: one for one in models}

@@ -8,6 +8,7 @@ from typing import Any
 
 import architectures
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 import reference
@@ -216,3 +217,26 @@ def test_what_comes_out_of_a_table_is_watched(skips: tuple[str, ...], tmp_path: 
         tmp_path / "model", tmp_path / "out", remove="p", precompute_first_layer="force"
     )
     assert report.verification is not None and len(report.verification.magnitudes) == 3
+
+
+def test_numbers_of_experts_are_passed_over() -> None:
+    """A gate gives places, which are no floats, and what they weigh; its block asks it for more."""
+
+    class Gate(nn.Module):
+        top = 2
+
+        def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
+            return mx.argpartition(x, -self.top, axis=-1)[..., -self.top :], 3 * x
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = Gate()
+
+        def __call__(self, x: mx.array) -> mx.array:
+            places, scores = self.gate(x)
+            return mx.take_along_axis(scores, places, axis=-1)[..., : self.gate.top]
+
+    watch = Watch()
+    watch.run("layer", Layer(), mx.array([[1.0, -5.0, 2.0, 4.0]]))
+    assert (watch.layers[0].where, watch.layers[0].value) == ("layer.gate's output", 15)
