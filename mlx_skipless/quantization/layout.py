@@ -1,6 +1,7 @@
 """Names, shapes and bytes of a network's tensors, before any weight exists."""
 
 import contextlib
+import inspect
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -31,11 +32,13 @@ def quantize_nearest(
     """
     usual = predicate or getattr(model, "quant_predicate", None) or (lambda path, module: True)
 
-    def choose(path: str, module: nn.Module) -> bool | dict[str, Any]:
+    def choose(path: str, module: Any) -> bool | dict[str, Any]:
+        if "mode" not in inspect.signature(module.to_quantized).parameters:
+            return False  # afm7's fused matrices, which mlx-lm cannot quantize
         answer = usual(path, module)
         if path in q.own and answer is True:
             return {"group_size": q.usual_group_size, "bits": q.own[path], "mode": q.mode}
-        if isinstance(answer, dict) and module.weight.shape[-1] % answer.get("group_size", 1):  # type: ignore[union-attr]
+        if isinstance(answer, dict) and module.weight.shape[-1] % answer.get("group_size", 1):
             return answer | {"group_size": q.usual_group_size}  # which divides its inputs
         return answer
 

@@ -24,7 +24,8 @@ def read_formats(model: nn.Module, dtype: mx.Dtype) -> dict[str, Format]:
 
     ``dtype`` is that of the dense weights.
     """
-    found: dict[str, Any] = {path: m for path, m in model.named_modules() if "scales" in m}
+    modules: dict[str, Any] = dict(model.named_modules())
+    found = {path: m for path, m in modules.items() if "scales" in m and hasattr(m, "mode")}
     return {
         path: Format(m.bits, m.group_size, m.mode, m.scales.dtype if m.mode == "affine" else dtype)
         for path, m in found.items()
