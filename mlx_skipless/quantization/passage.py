@@ -283,7 +283,10 @@ class _Called(Recorder):
         super().__init__(inner)
         self.__dict__["path"], self.__dict__["calls"] = path, calls
 
-    def __call__(self, x: Any, *others: Any, **options: Any) -> Any:
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        if not args:  # some architectures name all that they pass; what comes first is the input
+            args = (options.pop(next(iter(options))),)
+        x, *others = args
         self.__dict__["given"] = others, options
         y = super().__call__(x, *others, **options)
         if (calls := self.__dict__["calls"]) is not None:
