@@ -5,6 +5,8 @@
 The models and the ways of running them are those of the tests.
 """
 
+import contextlib
+import io
 import itertools
 import sys
 import tempfile
@@ -29,7 +31,9 @@ def name_parts(case: Case, kind: str) -> str:
         if kind in own.obstacles and (kind in own.parts or not text):
             stay.setdefault(own.obstacles[kind], []).append(layer)
     every = range(len(case.sublayers))
-    reasons = [why if [*every] == at else f"{str(at)[1:-1]} stay: {why}" for why, at in stay.items()]
+    reasons = [
+        why if [*every] == at else f"{str(at)[1:-1]} stay: {why}" for why, at in stay.items()
+    ]
     return "; ".join([text, *reasons] if text else reasons)
 
 
@@ -50,7 +54,7 @@ def main() -> None:
     works = 0
     chosen = sys.argv[1:] or [*CONFIGS]
     for name in chosen:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             case = open_case(Path(folder) / "model", name)
             cells = [try_ways(case, ways) for ways in COLUMNS.values()]
             row = (*(name_parts(case, kind) for kind in KINDS), *cells)

@@ -29,6 +29,7 @@ TAKEN = ("mlx_skipless", "tests", "tools", "docs", "*.py", "*.toml", "README.md"
 
 EXACT = "tests/removal/test_exactness.py -k test_removal"
 CONSTANTS = "tests/removal/test_constants.py"
+STOCK = "tests/network/test_stock.py"
 REFUSAL = "tests/conversion/test_refusal.py"
 PLAN = (
     "tests/removal tests/conversion/test_bad_input.py "
@@ -47,6 +48,11 @@ HEAL = "tests/training/test_healing.py -k"
 # A station, the text that is there exactly once in the package (or once in the file that is named
 # behind "@@"), what takes its place, and pytest's arguments.
 MUTANTS: list[tuple[str, str, str, str]] = [
+    # Networks of mlx-lm's own without sub-layers.
+    ("reduced", "if state is None:", "if False:", STOCK),
+    ("reduced", "sanitize({**gone, **weights})", "sanitize(weights)", STOCK),
+    ("reduced", "not isinstance(cache, _StaysDense) and", "False and", STOCK),
+    ("trial", "if any(one.given for one in met):", "if False:", STOCK),
     # The algebra: signs, transposes, biases.
     ("algebra", "else q.bias @ inverse)", "else -q.bias @ inverse)", EXACT),
     ("algebra", "else -p.bias)", "else p.bias)", EXACT),

@@ -9,6 +9,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from ..errors import UserError
 from ..network import reduced
 from ..network.parts import dtype_name
 from ..quantization.coverage import Packing
@@ -37,7 +38,8 @@ def make_report(
     source, width = job.source, job.source.dtype.size
     whole, after = _measure_sizes(source.model), _measure_sizes(model)
     before = {path: (count, count * width) for path, (count, _) in whole.items()}
-    formats = Counter((m.mode, m.bits, m.group_size) for m in model.modules() if "scales" in m)
+    packed = [module for module in model.modules() if "scales" in module]
+    formats = Counter((getattr(m, "mode", "affine"), m.bits, m.group_size) for m in packed)
     nothing = not job.options.drops and job.options.quantization is None
     bytes_after = _total(after, 1)
     return Report(
@@ -133,7 +135,10 @@ def _count_read(model: nn.Module, config: Mapping[str, Any]) -> float:
 def _count_cache_bytes(model: nn.Module) -> int:
     """Count the bytes of KV cache that a token takes; nothing is computed."""
     caches = make_prompt_cache(model)
-    model(mx.zeros((1, 1), mx.int32), cache=caches)
+    try:
+        model(mx.zeros((1, 1), mx.int32), cache=caches)
+    except (AttributeError, TypeError, ValueError) as error:  # a quantized head, for instance
+        raise UserError(f"mlx-lm cannot run the result: {error}") from error
     flat = [one for cache in caches for one in getattr(cache, "caches", (cache,))]
     kept = [getattr(one, name, None) for one in flat for name in ("keys", "values")]
     arrays = [array for array in kept if isinstance(array, mx.array)]

@@ -248,7 +248,8 @@ def _check_types(model: nn.Module, folder: Path, has_fp8: bool) -> None:
     for path, module in model.named_modules():
         packed = any("scale" in key for key in module)
         for key, array in module.items():
-            if isinstance(array, mx.array) and not is_float(array.dtype) and not packed:
+            own = key.startswith("_")  # a constant of mlx-lm's code, no weight
+            if isinstance(array, mx.array) and not (is_float(array.dtype) or packed or own):
                 raise UserError(
                     f"{path}.{key} in {folder} is of the type {dtype_name(array.dtype)}, and "
                     f"weights are {', '.join(map(dtype_name, FLOATS.values()))}: use another export"

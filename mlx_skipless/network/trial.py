@@ -81,11 +81,6 @@ class _Spy(Recorder):
         same = [[key for key, one in others if _is_same(one, given)] for given in self.more]
         return [next(iter(keys), None) for keys in same]
 
-    @property
-    def made(self) -> set[int]:
-        """The identities of arrays that it made and gave beside its output."""
-        return _arrays(self.more) - _arrays([*self.__dict__["others"].values()])
-
 
 class _Met:
     """A block, and what a forward did with it."""
@@ -101,9 +96,8 @@ class _Met:
         ]
         self._spies: dict[str, _Spy] = {}
         self._block: Any = block
-        for path in sorted(
-            paths, key=lambda path: (-path.count("."), path)
-        ):  # the inner ones first
+        inner_first = sorted(paths, key=lambda path: (-path.count("."), path))
+        for path in inner_first:
             self._spies[path] = _Spy(find_part(self._block, path))
             self._block = replace_at(self._block, path, self._spies[path])
 
@@ -168,18 +162,18 @@ class Trial:
             known = self._handed.get(path) or [None] * len(spy.more)
             both = zip(known, spy.handed, strict=True)
             self._handed[path] = [a if b is None else b for a, b in both]
-        self.sublayers = [self._judge(layer, one) for layer, one in enumerate(met)]
+        self.sublayers = [*map(self._judge, met)]
         self.extras = len(met[0].more)
         used = (layer for layer, one in enumerate(met) if self._is_used(one.made, layer + 2))
         self.sources = frozenset(used) if self.extras else None
-
         if any(one.given for one in met):  # which may be what other layers keep
             self.sublayers = [*map(self._try_without, range(len(met)))]
+        del self._met  # and with it all that the forward would have computed
 
     def _try_without(self, layer: int) -> Sublayers:
         """A layer's sub-layers, if forwards go on without them."""
         own, block = self.sublayers[layer], self._blocks[layer]
-        why = "the network does not run without it"
+        why = "later layers need what it keeps or hands on"
         stay = {
             kind: own.obstacles.get(kind, why) for kind in KINDS
             if kind in own.obstacles or not self._runs_with(layer, drop_sublayer(block, own, kind))
@@ -201,15 +195,13 @@ class Trial:
         """Whether layers from one on are given any of these arrays."""
         return any(made & later.given for later in self._met[start:])
 
-    def _judge(self, layer: int, met: _Met) -> Sublayers:
+    def _judge(self, met: _Met) -> Sublayers:
         parts: dict[str, tuple[str, ...]] = {}
         obstacles: dict[str, str] = {}
         for path, spy in met.parts.items():
             kind = spy.tell_kind(path)
             parts[kind] = (*parts.get(kind, ()), path)
-            if self._is_used(spy.made, layer + 1):
-                obstacles[kind] = f"later layers use what its {path} makes"
-            elif any(self._uses[id(cache)] > 1 for cache in spy.caches):
+            if any(self._uses[id(cache)] > 1 for cache in spy.caches):
                 obstacles[kind] = f"layers share what its {path} keeps"
             elif not all(map(_counts_tokens, spy.caches)):
                 obstacles[kind] = f"its {path} keeps what only itself can write"

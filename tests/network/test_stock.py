@@ -18,8 +18,8 @@ DEFAULT = {
     ("gpt_oss", "tokens"), ("gpt_oss", "batch"), ("gpt_oss", "saved cache"),
     ("qwen3_5", "chunks"), ("qwen3_5", "batch"), ("qwen3_5", "saved"), ("qwen3_5", "4 bits"),
     ("gemma4_text", "chunks"), ("gemma4_text", "saved"),
-    ("longcat_flash", "tokens"), ("longcat_flash", "saved"),
-    ("falcon_h1", "batch"), ("rwkv7", "chunks"), ("rwkv7", "saved"),
+    ("longcat_flash", "saved"),
+    ("falcon_h1", "batch"), ("falcon_h1", "saved"), ("rwkv7", "chunks"), ("rwkv7", "saved"),
     ("qwen3", "kv-bits"), ("qwen3", "trimmed"),
 }  # fmt: skip
 CASES = only(DEFAULT, [(name, way) for name in CONFIGS for way in WAYS])
@@ -74,3 +74,44 @@ def test_it_runs_layer_by_layer_or_as_a_whole(name: str, open_once: Callable[[st
                     run = network.without(at, block, {kind}) if at == layer else block
                     h = network.run(at, h, tokens, run)
                 assert differ(network.logits(h), expected) < 1e-5
+
+
+# Layers whose sub-layers cannot go: because there are none, or later layers use what they keep.
+STAY = {
+    "afm7": {"attention": [2]},
+    "deepseek_v41": {"attention": [0, 1, 2, 3, 4, 5]},
+    "gemma3n": {"attention": [2, 3, 4, 5]},
+    "gemma4_text": {"attention": [2, 3]},
+    "hunyuan": {"attention": [0, 2]},
+    "iquestloopcoder": {"attention": [0, 1, 2, 3], "ffn": [0, 1, 2, 3]},
+    "mamba": {"ffn": [0, 1, 2, 3]},
+    "mamba2": {"ffn": [0, 1, 2, 3]},
+    "nemotron-nas": {"attention": [1], "ffn": [2]},
+    "nemotron_h": {"attention": [1, 3, 6, 7], "ffn": [0, 2, 4, 5]},
+    "rwkv7": {"attention": [0]},
+}
+PARTS = {
+    "dbrx": {"attention": {"norm_attn_norm.attn"}, "ffn": {"ffn"}},
+    "exaone": {"attention": {"attn.attention"}, "ffn": {"mlp"}},
+    "falcon_h1": {"attention": {"mamba", "self_attn"}, "ffn": {"feed_forward"}},
+    "gemma4": {"attention": {"self_attn"}, "ffn": {"mlp", "experts"}},
+    "granitemoehybrid": {
+        "attention": {"mamba", "self_attn"}, "ffn": {"shared_mlp", "block_sparse_moe"},
+    },
+    "longcat_flash": {
+        "attention": {"self_attn.0", "self_attn.1"}, "ffn": {"mlp", "mlps.0", "mlps.1"},
+    },
+    "nemotron_h": {"attention": {"mixer"}, "ffn": {"mixer"}},
+    "qwen3_5_moe": {"attention": {"linear_attn", "self_attn"}, "ffn": {"mlp"}},
+    "rwkv7": {"attention": {"attn"}, "ffn": {"ffn"}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", only({"afm7", "dbrx", "hunyuan", "nemotron_h"}, CONFIGS))
+def test_what_blocks_call_their_sublayers(name: str, open_once: Callable[[str], Case]) -> None:
+    own = open_once(name).sublayers
+    stay = {kind: [i for i, one in enumerate(own) if kind in one.obstacles] for kind in KINDS}
+    assert {kind: layers for kind, layers in stay.items() if layers} == STAY.get(name, {})
+    if name in PARTS:
+        parts = {kind: {p for one in own for p in one.parts.get(kind, ())} for kind in KINDS}
+        assert parts == PARTS[name]
