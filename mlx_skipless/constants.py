@@ -15,5 +15,7 @@ MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "nvfp4": ((16,), (4,)),
     "mxfp8": ((32,), (8,)),
 }
+# What configs call the number of experts that a token is given to.
+CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k")
 BUNDLED = Path(__file__).parent / "assets" / "tales"  # a source checkpoint that tells tales
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

@@ -14,6 +14,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +101,20 @@ def make_model(folder: Path, model_type: str, gigabytes: float) -> int:
     return size
 
 
+@cache
+def _draw(shape: tuple[int, ...]) -> mx.array:
+    """Draw a matrix; layers share theirs, as drawing takes longer than writing."""
+    matrix = mx.random.normal(shape, scale=shape[-1] ** -0.5).astype(mx.bfloat16)
+    mx.eval(matrix)
+    return matrix
+
+
 def _save(folder: Path, files: dict[str, str], prefix: str, module: nn.Module) -> int:
     """Write a module's tensors into a file; the norms stay 1, matrices get small numbers."""
     tensors = {}
     for name, array in tree_flatten(module.parameters()):
         if array.ndim > 1:
-            array = mx.random.normal(array.shape, scale=array.shape[-1] ** -0.5)
+            array = _draw(array.shape)
         tensors[prefix + name] = array.astype(mx.bfloat16)
     file = f"model-{len(set(files.values())):05}.safetensors"
     files |= dict.fromkeys(tensors, file)

@@ -16,7 +16,9 @@ from . import files
 from .output import hide_paths, remove_abandoned, sync_file, temporary_folder
 from .safetensors import INDEX
 
-SHARD_BYTES = 1 << 29  # two are in memory, one being written; mlx-lm reads any number of shards
+SHARD_BYTES = 1 << 29  # at most; two are in memory, one being written
+LEAST_SHARD_BYTES = 1 << 26
+SHARDS = 16  # as many are welcome, so that small results take little memory
 
 
 class Writer:
@@ -42,6 +44,7 @@ class Writer:
         check_free(out, flag)
         remove_abandoned(out, flag)
         _check_space(out, expected_bytes, flag)
+        self._shard_bytes = min(SHARD_BYTES, max(LEAST_SHARD_BYTES, expected_bytes // SHARDS))
         self._shards: list[list[str]] = []
         self._pending: dict[str, mx.array] = {}
         self._pending_bytes = self._total_bytes = 0
@@ -66,7 +69,7 @@ class Writer:
     def add(self, tensors: Mapping[str, mx.array]) -> None:
         """Add tensors; they are written when a shard is full."""
         for name, array in tensors.items():
-            if self._pending and self._pending_bytes + array.nbytes > SHARD_BYTES:
+            if self._pending and self._pending_bytes + array.nbytes > self._shard_bytes:
                 self._flush()
             self._pending[name] = array
             self._pending_bytes += array.nbytes

@@ -9,6 +9,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from ..constants import CHOSEN
 from ..errors import UserError
 from ..network import reduced
 from ..network.parts import dtype_name
@@ -18,9 +19,6 @@ from .decisions import describe_bits
 from .planning import SAVINGS
 from .report import LayerRow, Report
 from .stock import StockJob
-
-# What configs call the number of experts that a token is given to.
-CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k")
 
 Sizes = Mapping[str, tuple[int, int]]  # weights and bytes of a module's own tensors, by path
 

@@ -24,7 +24,7 @@ from mlx_lm.generate import generation_stream, wired_limit
 from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from ..constants import FLOAT_NAMES, REMOVALS
+from ..constants import CHOSEN, FLOAT_NAMES, REMOVALS
 from ..errors import UserError
 from ..inference.context import check_windows
 from ..inference.loading import load_network
@@ -452,9 +452,20 @@ def count_bytes_read(model: nn.Module, batch_size: int = 1) -> int:
             head = any(m.weight.shape[0] == rows for m in modules if m is not module)
             total -= own - own / rows * batch_size if head else 0
         elif isinstance(module, SwitchLinear | QuantizedSwitchLinear):
-            picked = getattr(model.args, "num_experts_per_tok", rows)
+            picked = _count_picked(model, rows)
             total -= own * (1 - picked / rows) ** batch_size
     return round(total)
+
+
+def _count_picked(model: nn.Module, experts: int) -> int:
+    """Count the experts that a token is given to, of so many; all where no config says it."""
+    args = getattr(model, "args", None)
+    places = [vars(args)] if hasattr(args, "__dict__") else []
+    places += [
+        place["text_config"] for place in places if isinstance(place.get("text_config"), dict)
+    ]
+    found = (place.get(key) for place in reversed(places) for key in CHOSEN)
+    return next((count for count in found if isinstance(count, int)), experts)
 
 
 def _begin_cache(model: nn.Module, batch_size: int) -> list[Any]:

@@ -79,6 +79,8 @@ def find_readers(
     groups: dict[int, list[str]] = {}  # the calls keep their arrays, whose numbers stay theirs
     for path, call in once.items():
         if path in paths and _is_plain(modules[path], call, path.rpartition(".")[0] in routed):
+            if not _is_expert(modules[path]) and call.x.size // call.x.shape[-1] % tokens.size:
+                continue  # some tokens alone: which they are depends on a router that changes
             groups.setdefault(id(call.x), []).append(path)
     return Readers(tuple(groups.values()), frozenset(routed))
 

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from architectures import ARCHITECTURES
 from factory import make_checkpoint, make_llama
+from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from mlx_lm.models import cache as caches
+from zoo import make_model
 
 import mlx_skipless
 from mlx_skipless.checkpoints import writer
@@ -29,6 +31,7 @@ from mlx_skipless.evaluation.synthetic import (
     make_skipless_model,
     make_stock_model,
 )
+from mlx_skipless.inference.loading import load_network
 from mlx_skipless.network.parts import tensors_of
 from mlx_skipless.quantization.layout import Layout, Quantization
 
@@ -464,3 +467,14 @@ def test_what_cannot_be_measured(
     error = capsys.readouterr().err
     assert said in error and error.startswith("error: ") and error.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_picked_experts_are_found_where_the_config_is_nested(tmp_path: Path) -> None:
+    make_model(tmp_path, "qwen3_5_moe")
+    model = load_network(tmp_path)[0]
+    sizes = {name: array.nbytes for name, array in tree_flatten(model.parameters())}
+    experts = sum(size for name, size in sizes.items() if "switch_mlp" in name)  # 2 of 4 are picked
+    embedding = next(size for name, size in sizes.items() if "embed_tokens" in name)
+    row = embedding / model.args.text_config["vocab_size"]  # type: ignore[index, union-attr]
+    expected = sum(sizes.values()) - experts / 2 - embedding + row
+    assert benchmark.count_bytes_read(model) == round(expected)
