@@ -26,13 +26,15 @@ def test_sizes_that_are_none(text: str) -> None:
         parse_bytes(text)
 
 
-def some(seed: int, count: int = 4) -> tuple[dict[str, int], dict[str, float], Raises]:
+def some(
+    seed: int, count: int = 4, floors: dict[str, int] | None = None
+) -> tuple[dict[str, int], dict[str, float], Raises]:
     rng = np.random.default_rng(seed)
     names = [f"m{i}" for i in range(count)]
     weights = {name: int(rng.integers(1, 9)) * 64 for name in names}
     costs = {name: float(10 ** rng.uniform(-5, -2)) for name in names}
     scales = {name: count // 16 for name, count in weights.items()}
-    return weights, costs, Raises(weights, costs, 4, scales, rest=1000)
+    return weights, costs, Raises(weights, costs, 4, scales, 1000, floors)
 
 
 def measured(weights: dict[str, int], costs: dict[str, float], bits: dict) -> tuple[int, float]:
@@ -41,13 +43,16 @@ def measured(weights: dict[str, int], costs: dict[str, float], bits: dict) -> tu
     return nbytes, sum(c * (15 / (2 ** bits[name] - 1)) ** 2 for name, c in costs.items())
 
 
+@pytest.mark.parametrize("floors", [{}, {"m1": 8, "m2": 4}], ids=["free", "floors"])
 @pytest.mark.parametrize("seed", range(6))
-def test_no_other_mixture_of_these_bytes_costs_less(seed: int) -> None:
-    weights, costs, raises = some(seed)
+def test_no_other_mixture_of_these_bytes_costs_less(seed: int, floors: dict[str, int]) -> None:
+    weights, costs, raises = some(seed, floors=floors)
     every = [dict(zip(weights, b, strict=True)) for b in itertools.product(BITS, repeat=4)]
+    every = [bits for bits in every if all(bits[name] >= b for name, b in floors.items())]
     known = [measured(weights, costs, bits) for bits in every]
     found = raises.mixtures()
-    assert set(found[0].bits.values()) == {2} and set(found[-1].bits.values()) == {8}
+    assert found[0].bits == dict.fromkeys(weights, 2) | floors
+    assert set(found[-1].bits.values()) == {8}
     for before, after in itertools.pairwise(found):
         assert before.nbytes < after.nbytes and before.cost > after.cost
     for mixture in found:

@@ -20,11 +20,11 @@ from mlx_skipless.conversion.stock import StockJob, find_source
 from mlx_skipless.conversion.stock_quantization import find_floors
 from mlx_skipless.inference.stock import open_network
 from mlx_skipless.network.driver import is_held_out, split_batches
-from mlx_skipless.network.stock import StockNetwork
-from mlx_skipless.quantization import distillation, fitting, passage
+from mlx_skipless.network.stock import StockNetwork, WholeNetwork
+from mlx_skipless.quantization import distillation, fitting, passage, sensitivity
 from mlx_skipless.quantization.formats import Format
 from mlx_skipless.quantization.layout import quantize_nearest
-from mlx_skipless.quantization.modules import CalibratedModules
+from mlx_skipless.quantization.modules import CalibratedModules, read_formats
 from mlx_skipless.quantization.passage import find_readers
 from mlx_skipless.quantization.settings import Quantization
 from mlx_skipless.text import samples
@@ -227,9 +227,30 @@ def test_floors(tmp_path: Path) -> None:
     assert not floors[DENSE]
 
 
-@pytest.mark.parametrize("kind", only((HYBRID,), (DENSE, MOE, HYBRID)))
+@pytest.mark.parametrize("kind", only((MOE,), (MOE, HYBRID, "gemma4_text")))
+def test_rounding_costs(kind: str, tmp_path: Path) -> None:
+    """Each matrix alone, in a model that mlx-lm runs by itself."""
+    zoo.make_model(tmp_path, kind)
+    tokens, source = draw_tokens(tmp_path, 0, 2), open_model(tmp_path)
+    packed, _ = quantize_nearest(open_model(tmp_path), Quantization(3, 32))
+    forms, modules = read_formats(packed, mx.float32), dict(source.named_modules())
+    chain = StockNetwork(lambda: open_model(tmp_path), mx.float32)
+    network = chain if chain.is_chain else WholeNetwork(open_model(tmp_path))
+    got = sensitivity.measure_rounding(network, forms, forms.get, tokens)
+    exact = run(source, tokens)
+    assert got.keys() == {path for path, m in modules.items() if hasattr(m, "to_quantized")}
+    for path, cost in got.items():
+        weight = modules[path].weight
+        how = forms[path].group_size, forms[path].bits
+        modules[path].weight = mx.dequantize(*mx.quantize(weight, *how), *how)
+        expected = reference.softmax_kl(exact, run(source, tokens))
+        modules[path].weight = weight
+        assert cost == pytest.approx(expected, rel=0.02, abs=1e-7), path
+
+
+@pytest.mark.parametrize("kind", only((DENSE,), (DENSE, MOE, HYBRID)))
 def test_a_size_is_kept(kind: str, tmp_path: Path) -> None:
-    zoo.make_model(tmp_path / "s", kind)
+    zoo.make_model(tmp_path / "s", kind, num_hidden_layers=2)
     text = {"calibration": make_text(tmp_path), "q_group_size": 32, "verify": False}
     plain = mlx_skipless.convert(tmp_path / "s", tmp_path / "p", quantize=True, **text)
     report = mlx_skipless.convert(
@@ -239,7 +260,7 @@ def test_a_size_is_kept(kind: str, tmp_path: Path) -> None:
     tokens, result = draw_tokens(tmp_path / "s", 2, 8), open_model(tmp_path / "o")
     modules = dict(result.named_modules())
     entry = {k: v for k, v in report.quantization.items() if isinstance(v, dict)}  # type: ignore[union-attr]
-    assert {modules[path].bits for path in entry} >= {3, 5} or len({*map(str, entry.values())}) > 2
+    assert len({one["bits"] for one in entry.values()}) > 2
     assert all(modules[path].bits == one["bits"] for path, one in entry.items())
     if kind == HYBRID:
         assert all(m.bits >= 4 for p, m in modules.items() if "attn" in p and "scales" in m)
@@ -258,9 +279,12 @@ def test_a_distance_is_kept(tmp_path: Path) -> None:
     assert larger.bytes_after > report.bytes_after
 
 
-def test_distilling_brings_it_closer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", only((DENSE,), (DENSE, HYBRID)))
+def test_distilling_brings_it_closer(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(distillation, "LEARNING_RATE", 1e-3)  # there is little text
-    zoo.make_model(tmp_path / "s", HYBRID, num_hidden_layers=2, full_attention_interval=2)
+    zoo.make_model(tmp_path / "s", kind, num_hidden_layers=2)
     tokens = draw_tokens(tmp_path / "s", 2, 8)
     wanted, kls = run(open_model(tmp_path / "s"), tokens), []
     for steps in (0, 20):
