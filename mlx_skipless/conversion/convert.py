@@ -150,8 +150,9 @@ def _convert_stock(options: Options, source: StockSource, watch: Stopwatch) -> R
     job, network = StockJob(options, source), open_network(source)
     check_job(job, network)
     model, config = job.build_result(network)
+    report = make_stock_report(job, network.paths, model, config)
     if options.dry_run:
-        return make_stock_report(job, network.paths, model, config)
+        return report
     check_stock_memory(job)
     sizes = (sum(a.nbytes for a in tensors_of(one).values()) for one in (model, source.model))
     with _open_result(options, max(sizes)) as writer:

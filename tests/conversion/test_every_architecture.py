@@ -15,7 +15,6 @@ from mlx_skipless.architectures.families import FAMILIES
 DROPS = {"drop_attention": 1, "drop_ffn": 1}
 NO_FFN = "--drop-ffn 1: its block calls no module that is its ffn"
 REFUSED = {
-    "afm7": "-q: mlx-lm cannot quantize a afm7",
     "deepseek_v41": "--drop-attention 1: its self_attn keeps what only itself can write",
     "iquestloopcoder": "--drop-attention 1: its block calls no module that is its attention",
     "llama4_text": "mlx-lm cannot run the result",
