@@ -42,6 +42,22 @@ def test_shards_are_whole_and_in_order(tmp_path: Path) -> None:
         assert stored[0] == expected[0] and np.array_equal(stored[1], expected[1])
 
 
+@pytest.mark.parametrize("expected, files", [(0, 8), (512, 8), (1024, 4), (1 << 20, 1)])
+def test_a_small_result_has_small_shards(
+    expected: int, files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight tensors of 64 bytes; no shard is smaller than 64 bytes or larger than 512."""
+    monkeypatch.setattr(writer, "SHARD_BYTES", 512)
+    monkeypatch.setattr(writer, "LEAST_SHARD_BYTES", 64)
+    monkeypatch.setattr(writer, "SHARDS", 8)
+    with Writer(tmp_path / "out", expected) as writing:
+        for number in range(8):
+            writing.add(shard(number))
+        writing.finish_weights(128)
+        writing.commit()
+    assert len([*(tmp_path / "out").glob("*.safetensors")]) == files
+
+
 def test_a_result_may_be_read_as_any_new_folder(tmp_path: Path) -> None:
     """It is private only until it is whole."""
     with Writer(tmp_path / "out", 0) as writing:
