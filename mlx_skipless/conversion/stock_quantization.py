@@ -85,6 +85,7 @@ def measure_mixtures(
         tokens,
         partial(progress, "measuring matrices"),
     )
+    free = [path for path in free if path in costs]
     modules: dict[str, Any] = dict(model.named_modules())
     own = {p: {n: a for n, a in modules[p].items() if isinstance(a, mx.array)} for p in free}
     scales = {

@@ -134,7 +134,8 @@ def measure_rounding(
         progress: called with (layers and rows of logits done, all).
 
     Returns:
-        Nats per token by module path.
+        Nats per token by module path. Those of a chain that are outside its layers and neither make
+        its stream nor read it are left out: what they cost cannot be seen there.
     """
     alone = {where: (where,) for where in matrices}
     if isinstance(network, StreamedNetwork):
@@ -143,7 +144,10 @@ def measure_rounding(
         rows = _limit(tokens, len(alone), network.embed(tokens[:1, :1]).shape[-1])
     else:  # every copy's logits are held
         rows = _limit(tokens, len(alone), network.vocabulary)
-    return _Comparison(network, rows, alone, format_of).run({}, progress)
+    found = _Comparison(network, rows, alone, format_of).run({}, progress)
+    all_seen = isinstance(network, StreamedNetwork) or not network.is_chain
+    inside = ("",) if all_seen else tuple(f"{path}." for path in network.paths)
+    return {where: cost for where, cost in found.items() if cost or where.startswith(inside)}
 
 
 def _thin(tokens: mx.array, args: ModelArgs) -> mx.array:
