@@ -399,6 +399,7 @@ def find_family(config: Config) -> Family:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(
             f"model_type {model_type!r} in config.json is not supported; "
-            f"supported: {', '.join(sorted(FAMILIES))}"
+            f"supported: {', '.join(sorted(FAMILIES))}, and but for what is exact whatever the "
+            "installed mlx-lm runs"
         )
     return FAMILIES[model_type]

@@ -104,7 +104,7 @@ def load_network(
     check_sizes(config, len(store.shapes))
     packed = is_packed(store)
     overrides: dict[str, Any] = {"model_file": None} if own else {}
-    if config["model_type"] == "skipless":
+    if config.get("model_type") == "skipless":
         tensors = list_shapes(find_places(find_family(config), store.shapes), store.shapes)
         overrides |= asdict(read_model_args(config, tensors))
     else:
@@ -293,6 +293,6 @@ def _apply_adapters(model: nn.Module, folder: Path) -> nn.Module:
 
 
 def _get_own_classes(config: dict) -> tuple[Any, type]:
-    if config["model_type"] == "skipless":
+    if config.get("model_type") == "skipless":
         return Model, ModelArgs
     return reduced.Model, reduced.ModelArgs

@@ -15,10 +15,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import _get_classes, get_total_parameters
 
+from ..architectures.config import LIMITS, check_sizes
 from ..architectures.families import FAMILIES
 from ..checkpoints import files, hub
 from ..checkpoints.checkpoint import read_dtype
 from ..checkpoints.safetensors import SafetensorsStore, Store
+from ..errors import UserError, first_line
 from ..network import reduced
 from ..network.driver import RESIDENT_BYTES
 from ..network.parts import tensors_of
@@ -53,12 +55,23 @@ class StockSource:
         return load_network(self.path, lazy=True)[0] if self.store else self.build_shapes()
 
     def build_shapes(self) -> nn.Module:
-        """Build its network dense, with weights that are random and cost nothing until used."""
+        """Build its network dense, with weights that are random and cost nothing until used.
+
+        Raises:
+            UserError: if mlx-lm makes no network of the config.
+        """
         config = {k: v for k, v in self.config.items() if not k.startswith("quantization")}
+        check_sizes(config, LIMITS["num_hidden_layers"])
         kind, kind_args = _get_classes(config)
         if reduced.DROPPED in config:
             kind, kind_args = reduced.Model, reduced.ModelArgs
-        model = kind(kind_args.from_dict(config))
+        try:
+            model: nn.Module = kind(kind_args.from_dict(config))
+        except Exception as error:  # whatever its code does with such settings
+            said = f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(
+                f"mlx-lm makes no network of the config.json of {self.name} ({said}): correct it"
+            ) from error
         model.set_dtype(read_dtype(config))
         return model
 
@@ -105,7 +118,7 @@ def find_stock(
         config = files.read_json(path)
     else:
         return None
-    if config.get("model_type") in FAMILIES or not _is_known(config):
+    if not _is_known(config) or config["model_type"] in FAMILIES:
         return None
     return StockSource(name, path, config, trust_remote_code)
 
@@ -120,7 +133,9 @@ def _is_known(config: Mapping[str, Any]) -> bool:
         return False
     try:
         _get_classes(dict(config))
-    except (ValueError, AttributeError):  # no such file, or no network in it
+    except (AttributeError, TypeError, ValueError):  # no such file, or no network in it
+        return False
+    except SystemExit:  # olmo's file ends the process if a package is missing
         return False
     return True
 

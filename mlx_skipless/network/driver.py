@@ -496,6 +496,8 @@ def find_ends(network: Driver) -> tuple[set[str], set[str]]:
 
     Nothing is computed. A tied embedding is in both sets of module paths.
     """
+    if isinstance(network, StreamedNetwork):
+        return {EMBEDDING}, {EMBEDDING if network.args.tie_word_embeddings else HEAD}
     modules: dict[Any, Any] = dict(network.model.named_modules())
     counted = {
         path: _Counted(module)

@@ -1,7 +1,9 @@
 """Conversions of a tiny model of each of mlx-lm's architectures that only mlx-lm knows."""
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -49,3 +51,29 @@ def test_it_drops_and_quantizes(name: str, tmp_path: Path) -> None:
     assert 1e-4 < report.verification.kl < 5 and math.isfinite(report.verification.perplexity)
     model, _ = load(str(out), trust_remote_code=True)  # type: ignore[misc]
     assert not mx.isnan(model(mx.array([[1, 2, 3]]))).any()
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (
+            {"text_config": {"num_hidden_layers": "many"}, "model_type": "qwen3_5"},
+            "num_hidden_layers",
+        ),
+        ({"num_hidden_layers": 10**8, "model_type": "olmo2"}, "num_hidden_layers"),
+        ({"model_type": "olmo2"}, "missing 6 required"),
+        ({"head_dim": "x", "model_type": "gemma3_text"}, "makes no network"),
+        ({"architectures": [{}], "model_type": "qwen3_5"}, "not supported"),
+        ({"model_type": "olmo"}, "not supported"),
+        ({"model_type": "base"}, "not supported"),
+        ({"model_type": "../llama"}, "not supported"),
+        ({"model_type": ["olmo2"]}, "not supported"),
+    ],
+    ids=str,
+)
+def test_a_config_that_describes_no_network(
+    config: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(mlx_skipless.UserError, match=said):
+        mlx_skipless.convert(tmp_path, dry_run=True)
