@@ -16,6 +16,9 @@ MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "mxfp8": ((32,), (8,)),
 }
 # What configs call the number of experts that a token is given to.
-CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k")
+CHOSEN = (
+    "num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k",
+    "moe_top_k",
+)  # fmt: skip
 BUNDLED = Path(__file__).parent / "assets" / "tales"  # a source checkpoint that tells tales
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

@@ -69,6 +69,7 @@ from .stock import check_memory as check_stock_memory
 from .stock import decide as decide_stock
 from .stock_quantization import measure_mixtures as measure_stock_mixtures
 from .stock_quantization import write as write_stock
+from .stock_report import add_wishes as add_stock_wishes
 from .stock_report import make_report as make_stock_report
 from .writing import MODEL_FILE, make_config, write
 
@@ -150,10 +151,10 @@ def _convert_stock(options: Options, source: StockSource, watch: Stopwatch) -> R
     job, network = StockJob(options, source), open_network(source)
     check_job(job, network)
     model, config = job.build_result(network)
-    report = make_stock_report(job, network.paths, model, config)
+    report = make_stock_report(job, network.paths, model, config, model)
     if options.dry_run:
-        return report
-    check_stock_memory(job)
+        return add_stock_wishes(report, job, network)
+    check_stock_memory(job, network)
     sizes = (sum(a.nbytes for a in tensors_of(one).values()) for one in (model, source.model))
     with _open_result(options, max(sizes)) as writer:
         tokenizer = write_beside(job, writer, config)
@@ -177,7 +178,9 @@ def _convert_stock(options: Options, source: StockSource, watch: Stopwatch) -> R
             else:
                 job, outcome = search_bits(job, raises.mixtures(), attempt)
         model, config = job.build_result(network)
-        report = add_tokenizer(make_stock_report(job, network.paths, model, config), tokenizer)
+        whole, _ = job.undropped.build_result(network)
+        report = make_stock_report(job, network.paths, model, config, whole)
+        report = add_tokenizer(report, tokenizer)
         if job.calibrated and passages is not None:
             report = add_calibration(report, passages)
         return _finish(options, report, writer, outcome)

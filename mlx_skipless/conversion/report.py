@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
 from ..checkpoints.guarded import GuardedTokenizer
+from ..network.driver import count_weights
 from ..network.names import EMBEDDING, HEAD
 from ..network.parts import dtype_name
 from ..network.wiring import LETTERS
@@ -167,7 +169,8 @@ def add_wishes(report: Report, job: Job) -> Report:
     """Add to a plan's report what shall be dropped and is not chosen yet."""
     if not job.options.drops:
         return report
-    note = describe_wishes(job.checkpoint.args, list_wishes(job.options))
+    count = partial(count_weights, job.checkpoint.args)
+    note = describe_wishes(count, list_wishes(job.options))
     return replace(report, notes=(*report.notes, note))
 
 

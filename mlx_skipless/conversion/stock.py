@@ -26,7 +26,6 @@ from ..inference.loading import load_network
 from ..inference.stock import StockSource, find_stock
 from ..memory import machine_memory_bytes
 from ..network import reduced
-from ..network.parts import tensors_of
 from ..network.stock import StockNetwork
 from ..progress import Progress
 from ..quantization.coverage import check_packable, find_widths
@@ -34,7 +33,7 @@ from ..quantization.distillation import LOGITS_BYTES
 from ..quantization.fitting import estimate_moments
 from ..quantization.layout import quantize_nearest
 from ..removal.renumbering import Layers, delete_layers, passes_stream, shorten_network
-from ..removal.sublayers import Step, Wish, choose_drops
+from ..removal.sublayers import Step, Wish, check_sums, choose_drops
 from ..text import samples
 from ..text.samples import Passages
 from .check import Verification, compare_networks
@@ -44,7 +43,7 @@ from .writing import MODEL_FILE
 
 KINDS = ("attention", "ffn")
 NO_RENUMBERING = (
-    "mlx-lm's config of this architecture cannot leave out just blocks {}: the result carries a "
+    "no config of this architecture was found to leave out just blocks {}: the result carries a "
     "network without them"
 )
 
@@ -102,6 +101,11 @@ class StockJob:
     def learn(self, **found: Any) -> "StockJob":
         """Add to what was decided; ``found`` are fields."""
         return replace(self, **found)
+
+    @property
+    def undropped(self) -> "StockJob":
+        """The same with all sub-layers."""
+        return replace(self, dropped={}, layers=None, config={})
 
     @property
     def calibrated(self) -> bool:
@@ -195,11 +199,14 @@ def check_job(job: StockJob, network: StockNetwork) -> None:
         stay = {layer for kind in kinds for layer in spared[kind]}
         most = min(layers - 1, layers - len(stay))
         flag = f"--drop-{wish.kind} {'auto' if wish.count is None else wish.count}"
+        if most < 1 and not stay:
+            raise UserError(f"{flag}: this model has one layer, which has to keep its own")
         if most < 1:
             obstacles = network.sublayers[min(stay)].obstacles
             raise UserError(f"{flag}: {next(obstacles[k] for k in kinds if k in obstacles)}")
         if wish.count is not None and not 1 <= wish.count <= most:
             raise UserError(f"{flag}: of this model's {layers} layers 1 to {most} can lose theirs")
+    check_sums(list_wishes(options), {kind: layers - len(spared[kind]) for kind in KINDS})
 
 
 def find_spared(network: StockNetwork) -> dict[str, list[int]]:
@@ -210,12 +217,17 @@ def find_spared(network: StockNetwork) -> dict[str, list[int]]:
     }
 
 
-def check_memory(job: StockJob) -> None:
-    """Refuse what cannot fit: two shards, a few layers, what stands before and behind them."""
+def check_memory(job: StockJob, network: StockNetwork) -> None:
+    """Refuse what cannot fit: two shards, a few layers, what stands before and behind them.
+
+    All runs in float32. What is no chain of layers is in memory as a whole.
+    """
     model, options = job.source.model, job.options
-    layers = [sum(a.nbytes for a in tensors_of(one).values()) for one in model.layers]
-    ends = sum(a.nbytes for a in tensors_of(model).values()) - sum(layers)
-    needed = 2 * SHARD_BYTES + 4 * max(layers) + 2 * ends
+    layers = [4 * get_total_parameters(one) for one in model.layers]
+    whole = 4 * get_total_parameters(model)
+    needed = 2 * SHARD_BYTES + 2 * max(layers) + 3 * (whole - sum(layers))
+    if not network.is_chain:
+        needed += 2 * whole
     if job.calibrated:
         needed += estimate_moments(max(find_widths(model).values()), _find_hidden(job))
     if options.distill:  # the source, the result's codes, its dense matrices, their gradients

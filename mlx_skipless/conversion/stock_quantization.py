@@ -104,8 +104,9 @@ def measure_mixtures(
 
 def _open_dense(job: StockJob, network: StockNetwork) -> Driver:
     """Open the result as it is before it is quantized, in float32; ``network`` is the source's."""
-    if network.is_chain:
-        return StockNetwork(lambda: job.build_dense(network)[0], mx.float32)
+    dense = StockNetwork(lambda: job.build_dense(network)[0], mx.float32)
+    if dense.is_chain:
+        return dense
     model, _ = job.build_dense(network)
     model.set_dtype(mx.float32)
     return WholeNetwork(model)

@@ -2,21 +2,22 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from ..constants import CHOSEN
 from ..errors import UserError
+from ..inference.sizes import count_bytes_read, count_cache_bytes
 from ..network import reduced
 from ..network.parts import dtype_name
+from ..network.stock import StockNetwork
 from ..quantization.coverage import Packing
 from ..removal.renumbering import rename_layer
+from ..removal.sublayers import describe_wishes
 from .decisions import describe_bits
-from .planning import SAVINGS
+from .planning import SAVINGS, list_wishes
 from .report import LayerRow, Report
 from .stock import StockJob
 
@@ -24,7 +25,11 @@ Sizes = Mapping[str, tuple[int, int]]  # weights and bytes of a module's own ten
 
 
 def make_report(
-    job: StockJob, paths: list[str], model: nn.Module, config: Mapping[str, Any]
+    job: StockJob,
+    paths: list[str],
+    model: nn.Module,
+    config: Mapping[str, Any],
+    undropped: nn.Module,
 ) -> Report:
     """Report a conversion as far as it is decided, before its result is written.
 
@@ -33,6 +38,7 @@ def make_report(
         paths: the module paths of the layers.
         model: the result, with lazy weights.
         config: its config.json.
+        undropped: the same without drops.
     """
     source, width = job.source, job.source.dtype.size
     whole, after = _measure_sizes(source.model), _measure_sizes(model)
@@ -58,10 +64,10 @@ def make_report(
         folded=(),
         stock=reduced.DROPPED not in config,
         skipless=False,
-        speedup_from_bytes=_count_read(source.model, config) / _count_read(model, config),
+        speedup_from_bytes=count_bytes_read(undropped) / count_bytes_read(model),
         first_layer=None,
-        cache_bytes_before=_count_cache_bytes(source.model),
-        cache_bytes_after=_count_cache_bytes(model),
+        cache_bytes_before=count_cache_bytes(source.model, 1),
+        cache_bytes_after=_try(model),
         rows=tuple(_make_rows(job, paths, before, after)),
         notes=(*job.notes, *_describe_path(job), *describe_bits(job.bits)),
         advice=(SAVINGS,) if nothing else (),
@@ -71,6 +77,20 @@ def make_report(
         stages={},
         peak_memory_bytes=0,
     )
+
+
+def add_wishes(report: Report, job: StockJob, network: StockNetwork) -> Report:
+    """Add to a plan's report what shall be dropped and is not chosen yet."""
+    if not job.options.drops:
+        return report
+
+    def count(kind: str) -> int:
+        layers = range(len(network.paths))
+        could = (network.count_weights(n, kind) for n in layers if network.can_drop(n, kind))
+        return min(could, default=0)
+
+    note = describe_wishes(count, list_wishes(job.options))
+    return replace(report, notes=(*report.notes, note))
 
 
 def _describe_path(job: StockJob) -> Iterator[str]:
@@ -116,32 +136,16 @@ def _total(sizes: Sizes, which: int, prefix: str = "") -> int:
     )
 
 
-def _count_read(model: nn.Module, config: Mapping[str, Any]) -> float:
-    """Count the weights that decoding a token reads; of experts those that it is given to."""
-    text = config.get("text_config")
-    settings = {**config, **text} if isinstance(text, Mapping) else config
-    chosen = next((settings[k] for k in CHOSEN if isinstance(settings.get(k), int)), None)
-    total = 0.0
-    for module in model.modules():
-        own = _list_tensors(module)
-        count = sum(_count_weights(module, name, array) for name, array in own.items())
-        if isinstance(module, SwitchLinear | QuantizedSwitchLinear) and chosen:
-            count *= min(1, chosen / module.num_experts)
-        total += count
-    return total
+def _try(model: nn.Module) -> int:
+    """Count the bytes of KV cache that a token takes in a result.
 
-
-def _count_cache_bytes(model: nn.Module) -> int:
-    """Count the bytes of KV cache that a token takes; nothing is computed."""
-    caches = make_prompt_cache(model)
+    Raises:
+        UserError: if mlx-lm's code cannot run it.
+    """
     try:
-        model(mx.zeros((1, 1), mx.int32), cache=caches)
+        return count_cache_bytes(model, 1)
     except (AttributeError, TypeError, ValueError) as error:  # a quantized head, for instance
         raise UserError(f"mlx-lm cannot run the result: {error}") from error
-    flat = [one for cache in caches for one in getattr(cache, "caches", (cache,))]
-    kept = [getattr(one, name, None) for one in flat for name in ("keys", "values")]
-    arrays = [array for array in kept if isinstance(array, mx.array)]
-    return sum(array.nbytes // array.shape[2] for array in arrays)
 
 
 def _make_rows(job: StockJob, paths: list[str], before: Sizes, after: Sizes) -> Iterator[LayerRow]:

@@ -21,6 +21,7 @@ from ..checkpoints.checkpoint import Blueprint, Checkpoint, open_checkpoint
 from ..checkpoints.tokenizer import open_tokenizer
 from ..constants import REMOVALS
 from ..errors import UserError
+from ..inference.sizes import count_bytes_read, count_cache_bytes
 from ..inference.stock import StockSource, find_stock, open_network
 from ..network.driver import RESIDENT_BYTES, Driver, StreamedNetwork
 from ..network.model import ModelArgs
@@ -38,7 +39,6 @@ from ..removal.plan import make_plan
 from ..removal.source import SourceReader
 from ..removal.table import FirstLayer, find_obstacle, measure_table
 from ..text import samples
-from .benchmark import count_bytes_read, count_cache_bytes
 
 TEXT = (8, 256)  # sequences, tokens each
 STREAMED_TEXT = (128, 16)  # where layers are read from disk for each sampled token
@@ -133,7 +133,8 @@ class Analysis:
         first_layer: what a table of the first layer's projections would save; None if there can be
             none.
         first_layer_reads: how many times fewer numbers such a table reads, by batch size.
-        cache_bytes: bytes of KV cache per token and layer with attention.
+        cache_bytes: bytes of KV cache per token and layer with attention; per token, of all layers,
+            of a network that only mlx-lm knows, whose layers may differ.
         layers: one for each layer.
         drops: ever more attentions dropped, the least important first; None where ``importance``
             of a layer is None.
@@ -401,7 +402,8 @@ def _measure_sublayers(
     costs: list[dict[str, float]] = [{} for _ in layers]
     for (n, part), loss in zip(alone, losses, strict=False):
         costs[n][part] = loss - curve[0]
-    importance = [_select_layer(there, found, n) for n in layers]
+    blocks = [n for n in layers if network.can_drop(n, "block")]
+    importance = [_select_layer({**there, "block": blocks}, found, n) for n in layers]
     drops = tuple(describe(*one) for one in zip(prefixes, curve, strict=True))
     return _Measured([None for _ in layers], importance, costs, drops)
 
@@ -463,10 +465,10 @@ def _encode_rows(longest: int | None, name: str, text: str, tokenizer: Any) -> m
 def _select_layer(
     there: Mapping[str, Sequence[int]], importance: Mapping[str, Sequence[float]], layer: int
 ) -> dict[str, float | None]:
-    """Select one layer's importance by kind, None for what it lacks."""
-    gone = {part: layer not in there[part] for part in SUBLAYERS}
-    gone["block"] = all(gone.values())
-    return {kind: None if gone[kind] else values[layer] for kind, values in importance.items()}
+    """Select one layer's importance by kind, None for what it lacks or cannot lose."""
+    gone = {kind for kind, layers in there.items() if layer not in layers}
+    gone |= {"block"} if gone.issuperset(SUBLAYERS) else set()
+    return {kind: None if kind in gone else values[layer] for kind, values in importance.items()}
 
 
 def _describe_drop(args: ModelArgs, dtype: mx.Dtype, layers: list[int], loss: float) -> Dropped:
@@ -576,6 +578,10 @@ def _analyze_stock(
     source: StockSource, text: _Text, config_only: bool, progress: Progress
 ) -> Analysis:
     """Measure what a network that only mlx-lm knows could do without."""
+    if source.store is None and not config_only:
+        raise UserError(
+            f"{source.name} has no weights in safetensors: add --config-only, or use another export"
+        )
     network = open_network(source)
     sizes = _StockSizes(source, network)
     layers = range(len(network.paths))

@@ -22,12 +22,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generation_stream, wired_limit
 from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prompt_cache
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from ..constants import CHOSEN, FLOAT_NAMES, REMOVALS
+from ..constants import FLOAT_NAMES, REMOVALS
 from ..errors import UserError
 from ..inference.context import check_windows
 from ..inference.loading import load_network
+from ..inference.sizes import begin_cache, count_bytes_read, count_cache_bytes
 from ..memory import device_memory_bytes, format_bytes, weight_bytes
 from ..network.model import Model
 from ..network.parts import dtype_name, tensors_of
@@ -437,55 +437,6 @@ def _describe_device() -> str:
     return f"{name} ({kind}), {system}, mlx {version('mlx')}, mlx-lm {version('mlx-lm')}"
 
 
-def count_bytes_read(model: nn.Module, batch_size: int = 1) -> int:
-    """Count the bytes of weights that a step of decoding reads, for a token of each sequence.
-
-    An embedding that is not the head too gives a row for each sequence. Experts are read if they
-    are picked; several sequences pick as many of them as random choices would.
-    """
-    modules = [m for m in model.modules() if "weight" in m]
-    total = float(weight_bytes(model))
-    for module in modules:
-        own = weight_bytes(module)
-        rows = module.weight.shape[0]
-        if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
-            head = any(m.weight.shape[0] == rows for m in modules if m is not module)
-            total -= own - own / rows * batch_size if head else 0
-        elif isinstance(module, SwitchLinear | QuantizedSwitchLinear):
-            picked = _count_picked(model, rows)
-            total -= own * (1 - picked / rows) ** batch_size
-    return round(total)
-
-
-def _count_picked(model: nn.Module, experts: int) -> int:
-    """Count the experts that a token is given to, of so many; all where no config says it."""
-    args = getattr(model, "args", None)
-    places = [vars(args)] if hasattr(args, "__dict__") else []
-    places += [
-        place["text_config"] for place in places if isinstance(place.get("text_config"), dict)
-    ]
-    found = (place.get(key) for place in reversed(places) for key in CHOSEN)
-    return next((count for count in found if isinstance(count, int)), experts)
-
-
-def _begin_cache(model: nn.Module, batch_size: int) -> list[Any]:
-    """Make a cache that holds a token of each sequence, lazily: shapes without values."""
-    cache = make_prompt_cache(model)
-    model(mx.zeros((batch_size, 1), mx.int32), cache=cache)
-    return cache
-
-
-def count_cache_bytes(model: nn.Module, tokens: float) -> int:
-    """Count the bytes of a sequence's keys and values; a window keeps its last tokens only."""
-    total = 0.0
-    begun = _begin_cache(model, 1)
-    for one in (part for cache in begun for part in getattr(cache, "caches", (cache,))):
-        if isinstance(one, KVCache | RotatingKVCache):
-            kept = min(tokens, getattr(one, "max_size", tokens))
-            total += one.nbytes / one.keys.shape[2] * kept
-    return round(total)
-
-
 def fill_cache(model: nn.Module, batch_size: int, tokens: int) -> list[Any]:
     """Make a cache of random keys and values, as if ``tokens`` of each sequence had been read.
 
@@ -493,7 +444,7 @@ def fill_cache(model: nn.Module, batch_size: int, tokens: int) -> list[Any]:
         UserError: for a kind of cache that holds no keys and values.
     """
     cache = make_prompt_cache(model)
-    for i, begun in enumerate(_begin_cache(model, batch_size)):
+    for i, begun in enumerate(begin_cache(model, batch_size)):
         if isinstance(begun, ArraysCache):  # a state: as large after one token as after many
             cache[i] = begun
         elif isinstance(begun, KVCache | RotatingKVCache):

@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import (
     ArraysCache,
     ChunkedKVCache,
@@ -137,9 +138,18 @@ def load_cache(file: str | Path, model: nn.Module) -> list[Any]:
         raise other
     model(mx.array([[0]]), fresh)
     for stored, own in zip(cache, fresh, strict=True):
-        if stored.keys.shape[1] != own.keys.shape[1] or stored.keys.shape[-1] != own.keys.shape[-1]:
+        if _list_widths(stored) != _list_widths(own):
             raise other
     return cache
+
+
+def _list_widths(cache: Any) -> list[Any]:
+    """What a cache's arrays have beside tokens: heads and channels of keys, all of a state."""
+    parts: Any = tree_flatten([cache.state])
+    arrays = [array for _, array in parts if isinstance(array, mx.array)]
+    if hasattr(cache, "keys") or hasattr(cache, "caches"):
+        return [(array.shape[1:2], array.shape[-1:]) for array in arrays]
+    return [array.shape[1:] for array in arrays]
 
 
 def _bound(cache: Any, size: int) -> Any:

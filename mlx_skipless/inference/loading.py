@@ -18,7 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..architectures.config import check_sizes, read_model_args
 from ..architectures.families import FAMILIES, find_family
-from ..architectures.family import DROP_LISTS
+from ..architectures.family import DROP_LISTS, read_dropped
 from ..architectures.tensors import find_places, list_shapes
 from ..checkpoints import files, hub
 from ..checkpoints.files import ADAPTER_CONFIG, ADAPTERS, PEFT_ADAPTERS, read_config
@@ -123,7 +123,7 @@ def load_network(
         model.context = read_context(config)
         if adapter_path is not None:
             model = _apply_adapters(model, expand_path(adapter_path))
-        _try(model)
+        try_forward(model)
         if not lazy:
             mx.eval(model.parameters())
     store.check_unchanged()
@@ -169,7 +169,7 @@ def _tell_mlx_lm(
         UserError: if mlx-lm's network would compute something else without a word.
     """
     family = FAMILIES.get(str(config.get("model_type")))
-    if any(config.get(key) for key in DROP_LISTS):
+    if any(map(bool, read_dropped(config).values())):
         way_out = f"`convert.py --model {name}` makes one that does not"
         if family is None:
             way_out = "use the model that it was made of, and drop from that"
@@ -264,7 +264,7 @@ def _reads_fp8(model: nn.Module) -> bool:
     return any("from_fp8" in inspect.getsource(sys.modules[k]) for k in kinds if "mlx_lm" in k)
 
 
-def _try(model: nn.Module) -> None:
+def try_forward(model: nn.Module) -> None:
     """Have a model's forward made, not computed: a config may describe one that cannot be."""
     model(mx.zeros((1, 2), mx.int32), cache=make_prompt_cache(model))
 

@@ -25,7 +25,7 @@ from ..network import reduced
 from ..network.driver import RESIDENT_BYTES
 from ..network.parts import tensors_of
 from ..network.stock import StockNetwork
-from .loading import load_network
+from .loading import load_network, try_forward
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class StockSource:
             kind, kind_args = reduced.Model, reduced.ModelArgs
         try:
             model: nn.Module = kind(kind_args.from_dict(config))
+            try_forward(model)
         except Exception as error:  # whatever its code does with such settings
             said = f"{type(error).__name__}: {first_line(error)}"
             raise UserError(

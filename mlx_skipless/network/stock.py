@@ -12,13 +12,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import get_total_parameters
 
 from .driver import Changes, Driver, _Reached, widen
 from .magnitudes import Watch
 from .model import Stream, take_stream
-from .parts import tensors_of
 from .reduced import drop_part
-from .trial import KINDS, Sublayers, Trial, drop_sublayer
+from .trial import KINDS, Sublayers, Trial, drop_sublayer, find_part
 
 TRIAL_TOKENS = mx.zeros((1, 2), mx.int32)
 CHAIN_TOKENS, CHAIN_ERROR = 12, 1e-3
@@ -89,10 +89,7 @@ class StockNetwork(Driver):
             by_layers = self._finish(h)
         except (AttributeError, KeyError, TypeError, ValueError):  # they need more than that
             return False
-        whole = self._run_whole(tokens)
-        error = mx.where(by_layers == whole, 0.0, mx.abs(by_layers - whole))  # some give -inf
-        largest = mx.where(mx.isfinite(whole), mx.abs(whole), 0.0).max()
-        return bool(error.max() <= CHAIN_ERROR * largest)
+        return _agree(by_layers, self._run_whole(tokens))
 
     def hidden(
         self, tokens: mx.array, caches: list[Any] | None = None, watch: Watch | None = None
@@ -162,7 +159,9 @@ class StockNetwork(Driver):
                         drop_part(model.layers[layer], path, own.handed.get(path, ()))
             return model
 
-        return StockNetwork(build, self._dtype, resident=self.resident)
+        reduced = StockNetwork(build, self._dtype, resident=self.resident)
+        reduced.__dict__["is_chain"] = self.is_chain  # which takes two passes to find out
+        return reduced
 
     def can_drop(self, layer: int, kind: str) -> bool:
         """Whether a layer can lose its "attention", its "ffn" or as a "block" both."""
@@ -170,10 +169,9 @@ class StockNetwork(Driver):
         return not any(one in self.sublayers[layer].obstacles for one in kinds)
 
     def count_weights(self, layer: int, kind: str) -> int:
-        """Count what is stored of a layer's "attention" or "ffn", in bytes."""
+        """Count the weights of a layer's "attention" or "ffn"."""
         parts = self.sublayers[layer].parts.get(kind, ())
-        whole = tensors_of(self._own[layer]).items()
-        return sum(a.nbytes for name, a in whole if name.startswith(tuple(f"{p}." for p in parts)))
+        return sum(get_total_parameters(find_part(self._own[layer], part)) for part in parts)
 
 
 class WholeNetwork(Driver):
@@ -212,3 +210,10 @@ class WholeNetwork(Driver):
     def vocabulary(self) -> int:
         """How many logits there are."""
         return take_stream(self.run(0, mx.zeros(1), mx.zeros((1, 1), mx.int32))).shape[-1]
+
+
+def _agree(a: mx.array, b: mx.array) -> bool:
+    """Whether logits are the same but for rounding; some networks give -inf."""
+    same = (a == b) | (mx.isnan(a) & mx.isnan(b))
+    largest = mx.where(mx.isfinite(b), mx.abs(b), 0.0).max()
+    return bool(mx.where(same, 0.0, mx.abs(a - b)).max() <= CHAIN_ERROR * largest)

@@ -6,14 +6,14 @@ measures that. Another measures the loss without each of the least important one
 greedy search does both again after each drop.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import mlx.core as mx
 
 from ..errors import UserError
-from ..network.driver import Driver, Streams, count_weights, split_batches
+from ..network.driver import Driver, Streams, split_batches
 from ..network.metrics import measure_nll
 from ..network.model import ModelArgs, Stream, take_stream
 from ..network.names import SUBLAYERS
@@ -87,6 +87,20 @@ def check_wishes(args: ModelArgs, wishes: Sequence[Wish], spared: Drops) -> None
         most = layers if wish.kind == "ffn" and not spared.get("ffn") else layers - 1
         if wish.count is not None and not 1 <= wish.count <= most:
             raise UserError(f"{flag}: of this model's {layers} layers 1 to {most} can lose theirs")
+    check_sums(wishes, {part: layers - len(spared.get(part, ())) for part in SUBLAYERS})
+
+
+def check_sums(wishes: Sequence[Wish], most: Mapping[str, int]) -> None:
+    """Check that no more of a part go in all than ``most`` says, blocks included.
+
+    Raises:
+        UserError: if more are asked for.
+    """
+    for part, there in most.items():
+        asking = [wish for wish in wishes if wish.count and part in _list_parts(wish.kind)]
+        if sum(wish.count or 0 for wish in asking) > there:
+            flags = " and ".join(f"--drop-{wish.kind} {wish.count}" for wish in asking)
+            raise UserError(f"{flags}: of this model's layers {there} can lose their {part}")
 
 
 def measure_importance(
@@ -337,11 +351,12 @@ def _measure_loss(network: Driver, streams: Sequence[Stream], batches: Sequence[
     return total / count
 
 
-def describe_wishes(args: ModelArgs, wishes: Sequence[Wish]) -> str:
-    """Say what will go, as far as it is known before anything is measured."""
+def describe_wishes(count: Callable[[str], int], wishes: Sequence[Wish]) -> str:
+    """Say what will go, as far as it is known before anything is measured.
+
+    ``count`` gives the weights of an "attention" or "ffn", or of the smallest that could go.
+    """
     known = [(wish.kind, wish.count) for wish in wishes if wish.count is not None]
-    weights = sum(
-        count * count_weights(args, part) for kind, count in known for part in _list_parts(kind)
-    )
-    what = " and ".join(f"{count} x {kind}" for kind, count in known) or "what --max-loss allows"
+    weights = sum(number * count(part) for kind, number in known for part in _list_parts(kind))
+    what = " and ".join(f"{number} x {kind}" for kind, number in known) or "what --max-loss allows"
     return f"which layers lose it is measured when converting: {what}, {weights:,} weights or more"

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from grids import only
+from mlx.utils import tree_flatten
 from mlx_lm.utils import load
 from zoo import CONFIGS, make_model
 
@@ -77,3 +78,35 @@ def test_a_config_that_describes_no_network(
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(mlx_skipless.UserError, match=said):
         mlx_skipless.convert(tmp_path, dry_run=True)
+
+
+@pytest.mark.parametrize(
+    ("layers", "drops", "said"),
+    [
+        (1, {"drop_attention": 1}, "has one layer"),
+        (1, {"drop_block": "auto"}, "has one layer"),
+        (4, {"drop_attention": 4}, "1 to 3 can lose theirs"),
+        (4, {"drop_block": 3, "drop_attention": 2}, "4 can lose their attention"),
+    ],
+)
+def test_more_than_there_is(layers: int, drops: Any, said: str, tmp_path: Path) -> None:
+    make_model(tmp_path / "s", "olmo2", num_hidden_layers=layers)
+    with pytest.raises(mlx_skipless.UserError, match=said):
+        mlx_skipless.convert(tmp_path / "s", tmp_path / "o", **drops)
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_plan_says_what_will_go(tmp_path: Path) -> None:
+    make_model(tmp_path, "olmo2")
+    report = mlx_skipless.convert(tmp_path, dry_run=True, drop_attention=2)
+    block = load(str(tmp_path))[0].layers[0]  # type: ignore[attr-defined]
+    matrices = sum(array.size for _, array in tree_flatten(block.self_attn.parameters()))
+    assert f"2 x attention, {2 * matrices:,} weights or more" in report.notes[-1]
+
+
+def test_only_weights_are_analysed(tmp_path: Path) -> None:
+    """Not random ones in the place of a file that is none of safetensors."""
+    make_model(tmp_path, "olmo2")
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(mlx_skipless.UserError, match="no weights in safetensors"):
+        mlx_skipless.analyze(tmp_path)

@@ -16,6 +16,7 @@ from factory import make_checkpoint, make_llama
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from mlx_lm.models import cache as caches
+from mlx_lm.models.switch_layers import SwitchLinear
 from zoo import make_model
 
 import mlx_skipless
@@ -31,6 +32,7 @@ from mlx_skipless.evaluation.synthetic import (
     make_skipless_model,
     make_stock_model,
 )
+from mlx_skipless.inference import sizes
 from mlx_skipless.inference.loading import load_network
 from mlx_skipless.network.parts import tensors_of
 from mlx_skipless.quantization.layout import Layout, Quantization
@@ -89,11 +91,11 @@ def test_bytes_by_hand(dtype: str, tmp_path: Path) -> None:
 def test_bytes_of_a_tied_and_a_quantized_model() -> None:
     tied = Shape("", LLAMA | {"tie_word_embeddings": True})
     weights = VANILLA - VOCAB * HIDDEN
-    assert benchmark.count_bytes_read(make_stock_model(tied, mx.float32)) == 4 * weights
+    assert sizes.count_bytes_read(make_stock_model(tied, mx.float32)) == 4 * weights
     model = make_stock_model(Shape("", LLAMA), mx.bfloat16, Quantization(4, 32))
     norms = (2 * LAYERS + 1) * HIDDEN
     packed = (VANILLA - norms - UNREAD) * (4 + 2 * 16 / 32) / 8  # a scale and a bias in 32
-    assert benchmark.count_bytes_read(model) == packed + 2 * norms
+    assert sizes.count_bytes_read(model) == packed + 2 * norms
 
 
 def test_bytes_of_experts_and_batches() -> None:
@@ -103,7 +105,7 @@ def test_bytes_of_experts_and_batches() -> None:
     whole = benchmark.weight_bytes(model) - 4 * VOCAB * HIDDEN
     for batch, missed in ((1, 1 / 2), (3, 1 / 8)):  # two of four are picked
         expected = whole + 4 * batch * HIDDEN - experts * missed
-        assert benchmark.count_bytes_read(model, batch) == round(expected)
+        assert sizes.count_bytes_read(model, batch) == round(expected)
 
 
 @pytest.mark.parametrize("name", [name for name, kind in ARCHITECTURES.items() if kind.stock])
@@ -117,8 +119,8 @@ def test_bytes_of_loaded_models_are_those_of_their_layouts(name: str) -> None:
     ):
         layout = Layout(args, mx.float16)
         assert benchmark.weight_bytes(model) == layout.nbytes()
-        assert benchmark.count_bytes_read(model) == layout.bytes_per_token
-        assert benchmark.count_cache_bytes(model, 1) == layout.cache_bytes_per_token
+        assert sizes.count_bytes_read(model) == layout.bytes_per_token
+        assert sizes.count_cache_bytes(model, 1) == layout.cache_bytes_per_token
 
 
 def test_a_window_bounds_the_cache_that_is_read() -> None:
@@ -128,8 +130,8 @@ def test_a_window_bounds_the_cache_that_is_read() -> None:
         make_stock_model(Shape("", config), mx.float32),
         make_skipless_model(Shape("", config).args, mx.float32),
     ):
-        assert benchmark.count_cache_bytes(model, 4) == 4 * 2 * KV_WIDTH * 3 * 4
-        assert benchmark.count_cache_bytes(model, 20) == 4 * 2 * KV_WIDTH * (6 + 20 + 6)
+        assert sizes.count_cache_bytes(model, 4) == 4 * 2 * KV_WIDTH * 3 * 4
+        assert sizes.count_cache_bytes(model, 20) == 4 * 2 * KV_WIDTH * (6 + 20 + 6)
         held = [one.keys.shape for one in benchmark.fill_cache(model, 2, 20)]
         assert [shape[2] for shape in held] == [6, 256, 6] and {shape[0] for shape in held} == {2}
 
@@ -154,13 +156,12 @@ def test_a_state_stays_and_a_strange_cache_is_refused(monkeypatch: pytest.Monkey
     model = make_stock_model(Shape("", LLAMA), mx.float32)
     state = caches.ArraysCache(2)
     state[0] = mx.ones((1, 3))
-    monkeypatch.setattr(benchmark, "_begin_cache", lambda model, batch_size: [state])
+    for module in (benchmark, sizes):
+        monkeypatch.setattr(module, "begin_cache", lambda model, batch_size: [state])
     monkeypatch.setattr(benchmark, "make_prompt_cache", lambda model: [caches.ArraysCache(2)])
-    assert (
-        benchmark.fill_cache(model, 1, 9) == [state] and benchmark.count_cache_bytes(model, 9) == 0
-    )
+    assert benchmark.fill_cache(model, 1, 9) == [state] and sizes.count_cache_bytes(model, 9) == 0
     chunked = caches.ChunkedKVCache(8)
-    monkeypatch.setattr(benchmark, "_begin_cache", lambda model, batch_size: [chunked])
+    monkeypatch.setattr(benchmark, "begin_cache", lambda model, batch_size: [chunked])
     with pytest.raises(mlx_skipless.UserError, match="ChunkedKVCache"):
         benchmark.fill_cache(model, 1, 9)
 
@@ -469,12 +470,23 @@ def test_what_cannot_be_measured(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_picked_experts_are_found_where_the_config_is_nested(tmp_path: Path) -> None:
-    make_model(tmp_path, "qwen3_5_moe")
+@pytest.mark.parametrize(("kind", "picked"), [("qwen3_5_moe", 2), ("llama4", 1), ("dbrx", 2)])
+def test_picked_experts_are_found_where_the_config_is_nested(
+    kind: str, picked: int, tmp_path: Path
+) -> None:
+    make_model(tmp_path, kind)
     model = load_network(tmp_path)[0]
-    sizes = {name: array.nbytes for name, array in tree_flatten(model.parameters())}
-    experts = sum(size for name, size in sizes.items() if "switch_mlp" in name)  # 2 of 4 are picked
-    embedding = next(size for name, size in sizes.items() if "embed_tokens" in name)
-    row = embedding / model.args.text_config["vocab_size"]  # type: ignore[index, union-attr]
-    expected = sum(sizes.values()) - experts / 2 - embedding + row
-    assert benchmark.count_bytes_read(model) == round(expected)
+    nbytes = {name: array.nbytes for name, array in tree_flatten(model.parameters())}
+    switched = {
+        path: module.weight.shape[0]
+        for path, module in model.named_modules()
+        if isinstance(module, SwitchLinear)
+    }
+    experts = sum(
+        size * (1 - picked / switched[path])
+        for name, size in nbytes.items()
+        if (path := name.rpartition(".")[0]) in switched
+    )
+    embedding = next(size for name, size in nbytes.items() if "embed" in name or "wte" in name)
+    expected = sum(nbytes.values()) - experts - embedding * 263 / 264
+    assert sizes.count_bytes_read(model) == round(expected)
