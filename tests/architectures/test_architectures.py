@@ -16,7 +16,7 @@ import reference
 import transformers
 from architectures import ARCHITECTURES, STOCK, as_mlx_lm, logits, make, skipless, text, without
 from factory import stored
-from grids import only, pairs, thin
+from grids import only, pairs, thin, thorough
 from mlx_lm.utils import quantize_model
 from reference import Config
 
@@ -116,17 +116,22 @@ PRETRAINED: list[dict[str, Any]] = [
     {"remove": "none"},
     {},
     {"precompute_first_layer": "force"},
-    {"precompute_first_layer": "force", "remove": "none"},
     {"drop_attention": 1},
-    {"drop_attention": 1, "remove": "none"},
     {"drop_ffn": 1},
     {"drop_block": 1},
     {"drop_block": 2},
     {"drop_block": 1, "precompute_first_layer": "force"},
 ]
+KEPT = [
+    pytest.param(name, options | {"remove": "none"}, marks=thorough)
+    for name in ARCHITECTURES
+    for options in ({"precompute_first_layer": "force"}, {"drop_attention": 1})
+]
 
 
-@pytest.mark.parametrize(("name", "options"), each_trait(ARCHITECTURES, PRETRAINED), ids=str)
+@pytest.mark.parametrize(
+    ("name", "options"), [*each_trait(ARCHITECTURES, PRETRAINED), *KEPT], ids=str
+)
 def test_what_a_pretrained_model_can_do_without(
     name: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
