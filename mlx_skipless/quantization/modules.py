@@ -82,12 +82,12 @@ class CalibratedModules:
             for path, form in self._forms.items()
             if path.startswith(prefix)
         }
-        result = network.layer(layer)
-        readers = find_readers(network, layer, result, streams[0], tokens[0], [*forms])
+        result = source = network.layer(layer)
+        readers = find_readers(network, layer, source, streams[0], tokens[0], [*forms])
         for path in forms.keys() - {*readers.paths}:
             nearest = forms[path].dense(_list_parts(self._modules[prefix + path]))
             result = replace_at(result, f"{path}.weight", nearest)
-        passage = Passage(network, layer, tokens, self._wanted, streams, readers)
+        passage = Passage(network, layer, tokens, self._wanted, streams, readers, source)
         tell = tell_part(self._progress, 1 + layer, 2 + len(network.paths))
         packed, result = fit_layer(passage, result, forms, progress=tell)
         for path, parts in packed.items():

@@ -154,6 +154,7 @@ class Passage:
         ahead: the source's streams, a batch each; they pass the layer at once, to be computed.
         streams: the result's streams; they pass it in ``advance``.
         readers: the matrices to fit.
+        block: the source's layer, if it is loaded already.
     """
 
     def __init__(
@@ -164,6 +165,7 @@ class Passage:
         ahead: list[Stream],
         streams: list[Stream],
         readers: Readers,
+        block: nn.Module | None = None,
     ):
         self._source, self._batches, self._ahead, self._streams = source, batches, ahead, streams
         self.layer, self.readers, self.where = layer, readers, source.paths[layer]
@@ -173,7 +175,7 @@ class Passage:
         self._latest: list[_Reading] = []
         self._settled: set[str] = set()
         self._lasting: set[str] = set()  # parts that change a cache, so that they always run
-        block: Any = source.layer(layer)
+        block = source.layer(layer) if block is None else block
         recorders: dict[str, Recorder] = {}
         for path in [*readers.paths, *readers.routed]:
             recorders[path] = _Called(dict(block.named_modules())[path])
