@@ -246,7 +246,7 @@ def test_rounding_costs(kind: str, tmp_path: Path) -> None:
         modules[path].weight = mx.dequantize(*mx.quantize(weight, *how), *how)
         expected = reference.softmax_kl(exact, run(source, tokens))
         modules[path].weight = weight
-        # gemma4's embeddings by layer come from the same rows, which a chain's stream does not show.
+        # gemma4 makes embeddings by layer of the same rows, which a stream does not show.
         near = 0.1 if kind == "gemma4_text" and "embed" in path else 0.02
         assert cost == pytest.approx(expected, rel=near, abs=1e-7), path
 
