@@ -90,7 +90,8 @@ def add_wishes(report: Report, job: StockJob, network: StockNetwork) -> Report:
         return min(could, default=0)
 
     note = describe_wishes(count, list_wishes(job.options))
-    return replace(report, notes=(*report.notes, note))
+    stock = report.stock and {*job.options.drops} == {"block"}
+    return replace(report, notes=(*report.notes, note), stock=stock)
 
 
 def _describe_path(job: StockJob) -> Iterator[str]:

@@ -102,6 +102,7 @@ def test_a_plan_says_what_will_go(tmp_path: Path) -> None:
     block = load(str(tmp_path))[0].layers[0]  # type: ignore[attr-defined]
     matrices = sum(array.size for _, array in tree_flatten(block.self_attn.parameters()))
     assert f"2 x attention, {2 * matrices:,} weights or more" in report.notes[-1]
+    assert not report.stock and mlx_skipless.convert(tmp_path, dry_run=True, drop_block=1).stock
 
 
 def test_only_weights_are_analysed(tmp_path: Path) -> None:
