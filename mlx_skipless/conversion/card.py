@@ -106,7 +106,7 @@ def _describe_size(report: Report) -> Iterator[str]:
             f"{times[0]:,.0f} times fewer ({times[1]:,.0f} at batch 16, {times[2]:,.0f} at 256). "
             f"That costs {table.growth:+,} weights, {table.growth / report.params_before:+.1%}."
         )
-    if report.removed or report.first_layer:
+    if report.removed or report.replaced or report.first_layer:
         ratio = report.speedup_from_bytes
         fewer = f"{ratio:.2f} times" if ratio >= 1.01 else f"{1 - 1 / ratio:.2%}"
         yield (
@@ -172,6 +172,9 @@ def write_card(report: Report, name: str, given: Sequence[str] = ()) -> str:
 def _describe_changes(report: Report) -> Iterator[str]:
     for part, layers in report.removed.items():
         yield f"{NAMES[part]} removed from layers {', '.join(map(str, layers))}."
+    for part, layers in report.replaced.items():
+        numbers = ", ".join(map(str, layers))
+        yield f"{NAMES[part]} replaced by a fitted matrix in layers {numbers}."
     if report.folded:
         yield f"Gains of these norms folded into the matrices: {', '.join(report.folded)}."
     if report.packing:

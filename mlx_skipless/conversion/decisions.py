@@ -113,7 +113,7 @@ def _choose_sublayers(job: Job, tokens: mx.array, progress: Progress) -> Job:
     dropped, path = choose_drops(
         job.source_network(),
         tokens,
-        list_wishes(options),
+        list_wishes(options.drops),
         greedy=options.greedy,
         max_loss=options.allowed_loss,
         spared=find_needed(args) if job.plan.table else None,

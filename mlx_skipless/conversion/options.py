@@ -30,6 +30,12 @@ LOSES = (
 )
 
 
+REPLACED = (
+    "matrices stand in for the {} of so many layers, fitted to the text; auto: as many as "
+    "--max-loss allows (approximate; better than a drop, and saves less)"
+)
+
+
 @dataclass(frozen=True)
 class Options:
     """All that can be asked of a conversion.
@@ -79,6 +85,12 @@ class Options:
     )
     drop_block: int | str | None = approximate(
         None, LOSES.format("attention and FFN"), parse=parse_count, metavar="N"
+    )
+    replace_attention: int | str | None = approximate(
+        None, REPLACED.format("attention"), parse=parse_count, metavar="N"
+    )
+    replace_ffn: int | str | None = approximate(
+        None, REPLACED.format("FFN"), parse=parse_count, metavar="N"
     )
     max_loss: float | None = approximate(
         None,
@@ -162,6 +174,12 @@ class Options:
         return {kind: count for kind, count in asked.items() if count is not None}
 
     @property
+    def replacements(self) -> dict[str, int | str]:
+        """For how many layers' "attention" or "ffn" matrices shall stand in: a number, "auto"."""
+        asked = {"attention": self.replace_attention, "ffn": self.replace_ffn}
+        return {kind: count for kind, count in asked.items() if count is not None}
+
+    @property
     def allowed_loss(self) -> float:
         """The share by which "auto" drops may raise the loss."""
         return DEFAULT_LOSS if self.max_loss is None else self.max_loss
@@ -204,17 +222,25 @@ def _check_quantization(options: Options) -> None:
 
 
 def _check_drops(options: Options) -> None:
-    for kind, count in options.drops.items():
+    asked = {f"--drop-{kind}": count for kind, count in options.drops.items()}
+    asked |= {f"--replace-{kind}": count for kind, count in options.replacements.items()}
+    for flag, count in asked.items():
         if count != "auto" and not isinstance(count, int):
-            raise UserError(f"--drop-{kind} {count}: give a number of layers, or auto")
+            raise UserError(f"{flag} {count}: give a number of layers, or auto")
     share = options.max_loss
-    if share is not None and "auto" not in options.drops.values():
-        raise UserError("--max-loss is for --drop-attention auto, --drop-ffn auto or -block auto")
+    if share is not None and "auto" not in asked.values():
+        raise UserError(
+            "--max-loss is for auto, of --drop-attention, --drop-ffn, --drop-block, "
+            "--replace-attention and --replace-ffn"
+        )
     if share is not None and not 0 < share < math.inf:
         raise UserError(f"--max-loss {share}: must be a positive share, for instance 1%")
-    if options.greedy and not options.drops:
-        raise UserError("--greedy is for --drop-attention, --drop-ffn and --drop-block")
-    if options.skipless and options.drops:
+    if options.greedy and not asked:
+        raise UserError(
+            "--greedy is for --drop-attention, --drop-ffn, --drop-block, --replace-attention and "
+            "--replace-ffn"
+        )
+    if options.skipless and asked:
         raise UserError("--skipless drops every skip connection: drop it to drop sub-layers")
 
 

@@ -69,11 +69,11 @@ def plan(job: Job, progress: Progress) -> Job:
     return replace(job, calibrated=calibrated)
 
 
-def list_wishes(options: Options) -> list[sublayers.Wish]:
-    """The sub-layers that shall go, by kind."""
+def list_wishes(asked: Mapping[str, int | str]) -> list[sublayers.Wish]:
+    """How many sub-layers shall go, or be replaced, by kind."""
     return [
         sublayers.Wish(kind, None if count == "auto" else int(count))
-        for kind, count in options.drops.items()
+        for kind, count in asked.items()
     ]
 
 
@@ -83,7 +83,7 @@ def _check_wishes(job: Job) -> None:
         raise UserError("--distill is not for models with experts: drop it")
     if options.drops:
         spared = find_needed(args) if options.precompute_first_layer is not None else {}
-        sublayers.check_wishes(args, list_wishes(options), spared)
+        sublayers.check_wishes(args, list_wishes(options.drops), spared)
     if options.precompute_first_layer is not None and (reason := find_obstacle(args)) is not None:
         raise UserError(f"--precompute-first-layer: {reason}")
 

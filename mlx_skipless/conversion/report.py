@@ -76,6 +76,7 @@ class Report:
         bytes_before: of ``params_before`` as dense weights of the source's type.
         bytes_after: of the result as it is stored.
         removed: the layers without a part, by "q", "k", "v", "p", "attention" and "ffn".
+        replaced: the layers for whose "attention" or "ffn" a matrix stands in.
         folded: the norms whose gains went into matrices.
         stock: whether the result runs in mlx-lm's own network, without ``model.py``.
         skipless: whether skips were dropped first, so that the result has to be trained again.
@@ -107,6 +108,7 @@ class Report:
     bytes_before: int
     bytes_after: int
     removed: dict[str, list[int]]
+    replaced: dict[str, list[int]]
     folded: tuple[str, ...]
     stock: bool
     skipless: bool
@@ -147,6 +149,7 @@ def make_report(job: Job) -> Report:
         bytes_before=source.nbytes(),
         bytes_after=layout.nbytes(),
         removed={**plan.gone, **plan.dropped},
+        replaced={},
         folded=plan.folded,
         stock=job.form.stock,
         skipless=skipless,
@@ -170,7 +173,7 @@ def add_wishes(report: Report, job: Job) -> Report:
     if not job.options.drops:
         return report
     count = partial(count_weights, job.checkpoint.args)
-    note = describe_wishes(count, list_wishes(job.options))
+    note = describe_wishes(count, list_wishes(job.options.drops))
     return replace(report, notes=(*report.notes, note))
 
 
@@ -238,7 +241,7 @@ def _explain_logit_error(report: Report, check: Verification) -> Iterator[str]:
 
 def _judge_kl(report: Report, check: Verification) -> tuple[list[str], list[str]]:
     """Notes and warnings about the KL between source and result."""
-    if any(part in report.removed for part in ("attention", "ffn")):
+    if report.replaced or any(part in report.removed for part in ("attention", "ffn")):
         return [], []  # a drop is no rounding: its price is the perplexity that is reported
     if not check.kl > ALARMING_KL:
         return [], []

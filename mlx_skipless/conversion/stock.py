@@ -5,6 +5,7 @@ a time. So whatever mlx-lm loads can lose sub-layers and be quantized. The resul
 ``mlx_lm.convert`` writes it, under the names of mlx-lm's modules.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -21,19 +22,21 @@ from ..architectures.families import FAMILIES
 from ..checkpoints.guarded import GuardedTokenizer
 from ..checkpoints.tokenizer import carry_tokenizer, load_tokenizer
 from ..checkpoints.writer import SHARD_BYTES, Writer
+from ..constants import BUNDLED
 from ..errors import UserError
 from ..inference.loading import load_network
 from ..inference.stock import StockSource, find_stock
 from ..memory import machine_memory_bytes
 from ..network import reduced
-from ..network.stock import StockNetwork
+from ..network.stock import StandIns, StockNetwork
 from ..progress import Progress
 from ..quantization.coverage import check_packable, find_widths
 from ..quantization.distillation import LOGITS_BYTES
 from ..quantization.fitting import estimate_moments
 from ..quantization.layout import quantize_nearest
 from ..removal.renumbering import Layers, delete_layers, passes_stream, shorten_network
-from ..removal.sublayers import Step, Wish, check_sums, choose_drops
+from ..removal.standins import choose_stand_ins, fit_together
+from ..removal.sublayers import Step, check_sums, choose_drops
 from ..text import samples
 from ..text.samples import Passages
 from .check import Verification, compare_networks
@@ -54,19 +57,25 @@ def find_source(options: Options) -> StockSource | None:
     Raises:
         UserError: if it cannot be read, or has no weights and more than a plan is asked for.
     """
-    if options.model is None:
+    if options.model is None and not options.replacements:
         return None
     source = find_stock(
-        options.model,
+        BUNDLED if options.model is None else options.model,
         revision=options.revision,
         config_only=options.dry_run,
         trust_remote_code=options.trust_remote_code,
+        any_family=bool(options.replacements),
     )
     if source is None:
+        if options.replacements:
+            raise UserError(
+                f"{list_flags(options)}: that is for folders of models that mlx-lm runs, and "
+                f"{options.model} is none"
+            )
         return None
     if source.store is None and not options.dry_run:
         raise UserError(f"{source.name} has no weights: add --dry-run, or give the model")
-    if reduced.DROPPED in source.config and options.drops:
+    if reduced.DROPPED in source.config and (options.drops or options.replacements):
         raise UserError(
             f"{source.name} has lost sub-layers already: drop all that shall go from the model "
             "that it was made from"
@@ -88,6 +97,7 @@ class StockJob:
         config: of the network of these.
         notes: why it is so, a sentence each.
         bits: of the matrices for which they were chosen, by module path.
+        stand_ins: for sub-layers that matrices stand in for.
     """
 
     options: Options
@@ -99,6 +109,7 @@ class StockJob:
     config: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     bits: Mapping[str, int] = field(default_factory=dict)
+    stand_ins: StandIns = field(default_factory=dict)
 
     def learn(self, **found: Any) -> "StockJob":
         """Add to what was decided; ``found`` are fields."""
@@ -107,7 +118,7 @@ class StockJob:
     @property
     def undropped(self) -> "StockJob":
         """The same with all sub-layers."""
-        return replace(self, dropped={}, layers=None, config={})
+        return replace(self, dropped={}, stand_ins={}, layers=None, config={})
 
     @property
     def calibrated(self) -> bool:
@@ -153,19 +164,46 @@ class StockJob:
             config = {k: v for k, v in config.items() if not k.startswith("quantiz")}
         if options.dtype is not None:
             model.set_dtype(self.dtype)
-        if parts := self._name_dropped(network.sublayers):
+        dropped = self._name_parts(self.dropped, network.sublayers)
+        replaced = self._name_parts(self.replaced, network.sublayers)
+        if parts := {*dropped, *replaced}:
             handed = [one.handed.items() for one in network.sublayers]
             outputs = {path: more for one in handed for path, more in one if path in parts}
-            reduced.drop(model, parts, outputs)
-            config |= {reduced.DROPPED: parts, "model_file": MODEL_FILE}
+            reduced.drop(model, dropped, outputs)
+            self._put_stand_ins(model, network)
+            config |= {reduced.DROPPED: dropped, "model_file": MODEL_FILE}
             config |= {reduced.OUTPUTS: outputs} if outputs else {}
+        if replaced:
+            _, width = next(iter(self.stand_ins.values())).weight.shape
+            config |= {reduced.REPLACED: replaced, reduced.WIDTH: width}
         return model, config
 
-    def _name_dropped(self, sublayers: list[Any]) -> dict[str, list[int]]:
-        """The layers without a part, by what the network's blocks call it."""
+    def _put_stand_ins(self, model: Any, network: StockNetwork) -> None:
+        """Put the matrices that stand in for sub-layers into a model, in place."""
+        kept = range(len(network.paths)) if self.layers is None else self.layers.kept
+        for (kind, layer), linear in self.stand_ins.items():
+            own = network.sublayers[layer]
+            (path,) = own.parts[kind]
+            there = copy.deepcopy(linear)
+            there.set_dtype(self.dtype)
+            block = model.layers[kept.index(layer)]
+            reduced.drop_part(block, path, own.handed.get(path, ()), there)
+
+    @property
+    def replaced(self) -> dict[str, list[int]]:
+        """The layers for whose "attention" or "ffn" a matrix stands in."""
+        found: dict[str, list[int]] = {}
+        for kind, layer in sorted(self.stand_ins):
+            found.setdefault(kind, []).append(layer)
+        return found
+
+    def _name_parts(
+        self, which: Mapping[str, list[int]], sublayers: list[Any]
+    ) -> dict[str, list[int]]:
+        """The layers of some sub-layers, by what the network's blocks call these."""
         found: dict[str, set[int]] = {}
         there = self.layers or Layers(tuple(range(len(sublayers))), len(sublayers))
-        for kind, layers in self.dropped.items():
+        for kind, layers in which.items():
             for new, layer in enumerate(there.kept):
                 for part in sublayers[layer].parts[kind] if layer in layers else ():
                     found.setdefault(part, set()).add(new)
@@ -194,13 +232,13 @@ def check_job(job: StockJob, network: StockNetwork) -> None:
             )
     if options.distill and any(isinstance(m, SwitchLinear) for m in job.source.model.modules()):
         raise UserError("--distill is not for models with experts: drop it")
-    spared = find_spared(network)
-    layers = len(network.paths)
-    for wish in list_wishes(options):
+    spared, layers = find_spared(network), len(network.paths)
+    drops, replacements = map(list_wishes, (options.drops, options.replacements))
+    for verb, wish in (*(("drop", w) for w in drops), *(("replace", w) for w in replacements)):
         kinds = KINDS if wish.kind == "block" else (wish.kind,)
         stay = {layer for kind in kinds for layer in spared[kind]}
         most = min(layers - 1, layers - len(stay))
-        flag = f"--drop-{wish.kind} {'auto' if wish.count is None else wish.count}"
+        flag = f"--{verb}-{wish.kind} {'auto' if wish.count is None else wish.count}"
         if most < 1 and not stay:
             raise UserError(f"{flag}: this model has one layer, which has to keep its own")
         if most < 1:
@@ -208,7 +246,10 @@ def check_job(job: StockJob, network: StockNetwork) -> None:
             raise UserError(f"{flag}: {next(obstacles[k] for k in kinds if k in obstacles)}")
         if wish.count is not None and not 1 <= wish.count <= most:
             raise UserError(f"{flag}: of this model's {layers} layers 1 to {most} can lose theirs")
-    check_sums(list_wishes(options), {kind: layers - len(spared[kind]) for kind in KINDS})
+        parts = max(len(network.sublayers[n].parts.get(wish.kind, ())) for n in range(layers))
+        if verb == "replace" and parts > 1:
+            raise UserError(f"{flag}: this model's blocks have {parts} of them, side by side")
+    check_sums([*drops, *replacements], {kind: layers - len(spared[kind]) for kind in KINDS})
 
 
 def find_spared(network: StockNetwork) -> dict[str, list[int]]:
@@ -250,13 +291,15 @@ def take_text(
     job: StockJob, network: StockNetwork, tokenizer: GuardedTokenizer | None, progress: Progress
 ) -> Passages | None:
     """Take the tokens that deciding and checking need; None if nothing does."""
-    options, calibrating = job.options, job.calibrated or bool(job.options.drops)
+    options = job.options
+    choosing = bool(options.drops or options.replacements)
+    calibrating = job.calibrated or choosing
     if not (options.verify or calibrating):
         return None
     # Choosing sub-layers, distilling and few bits take all the text that there is.
     q, weights = options.quantization, get_total_parameters(job.source.model)
     few = options.mixes_bits or (q is not None and q.usual_bits < 4)
-    all_of_it = options.drops or options.distill or few or not calibrating
+    all_of_it = choosing or options.distill or few or not calibrating
     small = weights <= samples.LONG_CHECK_WEIGHTS or mx.default_device().type != mx.cpu
     sizes: dict[str, Any] = {
         "calibrating": calibrating,
@@ -278,20 +321,45 @@ def take_text(
 def decide(
     job: StockJob, network: StockNetwork, passages: Passages | None, progress: Progress
 ) -> StockJob:
-    """Choose on text what goes."""
-    if not job.options.drops or passages is None or passages.calibration is None:
+    """Choose on text what goes, and what matrices stand in for."""
+    options = job.options
+    if passages is None or passages.calibration is None:
         return job
-    wishes: list[Wish] = list_wishes(job.options)
-    dropped, path = choose_drops(
-        network,
-        passages.calibration,
-        wishes,
-        greedy=job.options.greedy,
-        max_loss=job.options.allowed_loss,
-        spared=find_spared(network),
-        progress=partial(progress, "dropping"),
-    )
-    return leave_out_blocks(replace(job, dropped=dropped, path=tuple(path)), network)
+    tokens = passages.calibration
+    limits: dict[str, Any] = {"greedy": options.greedy, "max_loss": options.allowed_loss}
+    if options.drops:
+        dropped, path = choose_drops(
+            network,
+            tokens,
+            list_wishes(options.drops),
+            spared=find_spared(network),
+            progress=partial(progress, "dropping"),
+            **limits,
+        )
+        job = replace(job, dropped=dropped, path=tuple(path))
+    if options.replacements:
+        if not network.is_chain:
+            raise UserError(
+                f"{list_flags(options)}: more than the stream passes between this model's layers"
+            )
+        left = network.drop(job.dropped) if job.dropped else network
+        replaced, path = choose_stand_ins(
+            left,
+            tokens,
+            list_wishes(options.replacements),
+            spared=find_spared(left),
+            progress=partial(progress, "choosing what to replace"),
+            **limits,
+        )
+        tell = partial(progress, "fitting")
+        stand_ins = fit_together(network, left, tokens, replaced, tell)
+        job = replace(job, stand_ins=stand_ins, path=(*job.path, *path))
+    return leave_out_blocks(job, network)
+
+
+def list_flags(options: Options) -> str:
+    """The flags that ask for matrices in the place of sub-layers."""
+    return " and ".join(f"--replace-{kind}" for kind in options.replacements)
 
 
 def leave_out_blocks(job: StockJob, network: StockNetwork) -> StockJob:

@@ -45,7 +45,8 @@ def make_report(
     before = {path: (count, count * width) for path, (count, _) in whole.items()}
     packed = [module for module in model.modules() if "scales" in module]
     formats = Counter((getattr(m, "mode", "affine"), m.bits, m.group_size) for m in packed)
-    nothing = not job.options.drops and job.options.quantization is None
+    options = job.options
+    nothing = not (options.drops or options.replacements or options.quantization)
     bytes_after = _total(after, 1)
     return Report(
         source=source.name,
@@ -61,6 +62,7 @@ def make_report(
         bytes_before=_total(before, 1),
         bytes_after=bytes_after,
         removed={kind: layers for kind, layers in job.dropped.items() if layers},
+        replaced=job.replaced,
         folded=(),
         stock=reduced.DROPPED not in config,
         skipless=False,
@@ -81,7 +83,8 @@ def make_report(
 
 def add_wishes(report: Report, job: StockJob, network: StockNetwork) -> Report:
     """Add to a plan's report what shall be dropped and is not chosen yet."""
-    if not job.options.drops:
+    asked = list_wishes(job.options.drops), list_wishes(job.options.replacements)
+    if not any(asked):
         return report
 
     def count(kind: str) -> int:
@@ -89,9 +92,14 @@ def add_wishes(report: Report, job: StockJob, network: StockNetwork) -> Report:
         could = (network.count_weights(n, kind) for n in layers if network.can_drop(n, kind))
         return min(could, default=0)
 
-    note = describe_wishes(count, list_wishes(job.options))
-    stock = report.stock and {*job.options.drops} == {"block"}
-    return replace(report, notes=(*report.notes, note), stock=stock)
+    notes = [describe_wishes(count, drops)] if (drops := asked[0]) else []
+    if replacements := asked[1]:
+        what = " and ".join(
+            f"{w.count or 'what --max-loss allows of'} {w.kind}" for w in replacements
+        )
+        notes.append(f"which layers get a matrix in the place of theirs is measured, too: {what}")
+    stock = report.stock and {*job.options.drops} == {"block"} and not replacements
+    return replace(report, notes=(*report.notes, *notes), stock=stock)
 
 
 def _describe_path(job: StockJob) -> Iterator[str]:
@@ -152,13 +160,16 @@ def _try(model: nn.Module) -> int:
 def _make_rows(job: StockJob, paths: list[str], before: Sizes, after: Sizes) -> Iterator[LayerRow]:
     inside = tuple(f"{path}." for path in paths)
     body = paths[0].rsplit(".", 2)[0]
-    ends = [path for path in before if not path.startswith(inside)]
+    ends = [path for path in before if not path.startswith(inside) and path not in paths]
     for name in (*paths, *ends):
         layer = paths.index(name) if name in paths else None
         new = name if job.layers is None else rename_layer(name, job.layers, paths)
         yield LayerRow(
             name=name.removeprefix(f"{body}.").removeprefix(f"{body.rpartition('.')[0]}."),
-            goes=" ".join(kind for kind, layers in job.dropped.items() if layer in layers),
+            goes=" ".join(
+                [kind for kind, layers in job.dropped.items() if layer in layers]
+                + [f"{kind} (replaced)" for kind, at in job.stand_ins if at == layer]
+            ),
             weights_before=_total(before, 0, name),
             weights_after=_total(after, 0, new) if new else 0,
             bytes_before=_total(before, 1, name),

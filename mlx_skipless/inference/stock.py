@@ -99,6 +99,7 @@ def find_stock(
     revision: str | None = None,
     config_only: bool = False,
     trust_remote_code: bool = False,
+    any_family: bool = False,
 ) -> StockSource | None:
     """Find a model, if it is of an architecture that only mlx-lm knows.
 
@@ -107,6 +108,7 @@ def find_stock(
         revision: a branch, tag or commit of a Hub id.
         config_only: do without the weights; those of a Hub id are not fetched.
         trust_remote_code: let its tokenizer run its code.
+        any_family: find whatever mlx-lm has a network for.
 
     Raises:
         UserError: if it cannot be read.
@@ -119,7 +121,7 @@ def find_stock(
         config = files.read_json(path)
     else:
         return None
-    if not _is_known(config) or config["model_type"] in FAMILIES:
+    if not _is_known(config) or (config["model_type"] in FAMILIES and not any_family):
         return None
     return StockSource(name, path, config, trust_remote_code)
 

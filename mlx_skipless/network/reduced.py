@@ -5,6 +5,9 @@ and says what is gone, by the names that mlx-lm's blocks have for their parts:
 ``"dropped_sublayers": {"self_attn": [3, 5], "mlp": [2]}``. Parts of parts are named by their path:
 ``"attn.attention"``. A part that returns more than its output hands on what it is given instead,
 by position or name: ``"dropped_outputs": {"self_attn": ["shared_kv", null]}``.
+
+``"replaced_sublayers"`` has the same form. There a matrix as wide as the stream,
+``"replaced_width": 576``, stands in the part's place: ``model.layers.3.self_attn.linear``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,6 +20,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import _get_classes
 
 DROPPED, OUTPUTS = "dropped_sublayers", "dropped_outputs"
+REPLACED, WIDTH = "replaced_sublayers", "replaced_width"
 
 Handed = Sequence[int | str | None]
 
@@ -35,9 +39,12 @@ class ModelArgs:
 
 def Model(args: ModelArgs) -> nn.Module:
     """Build the network of a config, without the sub-layers that it says are gone."""
-    kind, kind_args = _get_classes(args.config)
-    model = kind(kind_args.from_dict(args.config))
-    gone = drop(model, args.config[DROPPED], args.config.get(OUTPUTS, {}))
+    config = args.config
+    kind, kind_args = _get_classes(config)
+    model = kind(kind_args.from_dict(config))
+    outputs = config.get(OUTPUTS, {})
+    gone = drop(model, config.get(DROPPED, {}), outputs)
+    gone |= drop(model, config.get(REPLACED, {}), outputs, config.get(WIDTH))
     sanitize = getattr(model, "sanitize", lambda weights: weights)
 
     def sanitize_rest(weights: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -49,7 +56,10 @@ def Model(args: ModelArgs) -> nn.Module:
 
 
 def drop(
-    model: nn.Module, dropped: dict[str, list[int]], outputs: Mapping[str, Handed]
+    model: nn.Module,
+    dropped: dict[str, list[int]],
+    outputs: Mapping[str, Handed],
+    width: int | None = None,
 ) -> dict[str, mx.array]:
     """Take sub-layers out of a network, in place; return their parameters by name.
 
@@ -57,18 +67,23 @@ def drop(
         model: the network.
         dropped: the layers, by the path that their blocks have for the part.
         outputs: what the part hands on beside its output, by the same.
+        width: of the matrices that stand in for them; None: nothing does.
     """
     whole = dict(tree_flatten(model.parameters()))
     for path, layers in dropped.items():
         for layer in layers:
-            drop_part(model.layers[layer], path, outputs.get(path, ()))
+            linear = None if width is None else nn.Linear(width, width)
+            drop_part(model.layers[layer], path, outputs.get(path, ()), linear)
     left = dict(tree_flatten(model.parameters()))
     return {name: array for name, array in whole.items() if name not in left}
 
 
-def drop_part(block: nn.Module, path: str, handed: Handed = ()) -> None:
-    """Take a part out of a block, in place."""
-    gone = Dropped(dict(block.named_modules())[path], handed)
+def drop_part(
+    block: nn.Module, path: str, handed: Handed = (), linear: nn.Linear | None = None
+) -> None:
+    """Take a part out of a block, in place; ``linear`` stands in for it, if given."""
+    inner = dict(block.named_modules())[path]
+    gone = Dropped(inner, handed) if linear is None else StandIn(inner, handed, linear)
     block.update_modules(tree_unflatten([(path, gone)]))
 
 
@@ -89,16 +104,38 @@ class Dropped(nn.Module):
         self._handed = tuple(handed)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        """Return zeros like the first argument, (batch, length, hidden)."""
+        """Return what stands in for the output of a first argument, (batch, length, hidden)."""
         x, *others = (*args, *options.values())
         for given in others:
             for cache in getattr(given, "caches", (given,)):
                 _count_tokens(cache, x)
-        zeros = mx.zeros_like(x)
+        out = self.stand_in(x)
         if not self._handed:
-            return zeros
+            return out
         named: dict[Any, Any] = {**dict(enumerate(args)), **options}
-        return (zeros, *(named.get(key) for key in self._handed))
+        return (out, *(named.get(key) for key in self._handed))
+
+    def stand_in(self, x: mx.array) -> mx.array:
+        """Return what comes in the place of the sub-layer's output."""
+        return mx.zeros_like(x)
+
+
+class StandIn(Dropped):
+    """Gives a matrix's product with what the sub-layer would read, and a constant.
+
+    Args:
+        inner: the sub-layer.
+        handed: what it returns beside its output.
+        linear: the matrix, as wide as the stream.
+    """
+
+    def __init__(self, inner: nn.Module, handed: Handed, linear: nn.Linear):
+        super().__init__(inner, handed)
+        self.linear = linear
+
+    def stand_in(self, x: mx.array) -> mx.array:
+        """Return what comes in the place of the sub-layer's output."""
+        return self.linear(x)
 
 
 def _count_tokens(cache: Any, x: mx.array) -> None:

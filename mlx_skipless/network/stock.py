@@ -5,6 +5,7 @@ chains: what a layer gives is all that the next one needs of it. Those that are 
 run twice for instance, run as a whole.
 """
 
+import copy
 from collections.abc import Callable, Collection, Mapping
 from functools import cached_property, partial
 from typing import Any
@@ -19,6 +20,8 @@ from .magnitudes import Watch
 from .model import Stream, take_stream
 from .reduced import drop_part
 from .trial import KINDS, Sublayers, Trial, drop_sublayer, find_part
+
+StandIns = Mapping[tuple[str, int], nn.Linear]  # by "attention" or "ffn" and layer
 
 TRIAL_TOKENS = mx.zeros((1, 2), mx.int32)
 CHAIN_TOKENS, CHAIN_ERROR = 12, 1e-3
@@ -42,6 +45,7 @@ class StockNetwork(Driver):
     ):
         self._build, self._dtype = build, dtype
         self._unread: dict[int, nn.Module] = {}
+        self._stand_ins: StandIns = {}
         super().__init__(self._cast(build()), resident=resident)
 
     def _cast(self, model: nn.Module) -> nn.Module:
@@ -141,10 +145,17 @@ class StockNetwork(Driver):
         caches = partial(make_prompt_cache, self.model)
         return Trial(lambda v: self._forward(v, TRIAL_TOKENS, cache=caches()), self._own)
 
+    def replace(self, stand_ins: StandIns) -> "StockNetwork":
+        """Return the same network, in which these stand in for sub-layers that go."""
+        other = copy.copy(self)
+        other._stand_ins = stand_ins
+        return other
+
     def without(self, layer: int, block: nn.Module, kinds: Collection[str]) -> nn.Module:
         """Return a block without its attention, its FFN or both; the weights are shared."""
         for kind in kinds:
-            block = drop_sublayer(block, self.sublayers[layer], kind)
+            linear = self._stand_ins.get((kind, layer))
+            block = drop_sublayer(block, self.sublayers[layer], kind, linear)
         return block
 
     def drop(self, dropped: Mapping[str, Collection[int]]) -> "StockNetwork":
@@ -155,8 +166,9 @@ class StockNetwork(Driver):
             for kind, layers in dropped.items():
                 for layer in layers:
                     own = self.sublayers[layer]
+                    linear = self._stand_ins.get((kind, layer))
                     for path in own.parts[kind]:
-                        drop_part(model.layers[layer], path, own.handed.get(path, ()))
+                        drop_part(model.layers[layer], path, own.handed.get(path, ()), linear)
             return model
 
         reduced = StockNetwork(build, self._dtype, resident=self.resident)
@@ -169,9 +181,11 @@ class StockNetwork(Driver):
         return not any(one in self.sublayers[layer].obstacles for one in kinds)
 
     def count_weights(self, layer: int, kind: str) -> int:
-        """Count the weights of a layer's "attention" or "ffn"."""
+        """Count the weights that go with a layer's "attention" or "ffn"."""
         parts = self.sublayers[layer].parts.get(kind, ())
-        return sum(get_total_parameters(find_part(self._own[layer], part)) for part in parts)
+        whole = sum(get_total_parameters(find_part(self._own[layer], part)) for part in parts)
+        linear = self._stand_ins.get((kind, layer))
+        return whole - (0 if linear is None else get_total_parameters(linear))
 
 
 class WholeNetwork(Driver):

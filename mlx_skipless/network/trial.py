@@ -19,7 +19,7 @@ from mlx.utils import tree_reduce
 
 from .driver import Recorder
 from .parts import replace_at, tensors_of
-from .reduced import Dropped, Handed
+from .reduced import Dropped, Handed, StandIn
 
 KINDS = ("attention", "ffn")
 FFN_NAME = re.compile(r"mlp|ffn|feed_forward|moe|experts")
@@ -227,10 +227,13 @@ def _is_same(one: Any, other: Any) -> bool:
     return bool(_arrays(one)) and _arrays(one) == _arrays(other)
 
 
-def drop_sublayer(block: nn.Module, own: Sublayers, kind: str) -> nn.Module:
-    """Return a block without its "attention" or "ffn"."""
+def drop_sublayer(
+    block: nn.Module, own: Sublayers, kind: str, linear: nn.Linear | None = None
+) -> nn.Module:
+    """Return a block without its "attention" or "ffn"; ``linear`` stands in for it, if given."""
     for path in own.parts.get(kind, ()):
-        gone = Dropped(find_part(block, path), own.handed.get(path, ()))
+        inner, handed = find_part(block, path), own.handed.get(path, ())
+        gone = Dropped(inner, handed) if linear is None else StandIn(inner, handed, linear)
         block = replace_at(block, path, gone)
     return block
 

@@ -31,7 +31,7 @@ from ..network.model import Model, Stream
 from ..network.names import EMBEDDING, FINAL_NORM, HEAD, module_path
 from ..network.parts import ChangedParts, Merged, Parts
 from ..progress import Steps, tell_part
-from .fitting import Moments, to_float64
+from ..removal.moments import Moments, to_float64
 from .formats import Packed
 from .layout import Layout
 from .passage import OVERFLOWS, Passage, find_readers, fit_layer, fit_matrix

@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..network.parts import unpack
+from ..removal.moments import add_to_diagonal
 
 BLOCK = 128  # inputs that are rounded one by one before the rest learns of their errors
 ROWS = 1024  # of codes packed at a time
@@ -136,13 +137,6 @@ class Format:
         ones = np.full((scales.shape[0], WIDE), ONE[self.bits], dtype=np.uint8)
         packed = {"weight": mx.array(_pack(ones, self.bits)), "scales": scales}
         return np.array(self.dense(packed))[:, 0]
-
-
-def add_to_diagonal(gram: np.ndarray, added: float) -> np.ndarray:
-    """Return a copy of a square matrix with a number added to its diagonal."""
-    out = gram.copy()
-    np.einsum("ii->i", out)[:] += added
-    return out
 
 
 def _solve_feedback(gram: np.ndarray, damping: float) -> np.ndarray:

@@ -14,7 +14,7 @@ from ..network.driver import Driver, Recorder, find_ends, is_held_out, split_bat
 from ..network.model import Stream
 from ..network.parts import replace_at
 from ..progress import Steps, tell_part
-from .fitting import Moments
+from ..removal.moments import Moments
 from .formats import Format, Packed
 from .passage import STEPS, Passage, find_readers, fit_layer, fit_matrix
 

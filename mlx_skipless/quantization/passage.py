@@ -23,7 +23,8 @@ from ..network.driver import Driver, Recorder, is_held_out
 from ..network.model import Stream
 from ..network.parts import replace_at
 from ..progress import Steps
-from .fitting import Moments, fit_weight, to_float64
+from ..removal.moments import Moments, to_float64
+from .fitting import fit_weight
 from .formats import Format, Packed
 
 STEPS = 4  # that progress tells of for each part of a network

@@ -25,6 +25,8 @@ CANDIDATES = 6  # the least important of each kind, tried at each step of the gr
 SEARCH_TOKENS = 4096  # that judge a drop
 
 Drops = Mapping[str, Collection[int]]  # layers by part
+# Gives a number a layer for "attention", "ffn" and "block".
+Measure = Callable[[Drops, Steps], Mapping[str, Sequence[float]]]
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,7 @@ def choose_drops(
     greedy: bool,
     max_loss: float,
     spared: Drops | None = None,
+    measure: Measure | None = None,
     progress: Steps = lambda done, total: None,
 ) -> tuple[dict[str, list[int]], list[Step]]:
     """Choose the sub-layers that go.
@@ -215,6 +218,8 @@ def choose_drops(
         greedy: measure again after each drop even where a count is given.
         max_loss: the share by which the loss, nats per token, may grow where no count is given.
         spared: sub-layers that must stay.
+        measure: tells how important each sub-layer is once some are gone; None:
+            ``measure_importance`` on the text.
         progress: called with (done, total).
 
     Returns:
@@ -222,11 +227,14 @@ def choose_drops(
     """
     rows = max(1, SEARCH_TOKENS // tokens.shape[1])
     judged = tokens[:: max(1, tokens.shape[0] // rows)][:rows]
-    if greedy or any(wish.count is None for wish in wishes):
-        search = _Search(network, judged, spared or {}, max_loss)
+    stepwise = greedy or any(wish.count is None for wish in wishes)
+    if measure is None:
+        measure = partial(measure_importance, network, judged if stepwise else tokens)
+    if stepwise:
+        search = _Search(network, judged, spared or {}, max_loss, measure)
         return search.run({wish.kind: wish.count for wish in wishes}, progress)
     walks = 1 + len(wishes)
-    measured = measure_importance(network, tokens, progress=tell_part(progress, 0, walks))
+    measured = measure({}, tell_part(progress, 0, walks))
     dropped: Drops = {}
     ordered = sorted(wishes, key=lambda wish: KINDS.index(wish.kind), reverse=True)
     for walk, wish in enumerate(ordered, start=1):
@@ -249,11 +257,14 @@ class _Search:
         tokens: (sequences, length) of text that judges.
         spared: sub-layers that must stay.
         max_loss: the share by which the loss may grow where no number of drops is given.
+        measure: tells how important each sub-layer is once some are gone.
     """
 
-    def __init__(self, network: Driver, tokens: mx.array, spared: Drops, max_loss: float):
+    def __init__(
+        self, network: Driver, tokens: mx.array, spared: Drops, max_loss: float, measure: Measure
+    ):
         self._network, self._tokens = network, tokens
-        self._spared, self._max_loss = spared, max_loss
+        self._spared, self._max_loss, self._measure = spared, max_loss, measure
         self._dropped: Drops = {}
 
     def run(
@@ -287,7 +298,7 @@ class _Search:
 
     def _find_candidates(self, kinds: Sequence[str], progress: Steps) -> list[tuple[str, int]]:
         """The least important sub-layers of each kind that are left."""
-        measured = measure_importance(self._network, self._tokens, self._dropped, progress)
+        measured = self._measure(self._dropped, progress)
         return [
             (kind, layer)
             for kind in kinds

@@ -18,10 +18,11 @@ from mlx_skipless.network.driver import StreamedNetwork
 from mlx_skipless.network.model import Model
 from mlx_skipless.quantization import bits as budget
 from mlx_skipless.quantization.calibration import CalibratedParts
-from mlx_skipless.quantization.fitting import Moments, fit_weight
+from mlx_skipless.quantization.fitting import fit_weight
 from mlx_skipless.quantization.formats import Format
 from mlx_skipless.quantization.layout import Layout, Quantization
 from mlx_skipless.removal.merger import Merger
+from mlx_skipless.removal.moments import Moments
 from mlx_skipless.removal.plan import make_plan
 from mlx_skipless.text import samples
 
