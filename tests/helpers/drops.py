@@ -174,14 +174,22 @@ class Case:
 
     @contextmanager
     def lacking(
-        self, model: nn.Module, layer: int, kind: str, wrap: Callable[..., Any] | None = None
+        self,
+        model: nn.Module,
+        layer: int,
+        kind: str,
+        wrap: Callable[..., Any] | None = None,
+        linear: nn.Linear | None = None,
     ) -> Iterator[None]:
-        """Let a network lack a sub-layer for a while, or have each part of it wrapped."""
+        """Let a network lack a sub-layer for a while, or have each part of it wrapped.
+
+        ``linear`` stands in for what is lacking.
+        """
         own, block = self.sublayers[layer], model.layers[layer]
         parts = {path: dict(block.named_modules())[path] for path in own.parts[kind]}
         for path, part in parts.items():
             if wrap is None:
-                reduced.drop_part(block, path, own.handed.get(path, ()))
+                reduced.drop_part(block, path, own.handed.get(path, ()), linear)
             else:
                 block.update_modules(tree_unflatten([(path, wrap(part))]))
         try:
