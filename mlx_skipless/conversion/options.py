@@ -21,6 +21,7 @@ CHECK = "check and report"
 source = partial(option, group="source and result")
 exact = partial(option, group="exact")
 approximate = partial(option, group="approximate")
+counted = partial(approximate, parse=parse_count, metavar="N")
 quantizing = partial(option, group="quantize")
 checking = partial(option, group=CHECK)
 
@@ -77,21 +78,11 @@ class Options:
         const="auto",
     )
 
-    drop_attention: int | str | None = approximate(
-        None, LOSES.format("attention"), parse=parse_count, metavar="N"
-    )
-    drop_ffn: int | str | None = approximate(
-        None, LOSES.format("FFN"), parse=parse_count, metavar="N"
-    )
-    drop_block: int | str | None = approximate(
-        None, LOSES.format("attention and FFN"), parse=parse_count, metavar="N"
-    )
-    replace_attention: int | str | None = approximate(
-        None, REPLACED.format("attention"), parse=parse_count, metavar="N"
-    )
-    replace_ffn: int | str | None = approximate(
-        None, REPLACED.format("FFN"), parse=parse_count, metavar="N"
-    )
+    drop_attention: int | str | None = counted(None, LOSES.format("attention"))
+    drop_ffn: int | str | None = counted(None, LOSES.format("FFN"))
+    drop_block: int | str | None = counted(None, LOSES.format("attention and FFN"))
+    replace_attention: int | str | None = counted(None, REPLACED.format("attention"))
+    replace_ffn: int | str | None = counted(None, REPLACED.format("FFN"))
     max_loss: float | None = approximate(
         None,
         "share by which auto may raise the loss, nats per token (default: 1%)",
@@ -170,14 +161,12 @@ class Options:
 
         Empty if none shall.
         """
-        asked = {"attention": self.drop_attention, "ffn": self.drop_ffn, "block": self.drop_block}
-        return {kind: count for kind, count in asked.items() if count is not None}
+        return _find_asked(attention=self.drop_attention, ffn=self.drop_ffn, block=self.drop_block)
 
     @property
     def replacements(self) -> dict[str, int | str]:
         """For how many layers' "attention" or "ffn" matrices shall stand in: a number, "auto"."""
-        asked = {"attention": self.replace_attention, "ffn": self.replace_ffn}
-        return {kind: count for kind, count in asked.items() if count is not None}
+        return _find_asked(attention=self.replace_attention, ffn=self.replace_ffn)
 
     @property
     def allowed_loss(self) -> float:
@@ -194,6 +183,10 @@ class Options:
         """How to quantize the result; None: not at all."""
         wanted = self.quantize or self.mixes_bits
         return make_quantization(wanted, self.q_bits, self.q_group_size, self.q_mode)
+
+
+def _find_asked(**counts: int | str | None) -> dict[str, int | str]:
+    return {kind: count for kind, count in counts.items() if count is not None}
 
 
 def _check_target(options: Options) -> None:

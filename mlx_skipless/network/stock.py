@@ -12,13 +12,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import get_total_parameters
 
 from .driver import Changes, Driver, _Reached, widen
 from .magnitudes import Watch
 from .model import Stream, take_stream
-from .reduced import drop_part
 from .trial import KINDS, Sublayers, Trial, drop_sublayer, find_part
 
 StandIns = Mapping[tuple[str, int], nn.Linear]  # by "attention" or "ffn" and layer
@@ -86,11 +86,7 @@ class StockNetwork(Driver):
         """Whether the layers, run one by one, make the network; tried on a few tokens."""
         tokens = mx.arange(CHAIN_TOKENS)[None] * 7 % self.vocabulary
         try:
-            h: Stream = self.embed(tokens)
-            for layer, block in self.walk():
-                h = self.run(layer, h, tokens, block)
-                mx.eval(h)
-            by_layers = self._finish(h)
+            by_layers = self._finish(_run_layers(self, tokens))
         except (AttributeError, KeyError, TypeError, ValueError):  # they need more than that
             return False
         return _agree(by_layers, self._run_whole(tokens))
@@ -110,8 +106,8 @@ class StockNetwork(Driver):
     def _finish(self, h: Stream, changes: Changes | None = None) -> mx.array:
         if self._trial.sources is None:
             return super().logits(h, changes)
-        nothing = [None] * self._trial.extras
-        return super().logits((take_stream(h), *nothing), changes)  # type: ignore[arg-type]
+        whole = (take_stream(h), *[None] * self._trial.extras)
+        return super().logits(whole, changes)  # type: ignore[arg-type]
 
     def _run_whole(self, tokens: mx.array, caches: list[Any] | None = None) -> mx.array:
         """Return float32 logits (batch, length, vocabulary) by the model's own forward."""
@@ -147,8 +143,7 @@ class StockNetwork(Driver):
 
     def replace(self, stand_ins: StandIns) -> "StockNetwork":
         """Return the same network, in which these stand in for sub-layers that go."""
-        other = copy.copy(self)
-        other._stand_ins = stand_ins
+        (other := copy.copy(self))._stand_ins = stand_ins
         return other
 
     def without(self, layer: int, block: nn.Module, kinds: Collection[str]) -> nn.Module:
@@ -163,12 +158,9 @@ class StockNetwork(Driver):
 
         def build() -> nn.Module:
             model: Any = self._build()
-            for kind, layers in dropped.items():
-                for layer in layers:
-                    own = self.sublayers[layer]
-                    linear = self._stand_ins.get((kind, layer))
-                    for path in own.parts[kind]:
-                        drop_part(model.layers[layer], path, own.handed.get(path, ()), linear)
+            for kind, layer in ((kind, n) for kind, layers in dropped.items() for n in layers):
+                block = self.without(layer, model.layers[layer], {kind})
+                model.update_modules(tree_unflatten([(self.paths[layer], block)]))
             return model
 
         reduced = StockNetwork(build, self._dtype, resident=self.resident)
@@ -177,15 +169,23 @@ class StockNetwork(Driver):
 
     def can_drop(self, layer: int, kind: str) -> bool:
         """Whether a layer can lose its "attention", its "ffn" or as a "block" both."""
-        kinds = KINDS if kind == "block" else (kind,)
-        return not any(one in self.sublayers[layer].obstacles for one in kinds)
+        return not {kind, *(KINDS if kind == "block" else ())} & {*self.sublayers[layer].obstacles}
 
     def count_weights(self, layer: int, kind: str) -> int:
         """Count the weights that go with a layer's "attention" or "ffn"."""
         parts = self.sublayers[layer].parts.get(kind, ())
-        whole = sum(get_total_parameters(find_part(self._own[layer], part)) for part in parts)
-        linear = self._stand_ins.get((kind, layer))
-        return whole - (0 if linear is None else get_total_parameters(linear))
+        go = [find_part(self._own[layer], part) for part in parts]
+        come = [one for which, one in self._stand_ins.items() if which == (kind, layer)]
+        return sum(map(get_total_parameters, go)) - sum(map(get_total_parameters, come))
+
+
+def _run_layers(network: Driver, tokens: mx.array) -> Stream:
+    """Run the layers one by one; return what the last one gives."""
+    h: Stream = network.embed(tokens)
+    for layer, block in network.walk():
+        h = network.run(layer, h, tokens, block)
+        mx.eval(h)
+    return h
 
 
 class WholeNetwork(Driver):
