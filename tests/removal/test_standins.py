@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from drops import WAYS, Cannot, Case, differ, open_case
-from grids import only, thin
+from grids import only, thin, thorough
 from mlx.utils import tree_unflatten
 from mlx_lm.utils import load_model
 from zoo import make_model
@@ -144,7 +144,7 @@ def close(got: nn.Linear, weight: np.ndarray, bias: np.ndarray) -> None:
     np.testing.assert_allclose(np.array(got.bias), bias, atol=2e-3 * max(largest, abs(bias).max()))
 
 
-@pytest.mark.parametrize("name", [*SHARES])
+@pytest.mark.parametrize("name", only({"granite", "olmo2"}, SHARES))
 def test_the_fit_is_a_ridge_regression(name: str, tmp_path: Path) -> None:
     """Of a sub-layer's output on what it reads, a token by the size of its stream behind it."""
     config = make_model(tmp_path, name)
@@ -164,7 +164,7 @@ def test_the_fit_is_a_ridge_regression(name: str, tmp_path: Path) -> None:
         assert fit.error == pytest.approx(error * (share or 1) ** 2, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", [*SHARES])
+@pytest.mark.parametrize("name", only({"granite", "olmo2"}, SHARES))
 def test_a_stand_in_makes_up_for_those_before_it(name: str, tmp_path: Path) -> None:
     """It gives what the stream lacks, too, where its output is added as it is."""
     config = make_model(tmp_path, name)
@@ -207,7 +207,7 @@ def test_what_is_linear_is_replaced_without_a_loss(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.array(found.linear.weight), np.array(linear.weight), atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["attention", "ffn"])
+@pytest.mark.parametrize("kind", only({"attention"}, ["attention", "ffn"]))
 def test_those_with_the_least_loss_are_chosen(kind: str, tmp_path: Path) -> None:
     """Each with its stand-in alone, by mlx-lm's own network."""
     make_model(tmp_path, "qwen3")
@@ -277,7 +277,7 @@ CONVERTED = [
 ]
 
 
-@pytest.mark.parametrize("case", only(CONVERTED[2:], CONVERTED), ids=lambda case: case[0])
+@pytest.mark.parametrize("case", only(CONVERTED[2:3], CONVERTED), ids=lambda case: case[0])
 def test_converted(case: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
     """The result, loaded by mlx-lm alone, is the source with matrices in these places."""
     name, asked = case
@@ -313,7 +313,7 @@ def test_converted(case: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
         ("qwen3", {"replace_attention": 1, "skipless": True}, "--skipless"),
         ("qwen3", {"replace_ffn": 1, "fold_norms": True}, "--fold-norms"),
         ("falcon_h1", {"replace_attention": 1}, "2 of them, side by side"),
-        ("gemma3n", {"replace_ffn": 1}, "more than the stream"),
+        pytest.param("gemma3n", {"replace_ffn": 1}, "more than the stream", marks=thorough),
     ],
 )
 def test_what_cannot_be(name: str, asked: dict[str, Any], said: str, tmp_path: Path) -> None:
