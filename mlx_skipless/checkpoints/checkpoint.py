@@ -5,7 +5,6 @@ caller keeps them. Every name and shape is checked before any weight is read. No
 checkpoint is run, and nothing is unpickled.
 """
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -35,7 +34,7 @@ from . import files, hub
 from .files import read_config, read_json
 from .gguf_file import GGUFStore
 from .packed import UnpackedStore, find_scheme
-from .safetensors import FLOATS, SafetensorsStore, Shape, Store, is_float
+from .safetensors import FLOATS, SafetensorsStore, Shape, Store, find_usual_dtype, is_float
 
 
 def read_dtype(config: Config) -> mx.Dtype:
@@ -97,9 +96,7 @@ class Checkpoint(Blueprint):
     @cached_property
     def dtype(self) -> mx.Dtype:
         """The number type that most matrices have, whatever the config declares."""
-        shapes, dtypes = self.store.shapes, self.store.dtypes
-        counts = Counter(d for n, d in dtypes.items() if is_float(d) and len(shapes[n]) > 1)
-        return counts.most_common(1)[0][0] if counts else mx.float32
+        return find_usual_dtype(self.store.shapes, self.store.dtypes)
 
     @property
     def is_uniform(self) -> bool:
@@ -135,11 +132,11 @@ class Checkpoint(Blueprint):
     @property
     def packed_by_mlx(self) -> bool:
         """Whether mlx-lm runs its matrices packed as they are."""
-        return isinstance(self.store, UnpackedStore) and self.store.runs
+        return isinstance(self.store, UnpackedStore | GGUFStore) and self.store.runs
 
     @property
     def _packed_store(self) -> Store:
-        assert isinstance(self.store, UnpackedStore), "its matrices are not packed"
+        assert isinstance(self.store, UnpackedStore | GGUFStore), "its matrices are not packed"
         return self.store.packed
 
     @cached_property

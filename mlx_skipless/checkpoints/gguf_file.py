@@ -1,8 +1,9 @@
-"""GGUF files: metadata as a Hugging Face config, tensors dense and in Hugging Face's names."""
+"""GGUF files: metadata as a Hugging Face config, tensors in Hugging Face's names."""
 
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,17 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from ..errors import UserError, first_line
-from ..network.names import EMBEDDING, FINAL_NORM, HEAD, NORMS, PROJECTIONS
+from ..network.names import EMBEDDING, HEAD
 from . import files, gguf_config, gguf_tokenizer
-from .safetensors import FLOATS
+from .gguf_architectures import find_architecture
+from .gguf_metadata import Metadata
+from .gguf_packed import RepackedStore
+from .safetensors import FLOATS, find_usual_dtype
 
-ROPE_FACTORS = "rope_freqs.weight"
 # The metadata of a vocabulary of a quarter of a million, with its merges, has a million values.
 MOST_VALUES, MOST_KEYS, MOST_TENSORS = 3 << 20, 1 << 12, 1 << 14
+AT_ONCE = 1 << 24  # numbers that are decoded at once
+PICTURES = ("v.", "mm.")  # tensors of the tower that sees pictures, which is left out
 
 
 class _Reader(gguf.GGUFReader):
@@ -88,8 +93,11 @@ def _check_count(count: int, most: int, what: str) -> None:
         raise ValueError(f"it has {count:,} {what} or more, and no model has {most:,}")
 
 
+ROTATED = {".q_proj.": "num_attention_heads", ".k_proj.": "num_key_value_heads"}
+
+
 class GGUFStore:
-    """The tensors of a GGUF file of the llama architecture (Llama, Mistral, SmolLM2, …).
+    """The tensors of a GGUF file.
 
     Attributes:
         config: the config.json that the model would have.
@@ -97,13 +105,17 @@ class GGUFStore:
         shapes: of its tensors, by Hugging Face's names.
         dtypes: the types that dense copies of its tensors would have. The values that ``read``
             returns are float32, which holds every type exactly.
+        kinds: GGUF's types of them.
+        packed: the tensors with those packed as MLX does that can be without a new rounding.
+        runs: whether there are any of these.
 
     Raises:
-        UserError: for another architecture, a corrupt file or an unknown RoPE scaling.
+        UserError: for an unknown architecture, a corrupt file, or a key that changes the network
+            and is not understood.
     """
 
     def __init__(self, path: Path):
-        self._path, self._state = path, files.take_state(path)
+        self.path, self._state = path, files.take_state(path)
         try:
             with np.errstate(over="raise", divide="raise", invalid="raise"):
                 self._reader = _Reader(path)
@@ -116,16 +128,23 @@ class GGUFStore:
             ) from error
 
     def _parse(self, stored: dict[str, gguf.ReaderTensor]) -> None:
-        gguf_config.check_support(self._field, self._reader.fields, str(self._path))
+        self._metadata = Metadata(self._field, tuple(self._reader.fields), str(self.path))
+        gguf_config.check_support(self._metadata)
+        self._architecture = find_architecture(self._metadata)
+        gguf_config.check_keys(self._metadata, self._architecture)
         if self._reader.byte_order == "S":
-            raise UserError(f"{self._path} is of the other byte order, which is not supported")
+            raise UserError(f"{self.path} is of the other byte order, which is not supported")
         for tensor in stored.values():
             block = np.zeros(gguf.GGML_QUANT_SIZES[tensor.tensor_type][1], np.uint8)
             self._dequantize(tensor, block)
-        factors = stored.pop(ROPE_FACTORS, None)
+        tables = {name: stored.pop(name) for name in self._architecture.tables if name in stored}
         self._tensors: dict[str, gguf.ReaderTensor] = {}
+        modules = self._architecture.name_modules()
         for original, tensor in stored.items():
-            if (name := _to_hugging_face(original)) in self._tensors:
+            if original.startswith(PICTURES):
+                continue
+            name = _to_hugging_face(original, modules, self._architecture.bare)
+            if name in self._tensors:
                 raise ValueError(f"{original} comes twice, under two names")
             self._tensors[name] = tensor
         self.shapes = {
@@ -133,20 +152,24 @@ class GGUFStore:
             for name, tensor in self._tensors.items()
         }
         if f"{EMBEDDING}.weight" not in self.shapes:
-            raise UserError(f"{self._path} has no tensor token_embd.weight: download it again")
+            raise UserError(f"{self.path} has no tensor token_embd.weight: download it again")
         self.config = gguf_config.make_config(
-            self._field,
-            str(self._path),
+            self._metadata,
+            self._architecture,
             self.shapes[f"{EMBEDDING}.weight"][0],
             f"{HEAD}.weight" not in self.shapes,
-            None if factors is None else lambda: self._read(factors),
+            {name: partial(self._decode, table) for name, table in tables.items()},
         )
-        kinds = {name: tensor.tensor_type.name for name, tensor in self._tensors.items()}
-        packed = sorted({*kinds.values()} - FLOATS.keys())
+        self.kinds = {name: tensor.tensor_type for name, tensor in self._tensors.items()}
+        packed = sorted({kind.name for kind in self.kinds.values()} - FLOATS.keys())
         self.packing = f"GGUF {', '.join(packed)}" if packed else None
         self.dtypes: dict[str, mx.Dtype | None] = {
-            name: FLOATS.get(kind, mx.float16) for name, kind in kinds.items()
+            name: FLOATS.get(kind.name, mx.float16) for name, kind in self.kinds.items()
         }
+        self.packed = RepackedStore(self, find_usual_dtype(self.shapes, self.dtypes))
+        self.runs = bool(self.packed.entry)
+        if self.runs:
+            self.config["quantization"] = self.packed.entry
 
     def _field(self, key: str) -> Any:
         """The metadata's value of a key; None if it has none."""
@@ -158,12 +181,24 @@ class GGUFStore:
             return float(str(np.float32(value)))  # 1e-05 rather than 9.999999747378752e-06
         return value
 
-    def _read(self, tensor: gguf.ReaderTensor) -> np.ndarray:
-        """A tensor's values in float32, in the file's layout."""
+    def _read_rows(self, tensor: gguf.ReaderTensor, start: int, stop: int | None) -> np.ndarray:
+        """Read rows of a tensor, (rows, columns or bytes), in the file's order."""
         mapped = tensor.data  # reading through the map would end this process if the file shrank
-        data = np.empty(mapped.nbytes, np.uint8)
-        files.fill(self._path, tensor.data_offset, data)
-        return self._dequantize(tensor, data.view(mapped.dtype).reshape(mapped.shape))
+        rows = mapped.reshape(-1, mapped.shape[-1])[start:stop]
+        data = np.empty(rows.shape, mapped.dtype)
+        files.fill(self.path, tensor.data_offset + start * rows.strides[0], data.view(np.uint8))
+        return data
+
+    def _decode_rows(self, tensor: gguf.ReaderTensor) -> Iterator[np.ndarray]:
+        """Read a tensor's rows in float32, some at a time."""
+        columns = int(tensor.shape[0])
+        rows, step = int(tensor.n_elements) // columns, max(1, AT_ONCE // columns)
+        for start in range(0, rows, step):
+            yield self._dequantize(tensor, self._read_rows(tensor, start, start + step))
+
+    def _decode(self, tensor: gguf.ReaderTensor) -> np.ndarray:
+        """Read a tensor's values in float32, flat."""
+        return np.concatenate([*self._decode_rows(tensor)]).reshape(-1)
 
     def _dequantize(self, tensor: gguf.ReaderTensor, data: np.ndarray) -> np.ndarray:
         """Data of a tensor's type in float32."""
@@ -171,7 +206,7 @@ class GGUFStore:
             dense = gguf.quants.dequantize(data, tensor.tensor_type)
         except NotImplementedError as error:
             raise UserError(
-                f"{tensor.name} in {self._path} is of the type {tensor.tensor_type.name}, which "
+                f"{tensor.name} in {self.path} is of the type {tensor.tensor_type.name}, which "
                 "cannot be read: use another export"
             ) from error
         return dense.astype(np.float32)
@@ -182,21 +217,21 @@ class GGUFStore:
         Raises:
             UserError: if it is broken or of an unknown kind.
         """
-        if self._path.stat().st_size < self._state[0]:  # the map, which this reads, ends early, too
-            raise UserError(f"{self._path} has become shorter: copy or download it again")
+        if self.path.stat().st_size < self._state[0]:  # the map, which this reads, ends early, too
+            raise UserError(f"{self.path} has become shorter: copy or download it again")
         try:
             tokenizer = gguf_tokenizer.make_tokenizer(
-                self._field, self._reader.fields, str(self._path)
+                self._field, self._reader.fields, str(self.path)
             )
         except UserError:
             raise
         except Exception as error:  # transformers and tokenizers raise whatever they like
             raise UserError(
-                f"{self._path} has a broken tokenizer ({first_line(error)}): download it again"
+                f"{self.path} has a broken tokenizer ({first_line(error)}): download it again"
             ) from error
         if tokenizer is not None and len(tokenizer) > self.config["vocab_size"]:
             raise UserError(
-                f"{self._path} has {len(tokenizer)} tokens and {self.config['vocab_size']} "
+                f"{self.path} has {len(tokenizer)} tokens and {self.config['vocab_size']} "
                 "embeddings: download it again"
             )
         return tokenizer
@@ -207,12 +242,12 @@ class GGUFStore:
         Raises:
             UserError: if one cannot be read.
         """
-        return {name: self._read_as_hugging_face(name) for name in names}
+        return {name: self.decode(name, mx.float32) for name in names}
 
     def read_ahead(self, names: Iterable[str]) -> None:
         """Have the system fetch these tensors in the background."""
         found = (self._tensors[name] for name in names)
-        files.read_ahead((self._path, int(t.data_offset), int(t.n_bytes)) for t in found)
+        files.read_ahead((self.path, int(t.data_offset), int(t.n_bytes)) for t in found)
 
     def check_unchanged(self) -> None:
         """Check that the file has not changed since it was opened.
@@ -220,40 +255,44 @@ class GGUFStore:
         Raises:
             UserError: if it has.
         """
-        files.check_states({self._path: self._state})
+        files.check_states({self.path: self._state})
 
-    def _read_as_hugging_face(self, name: str) -> mx.array:
-        values = self._read(self._tensors[name]).reshape(self.shapes[name])
-        if ".q_proj." in name:
-            values = _split_rotary_pairs(values, self.config["num_attention_heads"])
-        elif ".k_proj." in name:
-            values = _split_rotary_pairs(values, self.config["num_key_value_heads"])
-        return mx.array(values)
+    def decode(self, name: str, dtype: mx.Dtype) -> mx.array:
+        """Read a tensor, dense, as a number type."""
+        tensor, offset = self._tensors[name], 0.0
+        if name.endswith("norm.weight"):
+            offset = self._architecture.gain_offset
+        parts = [mx.array(rows - offset).astype(dtype) for rows in self._decode_rows(tensor)]
+        mx.eval(parts)
+        whole = mx.concatenate(parts) if len(parts) > 1 else parts[0]
+        return self.arrange(name, whole.reshape(self.shapes[name]))
+
+    def read_blocks(self, name: str) -> np.ndarray:
+        """Read a quantized tensor's blocks: (..., bytes of a row)."""
+        tensor = self._tensors[name]
+        rows = self._read_rows(tensor, 0, None)
+        return rows.reshape(*self.shapes[name][:-1], -1)
+
+    def arrange(self, name: str, rows: Any) -> Any:
+        """Put the rows of a tensor, or of a part of it, into Hugging Face's order."""
+        key = next((key for part, key in ROTATED.items() if part in name), None)
+        if key is None or not self._architecture.paired:
+            return rows
+        return _split_rotary_pairs(rows, self.config[key])
 
 
-def _name_modules() -> dict[str, str]:
-    """Hugging Face's module paths of layer 0 and beyond the layers, by GGUF's."""
-    layer = [name for name in PROJECTIONS.values() if name != PROJECTIONS["router"]]
-    layer += NORMS["pre"].values()
-    paths = [EMBEDDING, FINAL_NORM, HEAD, *(f"model.layers.0.{name}" for name in layer)]
-    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
-    return {known[path]: path for path in paths}
-
-
-MODULES = _name_modules()
-
-
-def _to_hugging_face(name: str) -> str:
+def _to_hugging_face(name: str, modules: Mapping[str, str], bare: tuple[str, ...]) -> str:
     """A tensor's name in Hugging Face's terms; an unknown one as it is."""
     module, _, part = name.rpartition(".")
     layer = re.fullmatch(r"blk\.([^.]+)\.([^.]+)", module)
-    path = MODULES.get(f"blk.0.{layer[2]}" if layer else module)
+    path = modules.get(f"blk.0.{layer[2]}" if layer else module)
     if path is None:
         return name
-    return f"{path.replace('.0.', f'.{layer[1]}.') if layer else path}.{part}"
+    path = path.replace(".0.", f".{layer[1]}.") if layer else path
+    return path if part == "weight" and path.endswith(bare) else f"{path}.{part}"
 
 
-def _split_rotary_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
+def _split_rotary_pairs(rows: Any, heads: int) -> Any:
     """Reorder rows (heads * head_dim, …) from rotary pairs side by side to halves of each head.
 
     GGUF keeps the two channels of a pair next to each other, Hugging Face half a head apart.

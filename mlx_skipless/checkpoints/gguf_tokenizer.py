@@ -5,7 +5,7 @@ text is cut into words (``tokenizer.ggml.pre``). A SentencePiece model's merges 
 scores.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,7 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from ..errors import UserError
-
-Field = Callable[[str], Any]  # a metadata key to its value, None where the file has none
+from .gguf_metadata import Field
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # of tokenizer.ggml.token_type
 ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}

@@ -4,6 +4,7 @@ Every header is checked before any weight is read. Nothing is unpickled or mappe
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,14 @@ class Store(Protocol):
 def is_float(dtype: mx.Dtype | None) -> TypeGuard[mx.Dtype]:
     """Whether a tensor's number type is one that weights may have."""
     return dtype is not None and dtype in FLOATS.values()
+
+
+def find_usual_dtype(
+    shapes: Mapping[str, Shape], dtypes: Mapping[str, mx.Dtype | None]
+) -> mx.Dtype:
+    """The number type that most matrices have, whatever a config declares."""
+    counts = Counter(d for n, d in dtypes.items() if is_float(d) and len(shapes[n]) > 1)
+    return counts.most_common(1)[0][0] if counts else mx.float32
 
 
 @dataclass(frozen=True)
