@@ -22,6 +22,7 @@ from ..constants import BUNDLED
 from ..errors import UserError
 from ..inference.loading import load_network
 from ..inference.stock import StockSource, open_network
+from ..inference.unpacking import unpack
 from ..memory import machine_memory_bytes, peak_memory_bytes
 from ..network import model as model_module
 from ..network.driver import RESIDENT_BYTES, Driver, StreamedNetwork
@@ -148,6 +149,19 @@ def _convert(options: Options, watch: Stopwatch) -> Report:
 
 def _convert_stock(options: Options, source: StockSource, watch: Stopwatch) -> Report:
     """Convert a network that only mlx-lm knows."""
+    if options.dry_run:
+        return _convert_folder(options, source, watch)
+    out = Path(options.mlx_path)
+    dtype: mx.Dtype | None = getattr(mx, options.dtype) if options.dtype else None
+    changed = options.quantization is not None or dtype is not None
+    if source.gguf is not None:
+        check_free(out)
+    with unpack(source, out, dtype=dtype, packed=not changed, progress=watch) as folder:
+        return _convert_folder(options, folder, watch)
+
+
+def _convert_folder(options: Options, source: StockSource, watch: Stopwatch) -> Report:
+    """Convert what mlx-lm loads; a plan alone may do without weights."""
     job, network = StockJob(options, source), open_network(source)
     check_job(job, network)
     model, config = job.build_result(network)

@@ -106,7 +106,7 @@ def choose_form(job: Job) -> Form:
     forgets_window = known and not expressed and _differs_by_long_window(job)
     # What one matrix holds has bits of its own only as a whole.
     split = options.mixes_bits and bool(family.fused)
-    notes = []
+    notes = [job.opened.repacked.describe()] if form.packed and job.opened.repacked else []
     if forgets_window:
         notes.append(FORGETS_WINDOW.format(args.sliding_window))
         expressed = True
@@ -158,6 +158,7 @@ def _can_stay_packed(job: Job) -> bool:
     """Whether what nothing touches can stay packed as it is."""
     options = job.options
     in_place = bool(options.drops) or options.precompute_first_layer is not None
+    in_place |= isinstance(job.checkpoint, Checkpoint) and job.checkpoint.repacked is not None
     changed = options.dtype or options.fold_norms or options.skipless or options.quantization
     checkpoint = job.checkpoint
     packed = isinstance(checkpoint, Checkpoint) and checkpoint.packed_by_mlx and checkpoint.is_whole

@@ -64,7 +64,7 @@ def find_source(options: Options) -> StockSource | None:
     )
     if source is None:
         return None
-    if source.store is None and not options.dry_run:
+    if source.store is None and source.gguf is None and not options.dry_run:
         raise UserError(f"{source.name} has no weights: add --dry-run, or give the model")
     if reduced.DROPPED in source.config and options.drops:
         raise UserError(
@@ -115,6 +115,11 @@ class StockJob:
         return options.quantization is not None and asked
 
     @property
+    def requantized(self) -> bool:
+        """Whether packed matrices do not stay as they are."""
+        return self.options.quantization is not None or self.options.dtype is not None
+
+    @property
     def dtype(self) -> mx.Dtype:
         """Type of the result's weights that are not quantized."""
         name = self.options.dtype
@@ -146,7 +151,7 @@ class StockJob:
         if self.layers is not None:
             model, config = shorten_network(model, network.paths, config, self.layers)
         config.pop("vision_config", None)
-        if self.source.is_packed and (options.quantization or options.dtype):
+        if self.source.is_packed and self.requantized:
             model = dequantize_model(model)
             config = {k: v for k, v in config.items() if not k.startswith("quantiz")}
         if options.dtype is not None:

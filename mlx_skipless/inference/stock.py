@@ -19,11 +19,12 @@ from ..architectures.config import LIMITS, check_sizes
 from ..architectures.families import FAMILIES
 from ..checkpoints import files, hub
 from ..checkpoints.checkpoint import read_dtype
-from ..checkpoints.safetensors import SafetensorsStore, Store
+from ..checkpoints.gguf_file import GGUFStore
+from ..checkpoints.safetensors import SafetensorsStore, Store, find_usual_dtype
 from ..errors import UserError, first_line
 from ..network import reduced
 from ..network.driver import RESIDENT_BYTES
-from ..network.parts import tensors_of
+from ..network.parts import dtype_name, tensors_of
 from ..network.stock import StockNetwork
 from .loading import load_network, try_forward
 
@@ -34,15 +35,17 @@ class StockSource:
 
     Attributes:
         name: what the user called it.
-        path: its folder, or its config.json if a plan is all that is asked for.
+        path: its folder or GGUF file, or its config.json if a plan is all that is asked for.
         config: its config.
         trust_remote_code: whether its tokenizer may run code.
+        gguf: the GGUF file that it is; ``unpack`` makes a folder of it.
     """
 
     name: str
     path: Path
     config: Mapping[str, Any]
     trust_remote_code: bool = False
+    gguf: GGUFStore | None = None
 
     @cached_property
     def store(self) -> Store | None:
@@ -54,8 +57,10 @@ class StockSource:
         """Build its network anew, with lazy weights; with random ones if there are none."""
         return load_network(self.path, lazy=True)[0] if self.store else self.build_shapes()
 
-    def build_shapes(self) -> nn.Module:
-        """Build its network dense, with weights that are random and cost nothing until used.
+    def build_shapes(self, *, dense: bool = False) -> nn.Module:
+        """Build its network with weights that are random and cost nothing until used.
+
+        It is dense, except for what stays packed of a GGUF file unless ``dense`` is asked for.
 
         Raises:
             UserError: if mlx-lm makes no network of the config.
@@ -74,6 +79,10 @@ class StockSource:
                 f"mlx-lm makes no network of the config.json of {self.name} ({said}): correct it"
             ) from error
         model.set_dtype(read_dtype(config))
+        if self.gguf is not None and self.gguf.runs and not dense:
+            entry = self.gguf.packed.entry
+            usual = {key: entry[key] for key in ("group_size", "bits", "mode")}
+            nn.quantize(model, **usual, class_predicate=lambda path, module: entry.get(path, True))
         return model
 
     @cached_property
@@ -103,7 +112,7 @@ def find_stock(
     """Find a model, if it is of an architecture that only mlx-lm knows.
 
     Args:
-        model: a Hub id, a folder, or its config.json alone.
+        model: a Hub id, a folder, a GGUF file, or a config.json alone.
         revision: a branch, tag or commit of a Hub id.
         config_only: do without the weights; those of a Hub id are not fetched.
         trust_remote_code: let its tokenizer run its code.
@@ -113,15 +122,20 @@ def find_stock(
     """
     name = str(model)
     path = hub.resolve(name, revision=revision, config_only=config_only, code=trust_remote_code)
+    gguf: GGUFStore | None = None
     if path.is_dir():
         config = files.read_config(path)
     elif path.suffix.lower() == ".json" and files.is_there(path):
         config = files.read_json(path)
+    elif files.is_there(path) and files.is_gguf(path):
+        gguf = GGUFStore(path)
+        dtype = dtype_name(find_usual_dtype(gguf.shapes, gguf.dtypes))
+        config = gguf.config | {"torch_dtype": dtype}
     else:
         return None
     if not _is_known(config) or config["model_type"] in FAMILIES:
         return None
-    return StockSource(name, path, config, trust_remote_code)
+    return StockSource(name, path, config, trust_remote_code, gguf)
 
 
 def _is_known(config: Mapping[str, Any]) -> bool:
