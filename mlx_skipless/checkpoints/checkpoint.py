@@ -33,7 +33,6 @@ from ..network.parts import tensors_of
 from . import files, hub
 from .files import read_config, read_json
 from .gguf_file import GGUFStore
-from .gguf_packed import RepackedStore
 from .packed import UnpackedStore, find_scheme
 from .safetensors import FLOATS, SafetensorsStore, Shape, Store, find_usual_dtype, is_float
 
@@ -134,12 +133,6 @@ class Checkpoint(Blueprint):
     def packed_by_mlx(self) -> bool:
         """Whether mlx-lm runs its matrices packed as they are."""
         return isinstance(self.store, UnpackedStore | GGUFStore) and self.store.runs
-
-    @property
-    def repacked(self) -> RepackedStore | None:
-        """The tensors of a GGUF file, as far as they are packed; None for any other source."""
-        store = self.store
-        return store.packed if isinstance(store, GGUFStore) and store.runs else None
 
     @property
     def _packed_store(self) -> Store:

@@ -47,7 +47,7 @@ from tokenizers import (
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import mlx_skipless
-from mlx_skipless.checkpoints import gguf_file
+from mlx_skipless.checkpoints import gguf_reader
 from mlx_skipless.checkpoints.checkpoint import open_checkpoint
 from mlx_skipless.checkpoints.gguf_file import GGUFStore
 from mlx_skipless.checkpoints.tokenizer import carry_tokenizer
@@ -535,7 +535,7 @@ def test_absurd_amounts_of_metadata(tmp_path: Path, small, monkeypatch: pytest.M
         open_checkpoint(tmp_path / "model.gguf")
     for limit, what in (("MOST_VALUES", "values"), ("MOST_KEYS", "keys"), ("MOST_TENSORS", "ten")):
         with monkeypatch.context() as patch, pytest.raises(UserError, match=f"{what}.* no model"):
-            patch.setattr(gguf_file, limit, 10)
+            patch.setattr(gguf_reader, limit, 10)
             open_checkpoint(small[0])
 
 
