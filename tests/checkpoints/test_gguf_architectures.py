@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 from gguf_zoo import ARCHITECTURES, write_zoo_gguf
-from grids import only
 from zoo import make_model
 
 from mlx_skipless.conversion.convert import convert
