@@ -6,7 +6,7 @@ scores.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenizers import (
@@ -71,10 +71,20 @@ class Words:
 
 GPT2 = Words()
 DIGITS = Words(single_digits=True)
-LLAMA3 = Words(
-    "|".join((*WORDS_THEN, r"\p{N}{1,3}", SYMBOLS + r"[\r\n]*", SPACES)), whole=True, begins=True
-)
+CL100K = Words("|".join((*WORDS_THEN, r"\p{N}{1,3}", SYMBOLS + r"[\r\n]*", SPACES)))
+LLAMA3 = replace(CL100K, whole=True, begins=True)
 QWEN2 = Words("|".join((*WORDS_THEN, r"\p{N}", SYMBOLS + r"[\r\n]*", SPACES)), composed=True)
+O200K = Words(
+    "|".join(
+        (
+            f"{BEFORE_WORD}{UPPER}*{LOWER}+{CONTRACTION}?",
+            f"{BEFORE_WORD}{UPPER}+{LOWER}*{CONTRACTION}?",
+            r"\p{N}{1,3}",
+            SYMBOLS + r"[\r\n/]*",
+            SPACES,
+        )
+    )
+)
 TEKKEN = Words(
     "|".join(
         (
@@ -97,6 +107,10 @@ WORDS = {
     "llama-bpe": LLAMA3,
     "llama3": LLAMA3,
     "llama-v3": LLAMA3,
+    "smaug-bpe": CL100K,
+    "dbrx": CL100K,
+    "gpt-4o": O200K,
+    "llama4": O200K,
     "tekken": TEKKEN,
     "qwen2": QWEN2,
 }

@@ -36,6 +36,8 @@ TOKENIZER_FILES = (
 # of a type that it does not know unless it finds settings of none.
 NO_MODEL_TYPE = {"transformers": {"model_type": ""}}
 GENERATION_CONFIG = "generation_config.json"
+# What rules cut differently: contractions, capitals, numbers, marks, runs of spaces and lines.
+PROBE = "It's WE'LL fooBar_baz(x);  12345 1.5\n\n\te\u0301t\u00e9 \u65e5\u672c/\r\n   end "
 GIVE_CHECKPOINT = "give a checkpoint with a Hugging Face tokenizer"
 
 
@@ -118,7 +120,24 @@ def _save_tokenizer(checkpoint: Opened, folder: Path, trust_remote_code: bool) -
             tokenizer = _read_tokenizer(checkpoint.path, checkpoint.config, trust_remote_code)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
+            if isinstance(checkpoint.store, GGUFStore):
+                _check_read_back(tokenizer, folder, checkpoint.path)
     return tokenizer is not None
+
+
+def _check_read_back(tokenizer: Any, folder: Path, source: Path) -> None:
+    """Check that transformers reads what was written; for some types it has rules of its own.
+
+    Raises:
+        UserError: if it cuts text otherwise.
+    """
+    config = read_json(folder / "config.json")
+    read = _read_tokenizer(folder, config, trust_remote_code=False)
+    if read(PROBE).input_ids != tokenizer(PROBE).input_ids:
+        raise UserError(
+            f"transformers cuts text for a {config['model_type']} by a rule of its own and not by "
+            f"that of {source}: convert the Hugging Face model instead"
+        )
 
 
 @contextlib.contextmanager

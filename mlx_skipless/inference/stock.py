@@ -82,7 +82,11 @@ class StockSource:
         if self.gguf is not None and self.gguf.runs and not dense:
             entry = self.gguf.packed.entry
             usual = {key: entry[key] for key in ("group_size", "bits", "mode")}
-            nn.quantize(model, **usual, class_predicate=lambda path, module: entry.get(path, True))
+
+            def has_form(path: str, module: nn.Module) -> bool | dict[str, Any]:
+                return hasattr(module, "to_quantized") and entry.get(path, True)
+
+            nn.quantize(model, **usual, class_predicate=has_form)
         return model
 
     @cached_property

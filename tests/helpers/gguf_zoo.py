@@ -160,6 +160,9 @@ def write_zoo_gguf(
     writer = gguf.GGUFWriter(file, architecture)
     describe_model(writer, config, architecture)
     add_byte_tokenizer(writer)
+    if architecture == "qwen2":  # transformers reads no other
+        writer.kv_data[0].pop("tokenizer.ggml.pre")
+        writer.add_tokenizer_pre("qwen2")
     describe(writer)
     names = {}
     for name, array in weights.items():
