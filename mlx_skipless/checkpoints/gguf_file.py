@@ -146,7 +146,7 @@ class GGUFStore:
         tensor, offset = self._tensors[name], 0.0
         if name.endswith("norm.weight"):
             offset = self._architecture.gain_offset
-        parts = [mx.array(rows - offset).astype(dtype) for rows in self._file.decode_rows(tensor)]
+        parts = [(mx.array(rows) - offset).astype(dtype) for rows in self._file.decode_rows(tensor)]
         mx.eval(parts)
         whole = mx.concatenate(parts) if len(parts) > 1 else parts[0]
         return self.arrange(name, whole.reshape(self.shapes[name]))
