@@ -16,7 +16,7 @@ import random
 import struct
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -283,7 +283,7 @@ def starts(target: str) -> list[bytes]:
         )
         return [(dense_folder() / "model.safetensors").read_bytes()]
     if target == "gguf":
-        return [*_gguf_files()]
+        return _gguf_files()
     return [json.dumps(start).encode() for start in _json_starts(target)]
 
 
@@ -312,7 +312,8 @@ def _json_starts(target: str) -> list[Any]:
     return [json.loads(make_tokenizer(512).backend_tokenizer.to_str())]
 
 
-def _gguf_files() -> Iterator[bytes]:
+@functools.cache
+def _gguf_files() -> list[bytes]:
     """With the tokenizer of either kind, and of several architectures."""
     from gguf import GGMLQuantizationType as Type
     from gguf_maker import CONTROL, NORMAL, UNKNOWN, write_gguf
@@ -331,10 +332,11 @@ def _gguf_files() -> Iterator[bytes]:
             writer.add_token_merges(["a b"])
         writer.add_bos_token_id(1)
 
+    files = []
     for kind in ("llama", "gpt2"):
         file = place() / "start.gguf"
         write_gguf(file, config, llama_tensors(), describe=functools.partial(describe, kind=kind))
-        yield file.read_bytes()
+        files.append(file.read_bytes())
     from gguf_zoo import write_zoo_gguf
     from zoo import make_model
 
@@ -344,7 +346,8 @@ def _gguf_files() -> Iterator[bytes]:
         own = {"layer_types": ["sliding_attention", "full_attention"], "mlp_only_layers": []}
         make_model(place() / name, name, **small, **own)
         write_zoo_gguf(place() / "start.gguf", place() / name, lambda _: Type.Q4_0)
-        yield (place() / "start.gguf").read_bytes()
+        files.append((place() / "start.gguf").read_bytes())
+    return files
 
 
 ODD: list[Any] = [
