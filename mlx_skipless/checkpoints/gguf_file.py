@@ -1,7 +1,7 @@
 """GGUF files: metadata as a Hugging Face config, tensors in Hugging Face's names."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ class GGUFStore:
 
     def _decode(self, tensor: gguf.ReaderTensor) -> np.ndarray:
         """Read a tensor's values in float32, flat."""
-        return np.concatenate([*self._file.decode_rows(tensor)]).reshape(-1)
+        return np.concatenate([*self._file.decode(tensor)]).reshape(-1)
 
     def tokenizer(self) -> PreTrainedTokenizerFast | None:
         """Make the tokenizer that the metadata describe; None if they describe none.
@@ -146,16 +146,14 @@ class GGUFStore:
         tensor, offset = self._tensors[name], 0.0
         if name.endswith("norm.weight"):
             offset = self._architecture.gain_offset
-        parts = [(mx.array(rows) - offset).astype(dtype) for rows in self._file.decode_rows(tensor)]
+        parts = [(mx.array(rows) - offset).astype(dtype) for rows in self._file.decode(tensor)]
         mx.eval(parts)
         whole = mx.concatenate(parts) if len(parts) > 1 else parts[0]
         return self.arrange(name, whole.reshape(self.shapes[name]))
 
-    def read_blocks(self, name: str) -> np.ndarray:
-        """Read a quantized tensor's blocks: (..., bytes of a row)."""
-        tensor = self._tensors[name]
-        rows = self._file.read_rows(tensor, 0, None)
-        return rows.reshape(*self.shapes[name][:-1], -1)
+    def read_blocks(self, name: str) -> Iterator[np.ndarray]:
+        """Read a quantized tensor's blocks, (rows, bytes), some rows at a time."""
+        return self._file.read_parts(self._tensors[name])
 
     def arrange(self, name: str, rows: Any) -> Any:
         """Put the rows of a tensor, or of a part of it, into Hugging Face's order."""

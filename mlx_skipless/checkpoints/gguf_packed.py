@@ -7,7 +7,7 @@ Types whose scales have a scale (Q4_K, Q6_K, ...) have no such form and are read
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -99,7 +99,7 @@ class Blocks(Protocol):
     @property
     def kinds(self) -> Mapping[str, Type]: ...
     def decode(self, name: str, dtype: mx.Dtype) -> mx.array: ...
-    def read_blocks(self, name: str) -> np.ndarray: ...
+    def read_blocks(self, name: str) -> Iterator[np.ndarray]: ...
     def arrange(self, name: str, rows: Any) -> Any: ...
     def read_ahead(self, names: Iterable[str]) -> None: ...
     def check_unchanged(self) -> None: ...
@@ -156,17 +156,19 @@ class RepackedStore:
 
     def _read_packed(self, path: str) -> dict[str, mx.array]:
         name = f"{path}.weight"
+        pieces: dict[str, list[mx.array]] = {}
         try:
-            parts = repack(self._source.read_blocks(name), self._source.kinds[name])
+            for blocks in self._source.read_blocks(name):
+                for part, rows in repack(blocks, self._source.kinds[name]).items():
+                    pieces.setdefault(f"{path}.{part}", []).append(mx.array(rows))
         except ArithmeticError as error:
             raise UserError(f"{name} cannot be repacked, {error}: give --dtype float32") from error
-        arrays = {part: mx.array(self._source.arrange(name, rows)) for part, rows in parts.items()}
-        if self._forms[path][1] == "affine":
-            arrays |= {part: arrays[part].astype(self._dtype) for part in ("scales", "biases")}
+        whole = {part: mx.concatenate(rows) for part, rows in pieces.items()}
         return {
-            f"{path}.{part}": array
-            for part, array in arrays.items()
-            if f"{path}.{part}" in self.shapes
+            part: self._source.arrange(
+                name, rows.reshape(self.shapes[part]).astype(self.dtypes[part] or rows.dtype)
+            )
+            for part, rows in whole.items()
         }
 
     def read_ahead(self, names: Iterable[str]) -> None:

@@ -121,20 +121,18 @@ class GGUFFile:
             return float(str(np.float32(value)))  # 1e-05 rather than 9.999999747378752e-06
         return value
 
-    def read_rows(self, tensor: gguf.ReaderTensor, start: int, stop: int | None) -> np.ndarray:
-        """Read rows of a tensor, (rows, columns or bytes), in the file's order."""
+    def read_parts(self, tensor: gguf.ReaderTensor) -> Iterator[np.ndarray]:
+        """Read a tensor as it lies, (rows, columns or bytes), some rows at a time."""
         mapped = tensor.data  # reading through the map would end this process if the file shrank
-        rows = mapped.reshape(-1, mapped.shape[-1])[start:stop]
-        data = np.empty(rows.shape, mapped.dtype)
-        files.fill(self.path, tensor.data_offset + start * rows.strides[0], data.view(np.uint8))
-        return data
+        rows, step = mapped.reshape(-1, mapped.shape[-1]), max(1, AT_ONCE // int(tensor.shape[0]))
+        for start in range(0, len(rows), step):
+            data = np.empty(rows[start : start + step].shape, mapped.dtype)
+            files.fill(self.path, tensor.data_offset + start * rows.strides[0], data.view(np.uint8))
+            yield data
 
-    def decode_rows(self, tensor: gguf.ReaderTensor) -> Iterator[np.ndarray]:
-        """Read a tensor's rows in float32, some at a time."""
-        columns = int(tensor.shape[0])
-        rows, step = int(tensor.n_elements) // columns, max(1, AT_ONCE // columns)
-        for start in range(0, rows, step):
-            yield self._dequantize(tensor, self.read_rows(tensor, start, start + step))
+    def decode(self, tensor: gguf.ReaderTensor) -> Iterator[np.ndarray]:
+        """Read a tensor's values in float32, (rows, columns), some rows at a time."""
+        return (self._dequantize(tensor, data) for data in self.read_parts(tensor))
 
     def _dequantize(self, tensor: gguf.ReaderTensor, data: np.ndarray) -> np.ndarray:
         """Data of a tensor's type in float32."""

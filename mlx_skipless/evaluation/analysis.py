@@ -579,8 +579,9 @@ def _analyze_stock(
 ) -> Analysis:
     """Measure what a network that only mlx-lm knows could do without."""
     if source.store is None and not config_only:
+        way_out = "use another export" if source.gguf is None else "`convert` it first"
         raise UserError(
-            f"{source.name} has no weights in safetensors: add --config-only, or use another export"
+            f"{source.name} has no weights in safetensors: add --config-only, or {way_out}"
         )
     network = open_network(source)
     sizes = _StockSizes(source, network)
