@@ -19,6 +19,7 @@ from grids import only
 from test_gguf import QWEN_2, bpe, describe_bpe, odd_texts, splitter
 from zoo import make_model
 
+import mlx_skipless
 from mlx_skipless.checkpoints.gguf_file import GGUFStore
 from mlx_skipless.conversion.convert import convert
 from mlx_skipless.errors import UserError
@@ -177,3 +178,14 @@ def test_a_disk_without_room_is_told(tmp_path: Path, gpt_oss: Path, monkeypatch:
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="exists already"):
         convert(tmp_path / "m.gguf", tmp_path / "out", verify=False)
+
+
+def test_what_is_not_known_of_an_architecture_is_said_before_it_is_unpacked(
+    tmp_path: Path, gpt_oss: Path, monkeypatch: Any
+) -> None:
+    write_zoo_gguf(tmp_path / "m.gguf", gpt_oss, lambda _: Type.F16)
+    monkeypatch.setattr(GGUFStore, "decode", None)
+    with pytest.raises(UserError, match="--remove q: that is not known of a gpt_oss"):
+        convert(tmp_path / "m.gguf", tmp_path / "out", remove="q")
+    with pytest.raises(UserError, match="`convert` it first"):
+        mlx_skipless.analyze(tmp_path / "m.gguf")
