@@ -1,5 +1,6 @@
 """GGUF files as they lie on disk: metadata, and the rows of tensors. Knows no architecture."""
 
+import math
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from .gguf_metadata import Metadata
 
 # The metadata of a vocabulary of a quarter of a million, with its merges, has a million values.
 MOST_VALUES, MOST_KEYS, MOST_TENSORS = 3 << 20, 1 << 12, 1 << 14
-AT_ONCE = 1 << 24  # numbers that are decoded at once
+AT_ONCE = 1 << 23  # bytes that are decoded at once
 
 
 class _Reader(gguf.GGUFReader):
@@ -123,11 +124,13 @@ class GGUFFile:
 
     def read_parts(self, tensor: gguf.ReaderTensor) -> Iterator[np.ndarray]:
         """Read a tensor as it lies, (rows, columns or bytes), some rows at a time."""
-        mapped = tensor.data  # reading through the map would end this process if the file shrank
-        rows, step = mapped.reshape(-1, mapped.shape[-1]), max(1, AT_ONCE // int(tensor.shape[0]))
-        for start in range(0, len(rows), step):
-            data = np.empty(rows[start : start + step].shape, mapped.dtype)
-            files.fill(self.path, tensor.data_offset + start * rows.strides[0], data.view(np.uint8))
+        mapped = tensor.data  # touching the map would end this process if the file shrank
+        *outer, width = mapped.shape
+        rows, length = math.prod(outer), width * mapped.itemsize
+        step = max(1, AT_ONCE // max(1, length))
+        for start in range(0, rows, step):
+            data = np.empty((min(step, rows - start), width), mapped.dtype)
+            files.fill(self.path, tensor.data_offset + start * length, data.view(np.uint8))
             yield data
 
     def decode(self, tensor: gguf.ReaderTensor) -> Iterator[np.ndarray]:
