@@ -72,6 +72,8 @@ class StockSource:
             kind, kind_args = reduced.Model, reduced.ModelArgs
         try:
             model: nn.Module = kind(kind_args.from_dict(config))
+            if self.gguf is not None and hasattr(model, "sanitize"):  # Gemma's drops its head here
+                model.sanitize({name: mx.zeros(s) for name, s in self.gguf.shapes.items()})
             try_forward(model)
         except Exception as error:  # whatever its code does with such settings
             said = f"{type(error).__name__}: {first_line(error)}"

@@ -45,6 +45,9 @@ def make(folder: Path, name: str, **changes: Any) -> None:
     make_model(folder, "llama" if name == "mistral" else name, **changes)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": name}))
+    weights = mx.load(str(folder / "model.safetensors"))
+    if config["tie_word_embeddings"] and weights.pop("lm_head.weight", None) is not None:
+        mx.save_safetensors(str(folder / "model.safetensors"), weights)
 
 
 def load(folder: Path) -> Any:
