@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
@@ -142,3 +145,55 @@ def test_a_result_runs_packed_in_mlx_lm(case: str, tmp_path: Path) -> None:
     expected, found = twin(tokens), result(tokens)
     assert mx.abs(expected - found).max().item() < 1e-4 * mx.abs(expected).max().item()
     assert not [f for f in tmp_path.iterdir() if "unpacked" in f.name]
+
+
+def test_a_mixed_file_says_what_stays_and_runs_in_mlx_lm(tmp_path: Path) -> None:
+    """Types as llama.cpp mixes them, with K-quants for some; they are dense afterwards."""
+    make(tmp_path / "hf", "gemma3_text", dtype="float16", hidden_size=256, intermediate_size=256)
+    weights = mx.load(str(tmp_path / "hf" / "model.safetensors"))
+    rng, raw = np.random.default_rng(0), {}
+    kinds = {"self_attn.v_proj": Type.Q6_K, "mlp.down_proj": Type.Q4_K, "embed_tokens": Type.Q6_K}
+    for name, array in weights.items():
+        for part, kind in kinds.items():
+            if part in name:
+                scale = 2e-4 if kind == Type.Q6_K else 1e-3
+                blocks = draw_blocks(kind, array.size, rng, scale=scale)
+                raw[name] = blocks.reshape(len(array), -1)
+                weights[name] = mx.array(BLOCKS[kind][0](blocks).reshape(array.shape))
+    types = {"attn_v.": Type.Q6_K, "ffn_down.": Type.Q4_K, "token_embd.": Type.Q6_K}
+
+    def type_of(name: str) -> Type:
+        return next((kind for part, kind in types.items() if part in name), Type.Q4_0)
+
+    (tmp_path / "twin").mkdir()
+    (tmp_path / "twin" / "config.json").write_text((tmp_path / "hf" / "config.json").read_text())
+    for name, array in weights.items():
+        if array.ndim > 1 and name not in raw:
+            packed = gguf.quants.quantize(np.array(array.astype(mx.float32)), Type.Q4_0)
+            raw[name] = packed
+            values = BLOCKS[Type.Q4_0][0](packed.reshape(-1, 18)).reshape(array.shape)
+            weights[name] = mx.array(values)
+    mx.save_safetensors(str(tmp_path / "twin" / "model.safetensors"), weights)
+    write_zoo_gguf(
+        tmp_path / "m.gguf",
+        tmp_path / "hf",
+        type_of,
+        raw=raw,
+    )
+
+    report = convert(tmp_path / "m.gguf", tmp_path / "out", verify=False)
+
+    assert report.notes[0] == (
+        "repacked without a new rounding: 30 of 43 matrices, 0.00 GB; "
+        "dense: 7 of Q6_K, 6 of Q4_K, 0.00 GB"
+    )
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
+    assert {"group_size": 32, "bits": 4, "mode": "affine"}.items() <= settings.items()
+    dense = {path for path, own in settings.items() if own is False}
+    assert dense == {name.removesuffix(".weight") for name in raw if any(k in name for k in kinds)}
+    twin, result = load(tmp_path / "twin"), load(tmp_path / "out")
+    tokens = mx.array(rng.integers(0, 258, (1, 40)))
+    expected, found = twin(tokens), result(tokens)
+    assert mx.abs(expected - found).max().item() < 5e-3 * mx.abs(expected).max().item()
+    model, tokenizer = mlx_lm.load(str(tmp_path / "out"))[:2]
+    assert mlx_lm.generate(model, tokenizer, "ab", max_tokens=3) is not None
