@@ -20,7 +20,10 @@ from test_gguf import QWEN_2, bpe, describe_bpe, odd_texts, splitter
 from zoo import make_model
 
 import mlx_skipless
+from mlx_skipless.checkpoints.gguf_architectures import find_architecture
+from mlx_skipless.checkpoints.gguf_config import make_config
 from mlx_skipless.checkpoints.gguf_file import GGUFStore
+from mlx_skipless.checkpoints.gguf_metadata import Metadata
 from mlx_skipless.conversion.convert import convert
 from mlx_skipless.errors import UserError
 
@@ -192,3 +195,15 @@ def test_what_is_not_known_of_an_architecture_is_said_before_it_is_unpacked(
         convert(tmp_path / "m.gguf", tmp_path / "out", remove="q")
     with pytest.raises(UserError, match="`convert` it first"):
         mlx_skipless.analyze(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(("name", "layers"), [("gemma2", 46), ("gemma3", 62)])
+def test_the_largest_gemmas_scale_queries_by_the_share_of_a_head(name: str, layers: int) -> None:
+    """What llama.cpp knows by the number of layers: the file has no key for it."""
+    own = {"embedding_length": 64, "attention.head_count": 4, "attention.key_length": 32}
+    for count, scalar in ((layers, 16), (layers - 1, 32)):
+        fields: dict[str, Any] = {f"{name}.{key}": value for key, value in own.items()}
+        fields |= {"general.architecture": name, f"{name}.block_count": count}
+        metadata = Metadata(fields.get, tuple(fields), "m.gguf")
+        config = make_config(metadata, find_architecture(metadata), 258, True, {})
+        assert config["query_pre_attn_scalar"] == scalar
