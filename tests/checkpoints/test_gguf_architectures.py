@@ -207,3 +207,20 @@ def test_the_largest_gemmas_scale_queries_by_the_share_of_a_head(name: str, laye
         metadata = Metadata(fields.get, tuple(fields), "m.gguf")
         config = make_config(metadata, find_architecture(metadata), 258, True, {})
         assert config["query_pre_attn_scalar"] == scalar
+
+
+def test_what_sees_pictures_is_left_out(tmp_path: Path) -> None:
+    """Ollama keeps it in the same file."""
+    make(tmp_path / "hf", "gemma3_text", dtype="float16")
+
+    def describe(writer: gguf.GGUFWriter) -> None:
+        writer.add_uint32("gemma3.vision.block_count", 2)
+        writer.add_uint32("gemma3.mm.tokens_per_image", 256)
+        for name in ("v.blk.0.attn_q.weight", "mm.input_projection.weight"):
+            writer.add_tensor(name, np.zeros((8, 8), np.float32))
+
+    write_zoo_gguf(tmp_path / "m.gguf", tmp_path / "hf", lambda _: Type.F16, describe=describe)
+    report = convert(tmp_path / "m.gguf", tmp_path / "out", verify=False)
+    assert report.notes == ("what sees pictures is left out: the result reads text alone",)
+    before, after = (mx.load(str(tmp_path / f / "model.safetensors")) for f in ("hf", "out"))
+    assert before.keys() == after.keys()
