@@ -36,6 +36,7 @@ LIMITS = {
     "max_position_embeddings": 1 << 31,
     "sliding_window": 1 << 31,
     "rotary_dim": 1 << 13,
+    "query_step": 1 << 31,
     "num_local_experts": 1 << 12,
     "num_experts_per_tok": 1 << 12,
 }
@@ -46,6 +47,7 @@ ENDINGS = {
     **dict.fromkeys(("size", "dim", "rank", "embd", "inner", "model", "channels"), 1 << 23),
 }
 POSITIVE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+MSCALES = ("mscale", "mscale_all_dim")
 LAYER_TYPES = ["full_attention", "sliding_attention"]
 # Keys that map parts of a layer to lists of layers.
 LAYER_LISTS: dict[str, Collection[str]] = {
@@ -111,6 +113,10 @@ def _check_real(key: str, value: Any) -> float:
     return float(value)
 
 
+def _check_growth(key: str, value: Any) -> float:
+    return 0.0 if type(value) in (int, float) and value == 0 else _check_real(key, value)
+
+
 def _check_extra_bits(key: str, value: Any) -> dict[str, int]:
     value = value or {}
     if not isinstance(value, dict) or not all(type(n) is int and n >= 0 for n in value.values()):
@@ -174,6 +180,8 @@ FORMAT: dict[str, tuple[Callable[[str, Any], Any], Any]] = {
     "layer_types": (_check_later, None),
     "rotary_dim": (_check_whole, lambda read: read["head_dim"]),
     "rope_traditional": (check_flag, False),
+    "query_growth": (_check_growth, 0.0),
+    "query_step": (_check_count, 0),
     "tie_word_embeddings": (check_flag, False),
     "embedding_scale": (_check_real, 1.0),
     "logit_scale": (_check_real, 1.0),
@@ -254,6 +262,9 @@ def _read_rope(config: Config) -> tuple[float, Config | None]:
     rest = {k: v for k, v in scaling.items() if k not in ("rope_type", "type")}
     kind = scaling.get("rope_type") or scaling.get("type")
     theta = _check_real("rope_theta", 10000.0 if theta is None else theta)
+    if kind == "yarn" and not all(map(rest.get, MSCALES)):
+        # transformers reads both or none; mlx-lm has values of its own for one that is missing
+        rest = {k: v for k, v in rest.items() if k not in MSCALES}
     if kind is None and rest.keys() - {"partial_rotary_factor"}:
         raise UserError(
             f'the RoPE scaling in config.json is {scaling!r}; it needs a "rope_type", one for all '
@@ -268,6 +279,8 @@ def _check_rope(args: ModelArgs) -> None:
             _check_real("factor", 1.0 if args.rope["factor"] is None else args.rope["factor"])
         if args.rope and "attention_factor" in args.rope:
             raise UserError('it has no "attention_factor"')
+        if args.rope and args.rope.get("truncate") is False:
+            raise UserError('it always rounds, and "truncate" is false')
         initialize_rope(
             args.rotary_dim, args.rope_theta, False, args.rope, args.max_position_embeddings
         )
@@ -333,6 +346,11 @@ def _find_contradictions(args: ModelArgs) -> Iterator[str]:
         yield (
             f'"rotary_dim" {args.rotary_dim} in config.json is more than a head has, '
             f"{args.head_dim}: correct it"
+        )
+    if args.query_growth and not args.query_step:
+        yield (
+            "queries grow with their positions by config.json, and nothing says at which: give "
+            '"query_step" too (of a ministral3, "original_max_position_embeddings")'
         )
     if args.num_local_experts and not 1 <= args.num_experts_per_tok <= args.num_local_experts:
         yield (

@@ -26,6 +26,7 @@ from ..architectures.tensors import (
     restore_gains,
     to_canonical_modules,
 )
+from ..architectures.wrappers import describe_left_out, take_text_model
 from ..constants import FLOAT_NAMES
 from ..errors import UserError
 from ..network.model import Model, ModelArgs
@@ -74,7 +75,7 @@ class Blueprint:
 
     def without_weights(self) -> "Blueprint":
         """Leave the weights aside, if there are any."""
-        return Blueprint(self.name, self.config, self.family, self.args)
+        return Blueprint(self.name, self.config, self.family, self.args, notes=self.notes)
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ class Checkpoint(Blueprint):
     def dtype(self) -> mx.Dtype:
         """The number type that most matrices have, whatever the config declares."""
         shapes, dtypes = self.store.shapes, self.store.dtypes
-        counts = Counter(d for n, d in dtypes.items() if is_float(d) and len(shapes[n]) > 1)
+        own = {name: dtypes[name] for place in self._places.values() for name in place.names}
+        counts = Counter(d for n, d in own.items() if is_float(d) and len(shapes[n]) > 1)
         return counts.most_common(1)[0][0] if counts else mx.float32
 
     @property
@@ -304,8 +306,8 @@ def open_checkpoint(
         str(source), revision=revision, config_only=config_only, code=trust_remote_code
     )
     notes: list[str] = []
-    config, store = _open_folder(path, config_only, notes) if path.is_dir() else _open_file(path)
-    family = find_family(config)
+    opened = _open_folder(path, config_only, notes) if path.is_dir() else _open_file(path, notes)
+    config, family, store = opened
     if config.get("model_file") is not None and config["model_type"] != "skipless":
         raise UserError(
             f"{source} brings its own code ({config['model_file']}), which is never run here: what "
@@ -318,7 +320,7 @@ def open_checkpoint(
     args = read_model_args(config, tensors)
     args = replace(args, fused={})  # fused matrices are cut apart when they are read
     if store is not None:
-        checkpoint = Checkpoint(str(source), config, family, args, path, store)
+        checkpoint = Checkpoint(str(source), config, family, args, path, store, notes=tuple(notes))
         checkpoint.validate()
         return checkpoint
     if not config_only:
@@ -326,24 +328,37 @@ def open_checkpoint(
     return Blueprint(str(source), config, family, args, notes=tuple(notes))
 
 
-def _open_file(path: Path) -> tuple[Config, Store | None]:
+Opened = tuple[Config, Family, Store | None]
+
+
+def _open_file(path: Path, notes: list[str]) -> Opened:
     files.is_there(path)
     if files.is_gguf(path):
         store = GGUFStore(path)
-        return store.config, store
+        return store.config, find_family(store.config), store
     if path.suffix.lower() == ".json":
-        return read_json(path), None
+        return *_take_text_model(read_json(path), False, notes), None
     raise UserError(f"{path} is no model: give a folder, a GGUF file or a Hub id")
 
 
-def _open_folder(folder: Path, config_only: bool, notes: list[str]) -> tuple[Config, Store | None]:
+def _take_text_model(config: Config, weights: bool, notes: list[str]) -> tuple[Config, Family]:
+    """Take the language model out of a config; ``notes`` says what else there was."""
+    text, family = take_text_model(config, weights=weights)
+    if (left_out := describe_left_out(config)) is not None:
+        notes.append(left_out)
+    return text, family
+
+
+def _open_folder(folder: Path, config_only: bool, notes: list[str]) -> Opened:
     """Read a folder's config and open its weights; ``notes`` says why a plan has none."""
     config = read_config(folder)
     files.check_small(folder)
-    find_family(config)  # an unknown architecture is the more helpful complaint
-    if config_only and not any(folder.glob("*.safetensors")):
+    there = any(folder.glob("*.safetensors"))
+    # An unknown architecture is the more helpful complaint.
+    config, family = _take_text_model(config, there, notes)
+    if config_only and not there:
         find_scheme(config)
-        return config, None
+        return config, family, None
     try:
         store = SafetensorsStore(folder)
     except UserError as error:
@@ -351,6 +366,6 @@ def _open_folder(folder: Path, config_only: bool, notes: list[str]) -> tuple[Con
             raise
         find_scheme(config)
         notes.append(f"this is planned from config.json alone: {error}")
-        return config, None
+        return config, family, None
     scheme = find_scheme(config, store)
-    return config, store if scheme is None else UnpackedStore(store, scheme)
+    return config, family, store if scheme is None else UnpackedStore(store, scheme)

@@ -18,6 +18,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import dequantize_model, get_total_parameters
 
 from ..architectures.families import FAMILIES
+from ..architectures.wrappers import drop_other_parts
 from ..checkpoints.guarded import GuardedTokenizer
 from ..checkpoints.tokenizer import carry_tokenizer, load_tokenizer
 from ..checkpoints.writer import SHARD_BYTES, Writer
@@ -145,7 +146,7 @@ class StockJob:
         config = dict(self.config or self.source.config)
         if self.layers is not None:
             model, config = shorten_network(model, network.paths, config, self.layers)
-        config.pop("vision_config", None)
+        config = drop_other_parts(config)
         if self.source.is_packed and (options.quantization or options.dtype):
             model = dequantize_model(model)
             config = {k: v for k, v in config.items() if not k.startswith("quantiz")}
