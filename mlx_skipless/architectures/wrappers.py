@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .families import FAMILIES, find_family
-from .family import Config, Family, find_value
+from .family import Config, Family
 
 LEFT_OUT = (
     "the vision tower and the projector of this {} are left out: the result is its language model"
@@ -18,6 +18,7 @@ SHARED = (
     "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "quantization",
     "quantization_config", "model_file", "transformers_version",
 )  # fmt: skip
+DTYPES = ("dtype", "torch_dtype")
 TIED = "tie_word_embeddings"
 
 
@@ -106,11 +107,10 @@ def take_text_model(config: Config, *, weights: bool) -> tuple[Config, Family]:
         return config, find_family(config)
     wrapper, kind = WRAPPERS[config["model_type"]], str(find_text_type(config))
     text = {**wrapper.silent.get(kind, {}), **config["text_config"], "model_type": kind}
-    for key in SHARED:
-        if (value := find_value(config, key)) is not None:
-            text[key] = value
-    if text.get("dtype") is not None:  # transformers' new key counts, if both are there
-        text.pop("torch_dtype", None)
+    whole = {key: config[key] for key in SHARED if config.get(key) is not None}
+    if not whole.keys().isdisjoint(DTYPES):
+        text |= dict.fromkeys(DTYPES)
+    text |= whole
     text[TIED] = _find_tied(config, weights)
     text["architectures"] = [wrapper.texts[kind]]
     family = find_family(text)
