@@ -92,6 +92,13 @@ def is_wrapper(config: Config) -> bool:
     return config.get("model_type") in WRAPPERS and find_text_type(config) is not None
 
 
+def name_type(config: Mapping[str, Any]) -> str:
+    """Return the ``model_type`` of a model for a message, and that of its language model."""
+    text, kind = config.get("text_config"), str(config["model_type"])
+    inner = text.get("model_type") if kind in WRAPPERS and isinstance(text, dict) else None
+    return kind if inner is None else f"{kind} with a {inner}"
+
+
 def take_text_model(config: Config, *, weights: bool) -> tuple[Config, Family]:
     """Take the language model's config and family out of a model's config.
 

@@ -18,7 +18,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import dequantize_model, get_total_parameters
 
 from ..architectures.families import FAMILIES
-from ..architectures.wrappers import drop_other_parts
+from ..architectures.wrappers import drop_other_parts, name_type
 from ..checkpoints.guarded import GuardedTokenizer
 from ..checkpoints.tokenizer import carry_tokenizer, load_tokenizer
 from ..checkpoints.writer import SHARD_BYTES, Writer
@@ -187,7 +187,7 @@ def check_job(job: StockJob, network: StockNetwork) -> None:
     for flag, asked in exact.items():
         if asked:
             raise UserError(
-                f"{flag}: that is not known of a {job.source.config['model_type']}, only of "
+                f"{flag}: that is not known of a {name_type(job.source.config)}, only of "
                 f"{', '.join(sorted(FAMILIES))}; sub-layers can go of whatever mlx-lm runs, and "
                 "-q quantizes it"
             )

@@ -9,6 +9,7 @@ import mlx_lm
 import numpy as np
 import pytest
 import reference
+import zoo
 from architectures import WRAPPERS, logits, make, skipless, text, without
 from factory import stored
 from grids import only, thorough
@@ -250,3 +251,35 @@ def test_a_spoilt_one(
     assert main(["convert", "--dry-run", "--model", str(tmp_path / "config.json")]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and said in error
+
+
+@pytest.fixture
+def mistral4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Mistral 3 around a Mistral 4, of which only mlx-lm knows what it computes."""
+    inner = zoo.CONFIGS["mistral4"] | {"model_type": "mistral4"}
+    sees = {"vision_config": {"model_type": "pixtral"}, "image_token_index": 10}
+    monkeypatch.setitem(zoo.CONFIGS, "mistral3", sees | {"text_config": inner})
+    zoo.make_model(tmp_path / "s", "mistral3")
+    return tmp_path / "s"
+
+
+def test_one_that_only_mlx_lm_knows(mistral4: Path) -> None:
+    report = convert(mistral4, dry_run=True, quantize=True, q_group_size=32)
+    assert report.stock and [LEFT_OUT in note for note in report.notes].count(True) == 1
+    with pytest.raises(mlx_skipless.UserError, match="not known of a mistral3 with a mistral4"):
+        convert(mistral4, dry_run=True, skipless=True)
+
+
+@thorough
+def test_what_is_not_exact_of_one_that_only_mlx_lm_knows(mistral4: Path, tmp_path: Path) -> None:
+    report = convert(mistral4, tmp_path / "o", drop_attention=1, drop_ffn=1)
+    config = json.loads((tmp_path / "o/config.json").read_text())
+    assert {*config} >= {"text_config"} and not {*config} & {"vision_config", "image_token_index"}
+    whole, _ = mlx_lm.load(str(mistral4))  # type: ignore[misc]
+    for part, name in (("attention", "self_attn.o_proj"), ("ffn", "mlp")):
+        for path, module in whole.layers[report.removed[part][0]].named_modules():
+            writes = path.startswith(name) and path.endswith(("o_proj", "down_proj"))
+            if writes and "weight" in module:
+                module.weight = mx.zeros_like(module.weight)
+    expected = np.array(whole(mx.array(text())))
+    assert reference.worst_relative_error(expected, logits(tmp_path / "o", text())) < 1e-5
