@@ -89,7 +89,7 @@ def find_text_type(config: Config) -> str | None:
 
 def is_wrapper(config: Config) -> bool:
     """Tell whether a config is of a model of several parts whose language model is known."""
-    return config.get("model_type") in WRAPPERS and find_text_type(config) is not None
+    return find_text_type(config) is not None and config["model_type"] in WRAPPERS
 
 
 def name_type(config: Mapping[str, Any]) -> str:

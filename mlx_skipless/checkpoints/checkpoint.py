@@ -98,17 +98,14 @@ class Checkpoint(Blueprint):
     @cached_property
     def dtype(self) -> mx.Dtype:
         """The number type that most matrices have, whatever the config declares."""
-        shapes, dtypes = self.store.shapes, self.store.dtypes
-        own = {name: dtypes[name] for place in self._places.values() for name in place.names}
-        counts = Counter(d for n, d in own.items() if is_float(d) and len(shapes[n]) > 1)
+        dtypes, shapes = _list_dtypes(self), self.store.shapes
+        counts = Counter(d for n, d in dtypes.items() if is_float(d) and len(shapes[n]) > 1)
         return counts.most_common(1)[0][0] if counts else mx.float32
 
     @property
     def is_uniform(self) -> bool:
         """Whether all tensors that are read have the number type ``dtype``."""
-        own = {name for place in self._places.values() for name in place.names}
-        found = {self.store.dtypes[name] for name in own}
-        return found == {self.dtype}
+        return {*_list_dtypes(self).values()} == {self.dtype}
 
     @cached_property
     def _places(self) -> dict[str, Place]:
@@ -230,6 +227,12 @@ class Checkpoint(Blueprint):
                 f"{_describe(place, name)} in {self.name} has a number type that is not read; "
                 f"known: {', '.join(FLOATS)}"
             )
+
+
+def _list_dtypes(checkpoint: Checkpoint) -> dict[str, mx.Dtype | None]:
+    """The number types of a source's tensors that are read."""
+    places = checkpoint._places.values()
+    return {name: checkpoint.store.dtypes[name] for place in places for name in place.names}
 
 
 def _describe(place: Place, name: str) -> str:
