@@ -14,7 +14,17 @@ import numpy as np
 import pytest
 import reference
 import transformers
-from architectures import ARCHITECTURES, STOCK, as_mlx_lm, logits, make, skipless, text, without
+from architectures import (
+    ARCHITECTURES,
+    STOCK,
+    WRAPPERS,
+    as_mlx_lm,
+    logits,
+    make,
+    skipless,
+    text,
+    without,
+)
 from factory import stored
 from grids import only, pairs, thin, thorough
 from mlx_lm.utils import quantize_model
@@ -68,12 +78,13 @@ def check_same_function(expected: np.ndarray, folder: Path, tokens: np.ndarray, 
     assert reference.worst_relative_error(expected, np.array(mx.concatenate(steps, 1))) <= limit
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *WRAPPERS])
 def test_as_transformers_has_it(name: str, tmp_path: Path) -> None:
     """The tests' own reference is transformers' function."""
     torch = pytest.importorskip("torch")
     expected = reference.logits(*make(tmp_path / "s", name), text())
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    kind = "ImageTextToText" if name in WRAPPERS else "CausalLM"
+    model = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(
         tmp_path / "s", dtype=torch.float32, attn_implementation="eager"
     )
     with torch.no_grad():

@@ -101,12 +101,10 @@ def _wrap(part: str, head: str) -> Callable[[Config, Weights], Weights]:
     def name(config: Config, weights: Weights) -> Weights:
         names = {"model.": part, "lm_head": head}
         prefix = part.removesuffix("language_model.").removesuffix("language_model.model.")
-        eye = np.ones((8, 8), np.float32)
-        others = (
-            f"{prefix}vision_tower.transformer.layers.0.attention.q_proj.weight",
-            f"{prefix}multi_modal_projector.linear_1.weight",
-        )
-        return _rename(weights, names) | dict.fromkeys(others, eye)
+        return _rename(weights, names) | {
+            f"{prefix}vision_tower.transformer.layers.0.attention.q_proj.weight": np.ones((8, 8)),
+            f"{prefix}multi_modal_projector.linear_1.weight": np.ones((config["hidden_size"], 8)),
+        }
 
     return name
 
