@@ -65,7 +65,7 @@ WAYS: list[tuple[dict[str, Any], float]] = [
     ({"fold_norms": True}, 1e-5),
     ({"precompute_first_layer": "force"}, 1e-5),
     pytest.param({"drop_attention": 1}, 1e-5, marks=thorough),
-    ({"drop_block": 1}, 1e-5),
+    pytest.param({"drop_block": 1}, 1e-5, marks=thorough),
     ({"skipless": True, "remove": "p"}, 5e-4),
     ({"quantize": True, "q_bits": 8, "q_group_size": 32}, 0.1),
 ]

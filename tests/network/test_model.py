@@ -11,6 +11,7 @@ import pytest
 import reference
 from converted import made
 from factory import make_checkpoint
+from grids import thorough
 from mlx.utils import tree_flatten
 from mlx_lm.generate import batch_generate, generate_step
 from mlx_lm.models.cache import (
@@ -114,7 +115,7 @@ def test_batch_generation_equals_one_by_one(converted) -> None:
         "no attention 1",
         "no attention 1, 2",
         "mixtral",
-        "growing queries",
+        pytest.param("growing queries", marks=thorough),
     ],
 )
 def test_batches_that_come_and_go_equal_one_by_one(name: str, tmp_path: Path) -> None:
