@@ -142,8 +142,13 @@ def test_which_head_counts(
 
 
 def test_what_stands_outside_counts_for_the_whole() -> None:
-    inner = {"eos_token_id": 5, "bos_token_id": 1, "dtype": "float16", "quantization_config": {}}
-    outer = {"eos_token_id": 7, "torch_dtype": "bfloat16", "quantization_config": {"bits": 4}}
+    inner = {
+        "eos_token_id": 5,
+        "bos_token_id": 1,
+        "torch_dtype": "float16",
+        "quantization_config": {},
+    }
+    outer = {"eos_token_id": 7, "dtype": "bfloat16", "quantization_config": {"bits": 4}}
     config, _ = take_text_model(
         {"model_type": "mistral3", **outer, "text_config": inner}, weights=False
     )
