@@ -10,9 +10,7 @@ from typing import Any
 from .families import FAMILIES, find_family
 from .family import Config, Family
 
-LEFT_OUT = (
-    "the vision tower and the projector of this {} are left out: the result is its language model"
-)
+LEFT_OUT = "what this {} sees pictures with is left out: the result is its language model"
 # What counts for the whole model, and stands beside "text_config" or, where it does not, in it.
 SHARED = (
     "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "quantization",

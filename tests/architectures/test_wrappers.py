@@ -24,7 +24,7 @@ from mlx_skipless.conversion.convert import convert
 from mlx_skipless.text import samples
 
 STOCK = {"fold_norms", "drop_block", "quantize", "q_bits", "q_group_size"}
-LEFT_OUT = "the vision tower and the projector of this mistral3 are left out"
+LEFT_OUT = "what this mistral3 sees pictures with is left out"
 TYPES = {"mistral3": "ministral3", "mistral3, Small": "mistral"}
 
 
