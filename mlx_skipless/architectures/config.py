@@ -47,7 +47,6 @@ ENDINGS = {
     **dict.fromkeys(("size", "dim", "rank", "embd", "inner", "model", "channels"), 1 << 23),
 }
 POSITIVE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
-MSCALES = ("mscale", "mscale_all_dim")
 LAYER_TYPES = ["full_attention", "sliding_attention"]
 # Keys that map parts of a layer to lists of layers.
 LAYER_LISTS: dict[str, Collection[str]] = {
@@ -262,9 +261,6 @@ def _read_rope(config: Config) -> tuple[float, Config | None]:
     rest = {k: v for k, v in scaling.items() if k not in ("rope_type", "type")}
     kind = scaling.get("rope_type") or scaling.get("type")
     theta = _check_real("rope_theta", 10000.0 if theta is None else theta)
-    if kind == "yarn" and not all(map(rest.get, MSCALES)):
-        # transformers reads both or none; mlx-lm has values of its own for one that is missing
-        rest = {k: v for k, v in rest.items() if k not in MSCALES}
     if kind is None and rest.keys() - {"partial_rotary_factor"}:
         raise UserError(
             f'the RoPE scaling in config.json is {scaling!r}; it needs a "rope_type", one for all '
@@ -279,8 +275,6 @@ def _check_rope(args: ModelArgs) -> None:
             _check_real("factor", 1.0 if args.rope["factor"] is None else args.rope["factor"])
         if args.rope and "attention_factor" in args.rope:
             raise UserError('it has no "attention_factor"')
-        if args.rope and args.rope.get("truncate") is False:
-            raise UserError('it always rounds, and "truncate" is false')
         initialize_rope(
             args.rotary_dim, args.rope_theta, False, args.rope, args.max_position_embeddings
         )

@@ -156,9 +156,6 @@ def of(name: str, **changes: Any) -> dict[str, Any]:
     return {key: value for key, value in config.items() if value is not ...}
 
 
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
-
-
 @pytest.mark.parametrize(
     ("name", "changes", "facts"),
     [
@@ -174,14 +171,6 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ("gptj", {"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope": None}),
         ("gptj", {"n_inner": ...}, {"intermediate_size": 256}),
         ("llama", {"rope_scaling": {"rope_type": None}}, {"rope": None}),
-        # Of YaRN's two keys transformers reads both or none.
-        ("llama", {"rope_scaling": {**YARN, "mscale_all_dim": 1.0}}, {"rope": YARN}),
-        ("llama", {"rope_scaling": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.0}}, {"rope": YARN}),
-        (
-            "llama",
-            {"rope_scaling": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.5}},
-            {"rope": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.5}},
-        ),
         ("qwen2", {"use_sliding_window": True, "num_hidden_layers": 30}, {"sliding_window": None}),
         (
             "qwen2",
@@ -264,6 +253,9 @@ def test_what_mlx_lms_own_network_is_told(
         assert settings[key] == (change["rope"] if value is ... else value)
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "said"),
     [
@@ -301,7 +293,6 @@ def test_what_mlx_lms_own_network_is_told(
         ("llama", {"rope_scaling": {"factor": 2.0}}, '"rope_type"'),
         ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, '"rope_type"'),
         ("llama", {"rope_scaling": {**YARN, "attention_factor": 2.0}}, "attention_factor"),
-        ("llama", {"rope_scaling": {**YARN, "truncate": False}}, '"truncate" is false'),
     ],
 )
 def test_a_spoilt_config(
