@@ -24,7 +24,7 @@ from ..architectures.wrappers import is_wrapper, take_text_model
 from ..checkpoints import files, hub
 from ..checkpoints.files import ADAPTER_CONFIG, ADAPTERS, PEFT_ADAPTERS, read_config
 from ..checkpoints.packed import is_packed
-from ..checkpoints.safetensors import FLOATS, SafetensorsStore, is_float, read_header
+from ..checkpoints.safetensors import FLOATS, SafetensorsStore, Store, is_float, read_header
 from ..checkpoints.tokenizer import load_tokenizer
 from ..errors import UserError
 from ..network import reduced
@@ -185,7 +185,7 @@ def _tell_mlx_lm(
 
 
 def _tell_family(
-    config: dict[str, Any], family: Family, store: SafetensorsStore | None, name: str | Path
+    config: dict[str, Any], family: Family, store: Store | None, name: str | Path
 ) -> dict[str, Any]:
     """Put what the config of a known family means into the keys that mlx-lm's network reads.
 
