@@ -56,7 +56,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("reduced", "not isinstance(cache, _StaysDense) and", "False and", STOCK),
     ("trial", "if any(one.given for one in met):", "if False:", STOCK),
     # Queries that grow, and language models that others are wrapped around.
-    ("model", "mx.floor(mx.maximum(positions, 0) / step)", "positions / step", GROWTH),
+    ("model", "mx.maximum(positions, 0) // step", "positions / step", GROWTH),
     ("model", "offset % self.step + length <= self.step", "True", GROWTH),
     ("families", '"query_growth": growth,', '"query_growth": 0.0,', WRAPPERS),
     ("wrappers", "text if whole in (None, text) else None", "text", WRAPPERS),

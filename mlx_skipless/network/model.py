@@ -296,7 +296,7 @@ def add_scaled(x: mx.array, y: mx.array, scale: mx.array) -> mx.array:
 @partial(mx.compile, shapeless=True)
 def grow(queries: mx.array, positions: mx.array, growth: float, step: int) -> mx.array:
     """Scale queries (batch, heads, length, head_dim) by their positions, (..., length, 1)."""
-    steps = mx.floor(mx.maximum(positions, 0) / step)  # padding on the left has none
+    steps = mx.maximum(positions, 0) // step  # padding on the left has none
     return queries * (1 + growth * mx.log(1 + steps)).astype(queries.dtype)
 
 

@@ -125,6 +125,26 @@ def test_our_network_equals_mlx_lms(name: str, tmp_path: Path) -> None:
     assert reference.worst_relative_error(theirs, ours) < 1e-5
 
 
+@pytest.mark.parametrize("chunks", [(12,), (5, 1, 2, 4), (1,) * 12], ids=len)
+@pytest.mark.parametrize("window", [None, 3])
+def test_ministral3_equals_mlx_lms(window: int | None, chunks: tuple[int, ...], tmp_path: Path):
+    """Also beyond several steps of its queries' growth, with a cache, in windows too."""
+    kinds = ["full_attention", *["sliding_attention"] * 2] if window else None
+    make(tmp_path / "s", "ministral3", layer_types=kinds, sliding_window=window)
+    checkpoint = open_checkpoint(tmp_path / "s")
+    ours = Model(checkpoint.args)
+    names = dict(mlx_lm.utils.tree_flatten(ours.parameters()))
+    ours.load_weights([*checkpoint.read(names).items()])
+    theirs, _ = mlx_lm.load(str(tmp_path / "s"))  # type: ignore[misc]
+    ends = [*itertools.accumulate(chunks)]
+    found = []
+    for model in (theirs, ours):
+        cache: list[Any] = mlx_lm.models.cache.make_prompt_cache(model)
+        parts = (text()[:, end - size : end] for end, size in zip(ends, chunks, strict=True))
+        found.append(np.array(mx.concatenate([model(mx.array(p), cache=cache) for p in parts], 1)))
+    assert reference.worst_relative_error(*found) < 1e-5
+
+
 PRETRAINED: list[dict[str, Any]] = [
     {"remove": "none"},
     {},
