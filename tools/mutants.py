@@ -39,6 +39,8 @@ FAMILY = "tests/architectures/test_architectures.py -k"
 BAD = "tests/conversion/test_bad_input.py -k"
 CALIBRATION = "tests/quantization/test_calibration.py -k"
 MODEL = "tests/network/test_model.py"
+GROWTH = f"{MODEL} -k queries_that_grow"
+WRAPPERS = "tests/architectures/test_wrappers.py"
 SKIPS = "tests/removal/test_skips.py"
 DROPS = "tests/removal/test_sublayers.py -k"
 GGUF, GGUF_PACKED = (
@@ -57,6 +59,12 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("reduced", "sanitize({**gone, **weights})", "sanitize(weights)", STOCK),
     ("reduced", "not isinstance(cache, _StaysDense) and", "False and", STOCK),
     ("trial", "if any(one.given for one in met):", "if False:", STOCK),
+    # Queries that grow, and language models that others are wrapped around.
+    ("model", "mx.maximum(positions, 0) // step", "positions / step", GROWTH),
+    ("model", "offset % self.step + length <= self.step", "True", GROWTH),
+    ("families", '"query_growth": growth,', '"query_growth": 0.0,', WRAPPERS),
+    ("wrappers", "text if whole in (None, text) else None", "text", WRAPPERS),
+    ("wrappers", "*family.others, *wrapper.others", "*family.others,", WRAPPERS),
     # The algebra: signs, transposes, biases.
     ("algebra", "else q.bias @ inverse)", "else -q.bias @ inverse)", EXACT),
     ("algebra", "else -p.bias)", "else p.bias)", EXACT),

@@ -36,6 +36,7 @@ LIMITS = {
     "max_position_embeddings": 1 << 31,
     "sliding_window": 1 << 31,
     "rotary_dim": 1 << 13,
+    "query_step": 1 << 31,
     "num_local_experts": 1 << 12,
     "num_experts_per_tok": 1 << 12,
 }
@@ -111,6 +112,10 @@ def _check_real(key: str, value: Any) -> float:
     return float(value)
 
 
+def _check_growth(key: str, value: Any) -> float:
+    return 0.0 if type(value) in (int, float) and value == 0 else _check_real(key, value)
+
+
 def _check_extra_bits(key: str, value: Any) -> dict[str, int]:
     value = value or {}
     if not isinstance(value, dict) or not all(type(n) is int and n >= 0 for n in value.values()):
@@ -174,6 +179,8 @@ FORMAT: dict[str, tuple[Callable[[str, Any], Any], Any]] = {
     "layer_types": (_check_later, None),
     "rotary_dim": (_check_whole, lambda read: read["head_dim"]),
     "rope_traditional": (check_flag, False),
+    "query_growth": (_check_growth, 0.0),
+    "query_step": (_check_count, 0),
     "tie_word_embeddings": (check_flag, False),
     "embedding_scale": (_check_real, 1.0),
     "logit_scale": (_check_real, 1.0),
@@ -333,6 +340,11 @@ def _find_contradictions(args: ModelArgs) -> Iterator[str]:
         yield (
             f'"rotary_dim" {args.rotary_dim} in config.json is more than a head has, '
             f"{args.head_dim}: correct it"
+        )
+    if args.query_growth and not args.query_step:
+        yield (
+            "queries grow with their positions by config.json, and nothing says at which: give "
+            '"query_step" too (of a ministral3, "original_max_position_embeddings")'
         )
     if args.num_local_experts and not 1 <= args.num_experts_per_tok <= args.num_local_experts:
         yield (

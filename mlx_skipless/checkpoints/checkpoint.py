@@ -25,6 +25,7 @@ from ..architectures.tensors import (
     restore_gains,
     to_canonical_modules,
 )
+from ..architectures.wrappers import describe_left_out, take_text_model
 from ..constants import FLOAT_NAMES
 from ..errors import UserError
 from ..network.model import Model, ModelArgs
@@ -73,7 +74,7 @@ class Blueprint:
 
     def without_weights(self) -> "Blueprint":
         """Leave the weights aside, if there are any."""
-        return Blueprint(self.name, self.config, self.family, self.args)
+        return Blueprint(self.name, self.config, self.family, self.args, notes=self.notes)
 
 
 @dataclass(frozen=True)
@@ -96,14 +97,12 @@ class Checkpoint(Blueprint):
     @cached_property
     def dtype(self) -> mx.Dtype:
         """The number type that most matrices have, whatever the config declares."""
-        return find_usual_dtype(self.store.shapes, self.store.dtypes)
+        return find_usual_dtype(self.store.shapes, _list_dtypes(self))
 
     @property
     def is_uniform(self) -> bool:
         """Whether all tensors that are read have the number type ``dtype``."""
-        own = {name for place in self._places.values() for name in place.names}
-        found = {self.store.dtypes[name] for name in own}
-        return found == {self.dtype}
+        return {*_list_dtypes(self).values()} == {self.dtype}
 
     @cached_property
     def _places(self) -> dict[str, Place]:
@@ -227,6 +226,12 @@ class Checkpoint(Blueprint):
             )
 
 
+def _list_dtypes(checkpoint: Checkpoint) -> dict[str, mx.Dtype | None]:
+    """The number types of a source's tensors that are read."""
+    places = checkpoint._places.values()
+    return {name: checkpoint.store.dtypes[name] for place in places for name in place.names}
+
+
 def _describe(place: Place, name: str) -> str:
     """A tensor's name in the source, for a message."""
     whole = not place.stacked and not place.fused
@@ -301,8 +306,8 @@ def open_checkpoint(
         str(source), revision=revision, config_only=config_only, code=trust_remote_code
     )
     notes: list[str] = []
-    config, store = _open_folder(path, config_only, notes) if path.is_dir() else _open_file(path)
-    family = find_family(config)
+    opened = _open_folder(path, config_only, notes) if path.is_dir() else _open_file(path, notes)
+    config, family, store = opened
     if config.get("model_file") is not None and config["model_type"] != "skipless":
         raise UserError(
             f"{source} brings its own code ({config['model_file']}), which is never run here: what "
@@ -315,7 +320,7 @@ def open_checkpoint(
     args = read_model_args(config, tensors)
     args = replace(args, fused={})  # fused matrices are cut apart when they are read
     if store is not None:
-        checkpoint = Checkpoint(str(source), config, family, args, path, store)
+        checkpoint = Checkpoint(str(source), config, family, args, path, store, notes=tuple(notes))
         checkpoint.validate()
         return checkpoint
     if not config_only:
@@ -323,24 +328,37 @@ def open_checkpoint(
     return Blueprint(str(source), config, family, args, notes=tuple(notes))
 
 
-def _open_file(path: Path) -> tuple[Config, Store | None]:
+Opened = tuple[Config, Family, Store | None]
+
+
+def _open_file(path: Path, notes: list[str]) -> Opened:
     files.is_there(path)
     if files.is_gguf(path):
         store = GGUFStore(path)
-        return store.config, store
+        return store.config, find_family(store.config), store
     if path.suffix.lower() == ".json":
-        return read_json(path), None
+        return *_take_text_model(read_json(path), False, notes), None
     raise UserError(f"{path} is no model: give a folder, a GGUF file or a Hub id")
 
 
-def _open_folder(folder: Path, config_only: bool, notes: list[str]) -> tuple[Config, Store | None]:
+def _take_text_model(config: Config, weights: bool, notes: list[str]) -> tuple[Config, Family]:
+    """Take the language model out of a config; ``notes`` says what else there was."""
+    text, family = take_text_model(config, weights=weights)
+    if (left_out := describe_left_out(config)) is not None:
+        notes.append(left_out)
+    return text, family
+
+
+def _open_folder(folder: Path, config_only: bool, notes: list[str]) -> Opened:
     """Read a folder's config and open its weights; ``notes`` says why a plan has none."""
     config = read_config(folder)
     files.check_small(folder)
-    find_family(config)  # an unknown architecture is the more helpful complaint
-    if config_only and not any(folder.glob("*.safetensors")):
+    there = any(folder.glob("*.safetensors"))
+    # An unknown architecture is the more helpful complaint.
+    config, family = _take_text_model(config, there, notes)
+    if config_only and not there:
         find_scheme(config)
-        return config, None
+        return config, family, None
     try:
         store = SafetensorsStore(folder)
     except UserError as error:
@@ -348,6 +366,6 @@ def _open_folder(folder: Path, config_only: bool, notes: list[str]) -> tuple[Con
             raise
         find_scheme(config)
         notes.append(f"this is planned from config.json alone: {error}")
-        return config, None
+        return config, family, None
     scheme = find_scheme(config, store)
-    return config, store if scheme is None else UnpackedStore(store, scheme)
+    return config, family, store if scheme is None else UnpackedStore(store, scheme)

@@ -18,6 +18,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import dequantize_model, get_total_parameters
 
 from ..architectures.families import FAMILIES
+from ..architectures.wrappers import drop_other_parts, name_type
 from ..checkpoints.guarded import GuardedTokenizer
 from ..checkpoints.tokenizer import carry_tokenizer, load_tokenizer
 from ..checkpoints.writer import SHARD_BYTES, Writer
@@ -152,7 +153,7 @@ class StockJob:
         config = dict(self.config or self.source.config)
         if self.layers is not None:
             model, config = shorten_network(model, network.paths, config, self.layers)
-        config.pop("vision_config", None)
+        config = drop_other_parts(config)
         if self.source.is_packed and self.requantized:
             model = dequantize_model(model)
             config = {k: v for k, v in config.items() if not k.startswith("quantiz")}
@@ -193,7 +194,7 @@ def check_job(job: StockJob, network: StockNetwork) -> None:
     for flag, asked in exact.items():
         if asked:
             raise UserError(
-                f"{flag}: that is not known of a {job.source.config['model_type']}, only of "
+                f"{flag}: that is not known of a {name_type(job.source.config)}, only of "
                 f"{', '.join(sorted(FAMILIES))}; sub-layers can go of whatever mlx-lm runs, and "
                 "-q quantizes it"
             )

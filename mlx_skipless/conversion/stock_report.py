@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..architectures.wrappers import describe_left_out
 from ..errors import UserError
 from ..inference.sizes import count_bytes_read, count_cache_bytes
 from ..network import reduced
@@ -47,6 +48,7 @@ def make_report(
     formats = Counter((getattr(m, "mode", "affine"), m.bits, m.group_size) for m in packed)
     nothing = not job.options.drops and job.options.quantization is None
     bytes_after = _total(after, 1)
+    left_out = filter(None, [describe_left_out(source.config)])
     return Report(
         source=source.name,
         output=None,
@@ -69,7 +71,7 @@ def make_report(
         cache_bytes_before=count_cache_bytes(source.model, 1),
         cache_bytes_after=_try(model),
         rows=tuple(_make_rows(job, paths, before, after)),
-        notes=(*job.notes, *_describe_origin(job), *describe_bits(job.bits)),
+        notes=(*left_out, *job.notes, *_describe_origin(job), *describe_bits(job.bits)),
         advice=(SAVINGS,) if nothing else (),
         warnings=(),
         verification=None,

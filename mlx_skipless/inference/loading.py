@@ -18,12 +18,13 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..architectures.config import check_sizes, read_model_args
 from ..architectures.families import FAMILIES, find_family
-from ..architectures.family import DROP_LISTS, read_dropped
+from ..architectures.family import DROP_LISTS, Family, read_dropped
 from ..architectures.tensors import find_places, list_shapes
+from ..architectures.wrappers import is_wrapper, take_text_model
 from ..checkpoints import files, hub
 from ..checkpoints.files import ADAPTER_CONFIG, ADAPTERS, PEFT_ADAPTERS, read_config
 from ..checkpoints.packed import is_packed
-from ..checkpoints.safetensors import FLOATS, SafetensorsStore, is_float, read_header
+from ..checkpoints.safetensors import FLOATS, SafetensorsStore, Store, is_float, read_header
 from ..checkpoints.tokenizer import load_tokenizer
 from ..errors import UserError
 from ..network import reduced
@@ -168,8 +169,10 @@ def _tell_mlx_lm(
     Raises:
         UserError: if mlx-lm's network would compute something else without a word.
     """
-    family = FAMILIES.get(str(config.get("model_type")))
-    if any(map(bool, read_dropped(config).values())):
+    text, family = config, FAMILIES.get(str(config.get("model_type")))
+    if is_wrapper(config):
+        text, family = take_text_model(config, weights=store is not None)
+    if any(map(bool, read_dropped(text).values())):
         way_out = f"`convert.py --model {name}` makes one that does not"
         if family is None:
             way_out = "use the model that it was made of, and drop from that"
@@ -177,7 +180,18 @@ def _tell_mlx_lm(
             f"{name} lacks sub-layers ({', '.join(DROP_LISTS)}), which mlx-lm's own network of a "
             f"{config['model_type']} ignores: {way_out}"
         )
-    if family is None or family.stock is None:
+    settings = {} if family is None else _tell_family(text, family, store, name)
+    return {"text_config": text | settings} if is_wrapper(config) else settings
+
+
+def _tell_family(
+    config: dict[str, Any], family: Family, store: Store | None, name: str | Path
+) -> dict[str, Any]:
+    """Put what the config of a known family means into the keys that mlx-lm's network reads.
+
+    Arguments and errors are those of ``_tell_mlx_lm``.
+    """
+    if family.stock is None:
         return {}
     try:
         shapes = None

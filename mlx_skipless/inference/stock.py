@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx_lm.utils import _get_classes, get_total_parameters
 
 from ..architectures.config import LIMITS, check_sizes
-from ..architectures.families import FAMILIES
+from ..architectures.wrappers import find_text_type
 from ..checkpoints import files, hub
 from ..checkpoints.checkpoint import read_dtype
 from ..checkpoints.gguf_file import GGUFStore
@@ -139,7 +139,7 @@ def find_stock(
         config = gguf.config | {"torch_dtype": dtype}
     else:
         return None
-    if not _is_known(config) or config["model_type"] in FAMILIES:
+    if not _is_known(config) or find_text_type(config) is not None:
         return None
     return StockSource(name, path, config, trust_remote_code, gguf)
 
