@@ -6,8 +6,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from itertools import chain
 from typing import Any
 
+import mlx.core as mx
 from mlx_lm.models.rope_utils import initialize_rope
 
+from ..constants import FLOAT_NAMES
 from ..errors import UserError
 from ..network.model import FUSED, PROJECTION_NORMS, ModelArgs
 from ..network.names import (
@@ -53,6 +55,16 @@ LAYER_LISTS: dict[str, Collection[str]] = {
     "fused": FUSED,
     "biases": PROJECTIONS,
 }
+
+
+def read_dtype(config: Mapping[str, Any]) -> mx.Dtype:
+    """The number type that a config.json declares; bfloat16 where it declares none."""
+    inner = config.get("text_config")
+    for one in (config, inner if isinstance(inner, Mapping) else {}):
+        declared = one.get("torch_dtype") or one.get("dtype")
+        if declared in FLOAT_NAMES:
+            return getattr(mx, declared)
+    return mx.bfloat16
 
 
 def check_sizes(config: Mapping[str, Any], tensors: int) -> None:

@@ -25,6 +25,7 @@ POINTED = (
     "{} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder, or download "
     "it with `hf download`"
 )
+DECLARED, MODELOPT_CONFIG = "quantization_config", "hf_quant_config.json"
 GGUF, GGUF_MAGIC = ".gguf", b"GGUF"
 AT_ONCE = 16 << 20  # bytes of a read that the background makes
 AHEAD_BYTES = 1 << 30  # more might leave the system's cache before its turn comes
@@ -245,7 +246,10 @@ def read_json(file: Path, most: int | None = None) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read the config.json of a model's folder.
+    """Read the config.json of a model's folder, with how its weights are quantized.
+
+    NVIDIA's ModelOpt writes that into a file of its own, and wrapped models into their
+    ``text_config``.
 
     Raises:
         UserError: if it is missing, malformed or no object, or too large or deep to be believed.
@@ -253,7 +257,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not is_there(file, CONFIG_BYTES) and (explained := explain_adapters(folder)):
         raise UserError(explained)
-    return read_json(file)
+    config = read_json(file)
+    if config.get(DECLARED) is None:
+        inner = config.get("text_config")
+        found = inner.get(DECLARED) if isinstance(inner, dict) else None
+        if found is None and is_there(folder / MODELOPT_CONFIG):
+            found = {"quant_method": "modelopt"} | read_json(folder / MODELOPT_CONFIG)
+        config |= {} if found is None else {DECLARED: found}
+    return config
 
 
 def explain_adapters(folder: Path) -> str | None:

@@ -15,10 +15,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import _get_classes, get_total_parameters
 
-from ..architectures.config import LIMITS, check_sizes
+from ..architectures.config import LIMITS, check_sizes, read_dtype
 from ..architectures.families import FAMILIES
 from ..checkpoints import files, hub
-from ..checkpoints.checkpoint import read_dtype
 from ..checkpoints.safetensors import SafetensorsStore, Store
 from ..errors import UserError, first_line
 from ..network import reduced
