@@ -15,7 +15,7 @@ from ..errors import UserError
 from .scaled import BITS, Block, ScaledScheme, Settings
 
 Declared = Mapping[str, Any]
-USUAL_BLOCK = (128, 128)  # of 8-bit floats whose config is lost
+USUAL = (Settings(8, (128, 128)), Settings())  # of 8-bit floats where no config says it
 MODELOPT = ("FP8", "NVFP4", "MXFP8", "MXFP4", "W4A16_NVFP4", "FP8_PB_WO", "MIXED_PRECISION")
 FORMATS = (
     "dense", "float-quantized", "naive-quantized", "int-quantized", "pack-quantized",
@@ -37,6 +37,11 @@ def read_fp8(declared: Declared, dtype: mx.Dtype) -> ScaledScheme:
     return ScaledScheme("FP8", dtype, lambda _: [Settings(8, block)])
 
 
+def read_undeclared(dtype: mx.Dtype) -> ScaledScheme:
+    """Take 8-bit floats for what they are, though no config says so."""
+    return ScaledScheme("FP8", dtype, lambda _: [*USUAL])
+
+
 def read_modelopt(declared: Declared, dtype: mx.Dtype) -> ScaledScheme:
     """Read a config of NVIDIA's ModelOpt.
 
@@ -50,7 +55,7 @@ def read_modelopt(declared: Declared, dtype: mx.Dtype) -> ScaledScheme:
             f"ModelOpt's {method!r} cannot be read; known: {', '.join(MODELOPT)}. Use another "
             "export"
         )
-    return ScaledScheme(f"ModelOpt {method}", dtype, lambda _: [Settings(8, USUAL_BLOCK)])
+    return ScaledScheme(f"ModelOpt {method}", dtype, lambda _: [*USUAL])
 
 
 def read_compressed(declared: Declared, dtype: mx.Dtype) -> ScaledScheme:

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from ..architectures.config import read_dtype
 from ..errors import UserError
-from .declared import USUAL_BLOCK, read_compressed, read_fp8, read_modelopt
+from .declared import read_compressed, read_fp8, read_modelopt, read_undeclared
 from .gptq import AWQScheme, GPTQScheme
 from .safetensors import SafetensorsStore, Shape, Store, is_float
 from .scaled import E4M3
@@ -52,7 +52,8 @@ def find_scheme(config: Mapping[str, Any], store: Store | None = None) -> Scheme
     if own is not None:
         return MLXScheme(own)
     if declared is None:
-        return None if store is None else _find_undeclared(store, read_dtype(config))
+        found = isinstance(store, SafetensorsStore) and E4M3 in store.kinds.values()
+        return read_undeclared(read_dtype(config)) if found else None
     method = declared.get("quant_method")
     if method == "awq":
         version = str(declared.get("version") or declared.get("format") or "gemm").lower()
@@ -67,12 +68,6 @@ def find_scheme(config: Mapping[str, Any], store: Store | None = None) -> Scheme
         f"the checkpoint is quantized as {method!r}, which cannot be read; supported: MLX, AWQ, "
         "GPTQ, FP8, compressed-tensors, ModelOpt and GGUF. Use the unquantized model"
     )
-
-
-def _find_undeclared(store: Store, dtype: mx.Dtype) -> Scheme | None:
-    """Take 8-bit floats for what they are, though no config says so."""
-    found = isinstance(store, SafetensorsStore) and E4M3 in store.kinds.values()
-    return read_fp8({"weight_block_size": [*USUAL_BLOCK]}, dtype) if found else None
 
 
 class UnpackedStore:

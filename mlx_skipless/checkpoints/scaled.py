@@ -36,7 +36,7 @@ class Settings:
 
     Attributes:
         bits: of a whole number.
-        block: rows and columns that have one scale; None: all, or those of a row.
+        block: rows and columns that have one scale; None: as many as the shapes say.
     """
 
     bits: int = 8
@@ -271,7 +271,7 @@ def _fit_block(scales: Shape, shape: Shape, blocks: list[Block | None]) -> Block
     Args:
         scales: the scales' shape.
         shape: the matrix's.
-        blocks: those that the config names. Others are believed only if they divide the matrix.
+        blocks: those that the config names. If None is among them, whatever divides the matrix.
     """
     *lead, rows, columns = shape
     if math.prod(scales) == 1 or (lead and scales in ((*lead,), (*lead, 1), (*lead, 1, 1))):
@@ -284,7 +284,8 @@ def _fit_block(scales: Shape, shape: Shape, blocks: list[Block | None]) -> Block
         if block and scales[-2:] == (-(-rows // block[0]), -(-columns // block[1])):
             return block
     high, wide = scales[-2:]
-    return None if rows % high or columns % wide else (rows // high, columns // wide)
+    divide = None in blocks and not (rows % high or columns % wide)
+    return (rows // high, columns // wide) if divide else None
 
 
 def _scale_blocks(
