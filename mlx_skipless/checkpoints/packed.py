@@ -62,7 +62,7 @@ def find_scheme(config: Mapping[str, Any], store: Store | None = None) -> Scheme
         return AWQScheme()
     if method == "gptq":
         return GPTQScheme(declared)
-    if method in READERS:
+    if isinstance(method, str) and method in READERS:
         return READERS[method](declared, read_dtype(config))
     raise UserError(
         f"the checkpoint is quantized as {method!r}, which cannot be read; supported: MLX, AWQ, "

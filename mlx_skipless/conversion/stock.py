@@ -22,8 +22,8 @@ from ..checkpoints.guarded import GuardedTokenizer
 from ..checkpoints.tokenizer import carry_tokenizer, load_tokenizer
 from ..checkpoints.writer import SHARD_BYTES, Writer
 from ..errors import UserError
-from ..inference.loading import load_network
-from ..inference.stock import StockSource, find_stock
+from ..inference.loading import QUANTIZATION_KEYS, load_network
+from ..inference.stock import StockSource, find_stock, forget_quantization
 from ..memory import machine_memory_bytes
 from ..network import reduced
 from ..network.stock import StockNetwork
@@ -150,7 +150,10 @@ class StockJob:
         config.pop("vision_config", None)
         if self.source.is_packed and (options.quantization or options.dtype):
             model = dequantize_model(model)
-            config = {k: v for k, v in config.items() if not k.startswith("quantiz")}
+        if not any("scales" in module for module in model.modules()):
+            config = forget_quantization(config)
+        elif config.get("quantization") is None:  # published as mlx-lm runs it
+            config |= dict.fromkeys(QUANTIZATION_KEYS, self.source.quantization)
         if options.dtype is not None:
             model.set_dtype(self.dtype)
         if parts := self._name_dropped(network.sublayers):

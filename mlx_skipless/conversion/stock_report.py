@@ -50,7 +50,7 @@ def make_report(
     return Report(
         source=source.name,
         output=None,
-        packing=_describe_packing(source.model),
+        packing=source.packing,
         kept_packed=source.is_packed and not (job.options.quantization or job.options.dtype),
         dtype=dtype_name(job.dtype),
         quantization=config.get("quantization"),
@@ -98,11 +98,6 @@ def _describe_path(job: StockJob) -> Iterator[str]:
     if job.path:
         steps = ", ".join(map(str, job.path))
         yield f"loss on the text, nats per token, whole and after each drop: {steps}"
-
-
-def _describe_packing(model: nn.Module) -> str | None:
-    bits = Counter(m.bits for m in model.modules() if "scales" in m)
-    return f"MLX {bits.most_common(1)[0][0]}-bit" if bits else None
 
 
 def _measure_sizes(model: nn.Module) -> Sizes:

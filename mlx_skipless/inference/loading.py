@@ -253,10 +253,8 @@ def _explain_errors(name: str | Path, store: SafetensorsStore) -> Iterator[None]
         said = " ".join(str(error).split())[:MOST_SAID]
         if not isinstance(error, ValueError) or not said:
             said = f"{type(error).__name__} {said}".strip()
-        gptq = any(tensor.endswith(".qweight") for tensor in store.shapes)
-        way_out = f"`convert.py --model {name}` reads it" if gptq else "correct its config.json"
         raise UserError(
-            f"{name} cannot be loaded ({said}): {way_out}, or use another export"
+            f"{name} cannot be loaded ({said}): correct its config.json, or use another export"
         ) from error
 
 

@@ -18,6 +18,7 @@ from mlx_lm.utils import _get_classes, get_total_parameters
 from ..architectures.config import LIMITS, check_sizes, read_dtype
 from ..architectures.families import FAMILIES
 from ..checkpoints import files, hub
+from ..checkpoints.packed import find_scheme, is_packed
 from ..checkpoints.safetensors import SafetensorsStore, Store
 from ..errors import UserError, first_line
 from ..network import reduced
@@ -59,7 +60,7 @@ class StockSource:
         Raises:
             UserError: if mlx-lm makes no network of the config.
         """
-        config = {k: v for k, v in self.config.items() if not k.startswith("quantization")}
+        config = forget_quantization(self.config)
         check_sizes(config, LIMITS["num_hidden_layers"])
         kind, kind_args = _get_classes(config)
         if reduced.DROPPED in config:
@@ -85,11 +86,37 @@ class StockSource:
         """Whether matrices of it are quantized."""
         return any("scales" in module for module in self.model.modules())
 
+    @cached_property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """The ``quantization`` with which mlx-lm runs it; None where nothing is quantized."""
+        return load_network(self.path, lazy=True)[2].get("quantization") if self.store else None
+
+    @cached_property
+    def packing(self) -> str | None:
+        """How it is quantized, e.g. "MLX affine 4-bit" or "FP8"; None if it is not."""
+        packed = [module for module in self.model.modules() if "scales" in module]
+        if packed:
+            kinds = Counter((getattr(m, "mode", "affine"), m.bits) for m in packed)
+            mode, bits = kinds.most_common(1)[0][0]
+            return f"MLX {mode} {bits}-bit"
+        if self.store is None or not is_packed(self.store):
+            return None
+        scheme = find_scheme(self.config, self.store)
+        return None if scheme is None else scheme.name
+
     @property
     def dtype(self) -> mx.Dtype:
         """The number type of most of its matrices that are not quantized."""
         floats = (a for a in tensors_of(self.model).values() if mx.issubdtype(a.dtype, mx.floating))
         return Counter(a.dtype for a in floats).most_common(1)[0][0]
+
+
+def forget_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config without what it says of quantized matrices, also of the text's in it."""
+    kept = {key: value for key, value in config.items() if not key.startswith("quantiz")}
+    if isinstance(inner := kept.get("text_config"), Mapping):
+        kept["text_config"] = forget_quantization(inner)
+    return kept
 
 
 def find_stock(
