@@ -294,9 +294,9 @@ PARTS = [(kind, part) for kind, (_, pack) in SOUND.items() for part in pack(draw
 OPTIONAL = ("_zero_point", "_scale_2", "_global_scale")
 
 
-@pytest.mark.parametrize(("kind", "part"), PARTS)
-@pytest.mark.parametrize("damage", ["lost", "short", "flat", "type"])
-def test_a_broken_part_is_named(tmp_path: Path, kind: str, part: str, damage: str):
+@pytest.mark.parametrize(("damage", "where"), product(["lost", "short", "flat", "type"], PARTS))
+def test_a_broken_part_is_named(tmp_path: Path, damage: str, where: tuple[str, str]):
+    kind, part = where
     config, pack = SOUND[kind]
     parts, _ = pack(draw((64, 96)))
     sound = named(parts, NAME.replace("up", "down"))

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import mlx.core as mx
 import numpy as np
+import packing
 from packing import E2M1, E4M3, nearest
 from reference import Config
 
@@ -256,3 +259,81 @@ def declare_compressed(style: str, *groups: Config, **settings: Any) -> Config:
     ]
     named = {f"group_{i}": group for i, group in enumerate(whole)}
     return declare("compressed-tensors", format=style, config_groups=named, **settings)
+
+
+def as_stored(pack: packing.Packer) -> Packer:
+    """A packer of whole numbers in words, GPTQ's or AWQ's, of which a path has no "weight"."""
+    kinds = {mx.int32: "I32", mx.float16: "F16"}
+
+    def repack(values: np.ndarray) -> tuple[Parts, np.ndarray]:
+        parts, meant = pack("", values)
+        stored = {f".{p}": Stored(kinds[a.dtype], np.array(a)) for p, a in parts.items()}
+        return stored, meant.astype(np.float32)
+
+    return repack
+
+
+def pack_folder(
+    source: Path, folder: Path, settings: Config, pack: Packer, ends: tuple[str, ...]
+) -> Path:
+    """Copy a model, its matrices of these names' ends packed; return a folder of what they mean.
+
+    Experts that mlx-lm stacks are stored one by one, as they are published. Everything else keeps
+    its float32.
+    """
+    plain = folder.with_name(f"{folder.name}-plain")
+    packed: dict[str, Stored] = {}
+    meant: dict[str, Stored] = {}
+    for name, array in _list_single(source).items():
+        if name.endswith(ends):
+            parts, values = pack(array)
+            path = name.removesuffix(".weight")
+            packed |= {(path if p[:1] == "." else name) + p: one for p, one in parts.items()}
+            meant[name] = float32(values)
+        else:
+            packed[name] = meant[name] = float32(array)
+    for copy, tensors, more in ((folder, packed, settings), (plain, meant, {})):
+        shutil.copytree(source, copy)
+        save(copy / "model.safetensors", tensors)
+        config = json.loads((copy / "config.json").read_text()) | more
+        (copy / "config.json").write_text(json.dumps(config))
+    return plain
+
+
+def _list_single(source: Path) -> dict[str, np.ndarray]:
+    found = {}
+    for name, array in mx.load(str(source / "model.safetensors")).items():
+        values = np.array(array.astype(mx.float32)).astype(np.float64)
+        if ".switch_mlp." in name:
+            single = {name.replace("switch_mlp", f"experts.{i}"): v for i, v in enumerate(values)}
+            found |= single
+        else:
+            found[name] = values
+    return found
+
+
+def publish_gpt_oss(source: Path, folder: Path) -> None:
+    """Copy a gpt-oss of mlx-lm's names in the layout of the published one, experts in MXFP4."""
+    stored: dict[str, Stored] = {}
+    arrays = _list_single(source)
+    for name, array in arrays.items():
+        stem, _, leaf = name.rpartition(".")
+        if ".experts." not in name:
+            stored[name] = float32(array)
+        elif not stem.endswith("up_proj"):
+            if stem.endswith("gate_proj"):  # the rows of both take turns
+                stem = stem.replace("gate_proj", "gate_up_proj")
+                both = array, arrays[name.replace("gate_proj", "up_proj")]
+                array = np.stack(both, axis=2).reshape(len(array), -1, *array.shape[2:])
+            if leaf == "bias":
+                stored[f"{stem}_bias"] = float32(array)
+            else:
+                parts, _ = fp4("mxfp4")(array)
+                blocks = parts["_packed"].array.reshape(*array.shape[:-1], -1, 16)
+                stored[f"{stem}_blocks"] = Stored("U8", blocks)
+                stored[f"{stem}_scales"] = parts["_scale"]
+    shutil.copytree(source, folder)
+    save(folder / "model.safetensors", stored)
+    config = json.loads((folder / "config.json").read_text())
+    config |= declare("mxfp4", modules_to_not_convert=["lm_head", "model.embed_tokens"])
+    (folder / "config.json").write_text(json.dumps(config))
