@@ -148,7 +148,7 @@ def _convert(options: Options, watch: Stopwatch) -> Report:
 
 def _convert_stock(options: Options, source: StockSource, watch: Stopwatch) -> Report:
     """Convert a network that only mlx-lm knows."""
-    job, network = StockJob(options, source), open_network(source)
+    job, network = StockJob(options, source, notes=source.notes), open_network(source)
     check_job(job, network)
     model, config = job.build_result(network)
     report = make_stock_report(job, network.paths, model, config, model)

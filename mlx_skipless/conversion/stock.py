@@ -19,7 +19,7 @@ from mlx_lm.utils import dequantize_model, get_total_parameters
 
 from ..architectures.families import FAMILIES
 from ..checkpoints.guarded import GuardedTokenizer
-from ..checkpoints.tokenizer import carry_tokenizer, load_tokenizer
+from ..checkpoints.tokenizer import carry_tokenizer, load_tokenizer, tell_transformers
 from ..checkpoints.writer import SHARD_BYTES, Writer
 from ..errors import UserError
 from ..inference.loading import load_network
@@ -146,6 +146,9 @@ class StockJob:
         if self.layers is not None:
             model, config = shorten_network(model, network.paths, config, self.layers)
         config.pop("vision_config", None)
+        if not options.trust_remote_code:  # the code that it names is not carried
+            config.pop("auto_map", None)
+        config |= tell_transformers(config)
         if self.source.is_packed and (options.quantization or options.dtype):
             model = dequantize_model(model)
             config = {k: v for k, v in config.items() if not k.startswith("quantiz")}
@@ -186,7 +189,7 @@ def check_job(job: StockJob, network: StockNetwork) -> None:
     for flag, asked in exact.items():
         if asked:
             raise UserError(
-                f"{flag}: that is not known of a {job.source.config['model_type']}, only of "
+                f"{flag}: that is not known of a {job.source.kind}, only of "
                 f"{', '.join(sorted(FAMILIES))}; sub-layers can go of whatever mlx-lm runs, and "
                 "-q quantizes it"
             )

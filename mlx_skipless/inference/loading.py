@@ -31,6 +31,7 @@ from ..network.model import Model, ModelArgs
 from ..network.parts import dtype_name
 from ..options import expand_path
 from .context import read_context
+from .old_keys import add_old_keys
 
 MOST_SAID = 300  # characters of a library's error
 QUANTIZATION_KEYS = ("quantization", "quantization_config")
@@ -177,15 +178,17 @@ def _tell_mlx_lm(
             f"{name} lacks sub-layers ({', '.join(DROP_LISTS)}), which mlx-lm's own network of a "
             f"{config['model_type']} ignores: {way_out}"
         )
+    old = add_old_keys(config)
+    told = {key: value for key, value in old.items() if config.get(key) != value}
     if family is None or family.stock is None:
-        return {}
+        return told
     try:
         shapes = None
         if store is not None:
             shapes = list_shapes(find_places(family, store.shapes), store.shapes)
         args = read_model_args(config, shapes)
     except UserError:
-        return {}
+        return told
     lacks = []
     if args.hidden_act not in family.stock.activations:
         lacks.append(f'"hidden_act" {args.hidden_act!r}')

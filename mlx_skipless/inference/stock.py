@@ -1,4 +1,4 @@
-"""Models of architectures that mlx-lm knows and this package does not.
+"""Models whose networks mlx-lm knows and this package does not.
 
 What such a network computes only mlx-lm's own code says. So a source here is a folder and a way to
 build its network anew, with lazy weights; ``network/stock.py`` runs it a layer at a time.
@@ -26,6 +26,7 @@ from ..network.driver import RESIDENT_BYTES
 from ..network.parts import tensors_of
 from ..network.stock import StockNetwork
 from .loading import load_network, try_forward
+from .old_keys import add_old_keys, find_classes, list_settings
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,27 @@ class StockSource:
         path: its folder, or its config.json if a plan is all that is asked for.
         config: its config.
         trust_remote_code: whether its tokenizer may run code.
+        lacking: what of its config this package does not know, if it knows its architecture.
     """
 
     name: str
     path: Path
     config: Mapping[str, Any]
     trust_remote_code: bool = False
+    lacking: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """What it is, for a message."""
+        keys = " and ".join(f'"{key}"' for key in self.lacking)
+        return f"{self.config['model_type']}{f' with {keys}' if keys else ''}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What there is to know of it, a sentence each."""
+        if not self.lacking:
+            return ()
+        return (f"of a {self.kind} only mlx-lm's network is known: nothing exact is done to it",)
 
     @cached_property
     def store(self) -> Store | None:
@@ -100,7 +116,7 @@ def find_stock(
     config_only: bool = False,
     trust_remote_code: bool = False,
 ) -> StockSource | None:
-    """Find a model, if it is of an architecture that only mlx-lm knows.
+    """Find a model, if its network is one that only mlx-lm knows.
 
     Args:
         model: a Hub id, a folder, or its config.json alone.
@@ -119,26 +135,24 @@ def find_stock(
         config = files.read_json(path)
     else:
         return None
-    if not _is_known(config) or config["model_type"] in FAMILIES:
+    if not _is_known(config):
         return None
-    return StockSource(name, path, config, trust_remote_code)
+    lacking = []
+    if config["model_type"] in FAMILIES and not (lacking := _find_lacking(config)):
+        return None
+    return StockSource(name, path, add_old_keys(config), trust_remote_code, tuple(lacking))
 
 
 def _is_known(config: Mapping[str, Any]) -> bool:
     """Whether mlx-lm has a network for a config, and no other code is needed."""
-    kind = config.get("model_type")
     brings_code = config.get("model_file") and reduced.DROPPED not in config
-    if brings_code or not isinstance(kind, str):
-        return False
-    if not kind.replace("-", "_").replace(".", "_").isidentifier():
-        return False
-    try:
-        _get_classes(dict(config))
-    except (AttributeError, TypeError, ValueError):  # no such file, or no network in it
-        return False
-    except SystemExit:  # olmo's file ends the process if a package is missing
-        return False
-    return True
+    return not brings_code and find_classes(config) is not None
+
+
+def _find_lacking(config: Mapping[str, Any]) -> list[str]:
+    """List what a config of a known architecture asks that mlx-lm's network alone has."""
+    family, read = FAMILIES[config["model_type"]], list_settings(config)
+    return [key for key in family.unsupported if config.get(key) is True and key in read]
 
 
 def open_network(source: StockSource) -> StockNetwork:
