@@ -12,6 +12,7 @@ from ..errors import UserError
 
 SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")  # what is read besides weights
 # The largest files of these kinds on the Hub have a few tens of MB.
+NATIVE = "params.json"  # of Mistral and Meta, with weights that are called consolidated
 CONFIG_BYTES = 64 << 20
 TOKENIZER_BYTES = 256 << 20
 MOST_TOKENS = 1 << 23  # as a config may have embeddings
@@ -251,12 +252,24 @@ def read_config(folder: Path) -> dict[str, Any]:
         UserError: if it is missing, malformed or no object, or too large or deep to be believed.
     """
     file = folder / "config.json"
-    if not is_there(file, CONFIG_BYTES) and (explained := explain_adapters(folder)):
+    if not is_there(file, CONFIG_BYTES) and (explained := explain_other_formats(folder)):
         raise UserError(explained)
     return read_json(file)
 
 
-def explain_adapters(folder: Path) -> str | None:
+def explain_other_formats(folder: Path) -> str | None:
+    """Say how what is in a folder becomes a model that is read; None if it is not known."""
+    if explained := _explain_adapters(folder):
+        return explained
+    if not is_there(folder / NATIVE):
+        return None
+    return (
+        f"{folder} is in Mistral's or Meta's own format ({NATIVE}), which is not read: give the "
+        "same model in Hugging Face's, with config.json and model*.safetensors"
+    )
+
+
+def _explain_adapters(folder: Path) -> str | None:
     """Say how the LoRA adapters in a folder become a model; None if there are none."""
     config = folder / ADAPTER_CONFIG
     theirs = any(is_there(folder / name) for name in PEFT_ADAPTERS)

@@ -199,7 +199,7 @@ def find_weight_files(folder: Path) -> list[Path]:
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
         why = " (pickled .bin and .pt files are never read)" if pickled else ""
         raise UserError(
-            files.explain_adapters(folder)
+            files.explain_other_formats(folder)
             or f"no model*.safetensors in {folder}{why}: give a safetensors checkpoint"
         )
     return found
