@@ -14,14 +14,14 @@ from typing import Any
 import mlx.core as mx
 
 from ..checkpoints import hub
-from ..checkpoints.checkpoint import open_checkpoint
+from ..checkpoints.checkpoint import Blueprint, open_checkpoint
 from ..checkpoints.guarded import GuardedTokenizer
 from ..checkpoints.tokenizer import carry_tokenizer, load_tokenizer
 from ..checkpoints.writer import SHARD_BYTES, Writer, check_free
 from ..constants import BUNDLED
 from ..errors import UserError
 from ..inference.loading import load_network
-from ..inference.stock import StockSource, open_network
+from ..inference.stock import open_network
 from ..memory import machine_memory_bytes, peak_memory_bytes
 from ..network import model as model_module
 from ..network.driver import RESIDENT_BYTES, Driver, StreamedNetwork
@@ -106,8 +106,13 @@ def convert(
     fields |= {} if mlx_path is None else {"mlx_path": mlx_path}
     options = replace(options or Options(), **fields)
     options = replace(options, mlx_path=expand_path(options.mlx_path))
-    stock = find_source(options)
-    report = _convert(options, watch) if stock is None else _convert_stock(options, stock, watch)
+    if not options.dry_run:
+        check_free(Path(options.mlx_path))
+    text = None if options.calibration is None else samples.read_text(options.calibration)
+    if (stock := find_source(options)) is None:
+        report = _convert(Job(options, open_source(options), text), watch)
+    else:
+        report = _convert_stock(StockJob(options, stock, text, notes=stock.notes), watch)
     if options.upload_repo is not None and not options.dry_run:
         watch("uploading", 0, 1)
         hub.upload(Path(options.mlx_path), options.upload_repo)
@@ -118,9 +123,9 @@ def convert(
     return replace(report, seconds=seconds, stages=stages, peak_memory_bytes=peak)
 
 
-def _convert(options: Options, watch: Stopwatch) -> Report:
+def _convert(job: Job, watch: Stopwatch) -> Report:
     """Convert a network that this package knows."""
-    job = plan(open_source(options), watch)
+    options, job = job.options, plan(job, watch)
     if options.dry_run:
         return add_wishes(make_report(job), job)
     _check_memory(job)
@@ -146,9 +151,9 @@ def _convert(options: Options, watch: Stopwatch) -> Report:
         return _finish(options, report, writer, outcome, job.unchanged)
 
 
-def _convert_stock(options: Options, source: StockSource, watch: Stopwatch) -> Report:
+def _convert_stock(job: StockJob, watch: Stopwatch) -> Report:
     """Convert a network that only mlx-lm knows."""
-    job, network = StockJob(options, source, notes=source.notes), open_network(source)
+    options, source, network = job.options, job.source, open_network(job.source)
     check_job(job, network)
     model, config = job.build_result(network)
     report = make_stock_report(job, network.paths, model, config, model)
@@ -186,23 +191,18 @@ def _convert_stock(options: Options, source: StockSource, watch: Stopwatch) -> R
         return _finish(options, report, writer, outcome)
 
 
-def open_source(options: Options) -> Job:
-    """Open the source and read the user's text; no weight is read yet.
+def open_source(options: Options) -> Blueprint:
+    """Open the source, of an architecture that this package knows; no weight is read yet.
 
     Raises:
-        UserError: if one of them cannot be read, or the result's folder cannot be made.
+        UserError: if it cannot be read.
     """
-    model = BUNDLED if options.model is None else options.model
-    if not options.dry_run:
-        check_free(Path(options.mlx_path))
-    text = None if options.calibration is None else samples.read_text(options.calibration)
-    checkpoint = open_checkpoint(
-        model,
+    return open_checkpoint(
+        BUNDLED if options.model is None else options.model,
         revision=options.revision,
         config_only=options.dry_run,
         trust_remote_code=options.trust_remote_code,
     )
-    return Job(options, checkpoint, text)
 
 
 def check(
@@ -324,21 +324,14 @@ def _take_text(job: Job, tokenizer: GuardedTokenizer | None, progress: Progress)
     few = options.mixes_bits or (q is not None and q.usual_bits < 4)
     fitted = None if options.drops or options.distill or few else widest
     sizes: dict[str, Any] = {"calibrating": calibrating, "long_check": long_check, "fitted": fitted}
-    if job.text is None:
-        return samples.sample_passages(
-            _load_source(job),
-            seed=options.seed,
-            start=None if tokenizer is None else tokenizer.bos_token_id,
-            progress=partial(progress, "sampling text"),
-            **sizes,
-        )
-    if tokenizer is None:
-        raise UserError("--calibration needs a tokenizer and the source has none: drop it")
-    return samples.cut_passages(
-        str(options.calibration),
+    return samples.take_passages(
+        lambda: _load_source(job),
+        tokenizer,
         job.text,
-        lambda text: tokenizer.encode(text, verbose=False),  # of its length; pieces get cut
+        str(options.calibration),
+        seed=options.seed,
         longest=args.max_position_embeddings,
+        progress=partial(progress, "sampling text"),
         **sizes,
     )
 

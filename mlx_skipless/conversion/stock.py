@@ -81,6 +81,7 @@ class StockJob:
     Attributes:
         options: what the user asked for.
         source: the model.
+        text: the user's, to quantize against and to check with; None: the source's own.
         dropped: the layers that lose their "attention" or "ffn".
         path: the steps of the search for these, if there was one.
         layers: those that stay, where some are left out as a whole.
@@ -91,6 +92,7 @@ class StockJob:
 
     options: Options
     source: StockSource
+    text: str | None = None
     dropped: Mapping[str, list[int]] = field(default_factory=dict)
     path: tuple[Step, ...] = ()
     layers: Layers | None = None
@@ -264,21 +266,14 @@ def take_text(
         "long_check": job.calibrated and small,
         "fitted": None if all_of_it else max(find_widths(job.source.model).values()),
     }
-    if options.calibration is None:
-        return samples.sample_passages(
-            network,
-            seed=options.seed,
-            start=None if tokenizer is None else tokenizer.bos_token_id,
-            progress=partial(progress, "sampling text"),
-            **sizes,
-        )
-    if tokenizer is None:
-        raise UserError("--calibration needs a tokenizer and the source has none: drop it")
-    return samples.cut_passages(
+    return samples.take_passages(
+        lambda: network,
+        tokenizer,
+        job.text,
         str(options.calibration),
-        samples.read_text(options.calibration),
-        lambda text: tokenizer.encode(text, verbose=False),
+        seed=options.seed,
         longest=network.context,
+        progress=partial(progress, "sampling text"),
         **sizes,
     )
 

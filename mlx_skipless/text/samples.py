@@ -4,11 +4,13 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..checkpoints import hub
+from ..checkpoints.guarded import GuardedTokenizer
 from ..errors import UserError
 from ..network.driver import Driver
 from ..progress import Steps
@@ -75,6 +77,44 @@ def _first_documents(source: str) -> Iterator[str]:
         size += len(text)
         if size >= DATA_SET:
             return
+
+
+def take_passages(
+    open_network: Callable[[], Driver],
+    tokenizer: GuardedTokenizer | None,
+    text: str | None,
+    name: str,
+    *,
+    seed: int,
+    longest: int | None,
+    progress: Steps = lambda done, total: None,
+    **sizes: Any,
+) -> Passages:
+    """Cut a user's text into passages, or have the source write some.
+
+    Args:
+        open_network: opens the source, which writes if there is no text.
+        tokenizer: the source's; None: it has none, so that only ids can be sampled.
+        text: the user's; None: there is none.
+        name: what errors call it.
+        seed: of sampled text.
+        longest: tokens that the model can read in a row.
+        progress: called with (tokens of a sampled sequence done, all).
+        sizes: what ``cut_passages`` and ``sample_passages`` both take.
+
+    Raises:
+        UserError: if the text is too short, or there is no tokenizer for it.
+    """
+    if text is None:
+        start = None if tokenizer is None else tokenizer.bos_token_id
+        return sample_passages(open_network(), seed=seed, start=start, progress=progress, **sizes)
+    if tokenizer is None:
+        raise UserError("--calibration needs a tokenizer and the source has none: drop it")
+
+    def encode(piece: str) -> list[int]:
+        return tokenizer.encode(piece, verbose=False)  # of its length; pieces get cut
+
+    return cut_passages(name, text, encode, longest=longest, **sizes)
 
 
 def cut_passages(

@@ -80,6 +80,18 @@ def test_options_as_one(tmp_path: Path) -> None:
         mlx_skipless.convert(tmp_path / "s", removes="p")
 
 
+def test_the_source_is_fetched_last(tmp_path: Path) -> None:
+    """A user need not wait for gigabytes to learn that a path is wrong."""
+    (tmp_path / "taken").mkdir()
+    for fields, said in (
+        ({"mlx_path": tmp_path / "taken"}, "exists already"),
+        ({"mlx_path": tmp_path / "out", "calibration": tmp_path / "tale.txt"}, "--calibration"),
+        ({"mlx_path": tmp_path / "out"}, "no-such-model"),
+    ):
+        with pytest.raises(UserError, match=said):
+            mlx_skipless.convert(tmp_path / "no-such-model", **fields)
+
+
 def test_the_card_tells_no_folder(tmp_path: Path) -> None:
     """Neither that of the model nor that of the text, which notes and figures name."""
     make_checkpoint(tmp_path / "s", norm="qkv", **SIZES)
