@@ -16,7 +16,7 @@ import random
 import struct
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -137,6 +137,7 @@ def read_all(source: Path) -> None:
     checkpoint = open_checkpoint(source)
     mx.eval(checkpoint.read(checkpoint.store.shapes))
     if isinstance(checkpoint.store, GGUFStore):
+        mx.eval(checkpoint.store.packed.read(checkpoint.store.packed.shapes))
         checkpoint.store.tokenizer()
 
 
@@ -199,10 +200,22 @@ def index(data: bytes) -> None:
 
 
 def gguf(data: bytes) -> None:
-    """A GGUF file, tokenizer and all."""
+    """A GGUF file, tokenizer and all; of an architecture that only mlx-lm knows, what it runs."""
+    from mlx_skipless.inference.loading import load_network
+    from mlx_skipless.inference.stock import find_stock
+    from mlx_skipless.inference.unpacking import unpack
+
     file = place() / "model.gguf"
     file.write_bytes(data)
-    read_all(file)
+    source = find_stock(file)
+    if source is None:
+        read_all(file)
+        return
+    out = place() / "unpacked"
+    with unpack(source, out, dtype=None, packed=True, progress=lambda *at: None) as folder:
+        model, _, _ = load_network(folder.path)
+        model.set_dtype(mx.float32)
+        mx.eval(model(mx.array([[1, 2, 3]])))
 
 
 def quantization(data: bytes) -> None:
@@ -270,7 +283,7 @@ def starts(target: str) -> list[bytes]:
         )
         return [(dense_folder() / "model.safetensors").read_bytes()]
     if target == "gguf":
-        return [*_gguf_files()]
+        return _gguf_files()
     return [json.dumps(start).encode() for start in _json_starts(target)]
 
 
@@ -299,8 +312,10 @@ def _json_starts(target: str) -> list[Any]:
     return [json.loads(make_tokenizer(512).backend_tokenizer.to_str())]
 
 
-def _gguf_files() -> Iterator[bytes]:
-    """With the tokenizer of either kind."""
+@functools.cache
+def _gguf_files() -> list[bytes]:
+    """With the tokenizer of either kind, and of several architectures."""
+    from gguf import GGMLQuantizationType as Type
     from gguf_maker import CONTROL, NORMAL, UNKNOWN, write_gguf
 
     words = ["<unk>", "<s>", "</s>", "a", "b", "ab"]
@@ -317,10 +332,22 @@ def _gguf_files() -> Iterator[bytes]:
             writer.add_token_merges(["a b"])
         writer.add_bos_token_id(1)
 
+    files = []
     for kind in ("llama", "gpt2"):
         file = place() / "start.gguf"
         write_gguf(file, config, llama_tensors(), describe=functools.partial(describe, kind=kind))
-        yield file.read_bytes()
+        files.append(file.read_bytes())
+    from gguf_zoo import write_zoo_gguf
+    from zoo import make_model
+
+    small: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    small |= {"vocab_size": 258, "num_attention_heads": 1, "num_key_value_heads": 1}
+    for name in ("gemma3_text", "gpt_oss", "phi3", "qwen3_moe"):
+        own = {"layer_types": ["sliding_attention", "full_attention"], "mlp_only_layers": []}
+        make_model(place() / name, name, **small, **own)
+        write_zoo_gguf(place() / "start.gguf", place() / name, lambda _: Type.Q4_0)
+        files.append((place() / "start.gguf").read_bytes())
+    return files
 
 
 ODD: list[Any] = [
@@ -437,7 +464,7 @@ def main(target: str, *arguments: str) -> None:
         str(start),
         *([str(SEEDS / target)] if (SEEDS / target).is_dir() else []),
     ]
-    flags = [sys.argv[0], *corpora, "-max_len=20000"]
+    flags = [sys.argv[0], *corpora, "-max_len=50000"]
     atheris.Setup(flags, lambda data: attempt(target, data), custom_mutator=another)
     atheris.Fuzz()
 

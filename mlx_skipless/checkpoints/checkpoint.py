@@ -5,7 +5,6 @@ caller keeps them. Every name and shape is checked before any weight is read. No
 checkpoint is run, and nothing is unpickled.
 """
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,7 +13,7 @@ from typing import Literal, overload
 
 import mlx.core as mx
 
-from ..architectures.config import read_model_args
+from ..architectures.config import read_dtype, read_model_args
 from ..architectures.families import find_family
 from ..architectures.family import DROP_LISTS, Config, Family
 from ..architectures.tensors import (
@@ -27,7 +26,6 @@ from ..architectures.tensors import (
     to_canonical_modules,
 )
 from ..architectures.wrappers import describe_left_out, take_text_model
-from ..constants import FLOAT_NAMES
 from ..errors import UserError
 from ..network.model import Model, ModelArgs
 from ..network.names import CHANNEL_PATHS, LINEAR_PATHS
@@ -36,13 +34,7 @@ from . import files, hub
 from .files import read_config, read_json
 from .gguf_file import GGUFStore
 from .packed import UnpackedStore, find_scheme
-from .safetensors import FLOATS, SafetensorsStore, Shape, Store, is_float
-
-
-def read_dtype(config: Config) -> mx.Dtype:
-    """The number type that a config.json declares; bfloat16 where it declares none."""
-    declared = config.get("torch_dtype") or config.get("dtype")
-    return getattr(mx, declared) if declared in FLOAT_NAMES else mx.bfloat16
+from .safetensors import FLOATS, SafetensorsStore, Shape, Store, find_usual_dtype, is_float
 
 
 @dataclass(frozen=True)
@@ -98,9 +90,7 @@ class Checkpoint(Blueprint):
     @cached_property
     def dtype(self) -> mx.Dtype:
         """The number type that most matrices have, whatever the config declares."""
-        dtypes, shapes = _list_dtypes(self), self.store.shapes
-        counts = Counter(d for n, d in dtypes.items() if is_float(d) and len(shapes[n]) > 1)
-        return counts.most_common(1)[0][0] if counts else mx.float32
+        return find_usual_dtype(self.store.shapes, _list_dtypes(self))
 
     @property
     def is_uniform(self) -> bool:
@@ -134,11 +124,11 @@ class Checkpoint(Blueprint):
     @property
     def packed_by_mlx(self) -> bool:
         """Whether mlx-lm runs its matrices packed as they are."""
-        return isinstance(self.store, UnpackedStore) and self.store.runs
+        return isinstance(self.store, UnpackedStore | GGUFStore) and self.store.runs
 
     @property
     def _packed_store(self) -> Store:
-        assert isinstance(self.store, UnpackedStore), "its matrices are not packed"
+        assert isinstance(self.store, UnpackedStore | GGUFStore), "its matrices are not packed"
         return self.store.packed
 
     @cached_property

@@ -52,8 +52,8 @@ def make_report(
     return Report(
         source=source.name,
         output=None,
-        packing=_describe_packing(source.model),
-        kept_packed=source.is_packed and not (job.options.quantization or job.options.dtype),
+        packing=source.packing if source.gguf is None else source.gguf.packing,
+        kept_packed=source.is_packed and not job.requantized,
         dtype=dtype_name(job.dtype),
         quantization=config.get("quantization"),
         packings=tuple(Packing(*one, count) for one, count in formats.most_common()),
@@ -71,12 +71,7 @@ def make_report(
         cache_bytes_before=count_cache_bytes(source.model, 1),
         cache_bytes_after=_try(model),
         rows=tuple(_make_rows(job, paths, before, after)),
-        notes=(
-            *left_out,
-            *job.notes,
-            *_describe_path(job),
-            *describe_bits(job.bits),
-        ),
+        notes=(*left_out, *job.notes, *_describe_origin(job), *describe_bits(job.bits)),
         advice=(SAVINGS,) if nothing else (),
         warnings=(),
         verification=None,
@@ -101,15 +96,12 @@ def add_wishes(report: Report, job: StockJob, network: StockNetwork) -> Report:
     return replace(report, notes=(*report.notes, note), stock=stock)
 
 
-def _describe_path(job: StockJob) -> Iterator[str]:
+def _describe_origin(job: StockJob) -> Iterator[str]:
+    if job.source.gguf is not None and job.source.is_packed and not job.requantized:
+        yield job.source.gguf.packed.describe()
     if job.path:
         steps = ", ".join(map(str, job.path))
         yield f"loss on the text, nats per token, whole and after each drop: {steps}"
-
-
-def _describe_packing(model: nn.Module) -> str | None:
-    bits = Counter(m.bits for m in model.modules() if "scales" in m)
-    return f"MLX {bits.most_common(1)[0][0]}-bit" if bits else None
 
 
 def _measure_sizes(model: nn.Module) -> Sizes:
