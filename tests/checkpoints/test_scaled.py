@@ -108,6 +108,17 @@ def test_fp8_scales_without_axes_of_one(tmp_path: Path, shape: tuple[int, ...], 
     assert_reads(tmp_path, declare("fp8"), fp8(block, flat=True), shape)
 
 
+@pytest.mark.parametrize("kind", ["F8_E8M0", "U8"])
+def test_exponents_at_their_ends(tmp_path: Path, kind: str):
+    codes = np.array([[0], [1], [254], [255]], np.uint8)
+    ones = Stored("F8_E4M3", np.full((4, 8), 0x38, np.uint8))
+    tensors = named({"": ones, "_scale_inv": Stored(kind, codes)})
+    store = open_store(write(tmp_path, declare("fp8"), tensors))
+    found = store.read([NAME])[NAME].view(mx.uint32)[:, 0].tolist()
+    assert found[:3] == np.array([2.0**-127, 2.0**-126, 2.0**127], np.float32).view("u4").tolist()
+    assert np.isnan(np.uint32(found[3]).view(np.float32))
+
+
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("leaf", ["self_attn.q_proj.weight", "mlp.experts.gate_up_proj"])
 def test_names_of_wrappers(tmp_path: Path, prefix: str, leaf: str):
