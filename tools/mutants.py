@@ -465,7 +465,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("declared", "return named or of_class or [", "return [", SCALED),
     ("decoding", "weights = model.sanitize(weights)@@decoding", "pass", SCALED_SOURCES),
     ("stock", 'if not key.startswith("quantiz")', "if True", SCALED_SOURCES),
-    ("stock", "cast_finite(name, array, array.dtype)", "pass", SCALED_SOURCES),
+    ("stock", "check_finite(written)", "pass", SCALED_SOURCES),
     # Measures, the closing check and what is told of it.
     (
         "metrics",

@@ -215,9 +215,10 @@ def test_a_byte_that_is_no_number(tmp_path: Path, model_type: str, code: int):
     codes = tensors[name].array.view(np.uint8).copy()
     codes[3, 5] = code
     save(file, tensors | {name: Stored("F8_E4M3", codes)})
-    with pytest.raises(UserError, match=r"NaN or infinity"):
-        convert(tmp_path / "packed", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    for options in ({}, {"quantize": True, "q_group_size": 32}, {"verify": False}):
+        with pytest.raises(UserError, match=rf"{name} holds NaN or infinity"):
+            convert(tmp_path / "packed", tmp_path / "out", **options)
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("model_type", ["llama", "olmo2"])
