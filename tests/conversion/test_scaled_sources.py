@@ -137,6 +137,19 @@ def test_a_bias_of_zeros_that_the_network_has_not(tmp_path: Path):
     assert mx.array_equal(load_network(tmp_path / "packed")[0](TOKENS), expected).item()
 
 
+@pytest.mark.parametrize("zeros", only({True}, [False, True]))
+def test_what_mlx_lm_runs_packed_stays_so(tmp_path: Path, zeros: bool):
+    """Its deepseek_v3 takes 4 bits as they are, but knows of no zero points."""
+    make_model(tmp_path / "source", "deepseek_v3")
+    settings, pack = FORMATS["words"][0], packed_int(4, 32, zeros=zeros)
+    experts = tuple(f"{i}.{name}_proj.weight" for i in range(4) for name in ("gate", "up", "down"))
+    plain = pack_folder(tmp_path / "source", tmp_path / "packed", settings, pack, experts)
+    network = load_network(tmp_path / "packed")[0]
+    assert any("scales" in module for module in network.modules()) is not zeros
+    found, expected = network(TOKENS), load_network(plain)[0](TOKENS)
+    assert mx.allclose(found, expected, rtol=1e-5, atol=1e-5).item()
+
+
 def publish_name(name: str) -> str:
     inner = name.removeprefix("language_model.")
     return inner.replace("model.", "model.language_model.", 1) if "lm_head" not in inner else inner
