@@ -64,7 +64,7 @@ class ScaledScheme(Scheme):
     parts = PARTS
     ignored = (
         "activation_scale", "input_scale", "output_scale", ".k_scale", ".v_scale", ".q_scale",
-        "input_global_scale", "input_zero_point", "output_zero_point",
+        ".kv_scale", "input_global_scale", "input_zero_point", "output_zero_point",
     )  # fmt: skip
 
     def __init__(self, name: str, dtype: mx.Dtype, find_settings: Callable[[str], list[Settings]]):
@@ -282,7 +282,7 @@ def _fit_block(scales: Shape, shape: Shape, blocks: list[Block | None]) -> Block
         return None
     for block in blocks:
         if block and scales[-2:] == (-(-rows // block[0]), -(-columns // block[1])):
-            return block
+            return min(block[0], rows), min(block[1], columns)
     high, wide = scales[-2:]
     divide = None in blocks and not (rows % high or columns % wide)
     return (rows // high, columns // wide) if divide else None

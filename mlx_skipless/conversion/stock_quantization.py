@@ -9,7 +9,6 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.utils import dequantize_model, get_total_parameters
 
-from ..checkpoints.safetensors import is_float
 from ..checkpoints.writer import Writer
 from ..inference.loading import load_network
 from ..network.driver import Driver
@@ -19,7 +18,7 @@ from ..progress import Progress
 from ..quantization import bits, sensitivity
 from ..quantization.distillation import distill
 from ..quantization.modules import CalibratedModules, read_formats
-from ..removal.products import cast_finite
+from ..removal.products import check_finite
 from ..text.samples import Passages
 from .stock import StockJob, write_config
 
@@ -62,28 +61,18 @@ def write(
             tell(done, len(layers) + 1)
         elif dense.is_chain:
             fits.layer(done)
-        writer.add(_check_finite(layer, f"{path}."))
+        written = {f"{path}.{name}": array for name, array in tensors_of(layer).items()}
+        check_finite(written)
+        writer.add(written)
         layer.clear()
     if fits is not None:
         fits.head()
-    writer.add(_check_finite(model))
+    check_finite(rest := tensors_of(model))
+    writer.add(rest)
     writer.finish_weights(weights)
     tell(len(layers) + 1, len(layers) + 1)
     if job.options.distill and tokens is not None:
         _distill(job, network, writer, tokens, progress)
-
-
-def _check_finite(module: nn.Module, prefix: str = "") -> dict[str, mx.array]:
-    """Return a module's tensors by name.
-
-    Raises:
-        UserError: if one holds NaN or infinity.
-    """
-    tensors = {prefix + name: array for name, array in tensors_of(module).items()}
-    for name, array in tensors.items():
-        if is_float(array.dtype):
-            cast_finite(name, array, array.dtype)
-    return tensors
 
 
 def measure_mixtures(
