@@ -104,8 +104,9 @@ def sharded_folder() -> Path:
 
 @functools.cache
 def packed_folders() -> list[Path]:
-    """Of MLX, AWQ and GPTQ, which their config's settings alone tell apart from others."""
+    """Of each kind of packing, which their config's settings alone tell apart from others."""
     from packing import awq, gptq, mlx_pack
+    from scaled_packing import float32, fp8, packed_int, save
 
     mlx = mlx_pack("affine", 32, 4)
     packers = {"mlx": lambda path, values: mlx(values), "awq": awq()[1], "gptq": gptq(4)[1]}
@@ -126,6 +127,14 @@ def packed_folders() -> list[Path]:
                 for part, array in parts.items()
             }
         folders.append(written(place() / name, config, tensors))
+    for name, scaled in {"fp8": fp8((32, 32)), "words": packed_int(4, 32, zeros=True)}.items():
+        stored = {}
+        for path, values in llama_tensors(64, 64).items():
+            packed = path.endswith("proj.weight")
+            parts = scaled(values.astype(np.float64))[0] if packed else {"": float32(values)}
+            stored |= {path + part: tensor for part, tensor in parts.items()}
+        folders.append(written(place() / name, config, {}))
+        save(folders[-1] / "model.safetensors", stored)
     return folders
 
 
@@ -219,7 +228,7 @@ def gguf(data: bytes) -> None:
 
 
 def quantization(data: bytes) -> None:
-    """What a config says of packed weights, MLX's, AWQ's and GPTQ's in turn."""
+    """What a config says of packed weights, of each kind of packing in turn."""
     from mlx_skipless.errors import UserError
 
     try:
@@ -306,7 +315,12 @@ def _json_starts(target: str) -> list[Any]:
         gptq = {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq_v2"}
         awq = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
         mlx = {"group_size": 32, "bits": 4, "mode": "affine", "lm_head": {"bits": 8}}
-        return [{"quantization": mlx}, *({"quantization_config": c} for c in (gptq, awq))]
+        fp8 = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+        weights = {"num_bits": 4, "type": "int", "group_size": 32, "strategy": "group"}
+        groups = {"group_0": {"targets": ["Linear", "re:.*up_proj"], "weights": weights}}
+        words = {"quant_method": "compressed-tensors", "config_groups": groups}
+        others = (gptq, awq, fp8, words | {"format": "pack-quantized", "ignore": ["lm_head"]})
+        return [{"quantization": mlx}, *({"quantization_config": c} for c in others)]
     from factory import make_tokenizer
 
     return [json.loads(make_tokenizer(512).backend_tokenizer.to_str())]

@@ -41,6 +41,10 @@ CALIBRATION = "tests/quantization/test_calibration.py -k"
 MODEL = "tests/network/test_model.py"
 GROWTH = f"{MODEL} -k queries_that_grow"
 WRAPPERS = "tests/architectures/test_wrappers.py"
+SCALED, SCALED_SOURCES = (
+    "tests/checkpoints/test_scaled.py",
+    "tests/conversion/test_scaled_sources.py",
+)
 SKIPS = "tests/removal/test_skips.py"
 DROPS = "tests/removal/test_sublayers.py -k"
 GGUF, GGUF_PACKED = (
@@ -471,6 +475,14 @@ MUTANTS: list[tuple[str, str, str, str]] = [
         "crosses = offset + bits > 64",
         "tests/checkpoints/test_packed.py",
     ),
+    ("scaled", "-rows % high, -columns % wide", "0, -columns % wide", SCALED),
+    ("scaled", "dense / one if common == DIVISOR else", "dense * one if one.size else", SCALED),
+    ("scaled", "split[..., : out[-1], :] - middle", "split[..., : out[-1], :]", SCALED),
+    ("scaled", "array == 0, 1 << 22", "array == 0, 0", SCALED),
+    ("declared", "return named or of_class or [", "return [", SCALED),
+    ("decoding", "weights = model.sanitize(weights)@@decoding", "pass", SCALED_SOURCES),
+    ("stock", 'if not key.startswith("quantiz")', "if True", SCALED_SOURCES),
+    ("stock", "check_finite(written)", "pass", SCALED_SOURCES),
     # Measures, the closing check and what is told of it.
     (
         "metrics",

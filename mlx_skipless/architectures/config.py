@@ -6,8 +6,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from itertools import chain
 from typing import Any
 
-from mlx_lm.models.rope_utils import initialize_rope
+import mlx.core as mx
 
+from ..constants import FLOAT_NAMES
 from ..errors import UserError
 from ..network.model import FUSED, PROJECTION_NORMS, ModelArgs
 from ..network.names import (
@@ -22,7 +23,8 @@ from ..network.names import (
     find_norms,
 )
 from .families import find_family
-from .family import Config, check_flag, list_biases, read_flag
+from .family import Config, check_flag, check_real, list_biases, read_flag
+from .rope import check_rope, read_rope
 
 # Largest sizes that are believed; anything above is a broken or hostile config.
 LIMITS = {
@@ -54,6 +56,16 @@ LAYER_LISTS: dict[str, Collection[str]] = {
     "fused": FUSED,
     "biases": PROJECTIONS,
 }
+
+
+def read_dtype(config: Mapping[str, Any]) -> mx.Dtype:
+    """The number type that a config.json declares; bfloat16 where it declares none."""
+    inner = config.get("text_config")
+    for one in (config, inner if isinstance(inner, Mapping) else {}):
+        declared = one.get("torch_dtype") or one.get("dtype")
+        if declared in FLOAT_NAMES:
+            return getattr(mx, declared)
+    return mx.bfloat16
 
 
 def check_sizes(config: Mapping[str, Any], tensors: int) -> None:
@@ -106,14 +118,8 @@ def _check_window(key: str, value: Any) -> int | None:
     return None if value is None else _check_whole(key, value)
 
 
-def _check_real(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
-        raise UserError(f'"{key}" in config.json is {value!r}; it must be a positive number')
-    return float(value)
-
-
 def _check_growth(key: str, value: Any) -> float:
-    return 0.0 if type(value) in (int, float) and value == 0 else _check_real(key, value)
+    return 0.0 if type(value) in (int, float) and value == 0 else check_real(key, value)
 
 
 def _check_extra_bits(key: str, value: Any) -> dict[str, int]:
@@ -169,7 +175,7 @@ FORMAT: dict[str, tuple[Callable[[str, Any], Any], Any]] = {
     "final_norm": (check_flag, False),
     "shared_norm": (check_flag, False),
     "qk_norm": (check_flag, False),
-    "rms_norm_eps": (_check_real, 1e-6),
+    "rms_norm_eps": (check_real, 1e-6),
     "hidden_act": (_check_later, "silu"),
     "gated": (check_flag, True),
     "num_local_experts": (_check_count, 0),
@@ -182,8 +188,8 @@ FORMAT: dict[str, tuple[Callable[[str, Any], Any], Any]] = {
     "query_growth": (_check_growth, 0.0),
     "query_step": (_check_count, 0),
     "tie_word_embeddings": (check_flag, False),
-    "embedding_scale": (_check_real, 1.0),
-    "logit_scale": (_check_real, 1.0),
+    "embedding_scale": (check_real, 1.0),
+    "logit_scale": (check_real, 1.0),
     "head_bias": (check_flag, False),
     "precomputed": (check_flag, False),
     "extra_bits": (_check_extra_bits, None),
@@ -209,7 +215,7 @@ def read_model_args(
     try:
         own = family.to_own_keys(config)
         args = _read_format(own)
-        _check_rope(args)
+        check_rope(args)
         if tensors is None:
             _complete_from_config(args, own)
         else:
@@ -237,7 +243,7 @@ def _read_format(own: Config) -> ModelArgs:
         if value is None:
             value = default(read) if callable(default) else default
         read[key] = check(key, value)
-    theta, scaling = _read_rope(own)
+    theta, scaling = read_rope(own)
     try:
         args = ModelArgs(model_type="skipless", rope_theta=theta, rope=scaling, **read)
     except ValueError as error:
@@ -245,44 +251,6 @@ def _read_format(own: Config) -> ModelArgs:
     for complaint in chain(_find_wrong_layers(args), _find_contradictions(args)):
         raise UserError(complaint)
     return args
-
-
-def _read_rope(config: Config) -> tuple[float, Config | None]:
-    """Read base and scaling, from our own key, Hugging Face's old ones or ``rope_parameters``."""
-    for key in ("rope", "rope_scaling", "rope_parameters"):
-        if config.get(key) is not None and not isinstance(config[key], dict):
-            raise UserError(
-                f"the RoPE scaling in config.json is {config[key]!r}; it must be an object"
-            )
-    new = config.get("rope_parameters") or {}
-    theta = {**config, **new}.get("rope_theta")
-    scaling = next((config[k] for k in ("rope", "rope_scaling") if config.get(k)), new)
-    scaling = {k: v for k, v in scaling.items() if k != "rope_theta" and v is not None}
-    rest = {k: v for k, v in scaling.items() if k not in ("rope_type", "type")}
-    kind = scaling.get("rope_type") or scaling.get("type")
-    theta = _check_real("rope_theta", 10000.0 if theta is None else theta)
-    if kind is None and rest.keys() - {"partial_rotary_factor"}:
-        raise UserError(
-            f'the RoPE scaling in config.json is {scaling!r}; it needs a "rope_type", one for all '
-            "layers"
-        )
-    return theta, None if kind in (None, "default") else {**rest, "rope_type": kind}
-
-
-def _check_rope(args: ModelArgs) -> None:
-    try:
-        if args.rope and "factor" in args.rope:
-            _check_real("factor", 1.0 if args.rope["factor"] is None else args.rope["factor"])
-        if args.rope and "attention_factor" in args.rope:
-            raise UserError('it has no "attention_factor"')
-        initialize_rope(
-            args.rotary_dim, args.rope_theta, False, args.rope, args.max_position_embeddings
-        )
-    except (ValueError, KeyError, TypeError, ArithmeticError, AssertionError, UserError) as error:
-        raise UserError(
-            f"the RoPE scaling in config.json is {args.rope!r}, which mlx-lm cannot build "
-            f"({type(error).__name__}: {error}): correct it"
-        ) from error
 
 
 def _find_wrong_layers(args: ModelArgs) -> Iterator[str]:

@@ -179,6 +179,17 @@ def check_flag(key: str, value: Any) -> bool:
     return value
 
 
+def check_real(key: str, value: Any) -> float:
+    """Return a key's value if it is a positive number.
+
+    Raises:
+        UserError: if it is anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
+        raise UserError(f'"{key}" in config.json is {value!r}; it must be a positive number')
+    return float(value)
+
+
 def read_dropped(config: Config) -> dict[str, list[int]]:
     """Return the layers that LLM-Drop left without "attention" or "ffn".
 

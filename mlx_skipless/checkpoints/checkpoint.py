@@ -13,7 +13,7 @@ from typing import Literal, overload
 
 import mlx.core as mx
 
-from ..architectures.config import read_model_args
+from ..architectures.config import read_dtype, read_model_args
 from ..architectures.families import find_family
 from ..architectures.family import DROP_LISTS, Config, Family
 from ..architectures.tensors import (
@@ -26,7 +26,6 @@ from ..architectures.tensors import (
     to_canonical_modules,
 )
 from ..architectures.wrappers import describe_left_out, take_text_model
-from ..constants import FLOAT_NAMES
 from ..errors import UserError
 from ..network.model import Model, ModelArgs
 from ..network.names import CHANNEL_PATHS, LINEAR_PATHS
@@ -36,12 +35,6 @@ from .files import read_config, read_json
 from .gguf_file import GGUFStore
 from .packed import UnpackedStore, find_scheme
 from .safetensors import FLOATS, SafetensorsStore, Shape, Store, find_usual_dtype, is_float
-
-
-def read_dtype(config: Config) -> mx.Dtype:
-    """The number type that a config.json declares; bfloat16 where it declares none."""
-    declared = config.get("torch_dtype") or config.get("dtype")
-    return getattr(mx, declared) if declared in FLOAT_NAMES else mx.bfloat16
 
 
 @dataclass(frozen=True)

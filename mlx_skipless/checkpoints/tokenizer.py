@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import mlx_lm.utils
 import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from ..errors import UserError, first_line
 from . import files, hub
@@ -32,8 +33,8 @@ TOKENIZER_FILES = (
     PROCESSOR_TEMPLATE,
     f"{files.TEMPLATES}/*.jinja",
 )
-# For a config.json of a model type of ours: transformers, which reads tokenizers for mlx-lm, warns
-# of a type that it does not know unless it finds settings of none.
+# For a config.json of a type that transformers does not know. It reads tokenizers for mlx-lm, warns
+# of such a type, and fails over a scaled RoPE of one, unless it finds settings of none.
 NO_MODEL_TYPE = {"transformers": {"model_type": ""}}
 GENERATION_CONFIG = "generation_config.json"
 # What rules cut differently: contractions, capitals, numbers, marks, runs of spaces and lines.
@@ -248,10 +249,16 @@ def _read_tokenizer(
         return transformers.AutoTokenizer.from_pretrained(str(ready), **options)
 
 
+def tell_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what config.json needs for transformers to read the tokenizer beside it."""
+    return {} if config.get("model_type") in CONFIG_MAPPING_NAMES else NO_MODEL_TYPE
+
+
 def _make_options(config: Mapping[str, Any], trust_remote_code: bool) -> dict[str, Any]:
-    """Options of transformers' ``AutoTokenizer``, which does not know this package's model type."""
+    """Options of transformers' ``AutoTokenizer``, which does not know all of mlx-lm's types."""
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if config.get("model_type") == "skipless":
+    own = config.get("model_type") == "skipless"
+    if own or (tell_transformers(config) and not trust_remote_code):
         options["config"] = transformers.PreTrainedConfig()
     return options
 

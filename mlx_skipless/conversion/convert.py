@@ -113,7 +113,7 @@ def convert(
     if (stock := find_source(options)) is None:
         report = _convert(Job(options, open_source(options), text), watch)
     else:
-        report = _convert_stock(StockJob(options, stock, text), watch)
+        report = _convert_stock(StockJob(options, stock, text, notes=stock.notes), watch)
     if options.upload_repo is not None and not options.dry_run:
         watch("uploading", 0, 1)
         hub.upload(Path(options.mlx_path), options.upload_repo)

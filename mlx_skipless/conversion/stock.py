@@ -18,13 +18,13 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import dequantize_model, get_total_parameters
 
 from ..architectures.families import FAMILIES
-from ..architectures.wrappers import drop_other_parts, name_type
+from ..architectures.wrappers import drop_other_parts
 from ..checkpoints.guarded import GuardedTokenizer
-from ..checkpoints.tokenizer import carry_tokenizer, load_tokenizer
+from ..checkpoints.tokenizer import carry_tokenizer, load_tokenizer, tell_transformers
 from ..checkpoints.writer import SHARD_BYTES, Writer
 from ..errors import UserError
-from ..inference.loading import load_network
-from ..inference.stock import StockSource, find_stock
+from ..inference.loading import QUANTIZATION_KEYS, load_network
+from ..inference.stock import StockSource, find_stock, forget_quantization
 from ..memory import machine_memory_bytes
 from ..network import reduced
 from ..network.stock import StockNetwork
@@ -154,9 +154,15 @@ class StockJob:
         if self.layers is not None:
             model, config = shorten_network(model, network.paths, config, self.layers)
         config = drop_other_parts(config)
+        if not options.trust_remote_code:  # the code that it names is not carried
+            config.pop("auto_map", None)
+        config |= tell_transformers(config)
         if self.source.is_packed and self.requantized:
             model = dequantize_model(model)
-            config = {k: v for k, v in config.items() if not k.startswith("quantiz")}
+        if not any("scales" in module for module in model.modules()):
+            config = forget_quantization(config)
+        elif config.get("quantization") is None:  # published as mlx-lm runs it
+            config |= dict.fromkeys(QUANTIZATION_KEYS, self.source.quantization)
         if options.dtype is not None:
             model.set_dtype(self.dtype)
         if parts := self._name_dropped(network.sublayers):
@@ -194,7 +200,7 @@ def check_job(job: StockJob, network: StockNetwork) -> None:
     for flag, asked in exact.items():
         if asked:
             raise UserError(
-                f"{flag}: that is not known of a {name_type(job.source.config)}, only of "
+                f"{flag}: that is not known of a {job.source.kind}, only of "
                 f"{', '.join(sorted(FAMILIES))}; sub-layers can go of whatever mlx-lm runs, and "
                 "-q quantizes it"
             )

@@ -52,7 +52,7 @@ def make_report(
     return Report(
         source=source.name,
         output=None,
-        packing=_describe_packing(source.model) if source.gguf is None else source.gguf.packing,
+        packing=source.packing if source.gguf is None else source.gguf.packing,
         kept_packed=source.is_packed and not job.requantized,
         dtype=dtype_name(job.dtype),
         quantization=config.get("quantization"),
@@ -104,11 +104,6 @@ def _describe_origin(job: StockJob) -> Iterator[str]:
     if job.path:
         steps = ", ".join(map(str, job.path))
         yield f"loss on the text, nats per token, whole and after each drop: {steps}"
-
-
-def _describe_packing(model: nn.Module) -> str | None:
-    bits = Counter(m.bits for m in model.modules() if "scales" in m)
-    return f"MLX {bits.most_common(1)[0][0]}-bit" if bits else None
 
 
 def _measure_sizes(model: nn.Module) -> Sizes:

@@ -553,10 +553,9 @@ def _find_stock_notes(
     source: StockSource, network: StockNetwork, config_only: bool
 ) -> Iterator[str]:
     """Say what the figures of a network that only mlx-lm knows do not."""
-    kind = source.config["model_type"]
     yield (
-        f"of a {kind} only mlx-lm's network is known: condition numbers and what exact removals "
-        "save are not"
+        f"of a {source.kind} only mlx-lm's network is known: condition numbers and what exact "
+        "removals save are not"
     )
     if config_only:
         yield CONFIG_ALONE

@@ -2,8 +2,6 @@
 
 import contextlib
 import glob
-import inspect
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -32,6 +30,8 @@ from ..network.model import Model, ModelArgs
 from ..network.parts import dtype_name
 from ..options import expand_path
 from .context import read_context
+from .decoding import build_decoded, open_decoded
+from .old_keys import add_old_keys
 
 MOST_SAID = 300  # characters of a library's error
 QUANTIZATION_KEYS = ("quantization", "quantization_config")
@@ -103,24 +103,26 @@ def load_network(
     config, own = _read_config(folder, path_or_hf_repo, trust_remote_code)
     store = SafetensorsStore(folder)
     check_sizes(config, len(store.shapes))
-    packed = is_packed(store)
-    overrides: dict[str, Any] = {"model_file": None} if own else {}
-    if config.get("model_type") == "skipless":
-        tensors = list_shapes(find_places(find_family(config), store.shapes), store.shapes)
-        overrides |= asdict(read_model_args(config, tensors))
-    else:
-        overrides |= _tell_mlx_lm(config, None if packed else store, path_or_hf_repo)
-    if not packed:  # a declaration may be left over; mlx-lm would believe it
-        overrides |= dict.fromkeys(QUANTIZATION_KEYS)
-    with _explain_errors(path_or_hf_repo, store), _show(folder, store.files) as shown:
-        model, config = mlx_lm.utils.load_model(
-            shown,
-            lazy=True,
-            model_config=overrides,
-            get_model_classes=_get_own_classes if own else mlx_lm.utils._get_classes,
-            trust_remote_code=trust_remote_code and not own,
-        )
-        _check_types(model, folder, store.has_fp8)
+    packed, decoded = is_packed(store), None
+    classes = _get_own_classes if own else mlx_lm.utils._get_classes
+    with _explain_errors(path_or_hf_repo, store):
+        if packed and (own or not config.get("model_file")):
+            decoded = open_decoded(config, store, classes)
+        stays = packed and decoded is None
+        overrides = _find_overrides(config, own, decoded or store, stays, path_or_hf_repo)
+        if decoded is not None:
+            config = mlx_lm.utils.load_config(folder) | overrides
+            model = build_decoded(config, decoded, classes)
+        else:
+            with _show(folder, store.files) as folder_shown:
+                model, config = mlx_lm.utils.load_model(
+                    folder_shown,
+                    lazy=True,
+                    model_config=overrides,
+                    get_model_classes=classes,
+                    trust_remote_code=trust_remote_code and not own,
+                )
+        _check_types(model, folder)
         model.context = read_context(config)
         if adapter_path is not None:
             model = _apply_adapters(model, expand_path(adapter_path))
@@ -153,9 +155,30 @@ def _read_config(
     return config, own
 
 
-def _tell_mlx_lm(
-    config: dict[str, Any], store: SafetensorsStore | None, name: str | Path
+def _find_overrides(
+    config: dict[str, Any], own: bool, store: Store, packed: bool, name: str | Path
 ) -> dict[str, Any]:
+    """Find what mlx-lm shall take for a config's entries.
+
+    Args:
+        config: the config.json of the model that the user called ``name``.
+        own: whether this package's own code builds its network.
+        store: its tensors.
+        packed: whether some of them are packed.
+        name: what the user called the model.
+    """
+    overrides: dict[str, Any] = {"model_file": None} if own else {}
+    if config.get("model_type") == "skipless":
+        tensors = list_shapes(find_places(find_family(config), store.shapes), store.shapes)
+        overrides |= asdict(read_model_args(config, tensors))
+    else:
+        overrides |= _tell_mlx_lm(config, None if packed else store, name)
+    if not packed:  # a declaration may be left over; mlx-lm would believe it
+        overrides |= dict.fromkeys(QUANTIZATION_KEYS)
+    return overrides
+
+
+def _tell_mlx_lm(config: dict[str, Any], store: Store | None, name: str | Path) -> dict[str, Any]:
     """Put what a config means into the keys that mlx-lm's own network reads.
 
     It has defaults of its own for keys that are missing, and some are: transformers 5 writes
@@ -180,7 +203,10 @@ def _tell_mlx_lm(
             f"{name} lacks sub-layers ({', '.join(DROP_LISTS)}), which mlx-lm's own network of a "
             f"{config['model_type']} ignores: {way_out}"
         )
-    settings = {} if family is None else _tell_family(text, family, store, name)
+    old = add_old_keys(config)
+    settings = {key: value for key, value in old.items() if config.get(key) != value}
+    if family is not None:
+        settings |= _tell_family(text, family, store, name)
     return {"text_config": text | settings} if is_wrapper(config) else settings
 
 
@@ -245,20 +271,13 @@ def _explain_errors(name: str | Path, store: SafetensorsStore) -> Iterator[None]
         said = " ".join(str(error).split())[:MOST_SAID]
         if not isinstance(error, ValueError) or not said:
             said = f"{type(error).__name__} {said}".strip()
-        gptq = any(tensor.endswith(".qweight") for tensor in store.shapes)
-        way_out = f"`convert.py --model {name}` reads it" if gptq else "correct its config.json"
         raise UserError(
-            f"{name} cannot be loaded ({said}): {way_out}, or use another export"
+            f"{name} cannot be loaded ({said}): correct its config.json, or use another export"
         ) from error
 
 
-def _check_types(model: nn.Module, folder: Path, has_fp8: bool) -> None:
+def _check_types(model: nn.Module, folder: Path) -> None:
     """Refuse weights that are no floats, unless they are packed: MLX would compute with them."""
-    if has_fp8 and not _reads_fp8(model):
-        raise UserError(
-            f"{folder} has floats of 8 bits, whose bytes mlx-lm takes for whole numbers in "
-            f"{type(model).__module__}: use the model in bfloat16"
-        )
     for path, module in model.named_modules():
         packed = any("scale" in key for key in module)
         for key, array in module.items():
@@ -268,14 +287,6 @@ def _check_types(model: nn.Module, folder: Path, has_fp8: bool) -> None:
                     f"{path}.{key} in {folder} is of the type {dtype_name(array.dtype)}, and "
                     f"weights are {', '.join(map(dtype_name, FLOATS.values()))}: use another export"
                 )
-
-
-def _reads_fp8(model: nn.Module) -> bool:
-    """Whether mlx-lm decodes 8-bit floats for a model, or keeps them packed; not all of it does."""
-    if any("scales" in module for module in model.modules()):
-        return True
-    kinds = {kind.__module__ for module in model.modules() for kind in type(module).__mro__}
-    return any("from_fp8" in inspect.getsource(sys.modules[k]) for k in kinds if "mlx_lm" in k)
 
 
 def try_forward(model: nn.Module) -> None:

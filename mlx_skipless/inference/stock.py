@@ -1,4 +1,4 @@
-"""Models of architectures that mlx-lm knows and this package does not.
+"""Models whose networks mlx-lm knows and this package does not.
 
 What such a network computes only mlx-lm's own code says. So a source here is a folder and a way to
 build its network anew, with lazy weights; ``network/stock.py`` runs it a layer at a time.
@@ -15,11 +15,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import _get_classes, get_total_parameters
 
-from ..architectures.config import LIMITS, check_sizes
-from ..architectures.wrappers import find_text_type
+from ..architectures.config import LIMITS, check_sizes, read_dtype
+from ..architectures.families import FAMILIES
+from ..architectures.wrappers import find_text_type, name_type
 from ..checkpoints import files, hub
-from ..checkpoints.checkpoint import read_dtype
 from ..checkpoints.gguf_file import GGUFStore
+from ..checkpoints.packed import find_scheme, is_packed
 from ..checkpoints.safetensors import SafetensorsStore, Store, find_usual_dtype
 from ..errors import UserError, first_line
 from ..network import reduced
@@ -27,6 +28,7 @@ from ..network.driver import RESIDENT_BYTES
 from ..network.parts import dtype_name, tensors_of
 from ..network.stock import StockNetwork
 from .loading import load_network, try_forward
+from .old_keys import add_old_keys, find_classes, list_settings
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class StockSource:
         config: its config.
         trust_remote_code: whether its tokenizer may run code.
         gguf: the GGUF file that it is; ``unpack`` makes a folder of it.
+        lacking: what of its config this package does not know, if it knows its architecture.
     """
 
     name: str
@@ -46,6 +49,20 @@ class StockSource:
     config: Mapping[str, Any]
     trust_remote_code: bool = False
     gguf: GGUFStore | None = None
+    lacking: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """What it is, for a message."""
+        keys = " and ".join(f'"{key}"' for key in self.lacking)
+        return f"{name_type(self.config)}{f' with {keys}' if keys else ''}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What there is to know of it, a sentence each."""
+        if not self.lacking:
+            return ()
+        return (f"of a {self.kind} only mlx-lm's network is known: nothing exact is done to it",)
 
     @cached_property
     def store(self) -> Store | None:
@@ -65,7 +82,7 @@ class StockSource:
         Raises:
             UserError: if mlx-lm makes no network of the config.
         """
-        config = {k: v for k, v in self.config.items() if not k.startswith("quantization")}
+        config = forget_quantization(self.config)
         check_sizes(config, LIMITS["num_hidden_layers"])
         kind, kind_args = _get_classes(config)
         if reduced.DROPPED in config:
@@ -101,11 +118,37 @@ class StockSource:
         """Whether matrices of it are quantized."""
         return any("scales" in module for module in self.model.modules())
 
+    @cached_property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """The ``quantization`` with which mlx-lm runs it; None where nothing is quantized."""
+        return load_network(self.path, lazy=True)[2].get("quantization") if self.store else None
+
+    @cached_property
+    def packing(self) -> str | None:
+        """How it is quantized, e.g. "MLX affine 4-bit" or "FP8"; None if it is not."""
+        packed = [module for module in self.model.modules() if "scales" in module]
+        if packed:
+            kinds = Counter((getattr(m, "mode", "affine"), m.bits) for m in packed)
+            mode, bits = kinds.most_common(1)[0][0]
+            return f"MLX {mode} {bits}-bit"
+        if self.store is None or not is_packed(self.store):
+            return None
+        scheme = find_scheme(self.config, self.store)
+        return None if scheme is None else scheme.name
+
     @property
     def dtype(self) -> mx.Dtype:
         """The number type of most of its matrices that are not quantized."""
         floats = (a for a in tensors_of(self.model).values() if mx.issubdtype(a.dtype, mx.floating))
         return Counter(a.dtype for a in floats).most_common(1)[0][0]
+
+
+def forget_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config without what it says of quantized matrices, also of the text's in it."""
+    kept = {key: value for key, value in config.items() if not key.startswith("quantiz")}
+    if isinstance(inner := kept.get("text_config"), Mapping):
+        kept["text_config"] = forget_quantization(inner)
+    return kept
 
 
 def find_stock(
@@ -115,7 +158,7 @@ def find_stock(
     config_only: bool = False,
     trust_remote_code: bool = False,
 ) -> StockSource | None:
-    """Find a model, if it is of an architecture that only mlx-lm knows.
+    """Find a model, if its network is one that only mlx-lm knows.
 
     Args:
         model: a Hub id, a folder, a GGUF file, or a config.json alone.
@@ -139,26 +182,24 @@ def find_stock(
         config = gguf.config | {"torch_dtype": dtype}
     else:
         return None
-    if not _is_known(config) or find_text_type(config) is not None:
+    if not _is_known(config):
         return None
-    return StockSource(name, path, config, trust_remote_code, gguf)
+    kind, lacking = find_text_type(config), list[str]()
+    if kind is not None and not (lacking := _find_lacking(kind, config)):
+        return None
+    return StockSource(name, path, add_old_keys(config), trust_remote_code, gguf, tuple(lacking))
 
 
 def _is_known(config: Mapping[str, Any]) -> bool:
     """Whether mlx-lm has a network for a config, and no other code is needed."""
-    kind = config.get("model_type")
     brings_code = config.get("model_file") and reduced.DROPPED not in config
-    if brings_code or not isinstance(kind, str):
-        return False
-    if not kind.replace("-", "_").replace(".", "_").isidentifier():
-        return False
-    try:
-        _get_classes(dict(config))
-    except (AttributeError, TypeError, ValueError):  # no such file, or no network in it
-        return False
-    except SystemExit:  # olmo's file ends the process if a package is missing
-        return False
-    return True
+    return not brings_code and find_classes(config) is not None
+
+
+def _find_lacking(kind: str, config: Mapping[str, Any]) -> list[str]:
+    """List what a config of a known architecture asks that mlx-lm's network alone has."""
+    family, read = FAMILIES[kind], list_settings(config)
+    return [key for key in family.unsupported if config.get(key) is True and key in read]
 
 
 def open_network(source: StockSource) -> StockNetwork:
