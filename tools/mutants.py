@@ -59,7 +59,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("config", "config.get(k) is None}@@old_keys", "False}", PUBLISHED),
     ("config", 'found["rope_scaling"] = scaling', "pass", PUBLISHED),
     ("config", "is True and key in read]", "is True]", "tests/architectures/test_families.py"),
-    ("config", "rel_tol=1e-6)@@rope", "rel_tol=1.0)", "tests/architectures/test_families.py"),
+    ("config", "rel_tol=1e-6)@@rope", "rel_tol=9.0)", "tests/architectures/test_families.py"),
     ("config", 'rope.get("truncate") is False', "False", "tests/architectures/test_families.py"),
     ("tokenizer", "CONFIG_MAPPING_NAMES else NO_MODEL_TYPE", "() else {}", PUBLISHED),
     # Chats of Mistral's versions.

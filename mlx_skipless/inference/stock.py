@@ -6,7 +6,7 @@ build its network anew, with lazy weights; ``network/stock.py`` runs it a layer 
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import _get_classes, get_total_parameters
 
-from ..architectures.config import LIMITS, check_sizes
+from ..architectures.config import LIMITS, check_sizes, read_model_args
 from ..architectures.families import FAMILIES
+from ..architectures.rope import OtherRope
 from ..checkpoints import files, hub
 from ..checkpoints.checkpoint import read_dtype
 from ..checkpoints.safetensors import SafetensorsStore, Store
@@ -38,14 +39,15 @@ class StockSource:
         path: its folder, or its config.json if a plan is all that is asked for.
         config: its config.
         trust_remote_code: whether its tokenizer may run code.
-        lacking: what of its config this package does not know, if it knows its architecture.
+        lacking: keys of its config that this package does not know, if it knows its architecture,
+            with a sentence about each, or none.
     """
 
     name: str
     path: Path
     config: Mapping[str, Any]
     trust_remote_code: bool = False
-    lacking: tuple[str, ...] = ()
+    lacking: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -58,7 +60,8 @@ class StockSource:
         """What there is to know of it, a sentence each."""
         if not self.lacking:
             return ()
-        return (f"of a {self.kind} only mlx-lm's network is known: nothing exact is done to it",)
+        known = f"of a {self.kind} only mlx-lm's network is known: nothing exact is done to it"
+        return (known, *filter(None, self.lacking.values()))
 
     @cached_property
     def store(self) -> Store | None:
@@ -137,10 +140,10 @@ def find_stock(
         return None
     if not _is_known(config):
         return None
-    lacking = []
+    lacking = {}
     if config["model_type"] in FAMILIES and not (lacking := _find_lacking(config)):
         return None
-    return StockSource(name, path, add_old_keys(config), trust_remote_code, tuple(lacking))
+    return StockSource(name, path, add_old_keys(config), trust_remote_code, lacking)
 
 
 def _is_known(config: Mapping[str, Any]) -> bool:
@@ -149,10 +152,21 @@ def _is_known(config: Mapping[str, Any]) -> bool:
     return not brings_code and find_classes(config) is not None
 
 
-def _find_lacking(config: Mapping[str, Any]) -> list[str]:
-    """List what a config of a known architecture asks that mlx-lm's network alone has."""
+def _find_lacking(config: Mapping[str, Any]) -> dict[str, str]:
+    """Find what a config of a known architecture asks that mlx-lm's network alone has.
+
+    Returns keys of the config, and of each a sentence about it, or none.
+    """
     family, read = FAMILIES[config["model_type"]], list_settings(config)
-    return [key for key in family.unsupported if config.get(key) is True and key in read]
+    found = {key: "" for key in family.unsupported if config.get(key) is True and key in read}
+    try:
+        read_model_args(dict(config))
+    except OtherRope as error:
+        if family.stock is not None and family.stock.scales_rope:
+            found["rope_scaling"] = str(error).removesuffix(": correct it")
+    except UserError:  # whoever opens the model says so
+        pass
+    return found
 
 
 def open_network(source: StockSource) -> StockNetwork:
