@@ -47,6 +47,10 @@ SCALED, SCALED_SOURCES = (
 )
 SKIPS = "tests/removal/test_skips.py"
 DROPS = "tests/removal/test_sublayers.py -k"
+GGUF, GGUF_PACKED = (
+    "tests/checkpoints/test_gguf_architectures.py",
+    "tests/checkpoints/test_gguf_packed.py",
+)
 HUB = "tests/checkpoints/test_hub.py -k"
 TRAIN = "tests/training/test_pretraining.py -k"
 HEAL = "tests/training/test_healing.py -k"
@@ -360,7 +364,12 @@ MUTANTS: list[tuple[str, str, str, str]] = [
         "fused_by_head=False",
         f"{FAMILY} gpt_neox",
     ),
-    ("architectures", "gain_offset=1.0", "gain_offset=0.0", "tests/architectures/test_gemma.py"),
+    (
+        "architectures",
+        "gain_offset=1.0@@families",
+        "gain_offset=0.0",
+        "tests/architectures/test_gemma.py",
+    ),
     (
         "architectures",
         "(array - family.gain_offset).astype(dtype)",
@@ -795,6 +804,23 @@ MUTANTS: list[tuple[str, str, str, str]] = [
         "layers * args.num_key_value_heads",
         "tests/removal/test_sublayers.py -k converted",
     ),
+    # GGUF: what the converter did is undone, what a block means stays.
+    ("gguf_packed", 'Type.Q4_0: (4, "affine", 8)', 'Type.Q4_0: (4, "affine", 7)', GGUF_PACKED),
+    ("gguf_packed", "rest ^ np.uint8(128)", "rest ^ np.uint8(0)", GGUF_PACKED),
+    ("gguf_packed", "if not (np.isfinite(scales).all() and", "if False and (", GGUF_PACKED),
+    ("gguf_packed", "if path not in forms}", "if False}", GGUF_PACKED),
+    ("gguf_file", "return _split_rotary_pairs(rows, self.config[key])", "return rows", GGUF),
+    ("gguf_file", "offset = self._architecture.gain_offset", "offset = 0.0", GGUF),
+    ("gguf_architectures", '"model_type": "ministral3"', '"model_type": "mistral"', GGUF),
+    ("gguf_architectures", '"long_factor": long,', '"long_factor": short,', GGUF),
+    ("gguf_architectures", "int((n + 1) % 4 != 0)", "1", GGUF),
+    ("gguf_architectures", '"full" if n % 2 else "sliding"', '"full"', GGUF),
+    ("gguf_architectures", "!= largest:", "!= 0:", GGUF),
+    ("unpacking", "    check_tensors(source)\n    usual", "    usual", GGUF),
+    ("unpacking", "if 2 * size > free:", "if False:", GGUF),
+    ("planning", "in_place |= isinstance", "in_place &= isinstance", GGUF_PACKED),
+    ("layout", "and self.scale == 1", "", "tests/architectures/test_gemma.py -k scaled_rows"),
+    ("tokenizer", "if read(PROBE).input_ids != tokenizer", "if [] and tokenizer", GGUF),
 ]
 
 

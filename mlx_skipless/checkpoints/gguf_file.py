@@ -20,6 +20,7 @@ from .gguf_reader import GGUFFile
 from .safetensors import FLOATS, find_usual_dtype
 
 PICTURES = ("v.", "mm.")  # tensors of the tower that sees pictures, which is left out
+PICTURES_NOTE = "what sees pictures is left out: the result reads text alone"
 ROTATED = {".q_proj.": "num_attention_heads", ".k_proj.": "num_key_value_heads"}
 
 
@@ -35,6 +36,7 @@ class GGUFStore:
         kinds: GGUF's types of them.
         packed: the tensors with those packed as MLX does that can be without a new rounding.
         runs: whether there are any of these.
+        notes: what there is to know of it, a sentence each.
 
     Raises:
         UserError: for an unknown architecture, a corrupt file, or a key that changes the network
@@ -61,6 +63,7 @@ class GGUFStore:
         gguf_config.check_keys(metadata, self._architecture)
         self._file.check_readable()
         tables = {name: stored.pop(name) for name in self._architecture.tables if name in stored}
+        self.notes = (PICTURES_NOTE,) if any(n.startswith(PICTURES) for n in stored) else ()
         self._tensors: dict[str, gguf.ReaderTensor] = {}
         modules = self._architecture.name_modules()
         for original, tensor in stored.items():

@@ -97,8 +97,10 @@ def add_wishes(report: Report, job: StockJob, network: StockNetwork) -> Report:
 
 
 def _describe_origin(job: StockJob) -> Iterator[str]:
-    if job.source.gguf is not None and job.source.is_packed and not job.requantized:
-        yield job.source.gguf.packed.describe()
+    if (file := job.source.gguf) is not None:
+        yield from file.notes
+        if job.source.is_packed and not job.requantized:
+            yield file.packed.describe()
     if job.path:
         steps = ", ".join(map(str, job.path))
         yield f"loss on the text, nats per token, whole and after each drop: {steps}"

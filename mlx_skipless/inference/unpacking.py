@@ -76,7 +76,8 @@ def unpack(
     store: Store = file.packed if packed else DenseView(file, dtype or usual)
     size = sum(math.prod(s) * (store.dtypes[n] or mx.uint8).size for n, s in store.shapes.items())
     _check_space(source.name, out, size)
-    with Writer(out.with_name(f"{out.name}.unpacked"), size) as writer:
+    # No longer a name than a file system takes.
+    with Writer(out.with_name(f"{out.name[:50]}.unpacked"), size) as writer:
         _write_tensors(store, writer, progress)
         file.check_unchanged()
         config: dict[str, Any] = dict(source.config)
