@@ -54,6 +54,8 @@ GGUF, GGUF_PACKED = (
 HUB = "tests/checkpoints/test_hub.py -k"
 TRAIN = "tests/training/test_pretraining.py -k"
 HEAL = "tests/training/test_healing.py -k"
+PUBLISHED = "tests/architectures/test_published.py"
+TEKKEN = "tests/checkpoints/test_tokenizer.py -k tekken"
 
 # A station, the text that is there exactly once in the package (or once in the file that is named
 # behind "@@"), what takes its place, and pytest's arguments.
@@ -69,6 +71,18 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("families", '"query_growth": growth,', '"query_growth": 0.0,', WRAPPERS),
     ("wrappers", "text if whole in (None, text) else None", "text", WRAPPERS),
     ("wrappers", "*family.others, *wrapper.others", "*family.others,", WRAPPERS),
+    # What transformers 5 writes elsewhere, and what mlx-lm alone knows of a known architecture.
+    ("config", "config.get(k) is None}@@old_keys", "False}", PUBLISHED),
+    ("config", 'found["rope_scaling"] = scaling', "pass", PUBLISHED),
+    ("config", "is True and key in read]", "is True]", "tests/architectures/test_families.py"),
+    ("config", "rel_tol=1e-6)@@rope", "rel_tol=9.0)", "tests/architectures/test_families.py"),
+    ("config", 'rope.get("truncate") is False', "False", "tests/architectures/test_families.py"),
+    ("tokenizer", "CONFIG_MAPPING_NAMES else NO_MODEL_TYPE", "() else {}", PUBLISHED),
+    # Chats of Mistral's versions.
+    ("tokenizer", '"1" if version == "v13" else "chat.users"', '"chat.users"', TEKKEN),
+    ("tokenizer", "turn.said.rstrip(' ')", "turn.said", TEKKEN),
+    ("tokenizer", "[last.said, said] | select | join", "[last.said, said] | join", TEKKEN),
+    ("tokenizer", "chat.system | select | join", "chat.system | join", TEKKEN),
     # The algebra: signs, transposes, biases.
     ("algebra", "else q.bias @ inverse)", "else -q.bias @ inverse)", EXACT),
     ("algebra", "else -p.bias)", "else p.bias)", EXACT),

@@ -232,7 +232,7 @@ def read_model_args(
                 f"{args.hidden_size}: correct config.json or take it out"
             )
     except UserError as error:
-        raise UserError(family.quote_its_keys(str(error))) from error
+        raise type(error)(family.quote_its_keys(str(error))) from error
     return args
 
 

@@ -1,6 +1,6 @@
 """What a config.json says of RoPE: its base and its scaling, in whichever keys they are.
 
-mlx-lm builds the scaling. What a config asks of it and mlx-lm does not do is refused.
+mlx-lm builds the scaling. Where it means something else to transformers, nothing exact is known.
 """
 
 import math
@@ -11,6 +11,10 @@ from mlx_lm.models.rope_utils import initialize_rope
 from ..errors import UserError
 from ..network.model import ModelArgs
 from .family import Config, check_real
+
+
+class OtherRope(UserError):
+    """A RoPE scaling that mlx-lm computes, and otherwise than transformers does."""
 
 
 def read_rope(config: Config) -> tuple[float, Config | None]:
@@ -43,7 +47,8 @@ def check_rope(args: ModelArgs) -> None:
     """Check that mlx-lm builds a network's RoPE, and as its config means it.
 
     Raises:
-        UserError: if it does not.
+        OtherRope: if it builds another.
+        UserError: if it builds none.
     """
     try:
         if args.rope and "factor" in args.rope:
@@ -51,13 +56,16 @@ def check_rope(args: ModelArgs) -> None:
         initialize_rope(
             args.rotary_dim, args.rope_theta, False, args.rope, args.max_position_embeddings
         )
-        for complaint in _find_unread(args):
-            raise UserError(complaint)
+        complaints = [*_find_unread(args)]
     except (ValueError, KeyError, TypeError, ArithmeticError, AssertionError, UserError) as error:
         raise UserError(
             f"the RoPE scaling in config.json is {args.rope!r}, which mlx-lm cannot build "
             f"({type(error).__name__}: {error}): correct it"
         ) from error
+    for complaint in complaints:
+        raise OtherRope(
+            f"the RoPE scaling in config.json is {args.rope!r}, and {complaint}: correct it"
+        )
 
 
 def _find_unread(args: ModelArgs) -> Iterator[str]:
@@ -65,7 +73,9 @@ def _find_unread(args: ModelArgs) -> Iterator[str]:
     rope = args.rope or {}
     factors = _find_attention_factors(args)
     if not math.isclose(*factors, rel_tol=1e-6):
-        yield f'its "attention_factor" is {factors[0]}, and mlx-lm takes {factors[1]}'
+        yield f'mlx-lm takes {factors[1]} for its "attention_factor", not {factors[0]}'
+    if rope.get("short_factor") != rope.get("long_factor"):
+        yield 'mlx-lm takes its "long_factor" for short texts, too'
     if rope.get("rope_type") == "yarn" and rope.get("truncate") is False:
         yield 'mlx-lm does as if "truncate" was true'
     width = int(args.head_dim * rope.get("partial_rotary_factor", args.rotary_dim / args.head_dim))

@@ -56,6 +56,6 @@ def _spell_rope(rope: Any) -> dict[str, Any]:
         rope = rope["full_attention"]
     own = ("rope_theta", "partial_rotary_factor")
     scaling = {key: value for key, value in rope.items() if key not in own}
-    if scaling.get("rope_type", "default") != "default":
+    if (scaling.get("rope_type") or scaling.get("type") or "default") != "default":
         found["rope_scaling"] = scaling
     return found | {key: rope.get(key) for key in own}

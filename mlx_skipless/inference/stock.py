@@ -6,7 +6,7 @@ build its network anew, with lazy weights; ``network/stock.py`` runs it a layer 
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import _get_classes, get_total_parameters
 
-from ..architectures.config import LIMITS, check_sizes, read_dtype
-from ..architectures.families import FAMILIES
-from ..architectures.wrappers import find_text_type, name_type
+from ..architectures.config import LIMITS, check_sizes, read_dtype, read_model_args
+from ..architectures.rope import OtherRope
+from ..architectures.wrappers import find_text_type, name_type, take_text_model
 from ..checkpoints import files, hub
 from ..checkpoints.gguf_file import GGUFStore
 from ..checkpoints.packed import find_scheme, is_packed
@@ -41,7 +41,8 @@ class StockSource:
         config: its config.
         trust_remote_code: whether its tokenizer may run code.
         gguf: the GGUF file that it is; ``unpack`` makes a folder of it.
-        lacking: what of its config this package does not know, if it knows its architecture.
+        lacking: keys of its config that this package does not know, if it knows its architecture,
+            with a sentence about each, or none.
     """
 
     name: str
@@ -49,7 +50,7 @@ class StockSource:
     config: Mapping[str, Any]
     trust_remote_code: bool = False
     gguf: GGUFStore | None = None
-    lacking: tuple[str, ...] = ()
+    lacking: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -62,7 +63,8 @@ class StockSource:
         """What there is to know of it, a sentence each."""
         if not self.lacking:
             return ()
-        return (f"of a {self.kind} only mlx-lm's network is known: nothing exact is done to it",)
+        known = f"of a {self.kind} only mlx-lm's network is known: nothing exact is done to it"
+        return (known, *filter(None, self.lacking.values()))
 
     @cached_property
     def store(self) -> Store | None:
@@ -184,10 +186,10 @@ def find_stock(
         return None
     if not _is_known(config):
         return None
-    kind, lacking = find_text_type(config), list[str]()
-    if kind is not None and not (lacking := _find_lacking(kind, config)):
+    lacking: dict[str, str] = {}
+    if find_text_type(config) is not None and not (lacking := _find_lacking(config)):
         return None
-    return StockSource(name, path, add_old_keys(config), trust_remote_code, gguf, tuple(lacking))
+    return StockSource(name, path, add_old_keys(config), trust_remote_code, gguf, lacking)
 
 
 def _is_known(config: Mapping[str, Any]) -> bool:
@@ -196,10 +198,22 @@ def _is_known(config: Mapping[str, Any]) -> bool:
     return not brings_code and find_classes(config) is not None
 
 
-def _find_lacking(kind: str, config: Mapping[str, Any]) -> list[str]:
-    """List what a config of a known architecture asks that mlx-lm's network alone has."""
-    family, read = FAMILIES[kind], list_settings(config)
-    return [key for key in family.unsupported if config.get(key) is True and key in read]
+def _find_lacking(config: Mapping[str, Any]) -> dict[str, str]:
+    """Find what a config of a known architecture asks that mlx-lm's network alone has.
+
+    Returns keys of the config, and of each a sentence about it, or none.
+    """
+    text, family = take_text_model(dict(config), weights=False)
+    read = list_settings(text)
+    found = {key: "" for key in family.unsupported if text.get(key) is True and key in read}
+    try:
+        read_model_args(text)
+    except OtherRope as error:
+        if family.stock is not None and family.stock.scales_rope:
+            found["rope_scaling"] = str(error).removesuffix(": correct it")
+    except UserError:  # whoever opens the model says so
+        pass
+    return found
 
 
 def open_network(source: StockSource) -> StockNetwork:

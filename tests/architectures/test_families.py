@@ -13,6 +13,7 @@ from mlx_skipless import UserError
 from mlx_skipless.architectures.config import read_model_args
 from mlx_skipless.architectures.families import find_family
 from mlx_skipless.cli.main import main
+from mlx_skipless.conversion.convert import convert
 from mlx_skipless.network.names import ATTENTION, EXPERTS
 from mlx_skipless.quantization.layout import Layout
 
@@ -255,7 +256,7 @@ def test_what_mlx_lms_own_network_is_told(
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 LONGROPE = {
-    "rope_type": "longrope", "long_factor": [2.0] * 8, "short_factor": [1.0] * 8,
+    "rope_type": "longrope", "long_factor": [2.0] * 8, "short_factor": [2.0] * 8,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
 
@@ -295,11 +296,8 @@ LONGROPE = {
         ),
         ("llama", {"rope_scaling": {"factor": 2.0}}, '"rope_type"'),
         ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, '"rope_type"'),
-        ("llama", {"rope_scaling": {**YARN, "attention_factor": 2.0}}, "attention_factor"),
-        ("llama", {"rope_scaling": {**YARN, "mscale": 0.5}}, "attention_factor"),
-        ("llama", {"rope_scaling": {**LONGROPE, "attention_factor": 1.5}}, "attention_factor"),
-        ("llama", {"rope_scaling": {**YARN, "truncate": False}}, '"truncate"'),
-        ("llama", {"rope_parameters": {**YARN, "partial_rotary_factor": 0.5}}, "not 8"),
+        ("mixtral", {"rope_scaling": {**YARN, "attention_factor": 2.0}}, "attention_factor"),
+        ("mistral", {"sliding_window": [None, 8, 8]}, '"sliding_window"'),
     ],
 )
 def test_a_spoilt_config(
@@ -330,6 +328,29 @@ def test_a_spoilt_config(
 def test_what_follows_from_the_rest_of_rope(rope: dict[str, Any]) -> None:
     """As OLMo 3 writes its attention_factor down, which mlx-lm computes."""
     assert read_model_args(of("llama", rope_scaling=rope)).rope == rope
+
+
+@pytest.mark.parametrize(
+    ("rope", "said"),
+    [
+        (YARN | {"attention_factor": 2.0}, 'takes 1.138629436111989 for its "attention_factor"'),
+        (YARN | {"mscale": 0.5}, '"attention_factor", not 1.138629436111989'),
+        (LONGROPE | {"attention_factor": 1.5}, '"attention_factor", not 1.5'),
+        (LONGROPE | {"short_factor": [1.0] * 8}, "short texts"),
+        (YARN | {"truncate": False}, '"truncate"'),
+        (YARN | {"partial_rotary_factor": 0.5}, "rotates 16 numbers of a head, not 8"),
+    ],
+)
+def test_what_mlx_lm_does_otherwise_with_rope(
+    rope: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    """Only the network that mlx-lm makes of it is known, and that is told."""
+    (tmp_path / "config.json").write_text(json.dumps(of("llama", rope_parameters=rope)))
+    report = convert(tmp_path, dry_run=True, drop_attention=1)
+    assert any(said in note for note in report.notes)
+    assert any('llama with "rope_scaling" only mlx-lm' in note for note in report.notes)
+    with pytest.raises(UserError, match='not known of a llama with "rope_scaling"'):
+        convert(tmp_path, dry_run=True, fold_norms=True)
 
 
 def test_what_a_config_does_not_say() -> None:

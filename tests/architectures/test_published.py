@@ -16,7 +16,7 @@ from published import PUBLISHED, TYPES, read, write_today
 from zoo import write_model
 
 import mlx_skipless
-from mlx_skipless.architectures.families import FAMILIES
+from mlx_skipless.architectures.wrappers import find_text_type
 from mlx_skipless.checkpoints.checkpoint import open_checkpoint
 from mlx_skipless.inference.loading import load_network
 from mlx_skipless.inference.stock import find_stock
@@ -25,7 +25,7 @@ from mlx_skipless.network.parts import tensors_of
 
 # What asks for more than the exact part knows, and is mlx-lm's alone.
 STOCK_ALONE = {"c4ai-command-r-plus": "use_qk_norm"}
-KNOWN = [name for name, kind in TYPES.items() if kind in FAMILIES and name not in STOCK_ALONE]
+KNOWN = [name for name in TYPES if find_text_type(read(name)) and name not in STOCK_ALONE]
 FOREIGN = [name for name in PUBLISHED if name not in KNOWN]
 OLD_ROPE = [name for name in FOREIGN if write_today(read(name)) != read(name)]
 ONE_OF_A_TYPE = [*{TYPES[name]: name for name in FOREIGN}.values()][::2]

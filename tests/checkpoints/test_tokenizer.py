@@ -593,6 +593,14 @@ def test_a_tekken_file_calls_tools_as_its_version_does(
     assert found == "<s>" + system + called + "so\n</s>" + later
 
 
+def test_nothing_said_in_a_tekken_chat(tmp_path: Path):
+    write_tekken(tmp_path / "tekken.json", version="v3")
+    chat = [("system", ""), ("system", "x"), ("user", "a"), ("user", ""), ("user", "b")]
+    messages = [{"role": role, "content": content} for role, content in chat]
+    found = read_tekken(tmp_path / "tekken.json").apply_chat_template(messages, tokenize=False)
+    assert found == "<s>[INST]x\n\na\n\nb[/INST]"
+
+
 def test_a_picture_in_a_tekken_chat_is_refused(tmp_path: Path):
     write_tekken(tmp_path / "tekken.json")
     messages = [{"role": "user", "content": [{"type": "image", "image": "x"}]}]
