@@ -16,7 +16,7 @@ import random
 import struct
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -104,8 +104,9 @@ def sharded_folder() -> Path:
 
 @functools.cache
 def packed_folders() -> list[Path]:
-    """Of MLX, AWQ and GPTQ, which their config's settings alone tell apart from others."""
+    """Of each kind of packing, which their config's settings alone tell apart from others."""
     from packing import awq, gptq, mlx_pack
+    from scaled_packing import float32, fp8, packed_int, save
 
     mlx = mlx_pack("affine", 32, 4)
     packers = {"mlx": lambda path, values: mlx(values), "awq": awq()[1], "gptq": gptq(4)[1]}
@@ -126,6 +127,14 @@ def packed_folders() -> list[Path]:
                 for part, array in parts.items()
             }
         folders.append(written(place() / name, config, tensors))
+    for name, scaled in {"fp8": fp8((32, 32)), "words": packed_int(4, 32, zeros=True)}.items():
+        stored = {}
+        for path, values in llama_tensors(64, 64).items():
+            packed = path.endswith("proj.weight")
+            parts = scaled(values.astype(np.float64))[0] if packed else {"": float32(values)}
+            stored |= {path + part: tensor for part, tensor in parts.items()}
+        folders.append(written(place() / name, config, {}))
+        save(folders[-1] / "model.safetensors", stored)
     return folders
 
 
@@ -137,6 +146,7 @@ def read_all(source: Path) -> None:
     checkpoint = open_checkpoint(source)
     mx.eval(checkpoint.read(checkpoint.store.shapes))
     if isinstance(checkpoint.store, GGUFStore):
+        mx.eval(checkpoint.store.packed.read(checkpoint.store.packed.shapes))
         checkpoint.store.tokenizer()
 
 
@@ -199,14 +209,26 @@ def index(data: bytes) -> None:
 
 
 def gguf(data: bytes) -> None:
-    """A GGUF file, tokenizer and all."""
+    """A GGUF file, tokenizer and all; of an architecture that only mlx-lm knows, what it runs."""
+    from mlx_skipless.inference.loading import load_network
+    from mlx_skipless.inference.stock import find_stock
+    from mlx_skipless.inference.unpacking import unpack
+
     file = place() / "model.gguf"
     file.write_bytes(data)
-    read_all(file)
+    source = find_stock(file)
+    if source is None:
+        read_all(file)
+        return
+    out = place() / "unpacked"
+    with unpack(source, out, dtype=None, packed=True, progress=lambda *at: None) as folder:
+        model, _, _ = load_network(folder.path)
+        model.set_dtype(mx.float32)
+        mx.eval(model(mx.array([[1, 2, 3]])))
 
 
 def quantization(data: bytes) -> None:
-    """What a config says of packed weights, MLX's, AWQ's and GPTQ's in turn."""
+    """What a config says of packed weights, of each kind of packing in turn."""
     from mlx_skipless.errors import UserError
 
     try:
@@ -270,7 +292,7 @@ def starts(target: str) -> list[bytes]:
         )
         return [(dense_folder() / "model.safetensors").read_bytes()]
     if target == "gguf":
-        return [*_gguf_files()]
+        return _gguf_files()
     return [json.dumps(start).encode() for start in _json_starts(target)]
 
 
@@ -293,14 +315,21 @@ def _json_starts(target: str) -> list[Any]:
         gptq = {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq_v2"}
         awq = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
         mlx = {"group_size": 32, "bits": 4, "mode": "affine", "lm_head": {"bits": 8}}
-        return [{"quantization": mlx}, *({"quantization_config": c} for c in (gptq, awq))]
+        fp8 = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+        weights = {"num_bits": 4, "type": "int", "group_size": 32, "strategy": "group"}
+        groups = {"group_0": {"targets": ["Linear", "re:.*up_proj"], "weights": weights}}
+        words = {"quant_method": "compressed-tensors", "config_groups": groups}
+        others = (gptq, awq, fp8, words | {"format": "pack-quantized", "ignore": ["lm_head"]})
+        return [{"quantization": mlx}, *({"quantization_config": c} for c in others)]
     from factory import make_tokenizer
 
     return [json.loads(make_tokenizer(512).backend_tokenizer.to_str())]
 
 
-def _gguf_files() -> Iterator[bytes]:
-    """With the tokenizer of either kind."""
+@functools.cache
+def _gguf_files() -> list[bytes]:
+    """With the tokenizer of either kind, and of several architectures."""
+    from gguf import GGMLQuantizationType as Type
     from gguf_maker import CONTROL, NORMAL, UNKNOWN, write_gguf
 
     words = ["<unk>", "<s>", "</s>", "a", "b", "ab"]
@@ -317,10 +346,22 @@ def _gguf_files() -> Iterator[bytes]:
             writer.add_token_merges(["a b"])
         writer.add_bos_token_id(1)
 
+    files = []
     for kind in ("llama", "gpt2"):
         file = place() / "start.gguf"
         write_gguf(file, config, llama_tensors(), describe=functools.partial(describe, kind=kind))
-        yield file.read_bytes()
+        files.append(file.read_bytes())
+    from gguf_zoo import write_zoo_gguf
+    from zoo import make_model
+
+    small: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    small |= {"vocab_size": 258, "num_attention_heads": 1, "num_key_value_heads": 1}
+    for name in ("gemma3_text", "gpt_oss", "phi3", "qwen3_moe"):
+        own = {"layer_types": ["sliding_attention", "full_attention"], "mlp_only_layers": []}
+        make_model(place() / name, name, **small, **own)
+        write_zoo_gguf(place() / "start.gguf", place() / name, lambda _: Type.Q4_0)
+        files.append((place() / "start.gguf").read_bytes())
+    return files
 
 
 ODD: list[Any] = [
@@ -437,7 +478,7 @@ def main(target: str, *arguments: str) -> None:
         str(start),
         *([str(SEEDS / target)] if (SEEDS / target).is_dir() else []),
     ]
-    flags = [sys.argv[0], *corpora, "-max_len=20000"]
+    flags = [sys.argv[0], *corpora, "-max_len=50000"]
     atheris.Setup(flags, lambda data: attempt(target, data), custom_mutator=another)
     atheris.Fuzz()
 

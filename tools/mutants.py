@@ -39,11 +39,23 @@ FAMILY = "tests/architectures/test_architectures.py -k"
 BAD = "tests/conversion/test_bad_input.py -k"
 CALIBRATION = "tests/quantization/test_calibration.py -k"
 MODEL = "tests/network/test_model.py"
+GROWTH = f"{MODEL} -k queries_that_grow"
+WRAPPERS = "tests/architectures/test_wrappers.py"
+SCALED, SCALED_SOURCES = (
+    "tests/checkpoints/test_scaled.py",
+    "tests/conversion/test_scaled_sources.py",
+)
 SKIPS = "tests/removal/test_skips.py"
 DROPS = "tests/removal/test_sublayers.py -k"
+GGUF, GGUF_PACKED = (
+    "tests/checkpoints/test_gguf_architectures.py",
+    "tests/checkpoints/test_gguf_packed.py",
+)
 HUB = "tests/checkpoints/test_hub.py -k"
 TRAIN = "tests/training/test_pretraining.py -k"
 HEAL = "tests/training/test_healing.py -k"
+PUBLISHED = "tests/architectures/test_published.py"
+TEKKEN = "tests/checkpoints/test_tokenizer.py -k tekken"
 
 # A station, the text that is there exactly once in the package (or once in the file that is named
 # behind "@@"), what takes its place, and pytest's arguments.
@@ -53,6 +65,24 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("reduced", "sanitize({**gone, **weights})", "sanitize(weights)", STOCK),
     ("reduced", "not isinstance(cache, _StaysDense) and", "False and", STOCK),
     ("trial", "if any(one.given for one in met):", "if False:", STOCK),
+    # Queries that grow, and language models that others are wrapped around.
+    ("model", "mx.maximum(positions, 0) // step", "positions / step", GROWTH),
+    ("model", "offset % self.step + length <= self.step", "True", GROWTH),
+    ("families", '"query_growth": growth,', '"query_growth": 0.0,', WRAPPERS),
+    ("wrappers", "text if whole in (None, text) else None", "text", WRAPPERS),
+    ("wrappers", "*family.others, *wrapper.others", "*family.others,", WRAPPERS),
+    # What transformers 5 writes elsewhere, and what mlx-lm alone knows of a known architecture.
+    ("config", "config.get(k) is None}@@old_keys", "False}", PUBLISHED),
+    ("config", 'found["rope_scaling"] = scaling', "pass", PUBLISHED),
+    ("config", "is True and key in read]", "is True]", "tests/architectures/test_families.py"),
+    ("config", "rel_tol=1e-6)@@rope", "rel_tol=9.0)", "tests/architectures/test_families.py"),
+    ("config", 'rope.get("truncate") is False', "False", "tests/architectures/test_families.py"),
+    ("tokenizer", "CONFIG_MAPPING_NAMES else NO_MODEL_TYPE", "() else {}", PUBLISHED),
+    # Chats of Mistral's versions.
+    ("tokenizer", '"1" if version == "v13" else "chat.users"', '"chat.users"', TEKKEN),
+    ("tokenizer", "turn.said.rstrip(' ')", "turn.said", TEKKEN),
+    ("tokenizer", "[last.said, said] | select | join", "[last.said, said] | join", TEKKEN),
+    ("tokenizer", "chat.system | select | join", "chat.system | join", TEKKEN),
     # The algebra: signs, transposes, biases.
     ("algebra", "else q.bias @ inverse)", "else -q.bias @ inverse)", EXACT),
     ("algebra", "else -p.bias)", "else p.bias)", EXACT),
@@ -334,7 +364,12 @@ MUTANTS: list[tuple[str, str, str, str]] = [
         "fused_by_head=False",
         f"{FAMILY} gpt_neox",
     ),
-    ("architectures", "gain_offset=1.0", "gain_offset=0.0", "tests/architectures/test_gemma.py"),
+    (
+        "architectures",
+        "gain_offset=1.0@@families",
+        "gain_offset=0.0",
+        "tests/architectures/test_gemma.py",
+    ),
     (
         "architectures",
         "(array - family.gain_offset).astype(dtype)",
@@ -454,6 +489,14 @@ MUTANTS: list[tuple[str, str, str, str]] = [
         "crosses = offset + bits > 64",
         "tests/checkpoints/test_packed.py",
     ),
+    ("scaled", "-rows % high, -columns % wide", "0, -columns % wide", SCALED),
+    ("scaled", "dense / one if common == DIVISOR else", "dense * one if one.size else", SCALED),
+    ("scaled", "split[..., : out[-1], :] - middle", "split[..., : out[-1], :]", SCALED),
+    ("scaled", "array == 0, 1 << 22", "array == 0, 0", SCALED),
+    ("declared", "return named or of_class or [", "return [", SCALED),
+    ("decoding", "weights = model.sanitize(weights)@@decoding", "pass", SCALED_SOURCES),
+    ("stock", 'if not key.startswith("quantiz")', "if True", SCALED_SOURCES),
+    ("stock", "check_finite(written)", "pass", SCALED_SOURCES),
     # Measures, the closing check and what is told of it.
     (
         "metrics",
@@ -761,6 +804,23 @@ MUTANTS: list[tuple[str, str, str, str]] = [
         "layers * args.num_key_value_heads",
         "tests/removal/test_sublayers.py -k converted",
     ),
+    # GGUF: what the converter did is undone, what a block means stays.
+    ("gguf_packed", 'Type.Q4_0: (4, "affine", 8)', 'Type.Q4_0: (4, "affine", 7)', GGUF_PACKED),
+    ("gguf_packed", "rest ^ np.uint8(128)", "rest ^ np.uint8(0)", GGUF_PACKED),
+    ("gguf_packed", "if not (np.isfinite(scales).all() and", "if False and (", GGUF_PACKED),
+    ("gguf_packed", "if path not in forms}", "if False}", GGUF_PACKED),
+    ("gguf_file", "return _split_rotary_pairs(rows, self.config[key])", "return rows", GGUF),
+    ("gguf_file", "offset = self._architecture.gain_offset", "offset = 0.0", GGUF),
+    ("gguf_architectures", '"model_type": "ministral3"', '"model_type": "mistral"', GGUF),
+    ("gguf_architectures", '"long_factor": long,', '"long_factor": short,', GGUF),
+    ("gguf_architectures", "int((n + 1) % 4 != 0)", "1", GGUF),
+    ("gguf_architectures", '"full" if n % 2 else "sliding"', '"full"', GGUF),
+    ("gguf_architectures", "!= largest:", "!= 0:", GGUF),
+    ("unpacking", "    check_tensors(source)\n    usual", "    usual", GGUF),
+    ("unpacking", "if 2 * size > free:", "if False:", GGUF),
+    ("planning", "in_place |= isinstance", "in_place &= isinstance", GGUF_PACKED),
+    ("layout", "and self.scale == 1", "", "tests/architectures/test_gemma.py -k scaled_rows"),
+    ("tokenizer", "if read(PROBE).input_ids != tokenizer", "if [] and tokenizer", GGUF),
 ]
 
 

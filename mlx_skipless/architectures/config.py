@@ -6,8 +6,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from itertools import chain
 from typing import Any
 
-from mlx_lm.models.rope_utils import initialize_rope
+import mlx.core as mx
 
+from ..constants import FLOAT_NAMES
 from ..errors import UserError
 from ..network.model import FUSED, PROJECTION_NORMS, ModelArgs
 from ..network.names import (
@@ -22,7 +23,8 @@ from ..network.names import (
     find_norms,
 )
 from .families import find_family
-from .family import Config, check_flag, list_biases, read_flag
+from .family import Config, check_flag, check_real, list_biases, read_flag
+from .rope import check_rope, read_rope
 
 # Largest sizes that are believed; anything above is a broken or hostile config.
 LIMITS = {
@@ -36,6 +38,7 @@ LIMITS = {
     "max_position_embeddings": 1 << 31,
     "sliding_window": 1 << 31,
     "rotary_dim": 1 << 13,
+    "query_step": 1 << 31,
     "num_local_experts": 1 << 12,
     "num_experts_per_tok": 1 << 12,
 }
@@ -53,6 +56,16 @@ LAYER_LISTS: dict[str, Collection[str]] = {
     "fused": FUSED,
     "biases": PROJECTIONS,
 }
+
+
+def read_dtype(config: Mapping[str, Any]) -> mx.Dtype:
+    """The number type that a config.json declares; bfloat16 where it declares none."""
+    inner = config.get("text_config")
+    for one in (config, inner if isinstance(inner, Mapping) else {}):
+        declared = one.get("torch_dtype") or one.get("dtype")
+        if declared in FLOAT_NAMES:
+            return getattr(mx, declared)
+    return mx.bfloat16
 
 
 def check_sizes(config: Mapping[str, Any], tensors: int) -> None:
@@ -105,10 +118,8 @@ def _check_window(key: str, value: Any) -> int | None:
     return None if value is None else _check_whole(key, value)
 
 
-def _check_real(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
-        raise UserError(f'"{key}" in config.json is {value!r}; it must be a positive number')
-    return float(value)
+def _check_growth(key: str, value: Any) -> float:
+    return 0.0 if type(value) in (int, float) and value == 0 else check_real(key, value)
 
 
 def _check_extra_bits(key: str, value: Any) -> dict[str, int]:
@@ -164,7 +175,7 @@ FORMAT: dict[str, tuple[Callable[[str, Any], Any], Any]] = {
     "final_norm": (check_flag, False),
     "shared_norm": (check_flag, False),
     "qk_norm": (check_flag, False),
-    "rms_norm_eps": (_check_real, 1e-6),
+    "rms_norm_eps": (check_real, 1e-6),
     "hidden_act": (_check_later, "silu"),
     "gated": (check_flag, True),
     "num_local_experts": (_check_count, 0),
@@ -174,9 +185,11 @@ FORMAT: dict[str, tuple[Callable[[str, Any], Any], Any]] = {
     "layer_types": (_check_later, None),
     "rotary_dim": (_check_whole, lambda read: read["head_dim"]),
     "rope_traditional": (check_flag, False),
+    "query_growth": (_check_growth, 0.0),
+    "query_step": (_check_count, 0),
     "tie_word_embeddings": (check_flag, False),
-    "embedding_scale": (_check_real, 1.0),
-    "logit_scale": (_check_real, 1.0),
+    "embedding_scale": (check_real, 1.0),
+    "logit_scale": (check_real, 1.0),
     "head_bias": (check_flag, False),
     "precomputed": (check_flag, False),
     "extra_bits": (_check_extra_bits, None),
@@ -202,7 +215,7 @@ def read_model_args(
     try:
         own = family.to_own_keys(config)
         args = _read_format(own)
-        _check_rope(args)
+        check_rope(args)
         if tensors is None:
             _complete_from_config(args, own)
         else:
@@ -219,7 +232,7 @@ def read_model_args(
                 f"{args.hidden_size}: correct config.json or take it out"
             )
     except UserError as error:
-        raise UserError(family.quote_its_keys(str(error))) from error
+        raise type(error)(family.quote_its_keys(str(error))) from error
     return args
 
 
@@ -230,7 +243,7 @@ def _read_format(own: Config) -> ModelArgs:
         if value is None:
             value = default(read) if callable(default) else default
         read[key] = check(key, value)
-    theta, scaling = _read_rope(own)
+    theta, scaling = read_rope(own)
     try:
         args = ModelArgs(model_type="skipless", rope_theta=theta, rope=scaling, **read)
     except ValueError as error:
@@ -238,44 +251,6 @@ def _read_format(own: Config) -> ModelArgs:
     for complaint in chain(_find_wrong_layers(args), _find_contradictions(args)):
         raise UserError(complaint)
     return args
-
-
-def _read_rope(config: Config) -> tuple[float, Config | None]:
-    """Read base and scaling, from our own key, Hugging Face's old ones or ``rope_parameters``."""
-    for key in ("rope", "rope_scaling", "rope_parameters"):
-        if config.get(key) is not None and not isinstance(config[key], dict):
-            raise UserError(
-                f"the RoPE scaling in config.json is {config[key]!r}; it must be an object"
-            )
-    new = config.get("rope_parameters") or {}
-    theta = {**config, **new}.get("rope_theta")
-    scaling = next((config[k] for k in ("rope", "rope_scaling") if config.get(k)), new)
-    scaling = {k: v for k, v in scaling.items() if k != "rope_theta" and v is not None}
-    rest = {k: v for k, v in scaling.items() if k not in ("rope_type", "type")}
-    kind = scaling.get("rope_type") or scaling.get("type")
-    theta = _check_real("rope_theta", 10000.0 if theta is None else theta)
-    if kind is None and rest.keys() - {"partial_rotary_factor"}:
-        raise UserError(
-            f'the RoPE scaling in config.json is {scaling!r}; it needs a "rope_type", one for all '
-            "layers"
-        )
-    return theta, None if kind in (None, "default") else {**rest, "rope_type": kind}
-
-
-def _check_rope(args: ModelArgs) -> None:
-    try:
-        if args.rope and "factor" in args.rope:
-            _check_real("factor", 1.0 if args.rope["factor"] is None else args.rope["factor"])
-        if args.rope and "attention_factor" in args.rope:
-            raise UserError('it has no "attention_factor"')
-        initialize_rope(
-            args.rotary_dim, args.rope_theta, False, args.rope, args.max_position_embeddings
-        )
-    except (ValueError, KeyError, TypeError, ArithmeticError, AssertionError, UserError) as error:
-        raise UserError(
-            f"the RoPE scaling in config.json is {args.rope!r}, which mlx-lm cannot build "
-            f"({type(error).__name__}: {error}): correct it"
-        ) from error
 
 
 def _find_wrong_layers(args: ModelArgs) -> Iterator[str]:
@@ -333,6 +308,11 @@ def _find_contradictions(args: ModelArgs) -> Iterator[str]:
         yield (
             f'"rotary_dim" {args.rotary_dim} in config.json is more than a head has, '
             f"{args.head_dim}: correct it"
+        )
+    if args.query_growth and not args.query_step:
+        yield (
+            "queries grow with their positions by config.json, and nothing says at which: give "
+            '"query_step" too (of a ministral3, "original_max_position_embeddings")'
         )
     if args.num_local_experts and not 1 <= args.num_experts_per_tok <= args.num_local_experts:
         yield (

@@ -106,6 +106,82 @@ MISTRAL = Family(means=PRENORM, stock=LLAMA_STOCK)
 MINISTRAL = Family(means=PRENORM)
 
 
+# Ministral 3: Mistral whose queries grow with their positions. The keys for that are among RoPE's.
+
+MINISTRAL3_ROPE: Config = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16384,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+MINISTRAL3_SIZES: Config = {
+    "vocab_size": 131072,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 34,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 262144,
+    "rms_norm_eps": 1e-5,
+}
+
+
+def _read_ministral3(config: Config) -> Config:
+    """Read what queries grow by, and RoPE's own keys beside it."""
+    rope = find_value(config, "rope_scaling", "rope_parameters", default=MINISTRAL3_ROPE)
+    if not isinstance(rope, dict):
+        return {}
+    growth = find_value(rope, "llama_4_scaling_beta", default=0.0)
+    rest = {
+        k: v
+        for k, v in rope.items()
+        if k not in ("llama_4_scaling_beta", "max_position_embeddings")
+    }
+    if find_value(rope, "rope_type", "type") is None:
+        rest["rope_type"] = "default"
+    nulls = [key for key in ("head_dim", "num_key_value_heads") if config.get(key, 0) is None]
+    return {
+        **dict.fromkeys(nulls),  # which are computed, while an absent key has a default
+        "rope_scaling": None,
+        "rope_parameters": rest,
+        "query_growth": growth,
+        "query_step": rope.get("original_max_position_embeddings") if growth else None,
+    }
+
+
+def _tell_ministral3(args: ModelArgs) -> Config:
+    rope = {
+        "rope_type": "default",
+        "original_max_position_embeddings": args.query_step or args.max_position_embeddings,
+        **(args.rope or {}),
+    }
+    return {
+        "rope_parameters": rope
+        | {"rope_theta": args.rope_theta, "llama_4_scaling_beta": args.query_growth}
+    }
+
+
+MINISTRAL3 = Family(
+    means=PRENORM,
+    defaults=MINISTRAL3_SIZES,
+    read=_read_ministral3,
+    keys={"query_growth": "llama_4_scaling_beta"},
+    stock=Stock(
+        told=("tie_word_embeddings", *MINISTRAL3_SIZES),
+        tell=_tell_ministral3,
+        slides=True,
+        scales_rope=True,
+        any_head_dim=True,
+    ),
+)
+
+
 # Mixtral: Mistral with experts, which a checkpoint has one by one and mlx-lm stacked.
 
 
@@ -380,6 +456,7 @@ FAMILIES: Mapping[str, Family] = {
     "gptj": GPTJ,
     "llama": LLAMA,
     "ministral": MINISTRAL,
+    "ministral3": MINISTRAL3,
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,
     "phi": PHI,

@@ -67,6 +67,7 @@ class Family:
         unsupported: keys that must not be true.
         also: other names of modules, such as those that mlx-lm saves, to the source's.
         ignored: ends of the names of tensors that hold no weights.
+        others: modules of other parts of a model, as whole dotted parts of a path; left out.
         keys: the format's keys to the config's, where these differ.
         names: canonical names of modules to the source's, as whole dotted parts of a path.
         fused: canonical modules by the source's one module that holds them all.
@@ -84,6 +85,7 @@ class Family:
     unsupported: tuple[str, ...] = ()
     also: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)  # of old exporters
+    others: tuple[str, ...] = ()
     keys: Mapping[str, str] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -175,6 +177,17 @@ def check_flag(key: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise UserError(f'"{key}" in config.json is {value!r}; it must be true or false')
     return value
+
+
+def check_real(key: str, value: Any) -> float:
+    """Return a key's value if it is a positive number.
+
+    Raises:
+        UserError: if it is anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
+        raise UserError(f'"{key}" in config.json is {value!r}; it must be a positive number')
+    return float(value)
 
 
 def read_dropped(config: Config) -> dict[str, list[int]]:

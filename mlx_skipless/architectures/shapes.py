@@ -22,6 +22,14 @@ _ROWS: dict[str, tuple[Any, ...]] = {
         *("ministral", 4096, 12288, 36, 32, 8, 131072),
         {"head_dim": 128, "sliding_window": 32768, "layer_types": _MINISTRAL_LAYERS},
     ),
+    "Mistral-Small-3.2-24B": ("mistral", 5120, 32768, 40, 32, 8, 131072, {"head_dim": 128}),
+    "Ministral-3-3B": (
+        *("ministral3", 3072, 9216, 26, 32, 8, 131072),
+        {"tie_word_embeddings": True},
+    ),
+    "Ministral-3-8B": ("ministral3", 4096, 14336, 34, 32, 8, 131072, {}),
+    "Ministral-3-14B": ("ministral3", 5120, 16384, 40, 32, 8, 131072, {}),
+    "Devstral-Small-2-24B": ("ministral3", 5120, 32768, 40, 32, 8, 131072, {}),
     "Mixtral-8x7B": (
         *("mixtral", 4096, 14336, 32, 32, 8, 32000),
         {"num_local_experts": 8, "num_experts_per_tok": 2},

@@ -68,6 +68,8 @@ def find_places(family: Family, names: Iterable[str]) -> dict[str, Place]:
     canonical_names = {theirs: ours for ours, theirs in family.names.items()}
     for name in names:
         module, _, part = name.rpartition(".")
+        if not {*family.others}.isdisjoint(module.split(".")):
+            continue
         module = _rename(module, family.also)
         if expert := _parse_expert(family, module):
             stacked, number = expert

@@ -5,7 +5,6 @@ caller keeps them. Every name and shape is checked before any weight is read. No
 checkpoint is run, and nothing is unpickled.
 """
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,7 +13,7 @@ from typing import Literal, overload
 
 import mlx.core as mx
 
-from ..architectures.config import read_model_args
+from ..architectures.config import read_dtype, read_model_args
 from ..architectures.families import find_family
 from ..architectures.family import DROP_LISTS, Config, Family
 from ..architectures.tensors import (
@@ -26,7 +25,7 @@ from ..architectures.tensors import (
     restore_gains,
     to_canonical_modules,
 )
-from ..constants import FLOAT_NAMES
+from ..architectures.wrappers import describe_left_out, take_text_model
 from ..errors import UserError
 from ..network.model import Model, ModelArgs
 from ..network.names import CHANNEL_PATHS, LINEAR_PATHS
@@ -35,13 +34,7 @@ from . import files, hub
 from .files import read_config, read_json
 from .gguf_file import GGUFStore
 from .packed import UnpackedStore, find_scheme
-from .safetensors import FLOATS, SafetensorsStore, Shape, Store, is_float
-
-
-def read_dtype(config: Config) -> mx.Dtype:
-    """The number type that a config.json declares; bfloat16 where it declares none."""
-    declared = config.get("torch_dtype") or config.get("dtype")
-    return getattr(mx, declared) if declared in FLOAT_NAMES else mx.bfloat16
+from .safetensors import FLOATS, SafetensorsStore, Shape, Store, find_usual_dtype, is_float
 
 
 @dataclass(frozen=True)
@@ -74,7 +67,7 @@ class Blueprint:
 
     def without_weights(self) -> "Blueprint":
         """Leave the weights aside, if there are any."""
-        return Blueprint(self.name, self.config, self.family, self.args)
+        return Blueprint(self.name, self.config, self.family, self.args, notes=self.notes)
 
 
 @dataclass(frozen=True)
@@ -97,16 +90,12 @@ class Checkpoint(Blueprint):
     @cached_property
     def dtype(self) -> mx.Dtype:
         """The number type that most matrices have, whatever the config declares."""
-        shapes, dtypes = self.store.shapes, self.store.dtypes
-        counts = Counter(d for n, d in dtypes.items() if is_float(d) and len(shapes[n]) > 1)
-        return counts.most_common(1)[0][0] if counts else mx.float32
+        return find_usual_dtype(self.store.shapes, _list_dtypes(self))
 
     @property
     def is_uniform(self) -> bool:
         """Whether all tensors that are read have the number type ``dtype``."""
-        own = {name for place in self._places.values() for name in place.names}
-        found = {self.store.dtypes[name] for name in own}
-        return found == {self.dtype}
+        return {*_list_dtypes(self).values()} == {self.dtype}
 
     @cached_property
     def _places(self) -> dict[str, Place]:
@@ -135,11 +124,11 @@ class Checkpoint(Blueprint):
     @property
     def packed_by_mlx(self) -> bool:
         """Whether mlx-lm runs its matrices packed as they are."""
-        return isinstance(self.store, UnpackedStore) and self.store.runs
+        return isinstance(self.store, UnpackedStore | GGUFStore) and self.store.runs
 
     @property
     def _packed_store(self) -> Store:
-        assert isinstance(self.store, UnpackedStore), "its matrices are not packed"
+        assert isinstance(self.store, UnpackedStore | GGUFStore), "its matrices are not packed"
         return self.store.packed
 
     @cached_property
@@ -230,6 +219,12 @@ class Checkpoint(Blueprint):
             )
 
 
+def _list_dtypes(checkpoint: Checkpoint) -> dict[str, mx.Dtype | None]:
+    """The number types of a source's tensors that are read."""
+    places = checkpoint._places.values()
+    return {name: checkpoint.store.dtypes[name] for place in places for name in place.names}
+
+
 def _describe(place: Place, name: str) -> str:
     """A tensor's name in the source, for a message."""
     whole = not place.stacked and not place.fused
@@ -304,8 +299,8 @@ def open_checkpoint(
         str(source), revision=revision, config_only=config_only, code=trust_remote_code
     )
     notes: list[str] = []
-    config, store = _open_folder(path, config_only, notes) if path.is_dir() else _open_file(path)
-    family = find_family(config)
+    opened = _open_folder(path, config_only, notes) if path.is_dir() else _open_file(path, notes)
+    config, family, store = opened
     if config.get("model_file") is not None and config["model_type"] != "skipless":
         raise UserError(
             f"{source} brings its own code ({config['model_file']}), which is never run here: what "
@@ -318,7 +313,7 @@ def open_checkpoint(
     args = read_model_args(config, tensors)
     args = replace(args, fused={})  # fused matrices are cut apart when they are read
     if store is not None:
-        checkpoint = Checkpoint(str(source), config, family, args, path, store)
+        checkpoint = Checkpoint(str(source), config, family, args, path, store, notes=tuple(notes))
         checkpoint.validate()
         return checkpoint
     if not config_only:
@@ -326,24 +321,37 @@ def open_checkpoint(
     return Blueprint(str(source), config, family, args, notes=tuple(notes))
 
 
-def _open_file(path: Path) -> tuple[Config, Store | None]:
+Opened = tuple[Config, Family, Store | None]
+
+
+def _open_file(path: Path, notes: list[str]) -> Opened:
     files.is_there(path)
     if files.is_gguf(path):
         store = GGUFStore(path)
-        return store.config, store
+        return store.config, find_family(store.config), store
     if path.suffix.lower() == ".json":
-        return read_json(path), None
+        return *_take_text_model(read_json(path), False, notes), None
     raise UserError(f"{path} is no model: give a folder, a GGUF file or a Hub id")
 
 
-def _open_folder(folder: Path, config_only: bool, notes: list[str]) -> tuple[Config, Store | None]:
+def _take_text_model(config: Config, weights: bool, notes: list[str]) -> tuple[Config, Family]:
+    """Take the language model out of a config; ``notes`` says what else there was."""
+    text, family = take_text_model(config, weights=weights)
+    if (left_out := describe_left_out(config)) is not None:
+        notes.append(left_out)
+    return text, family
+
+
+def _open_folder(folder: Path, config_only: bool, notes: list[str]) -> Opened:
     """Read a folder's config and open its weights; ``notes`` says why a plan has none."""
     config = read_config(folder)
     files.check_small(folder)
-    find_family(config)  # an unknown architecture is the more helpful complaint
-    if config_only and not any(folder.glob("*.safetensors")):
+    there = any(folder.glob("*.safetensors"))
+    # An unknown architecture is the more helpful complaint.
+    config, family = _take_text_model(config, there, notes)
+    if config_only and not there:
         find_scheme(config)
-        return config, None
+        return config, family, None
     try:
         store = SafetensorsStore(folder)
     except UserError as error:
@@ -351,6 +359,6 @@ def _open_folder(folder: Path, config_only: bool, notes: list[str]) -> tuple[Con
             raise
         find_scheme(config)
         notes.append(f"this is planned from config.json alone: {error}")
-        return config, None
+        return config, family, None
     scheme = find_scheme(config, store)
-    return config, store if scheme is None else UnpackedStore(store, scheme)
+    return config, family, store if scheme is None else UnpackedStore(store, scheme)

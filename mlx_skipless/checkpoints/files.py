@@ -12,6 +12,7 @@ from ..errors import UserError
 
 SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")  # what is read besides weights
 # The largest files of these kinds on the Hub have a few tens of MB.
+NATIVE = "params.json"  # of Mistral and Meta, with weights that are called consolidated
 CONFIG_BYTES = 64 << 20
 TOKENIZER_BYTES = 256 << 20
 MOST_TOKENS = 1 << 23  # as a config may have embeddings
@@ -25,6 +26,7 @@ POINTED = (
     "{} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder, or download "
     "it with `hf download`"
 )
+DECLARED, MODELOPT_CONFIG = "quantization_config", "hf_quant_config.json"
 GGUF, GGUF_MAGIC = ".gguf", b"GGUF"
 AT_ONCE = 16 << 20  # bytes of a read that the background makes
 AHEAD_BYTES = 1 << 30  # more might leave the system's cache before its turn comes
@@ -245,18 +247,40 @@ def read_json(file: Path, most: int | None = None) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read the config.json of a model's folder.
+    """Read the config.json of a model's folder, with how its weights are quantized.
+
+    NVIDIA's ModelOpt writes that into a file of its own, and wrapped models into their
+    ``text_config``.
 
     Raises:
         UserError: if it is missing, malformed or no object, or too large or deep to be believed.
     """
     file = folder / "config.json"
-    if not is_there(file, CONFIG_BYTES) and (explained := explain_adapters(folder)):
+    if not is_there(file, CONFIG_BYTES) and (explained := explain_other_formats(folder)):
         raise UserError(explained)
-    return read_json(file)
+    config = read_json(file)
+    if config.get(DECLARED) is None:
+        inner = config.get("text_config")
+        found = inner.get(DECLARED) if isinstance(inner, dict) else None
+        if found is None and is_there(folder / MODELOPT_CONFIG):
+            found = {"quant_method": "modelopt"} | read_json(folder / MODELOPT_CONFIG)
+        config |= {} if found is None else {DECLARED: found}
+    return config
 
 
-def explain_adapters(folder: Path) -> str | None:
+def explain_other_formats(folder: Path) -> str | None:
+    """Say how what is in a folder becomes a model that is read; None if it is not known."""
+    if explained := _explain_adapters(folder):
+        return explained
+    if not is_there(folder / NATIVE):
+        return None
+    return (
+        f"{folder} is in Mistral's or Meta's own format ({NATIVE}), which is not read: give the "
+        "same model in Hugging Face's, with config.json and model*.safetensors"
+    )
+
+
+def _explain_adapters(folder: Path) -> str | None:
     """Say how the LoRA adapters in a folder become a model; None if there are none."""
     config = folder / ADAPTER_CONFIG
     theirs = any(is_there(folder / name) for name in PEFT_ADAPTERS)

@@ -5,8 +5,8 @@ text is cut into words (``tokenizer.ggml.pre``). A SentencePiece model's merges 
 scores.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenizers import (
@@ -22,8 +22,7 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from ..errors import UserError
-
-Field = Callable[[str], Any]  # a metadata key to its value, None where the file has none
+from .gguf_metadata import Field
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # of tokenizer.ggml.token_type
 ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
@@ -72,10 +71,20 @@ class Words:
 
 GPT2 = Words()
 DIGITS = Words(single_digits=True)
-LLAMA3 = Words(
-    "|".join((*WORDS_THEN, r"\p{N}{1,3}", SYMBOLS + r"[\r\n]*", SPACES)), whole=True, begins=True
-)
+CL100K = Words("|".join((*WORDS_THEN, r"\p{N}{1,3}", SYMBOLS + r"[\r\n]*", SPACES)))
+LLAMA3 = replace(CL100K, whole=True, begins=True)
 QWEN2 = Words("|".join((*WORDS_THEN, r"\p{N}", SYMBOLS + r"[\r\n]*", SPACES)), composed=True)
+O200K = Words(
+    "|".join(
+        (
+            f"{BEFORE_WORD}{UPPER}*{LOWER}+{CONTRACTION}?",
+            f"{BEFORE_WORD}{UPPER}+{LOWER}*{CONTRACTION}?",
+            r"\p{N}{1,3}",
+            SYMBOLS + r"[\r\n/]*",
+            SPACES,
+        )
+    )
+)
 TEKKEN = Words(
     "|".join(
         (
@@ -98,6 +107,10 @@ WORDS = {
     "llama-bpe": LLAMA3,
     "llama3": LLAMA3,
     "llama-v3": LLAMA3,
+    "smaug-bpe": CL100K,
+    "dbrx": CL100K,
+    "gpt-4o": O200K,
+    "llama4": O200K,
     "tekken": TEKKEN,
     "qwen2": QWEN2,
 }

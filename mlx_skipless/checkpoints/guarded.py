@@ -17,6 +17,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import UserError, first_line
 from .limits import check_template, limited
+from .tekken_chat import UNKNOWN_CHATS
 from .tokenizer_json import UNNAMED
 
 PANIC = "PanicException"  # its module cannot be imported
@@ -145,6 +146,17 @@ class GuardedTokenizer(TokenizerWrapper):
             return []
         said = self._describe(self._surplus, next(iter(self._surplus)))
         return [f"{said}: text with one of them is refused"]
+
+    @property
+    def notes(self) -> list[str]:
+        """What there is to know of it, a sentence each."""
+        version = self._tokenizer.init_kwargs.get(UNKNOWN_CHATS)
+        if version is None or self._templates:
+            return []
+        return [
+            f"how to chat by a tekken.json of version {version} is not known, so there is no chat "
+            "template: put the model's chat_template.jinja into its folder"
+        ]
 
     def encode(self, *arguments: Any, **options: Any) -> Any:
         """Encode as transformers does.

@@ -30,7 +30,7 @@ from .safetensors import INDEX, WHOLE, read_index
 # All of a repository's subfolders but additional_chat_templates: a pattern's * also matches a "/".
 SUBFOLDERS = ["[!a]*/*", "a[!d]*/*"]
 # Files of which a model has one each.
-CONFIGS = ["config.json", "adapter_config.json"]
+CONFIGS = ["config.json", "hf_quant_config.json", "adapter_config.json"]
 TOKENIZERS = ["tokenizer.*", "tekken.json", "vocab.*", "*.model", "*.tiktoken"]
 DATA_SET = re.compile(rf"({HUB_ID.pattern})(?::([\w.-]*))?(?::([\w.-]+))?")
 PRIVATE = "(a private one needs `hf auth login`)"

@@ -1,4 +1,4 @@
-"""Quantized tensors of MLX, AWQ and GPTQ, read as dense ones.
+"""Quantized tensors of MLX and of other tools, read as dense ones.
 
 Weights come as Hugging Face stores them, (out, in), in float32, which holds every product of a
 packed value and its scale exactly. They are lazy: nothing large is computed before it is used.
@@ -9,219 +9,20 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..constants import MODES
+from ..architectures.config import read_dtype
 from ..errors import UserError
-from ..network.parts import unpack
-from .safetensors import FLOATS, Shape, Store, is_float
+from .declared import read_compressed, read_fp8, read_modelopt, read_undeclared
+from .gptq import AWQScheme, GPTQScheme
+from .safetensors import SafetensorsStore, Shape, Store, is_float
+from .scaled import E4M3
+from .schemes import Kind, MLXScheme, Scheme
 
-Arrays = Mapping[str, mx.array]
-Shapes = Mapping[str, Shape]
-Types = Mapping[str, mx.Dtype | None]
-WORDS = (mx.int32, mx.uint32)
-SCALES = tuple(FLOATS.values())
-AGAIN = "correct the quantization in config.json or download the checkpoint again"
-AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
-
-
-class Scheme:
-    """How a checkpoint packs its matrices.
-
-    Attributes:
-        name: what a user calls it, e.g. "GPTQ 4-bit".
-        marker: the suffix of a tensor that only packed matrices have.
-        parts: the suffixes of all tensors that can belong to a packed matrix.
-    """
-
-    name: str
-    marker: str
-    parts: tuple[str, ...]
-
-    def find_shape(self, path: str, shapes: Shapes, types: Types) -> Shape:
-        """The shape of the dense matrix at ``path``: (out, in), or (experts, out, in).
-
-        Raises:
-            UserError: if a part is missing, does not fit the others or has another number type.
-        """
-        try:
-            dense, expected = self._layout(path, shapes)
-        except (KeyError, ValueError) as error:
-            raise UserError(f"{path} is no complete {self.name} matrix: {AGAIN}") from error
-        for part, shape in expected.items():
-            found = shapes.get(path + part)
-            if found != shape:
-                raise UserError(
-                    f"{path}{part} has shape {found}, {self.name} asks for {shape}: {AGAIN}"
-                )
-        kinds = {part: types[path + part] for part in self.parts if path + part in types}
-        for part, kind in kinds.items():
-            if kind is None or kind not in self._types(path, part):
-                raise UserError(f"{path}{part} has a number type that {self.name} has not: {AGAIN}")
-        return dense
-
-    def _layout(self, path: str, shapes: Shapes) -> tuple[Shape, dict[str, Shape]]:
-        """The dense matrix's shape, and the shapes that its parts must have for that."""
-        raise NotImplementedError
-
-    def _types(self, path: str, part: str) -> tuple[mx.Dtype, ...]:
-        """The number types that a part of a matrix may have."""
-        return SCALES if part == ".scales" else WORDS
-
-    def unpack(self, path: str, arrays: Arrays) -> mx.array:
-        """Compute the dense matrix at ``path``, (out, in), float32."""
-        raise NotImplementedError
-
-
-class MLXScheme(Scheme):
-    """The packing of MLX; an entry for a matrix in the config overrides the common settings."""
-
-    marker = ".scales"
-    parts = (".weight", ".scales", ".biases")
-
-    def __init__(self, config: Mapping[str, Any]):
-        self.config = config
-        _, bits, mode = self.find_settings("")
-        self.name = f"MLX {mode} {bits}-bit"
-
-    def find_settings(self, path: str) -> tuple[int, int, str]:
-        """Group size, bits and mode of the matrix at ``path``."""
-        own = self.config.get(path)
-        own = own if isinstance(own, Mapping) else self.config
-        mode = own.get("mode", "affine")
-        if not isinstance(mode, str) or mode not in MODES:
-            raise UserError(f"MLX's mode {mode!r} cannot be read; known: {', '.join(MODES)}")
-        sizes, widths = MODES[mode]
-        group_size, bits = own.get("group_size") or sizes[0], own.get("bits") or widths[0]
-        whole = type(group_size) is type(bits) is int
-        if not whole or group_size not in sizes or bits not in widths:
-            raise UserError(
-                f"MLX's mode {mode} has no groups of {group_size} at {bits} bits: correct the "
-                "quantization in config.json"
-            )
-        return group_size, bits, mode
-
-    def _layout(self, path: str, shapes: Shapes) -> tuple[Shape, dict[str, Shape]]:
-        group_size, bits, mode = self.find_settings(path)
-        *out, groups = shapes[f"{path}.scales"]
-        if not out:
-            raise ValueError(out)
-        n_in = groups * group_size
-        expected: dict[str, Shape] = {".weight": (*out, n_in * bits // 32)}
-        if mode == "affine":
-            expected[".biases"] = (*out, groups)
-        return (*out, n_in), expected
-
-    def _types(self, path: str, part: str) -> tuple[mx.Dtype, ...]:
-        if part == ".weight":
-            return (mx.uint32,)
-        return SCALES if self.find_settings(path)[2] == "affine" else (mx.uint8,)
-
-    def unpack(self, path: str, arrays: Arrays) -> mx.array:
-        weight, scales = arrays[f"{path}.weight"], arrays[f"{path}.scales"]
-        return unpack(weight, scales, arrays.get(f"{path}.biases"), *self.find_settings(path))
-
-
-class AWQScheme(Scheme):
-    """AutoAWQ's GEMM layout: 4 bits, eight outputs to a word in the order 0 4 1 5 2 6 3 7."""
-
-    name = "AWQ 4-bit"
-    marker = ".qweight"
-    parts = (".qweight", ".qzeros", ".scales")
-
-    def _layout(self, path: str, shapes: Shapes) -> tuple[Shape, dict[str, Shape]]:
-        n_in, words = shapes[f"{path}.qweight"]
-        groups, _ = shapes[f"{path}.scales"]
-        if groups == 0 or n_in % groups:
-            raise ValueError(groups)
-        return (words * 8, n_in), {".qzeros": (groups, words), ".scales": (groups, words * 8)}
-
-    def unpack(self, path: str, arrays: Arrays) -> mx.array:
-        scales = arrays[f"{path}.scales"].astype(mx.float32)  # (groups, out)
-        values = _unpack_awq(arrays[f"{path}.qweight"])  # (in, out)
-        zeros = _unpack_awq(arrays[f"{path}.qzeros"])  # (groups, out)
-        n_in, n_out = values.shape
-        values = values.reshape(scales.shape[0], -1, n_out)
-        dense = (values - zeros[:, None]) * scales[:, None]
-        return dense.reshape(n_in, n_out).T
-
-
-def _unpack_awq(words: mx.array) -> mx.array:
-    """Unpack words (rows, n / 8) to values (rows, n)."""
-    shifts = mx.array(AWQ_ORDER, dtype=mx.uint32) * 4
-    values = (words.view(mx.uint32)[..., None] >> shifts) & 0xF
-    return values.reshape(words.shape[0], -1).astype(mx.int32)
-
-
-class GPTQScheme(Scheme):
-    """GPTQ at 2, 3, 4 or 8 bits, in any order of groups (``g_idx``, act-order).
-
-    The values are a stream of bits along the input axis, the zero points a stream along the output
-    axis. The original format stores zero points less one, ``gptq_v2`` as they are.
-    """
-
-    marker = ".qweight"
-    parts = (".qweight", ".qzeros", ".scales", ".g_idx")
-
-    def __init__(self, config: Mapping[str, Any]):
-        bits = config.get("bits")
-        if type(bits) is not int or bits not in (2, 3, 4, 8):
-            raise UserError(f"GPTQ with {bits!r} bits is not supported; known: 2, 3, 4, 8")
-        self.bits = bits
-        layout = str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
-        layout = "marlin" if config.get("is_marlin_format") else layout
-        if layout not in ("gptq", "gptq_v2") or config.get("pack_dtype", "int32") != "int32":
-            raise UserError(
-                f"GPTQ in the layout {layout!r} cannot be read; known: gptq and gptq_v2 in int32. "
-                "Use another export"
-            )
-        self.zero_shift = 0 if layout == "gptq_v2" else 1
-        self.group_size = config.get("group_size")
-        self.name = f"GPTQ {self.bits}-bit"
-
-    def _layout(self, path: str, shapes: Shapes) -> tuple[Shape, dict[str, Shape]]:
-        words, n_out = shapes[f"{path}.qweight"]
-        groups, _ = shapes[f"{path}.scales"]
-        if words % self.bits or n_out % 32:
-            raise ValueError(n_out)
-        n_in = words // self.bits * 32
-        expected: dict[str, Shape] = {
-            ".qzeros": (groups, n_out // 32 * self.bits),
-            ".scales": (groups, n_out),
-        }
-        if f"{path}.g_idx" in shapes:
-            expected[".g_idx"] = (n_in,)
-        return (n_out, n_in), expected
-
-    def unpack(self, path: str, arrays: Arrays) -> mx.array:
-        scales = arrays[f"{path}.scales"].astype(mx.float32)  # (groups, out)
-        values = _unpack_bits(arrays[f"{path}.qweight"], self.bits)  # (in, out)
-        zeros = _unpack_bits(arrays[f"{path}.qzeros"].T, self.bits).T + self.zero_shift
-        zeros = zeros & ((1 << self.bits) - 1)  # stored less one, 0 is all ones
-        n_in = values.shape[0]
-        group = arrays.get(f"{path}.g_idx")
-        if group is None:
-            size = self.group_size if type(self.group_size) is int else -1
-            group = mx.arange(n_in) // (size if size > 0 else n_in)
-        if mx.any((group < 0) | (group >= scales.shape[0])).item():
-            raise UserError(f"{path} has inputs in groups that do not exist: {AGAIN}")
-        return ((values - zeros[group]) * scales[group]).T
-
-
-def _unpack_bits(words: mx.array, bits: int) -> mx.array:
-    """Unpack words (words, columns) to values (words * 32 / bits, columns).
-
-    The values of a column lie end to end, low bits first.
-    """
-    start = [i * bits for i in range(32)]
-    word = mx.array([s // 32 for s in start])
-    offset = mx.array([s % 32 for s in start], dtype=mx.uint32)[:, None]
-    next_word = mx.minimum(word + 1, bits - 1)
-    words = mx.contiguous(words).view(mx.uint32).reshape(-1, bits, words.shape[-1])
-    low = words[:, word] >> offset
-    # A value that crosses into the next word; a shift by 32 is undefined, so none is made.
-    crosses = offset + bits > 32
-    high = mx.where(crosses, words[:, next_word] << ((32 - offset) % 32), 0)
-    values = (low | high) & ((1 << bits) - 1)
-    return values.reshape(-1, words.shape[-1]).astype(mx.int32)
+READERS = {
+    "fp8": read_fp8,
+    "fbgemm_fp8": read_fp8,
+    "modelopt": read_modelopt,
+    "compressed-tensors": read_compressed,
+}
 
 
 def is_packed(store: Store) -> bool:
@@ -251,7 +52,8 @@ def find_scheme(config: Mapping[str, Any], store: Store | None = None) -> Scheme
     if own is not None:
         return MLXScheme(own)
     if declared is None:
-        return None
+        found = isinstance(store, SafetensorsStore) and E4M3 in store.kinds.values()
+        return read_undeclared(read_dtype(config)) if found else None
     method = declared.get("quant_method")
     if method == "awq":
         version = str(declared.get("version") or declared.get("format") or "gemm").lower()
@@ -260,9 +62,11 @@ def find_scheme(config: Mapping[str, Any], store: Store | None = None) -> Scheme
         return AWQScheme()
     if method == "gptq":
         return GPTQScheme(declared)
+    if isinstance(method, str) and method in READERS:
+        return READERS[method](declared, read_dtype(config))
     raise UserError(
         f"the checkpoint is quantized as {method!r}, which cannot be read; supported: MLX, AWQ, "
-        "GPTQ and GGUF. Use the unquantized model"
+        "GPTQ, FP8, compressed-tensors, ModelOpt and GGUF. Use the unquantized model"
     )
 
 
@@ -279,34 +83,44 @@ class UnpackedStore:
         self.packed, self._scheme = store, scheme
         self.packing = scheme.name
         self.runs = isinstance(scheme, MLXScheme)
-        self._paths = {
-            name.removesuffix(scheme.marker)
-            for name in store.shapes
-            if name.endswith(scheme.marker)
-        }
+        types: dict[str, Kind] = dict(store.dtypes)
+        if isinstance(store, SafetensorsStore):
+            types |= store.kinds
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, mx.Dtype | None] = {}
-        for name in store.shapes:
-            path = name.rpartition(".")[0]
-            if path in self._paths and name.endswith(scheme.parts):
-                self.shapes[f"{path}.weight"] = scheme.find_shape(path, store.shapes, store.dtypes)
-                scales = store.dtypes[f"{path}.scales"]
-                self.dtypes[f"{path}.weight"] = scales if is_float(scales) else mx.bfloat16
-            elif path in self._paths and name.endswith(".bias") and self._is_zero(name):
-                continue  # GPTQ exporters write a bias of zeros beside matrices that have none
-            else:
-                self.shapes[name] = store.shapes[name]
-                self.dtypes[name] = store.dtypes[name]
+        self._paths: dict[str, str] = {}  # of packed matrices, by their dense names
+        self._empty_biases: list[str] = []
+        parts: set[str] = set()
+        for path in sorted(scheme.find_paths(store.shapes, types)):
+            name = scheme.name_dense(path)
+            self.shapes[name] = scheme.find_shape(path, store.shapes, types)
+            self.dtypes[name] = scheme.find_dtype(path, types)
+            self._paths[name] = path
+            parts |= {path + part for part in scheme.parts}
+        for name in store.shapes.keys() - parts:
+            if scheme.ignored and name.endswith(scheme.ignored):
+                continue
+            if scheme.pads_biases and self._is_empty_bias(name):
+                self._empty_biases.append(name)
+                continue
+            self.shapes[name], self.dtypes[name] = store.shapes[name], store.dtypes[name]
 
-    def _is_zero(self, name: str) -> bool:
-        return not mx.any(self.packed.read([name])[name] != 0).item()
+    def _is_empty_bias(self, name: str) -> bool:
+        """Whether it is a bias of zeros beside a packed matrix."""
+        beside = name.endswith(".bias") and f"{name.removesuffix('bias')}weight" in self._paths
+        return beside and not mx.any(self.packed.read([name])[name] != 0).item()
 
     def _find_parts(self, name: str) -> list[str]:
         """The tensors on disk that a dense one is made of: itself, if it is not packed."""
-        path = name.removesuffix(".weight")
-        if path not in self._paths or not name.endswith(".weight"):
+        path = self._paths.get(name)
+        if path is None:
             return [name]
         return [path + p for p in self._scheme.parts if path + p in self.packed.shapes]
+
+    def _make(self, name: str, arrays: Mapping[str, mx.array]) -> mx.array:
+        """Make a dense tensor of those on disk."""
+        path = self._paths.get(name)
+        return arrays[name] if path is None else self._scheme.unpack(path, arrays)
 
     def read(self, names: Iterable[str]) -> dict[str, mx.array]:
         """Read the tensors of these names, dense.
@@ -316,12 +130,21 @@ class UnpackedStore:
         """
         parts = {name: self._find_parts(name) for name in names}
         arrays = self.packed.read(part for group in parts.values() for part in group)
-        return {
-            name: arrays[name]
-            if group == [name]
-            else self._scheme.unpack(name.removesuffix(".weight"), arrays)
-            for name, group in parts.items()
-        }
+        return {name: self._make(name, arrays) for name in parts}
+
+    def load(self) -> dict[str, mx.array]:
+        """Return all tensors, dense and in their number types, lazily.
+
+        Biases of zeros are among them: some networks have them.
+
+        Raises:
+            UserError: if parts of a matrix contradict each other.
+        """
+        assert isinstance(self.packed, SafetensorsStore), "no other file is read lazily"
+        arrays = self.packed.load()
+        made = {name: self._make(name, arrays) for name in (*self.shapes, *self._empty_biases)}
+        types = {name: self.dtypes[name] for name in self._paths}
+        return made | {name: made[name].astype(dtype) for name, dtype in types.items() if dtype}
 
     def read_ahead(self, names: Iterable[str]) -> None:
         """Have the system fetch these tensors' parts in the background."""

@@ -4,6 +4,7 @@ Every header is checked before any weight is read. Nothing is unpickled or mappe
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ TYPES = FLOATS | {
     "U8": mx.uint8, "U16": mx.uint16, "U32": mx.uint32, "U64": mx.uint64,
     "I8": mx.int8, "I16": mx.int16, "I32": mx.int32, "I64": mx.int64, "BOOL": mx.bool_,
 }  # fmt: skip
-FP8 = ("F8_E4M3", "F8_E5M2")
+BYTES = ("F8_E4M3", "F8_E8M0")  # number types that MLX has not; read as their bytes, uint8
 WHOLE = "model.safetensors"
 INDEX = f"{WHOLE}.index.json"
 LARGEST = 1 << 31  # MLX's sizes along an axis are 32-bit
@@ -53,6 +54,14 @@ def is_float(dtype: mx.Dtype | None) -> TypeGuard[mx.Dtype]:
     return dtype is not None and dtype in FLOATS.values()
 
 
+def find_usual_dtype(
+    shapes: Mapping[str, Shape], dtypes: Mapping[str, mx.Dtype | None]
+) -> mx.Dtype:
+    """The number type that most matrices have, whatever a config declares."""
+    counts = Counter(d for n, d in dtypes.items() if is_float(d) and len(shapes[n]) > 1)
+    return counts.most_common(1)[0][0] if counts else mx.float32
+
+
 @dataclass(frozen=True)
 class _Tensor:
     """Where a file has a tensor; ``dtype`` is None if MLX has no such number type as ``kind``."""
@@ -66,15 +75,16 @@ class _Tensor:
 
     def read(self, name: str) -> mx.array:
         """The tensor's values. MLX's own reader reports no error when a read fails."""
-        if self.dtype is None:
+        dtype = mx.uint8 if self.kind in BYTES else self.dtype
+        if dtype is None:
             raise UserError(f"{name} in {self.file} has the number type {self.kind}, not read here")
         if self.nbytes == 0:
-            return mx.zeros(self.shape, self.dtype)
+            return mx.zeros(self.shape, dtype)
         *rows, last = self.shape or (1,)
-        array = mx.zeros((*rows, last * self.dtype.size), mx.uint8)
+        array = mx.zeros((*rows, last * dtype.size), mx.uint8)
         mx.eval(array)
         files.fill(self.file, self.offset, array)
-        return array.view(self.dtype).reshape(self.shape)
+        return array.view(dtype).reshape(self.shape)
 
 
 class SafetensorsStore:
@@ -82,7 +92,7 @@ class SafetensorsStore:
 
     Attributes:
         files: the files that they are in, as ``find_weight_files`` lists them.
-        has_fp8: whether there are floats of 8 bits.
+        kinds: the number types that MLX has not, by the tensor's name, as safetensors calls them.
 
     Raises:
         UserError: if there are no such files, if one is missing, truncated, corrupt or outside the
@@ -105,7 +115,7 @@ class SafetensorsStore:
                 self._tensors[name] = tensor
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
         self.dtypes = {name: tensor.dtype for name, tensor in self._tensors.items()}
-        self.has_fp8 = any(tensor.kind in FP8 for tensor in self._tensors.values())
+        self.kinds = {name: t.kind for name, t in self._tensors.items() if t.dtype is None}
 
     def check_unchanged(self) -> None:
         """Check that no file has changed since it was opened.
@@ -126,10 +136,20 @@ class SafetensorsStore:
         """
         return {name: self._tensors[name].read(name) for name in names}
 
+    def load(self) -> dict[str, mx.array]:
+        """Return all tensors, lazily: MLX reads one when it is used."""
+        return {name: array for file in self.files for name, array in _load(file).items()}
+
     def read_ahead(self, names: Iterable[str]) -> None:
         """Have the system fetch these tensors in the background."""
         found = (self._tensors[name] for name in names)
         files.read_ahead((tensor.file, tensor.offset, tensor.nbytes) for tensor in found)
+
+
+def _load(file: Path) -> dict[str, mx.array]:
+    loaded = mx.load(str(file))
+    assert isinstance(loaded, dict)
+    return loaded
 
 
 def read_header(file: Path) -> dict[str, _Tensor]:
@@ -199,7 +219,7 @@ def find_weight_files(folder: Path) -> list[Path]:
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
         why = " (pickled .bin and .pt files are never read)" if pickled else ""
         raise UserError(
-            files.explain_adapters(folder)
+            files.explain_other_formats(folder)
             or f"no model*.safetensors in {folder}{why}: give a safetensors checkpoint"
         )
     return found

@@ -2,11 +2,11 @@
 
 The file holds the bytes of each token by rank, the special tokens, and the rule by which text is
 cut into words. The special tokens have the first ids. A merge is any pair of tokens that together
-are a token, the lower its rank the earlier.
+are a token, the lower its rank the earlier. transformers' own reader of the file needs
+mistral-common for those that list no special tokens, as Mistral Nemo's, and puts no <s> first.
 """
 
 import base64
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from ..errors import UserError
 from . import files
 from .gguf_tokenizer import check_lengths, find_merges, make_frame
+from .tekken_chat import UNKNOWN_CHATS, make_template
 
 TEKKEN = "tekken.json"
 ROLES = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": "<pad>"}
@@ -28,28 +29,6 @@ FIRST_SPECIALS = (
     "[TOOL_CONTENT]",
 )  # fmt: skip
 SILENT = ("v1", "v2", "v3", "v7")
-# The chats of these versions, as text alone: who wrote the model may send a better template along.
-SYSTEM_WITH_USER, SYSTEM_APART = ("v1", "v2", "v3"), ("v7", "v11", "v13")
-TURNS = (
-    "{%- elif message['role'] == 'assistant' %}{{ message['content'].rstrip() + eos_token }}"
-    "{%- else %}{{ raise_exception('a turn of ' + message['role'] + ' is not supported') }}"
-    "{%- endif %}{%- endfor %}"
-)
-TEMPLATE_APART = (
-    "{{ bos_token }}{%- for message in messages %}{%- if message['role'] == 'system' %}"
-    "{{ '[SYSTEM_PROMPT]' + message['content'] + '[/SYSTEM_PROMPT]' }}"
-    "{%- elif message['role'] == 'user' %}{{ '[INST]' + message['content'] + '[/INST]' }}" + TURNS
-)
-TEMPLATE_WITH_USER = (
-    "{{ bos_token }}{%- set said = messages | selectattr('role', 'equalto', 'system')"
-    " | map(attribute='content') | join('\\n\\n') %}"
-    "{%- set users = messages | selectattr('role', 'equalto', 'user') | list %}"
-    "{%- set last = namespace(left=users | length) %}"
-    "{%- for message in messages %}{%- if message['role'] == 'system' %}"
-    "{%- elif message['role'] == 'user' %}{%- set last.left = last.left - 1 %}"
-    "{{ '[INST]' + (said + '\\n\\n' if said and not last.left else '') + message['content']"
-    " + '[/INST]' }}" + TURNS
-)
 
 
 def read_tekken(file: Path) -> PreTrainedTokenizerFast:
@@ -89,12 +68,15 @@ def _make_tokenizer(content: dict[str, Any], file: Path) -> PreTrainedTokenizerF
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=True) for t in specials])
     roles = {role: token for role, token in ROLES.items() if token in specials}
+    template = make_template(config.get("version"), specials)
+    unknown = {} if template else {UNKNOWN_CHATS: str(config.get("version"))}
     tokenizer.post_processor = make_frame(tokenizer, roles.get("bos"), None)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        chat_template=_choose_template(config.get("version"), specials),
+        chat_template=template,
         clean_up_tokenization_spaces=False,
         fix_mistral_regex=False,  # transformers warns of a rule that this file does not have
+        **unknown,
         **{f"{role}_token": token for role, token in roles.items()},
     )
 
@@ -112,12 +94,3 @@ def _list_specials(content: dict[str, Any], file: Path) -> list[str]:
         if len(named) < len(listed) or not all(rank in range(count) for rank in named):
             raise UserError(f"{file} has a broken list of special tokens: download it again")
     return [named.get(i, f"<SPECIAL_{i}>") for i in range(count)]
-
-
-def _choose_template(version: Any, specials: Sequence[str]) -> str | None:
-    """A chat template for text; None where the version's is not known."""
-    if "[INST]" not in specials:
-        return None
-    if version in SYSTEM_APART and "[SYSTEM_PROMPT]" in specials:
-        return TEMPLATE_APART
-    return TEMPLATE_WITH_USER if version in SYSTEM_WITH_USER else None

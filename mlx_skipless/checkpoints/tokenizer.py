@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import mlx_lm.utils
 import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from ..errors import UserError, first_line
 from . import files, hub
@@ -32,10 +33,12 @@ TOKENIZER_FILES = (
     PROCESSOR_TEMPLATE,
     f"{files.TEMPLATES}/*.jinja",
 )
-# For a config.json of a model type of ours: transformers, which reads tokenizers for mlx-lm, warns
-# of a type that it does not know unless it finds settings of none.
+# For a config.json of a type that transformers does not know. It reads tokenizers for mlx-lm, warns
+# of such a type, and fails over a scaled RoPE of one, unless it finds settings of none.
 NO_MODEL_TYPE = {"transformers": {"model_type": ""}}
 GENERATION_CONFIG = "generation_config.json"
+# What rules cut differently: contractions, capitals, numbers, marks, runs of spaces and lines.
+PROBE = "It's WE'LL fooBar_baz(x);  12345 1.5\n\n\te\u0301t\u00e9 \u65e5\u672c/\r\n   end "
 GIVE_CHECKPOINT = "give a checkpoint with a Hugging Face tokenizer"
 
 
@@ -118,7 +121,24 @@ def _save_tokenizer(checkpoint: Opened, folder: Path, trust_remote_code: bool) -
             tokenizer = _read_tokenizer(checkpoint.path, checkpoint.config, trust_remote_code)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
+            if isinstance(checkpoint.store, GGUFStore):
+                _check_read_back(tokenizer, folder, checkpoint.path)
     return tokenizer is not None
+
+
+def _check_read_back(tokenizer: Any, folder: Path, source: Path) -> None:
+    """Check that transformers reads what was written; for some types it has rules of its own.
+
+    Raises:
+        UserError: if it cuts text otherwise.
+    """
+    config = read_json(folder / "config.json")
+    read = _read_tokenizer(folder, config, trust_remote_code=False)
+    if read(PROBE).input_ids != tokenizer(PROBE).input_ids:
+        raise UserError(
+            f"transformers cuts text for a {config['model_type']} by a rule of its own and not by "
+            f"that of {source}: convert the Hugging Face model instead"
+        )
 
 
 @contextlib.contextmanager
@@ -229,10 +249,16 @@ def _read_tokenizer(
         return transformers.AutoTokenizer.from_pretrained(str(ready), **options)
 
 
+def tell_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what config.json needs for transformers to read the tokenizer beside it."""
+    return {} if config.get("model_type") in CONFIG_MAPPING_NAMES else NO_MODEL_TYPE
+
+
 def _make_options(config: Mapping[str, Any], trust_remote_code: bool) -> dict[str, Any]:
-    """Options of transformers' ``AutoTokenizer``, which does not know this package's model type."""
+    """Options of transformers' ``AutoTokenizer``, which does not know all of mlx-lm's types."""
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if config.get("model_type") == "skipless":
+    own = config.get("model_type") == "skipless"
+    if own or (tell_transformers(config) and not trust_remote_code):
         options["config"] = transformers.PreTrainedConfig()
     return options
 

@@ -20,9 +20,9 @@ from ..network.magnitudes import Magnitude, NotFinite, Watch
 from ..network.metrics import measure_kl, measure_nll
 from ..network.model import ModelArgs
 from ..network.names import EMBEDDING, FINAL_NORM, HEAD
-from ..network.parts import Arrays, ChangedParts, Parts
+from ..network.parts import Arrays, ChangedParts, Parts, tensors_of
 from ..progress import Steps, tell_part
-from ..removal.products import UNIT_ROUNDOFF
+from ..removal.products import UNIT_ROUNDOFF, check_finite
 
 HEAD_TOKENS = 128  # whose logits are in memory at a time
 CERTAIN = 1e-5  # relative logit error of a float32 result that nobody asks about
@@ -218,8 +218,12 @@ def _run_layers(network: Driver, tokens: mx.array, watch: Watch, complaint: str)
     try:
         return network.hidden(tokens, watch=watch)
     except NotFinite as error:
-        if complaint == SOURCE_OVERFLOWS and error.first.dtype == "float16":
-            complaint = COPY_OVERFLOWS
+        if complaint == SOURCE_OVERFLOWS:
+            for layer, block in network.walk():
+                inside = tensors_of(block).items()
+                check_finite({f"{network.paths[layer]}.{name}": array for name, array in inside})
+            if error.first.dtype == "float16":
+                complaint = COPY_OVERFLOWS
         raise UserError(complaint.format(error.first.dtype, error.first.where)) from error
 
 

@@ -22,6 +22,7 @@ from ..constants import BUNDLED
 from ..errors import UserError
 from ..inference.loading import load_network
 from ..inference.stock import open_network
+from ..inference.unpacking import unpack
 from ..memory import machine_memory_bytes, peak_memory_bytes
 from ..network import model as model_module
 from ..network.driver import RESIDENT_BYTES, Driver, StreamedNetwork
@@ -112,7 +113,7 @@ def convert(
     if (stock := find_source(options)) is None:
         report = _convert(Job(options, open_source(options), text), watch)
     else:
-        report = _convert_stock(StockJob(options, stock, text), watch)
+        report = _convert_stock(StockJob(options, stock, text, notes=stock.notes), watch)
     if options.upload_repo is not None and not options.dry_run:
         watch("uploading", 0, 1)
         hub.upload(Path(options.mlx_path), options.upload_repo)
@@ -153,6 +154,19 @@ def _convert(job: Job, watch: Stopwatch) -> Report:
 
 def _convert_stock(job: StockJob, watch: Stopwatch) -> Report:
     """Convert a network that only mlx-lm knows."""
+    options, source = job.options, job.source
+    if options.dry_run:
+        return _convert_folder(job, watch)
+    dtype: mx.Dtype | None = getattr(mx, options.dtype) if options.dtype else None
+    where, packed = Path(options.mlx_path), not job.requantized
+    if source.gguf is not None:
+        check_job(job, open_network(source))  # before what takes long
+    with unpack(source, where, dtype=dtype, packed=packed, progress=watch) as folder:
+        return _convert_folder(replace(job, source=folder), watch)
+
+
+def _convert_folder(job: StockJob, watch: Stopwatch) -> Report:
+    """Convert what mlx-lm loads; a plan alone may do without weights."""
     options, source, network = job.options, job.source, open_network(job.source)
     check_job(job, network)
     model, config = job.build_result(network)

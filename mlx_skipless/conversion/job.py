@@ -133,7 +133,8 @@ class Job:
         stored = self.opened.packed_placeholders()
         if checkpoint.args.tie_word_embeddings:  # a head on disk is not read
             stored = {name: a for name, a in stored.items() if not name.startswith(f"{HEAD}.")}
-        return PackedLayout(args, self.dtype, None, stored, self.opened.packed_settings)
+        settings, scale = self.opened.packed_settings, checkpoint.args.embedding_scale
+        return PackedLayout(args, self.dtype, None, stored, settings, scale)
 
     @property
     def whole_layout(self) -> Layout:

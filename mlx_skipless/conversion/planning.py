@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.gguf_file import GGUFStore
 from ..errors import UserError
 from ..network.model import Model
 from ..progress import Progress
@@ -107,6 +108,8 @@ def choose_form(job: Job) -> Form:
     # What one matrix holds has bits of its own only as a whole.
     split = options.mixes_bits and bool(family.fused)
     notes = []
+    if form.packed and isinstance(store := job.opened.store, GGUFStore):
+        notes.append(store.packed.describe())
     if forgets_window:
         notes.append(FORGETS_WINDOW.format(args.sliding_window))
         expressed = True
@@ -158,6 +161,7 @@ def _can_stay_packed(job: Job) -> bool:
     """Whether what nothing touches can stay packed as it is."""
     options = job.options
     in_place = bool(options.drops) or options.precompute_first_layer is not None
+    in_place |= isinstance(job.checkpoint, Checkpoint) and isinstance(job.opened.store, GGUFStore)
     changed = options.dtype or options.fold_norms or options.skipless or options.quantization
     checkpoint = job.checkpoint
     packed = isinstance(checkpoint, Checkpoint) and checkpoint.packed_by_mlx and checkpoint.is_whole

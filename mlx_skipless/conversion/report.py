@@ -185,9 +185,10 @@ def add_calibration(report: Report, passages: Passages) -> Report:
 
 
 def add_tokenizer(report: Report, tokenizer: GuardedTokenizer | None) -> Report:
-    """Add what is wrong with a result's tokenizer, or that it has none."""
+    """Add what there is to know of a result's tokenizer, or that it has none."""
     if tokenizer is not None:
-        return replace(report, warnings=(*report.warnings, *tokenizer.warnings))
+        notes, warnings = (*report.notes, *tokenizer.notes), tokenizer.warnings
+        return replace(report, notes=notes, warnings=(*report.warnings, *warnings))
     note = "the source has no tokenizer, so the result has none: put one into its folder"
     return replace(report, notes=(*report.notes, note))
 

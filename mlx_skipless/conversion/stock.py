@@ -19,13 +19,14 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import dequantize_model, get_total_parameters
 
 from ..architectures.families import FAMILIES
+from ..architectures.wrappers import drop_other_parts
 from ..checkpoints.guarded import GuardedTokenizer
-from ..checkpoints.tokenizer import carry_tokenizer, load_tokenizer
+from ..checkpoints.tokenizer import carry_tokenizer, load_tokenizer, tell_transformers
 from ..checkpoints.writer import SHARD_BYTES, Writer
 from ..constants import BUNDLED
 from ..errors import UserError
-from ..inference.loading import load_network
-from ..inference.stock import StockSource, find_stock
+from ..inference.loading import QUANTIZATION_KEYS, load_network
+from ..inference.stock import StockSource, find_stock, forget_quantization
 from ..memory import machine_memory_bytes
 from ..network import reduced
 from ..network.stock import StandIns, StockNetwork
@@ -59,8 +60,9 @@ def find_source(options: Options) -> StockSource | None:
     """
     if options.model is None and not options.replacements:
         return None
+    model = BUNDLED if options.model is None else options.model
     source = find_stock(
-        BUNDLED if options.model is None else options.model,
+        model,
         revision=options.revision,
         config_only=options.dry_run,
         trust_remote_code=options.trust_remote_code,
@@ -69,11 +71,11 @@ def find_source(options: Options) -> StockSource | None:
     if source is None:
         if options.replacements:
             raise UserError(
-                f"{list_flags(options)}: that is for folders of models that mlx-lm runs, and "
-                f"{options.model} is none"
+                f"{list_flags(options)}: that is for models that mlx-lm's own code runs, and "
+                f"{model} is none"
             )
         return None
-    if source.store is None and not options.dry_run:
+    if source.store is None and source.gguf is None and not options.dry_run:
         raise UserError(f"{source.name} has no weights: add --dry-run, or give the model")
     if reduced.DROPPED in source.config and (options.drops or options.replacements):
         raise UserError(
@@ -128,6 +130,11 @@ class StockJob:
         return options.quantization is not None and asked
 
     @property
+    def requantized(self) -> bool:
+        """Whether packed matrices do not stay as they are."""
+        return self.options.quantization is not None or self.options.dtype is not None
+
+    @property
     def dtype(self) -> mx.Dtype:
         """Type of the result's weights that are not quantized."""
         name = self.options.dtype
@@ -158,10 +165,16 @@ class StockJob:
         config = dict(self.config or self.source.config)
         if self.layers is not None:
             model, config = shorten_network(model, network.paths, config, self.layers)
-        config.pop("vision_config", None)
-        if self.source.is_packed and (options.quantization or options.dtype):
+        config = drop_other_parts(config)
+        if not options.trust_remote_code:  # the code that it names is not carried
+            config.pop("auto_map", None)
+        config |= tell_transformers(config)
+        if self.source.is_packed and self.requantized:
             model = dequantize_model(model)
-            config = {k: v for k, v in config.items() if not k.startswith("quantiz")}
+        if not any("scales" in module for module in model.modules()):
+            config = forget_quantization(config)
+        elif config.get("quantization") is None:  # published as mlx-lm runs it
+            config |= dict.fromkeys(QUANTIZATION_KEYS, self.source.quantization)
         if options.dtype is not None:
             model.set_dtype(self.dtype)
         dropped = self._name_parts(self.dropped, network.sublayers)
@@ -224,14 +237,24 @@ def check_job(job: StockJob, network: StockNetwork) -> None:
         "--precompute-first-layer": options.precompute_first_layer is not None,
     }
     for flag, asked in exact.items():
+        if asked and options.replacements:
+            raise UserError(
+                f"{flag} and {list_flags(options)}: matrices are put in the place of sub-layers of "
+                "mlx-lm's own network alone; drop one"
+            )
         if asked:
             raise UserError(
-                f"{flag}: that is not known of a {job.source.config['model_type']}, only of "
+                f"{flag}: that is not known of a {job.source.kind}, only of "
                 f"{', '.join(sorted(FAMILIES))}; sub-layers can go of whatever mlx-lm runs, and "
                 "-q quantizes it"
             )
     if options.distill and any(isinstance(m, SwitchLinear) for m in job.source.model.modules()):
         raise UserError("--distill is not for models with experts: drop it")
+    _check_wishes(options, network)
+
+
+def _check_wishes(options: Options, network: StockNetwork) -> None:
+    """Check that as many sub-layers as are asked for can go, or be replaced."""
     spared, layers = find_spared(network), len(network.paths)
     drops, replacements = map(list_wishes, (options.drops, options.replacements))
     for verb, wish in (*(("drop", w) for w in drops), *(("replace", w) for w in replacements)):

@@ -18,6 +18,7 @@ from ..progress import Progress
 from ..quantization import bits, sensitivity
 from ..quantization.distillation import distill
 from ..quantization.modules import CalibratedModules, read_formats
+from ..removal.products import check_finite
 from ..text.samples import Passages
 from .stock import StockJob, write_config
 
@@ -60,11 +61,14 @@ def write(
             tell(done, len(layers) + 1)
         elif dense.is_chain:
             fits.layer(done)
-        writer.add({f"{path}.{name}": array for name, array in tensors_of(layer).items()})
+        written = {f"{path}.{name}": array for name, array in tensors_of(layer).items()}
+        check_finite(written)
+        writer.add(written)
         layer.clear()
     if fits is not None:
         fits.head()
-    writer.add(tensors_of(model))
+    check_finite(rest := tensors_of(model))
+    writer.add(rest)
     writer.finish_weights(weights)
     tell(len(layers) + 1, len(layers) + 1)
     if job.options.distill and tokens is not None:

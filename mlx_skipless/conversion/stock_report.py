@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..architectures.wrappers import describe_left_out
 from ..errors import UserError
 from ..inference.sizes import count_bytes_read, count_cache_bytes
 from ..network import reduced
@@ -48,11 +49,12 @@ def make_report(
     options = job.options
     nothing = not (options.drops or options.replacements or options.quantization)
     bytes_after = _total(after, 1)
+    left_out = filter(None, [describe_left_out(source.config)])
     return Report(
         source=source.name,
         output=None,
-        packing=_describe_packing(source.model),
-        kept_packed=source.is_packed and not (job.options.quantization or job.options.dtype),
+        packing=source.packing if source.gguf is None else source.gguf.packing,
+        kept_packed=source.is_packed and not job.requantized,
         dtype=dtype_name(job.dtype),
         quantization=config.get("quantization"),
         packings=tuple(Packing(*one, count) for one, count in formats.most_common()),
@@ -71,7 +73,7 @@ def make_report(
         cache_bytes_before=count_cache_bytes(source.model, 1),
         cache_bytes_after=_try(model),
         rows=tuple(_make_rows(job, paths, before, after)),
-        notes=(*job.notes, *_describe_path(job), *describe_bits(job.bits)),
+        notes=(*left_out, *job.notes, *_describe_origin(job), *describe_bits(job.bits)),
         advice=(SAVINGS,) if nothing else (),
         warnings=(),
         verification=None,
@@ -102,15 +104,14 @@ def add_wishes(report: Report, job: StockJob, network: StockNetwork) -> Report:
     return replace(report, notes=(*report.notes, *notes), stock=stock)
 
 
-def _describe_path(job: StockJob) -> Iterator[str]:
+def _describe_origin(job: StockJob) -> Iterator[str]:
+    if (file := job.source.gguf) is not None:
+        yield from file.notes
+        if job.source.is_packed and not job.requantized:
+            yield file.packed.describe()
     if job.path:
         steps = ", ".join(map(str, job.path))
         yield f"loss on the text, nats per token, whole and after each drop: {steps}"
-
-
-def _describe_packing(model: nn.Module) -> str | None:
-    bits = Counter(m.bits for m in model.modules() if "scales" in m)
-    return f"MLX {bits.most_common(1)[0][0]}-bit" if bits else None
 
 
 def _measure_sizes(model: nn.Module) -> Sizes:

@@ -10,7 +10,7 @@ import mlx.core as mx
 from ..architectures.family import DROP_LISTS
 from ..architectures.tensors import rename_to_source, to_source_module, to_source_names
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.tokenizer import NO_MODEL_TYPE
+from ..checkpoints.tokenizer import tell_transformers
 from ..checkpoints.writer import Writer
 from ..network.model import Model, ModelArgs
 from ..network.names import EMBEDDING, FINAL_NORM, HEAD, is_stream_norm_weight
@@ -74,7 +74,7 @@ def make_config(job: Job) -> dict[str, Any]:
         config = {key: source[key] for key in keep if key in source}
         config |= {k: v for k, v in asdict(args).items() if v is not None}
         config |= {"model_file": MODEL_FILE, "architectures": ["SkiplessForCausalLM"]}
-        config |= NO_MODEL_TYPE
+    config |= tell_transformers(config)
     config["torch_dtype"] = dtype_name(layout.dtype)
     config.pop("dtype", None)
     if layout.config_entry is not None:

@@ -553,10 +553,9 @@ def _find_stock_notes(
     source: StockSource, network: StockNetwork, config_only: bool
 ) -> Iterator[str]:
     """Say what the figures of a network that only mlx-lm knows do not."""
-    kind = source.config["model_type"]
     yield (
-        f"of a {kind} only mlx-lm's network is known: condition numbers and what exact removals "
-        "save are not"
+        f"of a {source.kind} only mlx-lm's network is known: condition numbers and what exact "
+        "removals save are not"
     )
     if config_only:
         yield CONFIG_ALONE
@@ -579,8 +578,9 @@ def _analyze_stock(
 ) -> Analysis:
     """Measure what a network that only mlx-lm knows could do without."""
     if source.store is None and not config_only:
+        way_out = "use another export" if source.gguf is None else "`convert` it first"
         raise UserError(
-            f"{source.name} has no weights in safetensors: add --config-only, or use another export"
+            f"{source.name} has no weights in safetensors: add --config-only, or {way_out}"
         )
     network = open_network(source)
     sizes = _StockSizes(source, network)

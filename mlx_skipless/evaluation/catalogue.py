@@ -11,6 +11,7 @@ import mlx_lm.models
 from ..architectures.config import read_model_args
 from ..architectures.families import FAMILIES
 from ..architectures.shapes import MODELS
+from ..architectures.wrappers import WRAPPERS
 from ..constants import REMOVALS
 from ..network.model import ModelArgs
 from ..quantization.layout import Layout, compare_sizes
@@ -74,7 +75,7 @@ def list_other_types() -> list[str]:
         for file in files
         if all(re.search(one, file.read_text("utf-8"), re.M) for one in needed)
     )
-    return sorted({*networks} - FAMILIES.keys())
+    return sorted({*networks} - FAMILIES.keys() - WRAPPERS.keys())
 
 
 def _make_entry(name: str) -> Entry:

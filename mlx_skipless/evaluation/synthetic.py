@@ -15,6 +15,7 @@ from ..architectures.families import FAMILIES, find_family
 from ..architectures.family import Config, Family
 from ..architectures.shapes import MODELS
 from ..architectures.tensors import to_published_names, to_source_names
+from ..architectures.wrappers import take_text_model
 from ..checkpoints.files import read_json
 from ..checkpoints.writer import Writer
 from ..constants import FLOAT_NAMES
@@ -89,7 +90,7 @@ def find_shape(name: str) -> Shape:
         path = path / "config.json"
     if path.is_file() or path.suffix == ".json":
         title = path.absolute().parent.name if path.name == "config.json" else path.stem
-        config = read_json(path)
+        config, _ = take_text_model(read_json(path), weights=False)
     else:
         title = _find_model(stem)
         config = MODELS[title]

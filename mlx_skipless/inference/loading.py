@@ -2,8 +2,6 @@
 
 import contextlib
 import glob
-import inspect
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -18,12 +16,13 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..architectures.config import check_sizes, read_model_args
 from ..architectures.families import FAMILIES, find_family
-from ..architectures.family import DROP_LISTS, read_dropped
+from ..architectures.family import DROP_LISTS, Family, read_dropped
 from ..architectures.tensors import find_places, list_shapes
+from ..architectures.wrappers import is_wrapper, take_text_model
 from ..checkpoints import files, hub
 from ..checkpoints.files import ADAPTER_CONFIG, ADAPTERS, PEFT_ADAPTERS, read_config
 from ..checkpoints.packed import is_packed
-from ..checkpoints.safetensors import FLOATS, SafetensorsStore, is_float, read_header
+from ..checkpoints.safetensors import FLOATS, SafetensorsStore, Store, is_float, read_header
 from ..checkpoints.tokenizer import load_tokenizer
 from ..errors import UserError
 from ..network import reduced
@@ -31,6 +30,8 @@ from ..network.model import Model, ModelArgs
 from ..network.parts import dtype_name
 from ..options import expand_path
 from .context import read_context
+from .decoding import build_decoded, open_decoded
+from .old_keys import add_old_keys
 
 MOST_SAID = 300  # characters of a library's error
 QUANTIZATION_KEYS = ("quantization", "quantization_config")
@@ -102,24 +103,26 @@ def load_network(
     config, own = _read_config(folder, path_or_hf_repo, trust_remote_code)
     store = SafetensorsStore(folder)
     check_sizes(config, len(store.shapes))
-    packed = is_packed(store)
-    overrides: dict[str, Any] = {"model_file": None} if own else {}
-    if config.get("model_type") == "skipless":
-        tensors = list_shapes(find_places(find_family(config), store.shapes), store.shapes)
-        overrides |= asdict(read_model_args(config, tensors))
-    else:
-        overrides |= _tell_mlx_lm(config, None if packed else store, path_or_hf_repo)
-    if not packed:  # a declaration may be left over; mlx-lm would believe it
-        overrides |= dict.fromkeys(QUANTIZATION_KEYS)
-    with _explain_errors(path_or_hf_repo, store), _show(folder, store.files) as shown:
-        model, config = mlx_lm.utils.load_model(
-            shown,
-            lazy=True,
-            model_config=overrides,
-            get_model_classes=_get_own_classes if own else mlx_lm.utils._get_classes,
-            trust_remote_code=trust_remote_code and not own,
-        )
-        _check_types(model, folder, store.has_fp8)
+    packed, decoded = is_packed(store), None
+    classes = _get_own_classes if own else mlx_lm.utils._get_classes
+    with _explain_errors(path_or_hf_repo, store):
+        if packed and (own or not config.get("model_file")):
+            decoded = open_decoded(config, store, classes)
+        stays = packed and decoded is None
+        overrides = _find_overrides(config, own, decoded or store, stays, path_or_hf_repo)
+        if decoded is not None:
+            config = mlx_lm.utils.load_config(folder) | overrides
+            model = build_decoded(config, decoded, classes)
+        else:
+            with _show(folder, store.files) as folder_shown:
+                model, config = mlx_lm.utils.load_model(
+                    folder_shown,
+                    lazy=True,
+                    model_config=overrides,
+                    get_model_classes=classes,
+                    trust_remote_code=trust_remote_code and not own,
+                )
+        _check_types(model, folder)
         model.context = read_context(config)
         if adapter_path is not None:
             model = _apply_adapters(model, expand_path(adapter_path))
@@ -152,9 +155,30 @@ def _read_config(
     return config, own
 
 
-def _tell_mlx_lm(
-    config: dict[str, Any], store: SafetensorsStore | None, name: str | Path
+def _find_overrides(
+    config: dict[str, Any], own: bool, store: Store, packed: bool, name: str | Path
 ) -> dict[str, Any]:
+    """Find what mlx-lm shall take for a config's entries.
+
+    Args:
+        config: the config.json of the model that the user called ``name``.
+        own: whether this package's own code builds its network.
+        store: its tensors.
+        packed: whether some of them are packed.
+        name: what the user called the model.
+    """
+    overrides: dict[str, Any] = {"model_file": None} if own else {}
+    if config.get("model_type") == "skipless":
+        tensors = list_shapes(find_places(find_family(config), store.shapes), store.shapes)
+        overrides |= asdict(read_model_args(config, tensors))
+    else:
+        overrides |= tell_mlx_lm(config, None if packed else store, name)
+    if not packed:  # a declaration may be left over; mlx-lm would believe it
+        overrides |= dict.fromkeys(QUANTIZATION_KEYS)
+    return overrides
+
+
+def tell_mlx_lm(config: dict[str, Any], store: Store | None, name: str | Path) -> dict[str, Any]:
     """Put what a config means into the keys that mlx-lm's own network reads.
 
     It has defaults of its own for keys that are missing, and some are: transformers 5 writes
@@ -168,8 +192,10 @@ def _tell_mlx_lm(
     Raises:
         UserError: if mlx-lm's network would compute something else without a word.
     """
-    family = FAMILIES.get(str(config.get("model_type")))
-    if any(map(bool, read_dropped(config).values())):
+    text, family = config, FAMILIES.get(str(config.get("model_type")))
+    if is_wrapper(config):
+        text, family = take_text_model(config, weights=store is not None)
+    if any(map(bool, read_dropped(text).values())):
         way_out = f"`convert.py --model {name}` makes one that does not"
         if family is None:
             way_out = "use the model that it was made of, and drop from that"
@@ -177,7 +203,21 @@ def _tell_mlx_lm(
             f"{name} lacks sub-layers ({', '.join(DROP_LISTS)}), which mlx-lm's own network of a "
             f"{config['model_type']} ignores: {way_out}"
         )
-    if family is None or family.stock is None:
+    old = add_old_keys(config)
+    settings = {key: value for key, value in old.items() if config.get(key) != value}
+    if family is not None:
+        settings |= _tell_family(text, family, store, name)
+    return {"text_config": text | settings} if is_wrapper(config) else settings
+
+
+def _tell_family(
+    config: dict[str, Any], family: Family, store: Store | None, name: str | Path
+) -> dict[str, Any]:
+    """Put what the config of a known family means into the keys that mlx-lm's network reads.
+
+    Arguments and errors are those of ``tell_mlx_lm``.
+    """
+    if family.stock is None:
         return {}
     try:
         shapes = None
@@ -231,20 +271,13 @@ def _explain_errors(name: str | Path, store: SafetensorsStore) -> Iterator[None]
         said = " ".join(str(error).split())[:MOST_SAID]
         if not isinstance(error, ValueError) or not said:
             said = f"{type(error).__name__} {said}".strip()
-        gptq = any(tensor.endswith(".qweight") for tensor in store.shapes)
-        way_out = f"`convert.py --model {name}` reads it" if gptq else "correct its config.json"
         raise UserError(
-            f"{name} cannot be loaded ({said}): {way_out}, or use another export"
+            f"{name} cannot be loaded ({said}): correct its config.json, or use another export"
         ) from error
 
 
-def _check_types(model: nn.Module, folder: Path, has_fp8: bool) -> None:
+def _check_types(model: nn.Module, folder: Path) -> None:
     """Refuse weights that are no floats, unless they are packed: MLX would compute with them."""
-    if has_fp8 and not _reads_fp8(model):
-        raise UserError(
-            f"{folder} has floats of 8 bits, whose bytes mlx-lm takes for whole numbers in "
-            f"{type(model).__module__}: use the model in bfloat16"
-        )
     for path, module in model.named_modules():
         packed = any("scale" in key for key in module)
         for key, array in module.items():
@@ -254,14 +287,6 @@ def _check_types(model: nn.Module, folder: Path, has_fp8: bool) -> None:
                     f"{path}.{key} in {folder} is of the type {dtype_name(array.dtype)}, and "
                     f"weights are {', '.join(map(dtype_name, FLOATS.values()))}: use another export"
                 )
-
-
-def _reads_fp8(model: nn.Module) -> bool:
-    """Whether mlx-lm decodes 8-bit floats for a model, or keeps them packed; not all of it does."""
-    if any("scales" in module for module in model.modules()):
-        return True
-    kinds = {kind.__module__ for module in model.modules() for kind in type(module).__mro__}
-    return any("from_fp8" in inspect.getsource(sys.modules[k]) for k in kinds if "mlx_lm" in k)
 
 
 def try_forward(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ Built and tested for mlx-lm 0.32.
 
 # No `from __future__ import annotations`: mlx-lm runs this file without registering it as a module,
 # and dataclass could not resolve string annotations then.
+import math
 import warnings
 from dataclasses import dataclass, field
 from functools import partial
@@ -98,6 +99,9 @@ class ModelArgs(BaseModelArgs):
     rope_traditional: bool = False  # pairs are neighbours, not the halves of what is rotated
     # RoPE scaling; not "rope_scaling", which transformers checks without knowing this architecture.
     rope: Optional[Dict[str, Any]] = None
+    # With a growth behind RoPE: query * (1 + query_growth * log(1 + floor(position / query_step))).
+    query_growth: float = 0.0
+    query_step: int = 0
     max_position_embeddings: Optional[int] = None
     sliding_window: Optional[int] = None
     layer_types: List[str] = field(default_factory=list)  # full_attention or sliding_attention
@@ -290,6 +294,13 @@ def add_scaled(x: mx.array, y: mx.array, scale: mx.array) -> mx.array:
 
 
 @partial(mx.compile, shapeless=True)
+def grow(queries: mx.array, positions: mx.array, growth: float, step: int) -> mx.array:
+    """Scale queries (batch, heads, length, head_dim) by their positions, (..., length, 1)."""
+    steps = mx.maximum(positions, 0) // step  # padding on the left has none
+    return queries * (1 + growth * mx.log(1 + steps)).astype(queries.dtype)
+
+
+@partial(mx.compile, shapeless=True)
 def blend(x: mx.array, x_scale: mx.array, y: mx.array, y_scale: mx.array) -> mx.array:
     """Compute x * x_scale + y * y_scale in one kernel."""
     return x * x_scale + y * y_scale
@@ -310,6 +321,7 @@ class Attention(nn.Module):
         self.n_kv_heads = args.num_key_value_heads
         self.head_dim = args.head_dim
         self.scale = args.head_dim**-0.5
+        self.growth, self.step = args.query_growth, args.query_step
         self.group: Optional[mx.distributed.Group] = None
         width, kv_width = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
 
@@ -388,6 +400,22 @@ class Attention(nn.Module):
         """Norm heads, (batch, length, n, head_dim), if there is a norm: (batch, n, length, ...)."""
         return (x if norm is None else norm(x)).transpose(0, 2, 1, 3)
 
+    def grow_queries(
+        self, queries: mx.array, offset: Union[int, mx.array]
+    ) -> Tuple[mx.array, float]:
+        """Let queries (batch, heads, length, head_dim) grow with their positions from ``offset``.
+
+        Returns queries and the scale of their scores: where all grow alike, that alone changes.
+        """
+        if not self.growth:
+            return queries, self.scale
+        length = queries.shape[2]
+        if isinstance(offset, int) and offset % self.step + length <= self.step:
+            return queries, self.scale * (1 + self.growth * math.log(1 + offset // self.step))
+        positions = offset.reshape(-1, 1, 1, 1) if isinstance(offset, mx.array) else offset
+        positions = positions + mx.arange(length)[:, None]
+        return grow(queries, positions, self.growth, self.step), self.scale
+
     def separate_heads(self, x: mx.array) -> mx.array:
         """Give heads side by side, (..., heads * head_dim), or a number for each, an axis each.
 
@@ -421,12 +449,13 @@ class Attention(nn.Module):
         offset = cache.offset if cache is not None else 0
         queries = self.rope(queries, offset=offset)
         keys = self.rope(keys, offset=offset)
+        queries, scale = self.grow_queries(queries, offset)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
 
         def attend(queries: mx.array) -> mx.array:
             out = scaled_dot_product_attention(
-                queries, keys, values, cache=cache, scale=self.scale, mask=mask
+                queries, keys, values, cache=cache, scale=scale, mask=mask
             )
             return out.transpose(0, 2, 1, 3)
 

@@ -190,10 +190,12 @@ class PackedLayout(Layout):
     Attributes:
         stored: the source's tensors, lazy, by canonical name.
         entry: the source's ``quantization`` in config.json.
+        scale: what the source's embedding is multiplied by when it enters the stream.
     """
 
     stored: Mapping[str, mx.array] = field(default_factory=dict)
     entry: Mapping[str, Any] = field(default_factory=dict)
+    scale: float = 1.0
 
     @cached_property
     def tensors(self) -> dict[str, mx.array]:
@@ -218,9 +220,9 @@ class PackedLayout(Layout):
     def pack_table(self, rows: mx.array, stored: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """Pack the first layer's table as the source's embedding is packed.
 
-        The columns that are the embedding itself are taken from the source as they are. The rows
-        stay dense if the source's embedding is, or if the other columns are no whole number of
-        groups.
+        Columns that are the embedding itself, unscaled, are taken from the source as they are. The
+        rows stay dense if the source's embedding is, or if the other columns are no whole number
+        of groups.
 
         Args:
             rows: (vocabulary, row).
@@ -231,7 +233,8 @@ class PackedLayout(Layout):
         group_size, bits, mode = MLXScheme(self.entry).find_settings(EMBEDDING)
         form = Format(bits, group_size, mode, self.dtype)
         widths = self.args.row_widths()
-        same = widths.get("x", 0) if self.args.block == "serial" else 0
+        itself = self.args.block == "serial" and self.scale == 1
+        same = widths.get("x", 0) if itself else 0
         if (rows.shape[1] - same) % group_size:
             return {f"{EMBEDDING}.weight": rows}
         packed = form.nearest(rows[:, same:])

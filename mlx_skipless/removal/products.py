@@ -14,11 +14,13 @@ NumPy multiplies on a CPU: its wheels bring the faster BLAS on Linux and Acceler
 has no float64, so it is used for products in float32 only.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
+from ..checkpoints.safetensors import is_float
 from ..errors import UserError
 from ..network.parts import dtype_name
 
@@ -127,6 +129,17 @@ def cast_finite(name: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
             )
         _refuse_not_finite(name)
     return cast
+
+
+def check_finite(tensors: Mapping[str, mx.array]) -> None:
+    """Check a checkpoint's tensors, of which those that are no floats are packed.
+
+    Raises:
+        UserError: if one holds NaN or infinity.
+    """
+    for name, array in tensors.items():
+        if is_float(array.dtype) and not _is_finite(array):
+            _refuse_not_finite(name)
 
 
 def _is_finite(array: mx.array) -> bool:

@@ -14,7 +14,17 @@ import numpy as np
 import pytest
 import reference
 import transformers
-from architectures import ARCHITECTURES, STOCK, as_mlx_lm, logits, make, skipless, text, without
+from architectures import (
+    ARCHITECTURES,
+    STOCK,
+    WRAPPERS,
+    as_mlx_lm,
+    logits,
+    make,
+    skipless,
+    text,
+    without,
+)
 from factory import stored
 from grids import only, pairs, thin, thorough
 from mlx_lm.utils import quantize_model
@@ -32,6 +42,8 @@ from mlx_skipless.training.recipe import Pace, Treatment
 LAYER_NORMS = ["gpt_neox", "gpt_neox, serial", "gptj", "phi"]
 FUSED = ["gpt_neox", "gpt_neox, serial"]
 PARALLEL = ["gpt_neox", "gptj", "phi", "cohere"]
+# What a Mistral is with another RoPE is tried by default where that matters.
+USUAL = [name for name in ARCHITECTURES if name != "ministral3"]
 
 
 def traits(name: str) -> set[str]:
@@ -68,12 +80,13 @@ def check_same_function(expected: np.ndarray, folder: Path, tokens: np.ndarray, 
     assert reference.worst_relative_error(expected, np.array(mx.concatenate(steps, 1))) <= limit
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *WRAPPERS])
 def test_as_transformers_has_it(name: str, tmp_path: Path) -> None:
     """The tests' own reference is transformers' function."""
     torch = pytest.importorskip("torch")
     expected = reference.logits(*make(tmp_path / "s", name), text())
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    kind = "ImageTextToText" if name in WRAPPERS else "CausalLM"
+    model = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(
         tmp_path / "s", dtype=torch.float32, attn_implementation="eager"
     )
     with torch.no_grad():
@@ -112,6 +125,26 @@ def test_our_network_equals_mlx_lms(name: str, tmp_path: Path) -> None:
     assert reference.worst_relative_error(theirs, ours) < 1e-5
 
 
+@pytest.mark.parametrize("chunks", [(12,), (5, 1, 2, 4), (1,) * 12], ids=len)
+@pytest.mark.parametrize("window", [None, 3])
+def test_ministral3_equals_mlx_lms(window: int | None, chunks: tuple[int, ...], tmp_path: Path):
+    """Also beyond several steps of its queries' growth, with a cache, in windows too."""
+    kinds = ["full_attention", *["sliding_attention"] * 2] if window else None
+    make(tmp_path / "s", "ministral3", layer_types=kinds, sliding_window=window)
+    checkpoint = open_checkpoint(tmp_path / "s")
+    ours = Model(checkpoint.args)
+    names = dict(mlx_lm.utils.tree_flatten(ours.parameters()))
+    ours.load_weights([*checkpoint.read(names).items()])
+    theirs, _ = mlx_lm.load(str(tmp_path / "s"))  # type: ignore[misc]
+    ends = [*itertools.accumulate(chunks)]
+    found = []
+    for model in (theirs, ours):
+        cache: list[Any] = mlx_lm.models.cache.make_prompt_cache(model)
+        parts = (text()[:, end - size : end] for end, size in zip(ends, chunks, strict=True))
+        found.append(np.array(mx.concatenate([model(mx.array(p), cache=cache) for p in parts], 1)))
+    assert reference.worst_relative_error(*found) < 1e-5
+
+
 PRETRAINED: list[dict[str, Any]] = [
     {"remove": "none"},
     {},
@@ -147,7 +180,7 @@ def test_what_a_pretrained_model_can_do_without(
     assert sum(array.size for array in stored(tmp_path / "o").values()) == report.params_after
 
 
-@pytest.mark.parametrize("name", STOCK)
+@pytest.mark.parametrize("name", only(USUAL, STOCK))
 def test_a_stock_result_keeps_its_tensors(name: str, tmp_path: Path) -> None:
     """The same names, shapes and types; folded gains are ones (Gemma's zeros), biases zeros."""
     make(tmp_path / "s", name)
@@ -238,7 +271,7 @@ def packed(source: Path, out: Path, bits: int = 8) -> None:
     mlx_lm.utils.save(out, source, model, tokenizer, config)
 
 
-@pytest.mark.parametrize("name", STOCK)
+@pytest.mark.parametrize("name", only(USUAL, STOCK))
 def test_a_packed_source_keeps_its_tensors(name: str, tmp_path: Path) -> None:
     """Bit for bit, cut out of fused matrices and stacked as they are."""
     make(tmp_path / "f", name, **as_mlx_lm(name))
@@ -323,7 +356,7 @@ def test_quantized(
         assert rounding or check.kl_ratio < (1.3 if "calibration" in options else 3)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", only(USUAL, ARCHITECTURES))
 def test_what_is_analysed(name: str, tmp_path: Path) -> None:
     """Losses without each sub-layer, and the importance of each, against the reference."""
     config, weights = make(tmp_path / "s", name)

@@ -13,6 +13,7 @@ from mlx_skipless import UserError
 from mlx_skipless.architectures.config import read_model_args
 from mlx_skipless.architectures.families import find_family
 from mlx_skipless.cli.main import main
+from mlx_skipless.conversion.convert import convert
 from mlx_skipless.network.names import ATTENTION, EXPERTS
 from mlx_skipless.quantization.layout import Layout
 
@@ -254,6 +255,10 @@ def test_what_mlx_lms_own_network_is_told(
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+LONGROPE = {
+    "rope_type": "longrope", "long_factor": [2.0] * 8, "short_factor": [2.0] * 8,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -270,7 +275,6 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ("gpt_neox", {"use_parallel_residual": "false"}, '"use_parallel_residual"'),
         ("phi", {"partial_rotary_factor": "0.5"}, '"partial_rotary_factor" in config.json'),
         ("phi", {"qk_layernorm": True}, '"qk_layernorm"'),
-        ("cohere", {"use_qk_norm": True}, '"use_qk_norm"'),
         ("gptj", {"n_head": 5}, '"n_embd" 64 is no multiple of 5 heads'),
         ("gptj", {"n_layer": None}, '"n_layer" in config.json is None'),
         ("gptj", {"n_inner": "256"}, '"n_inner" in config.json'),
@@ -292,7 +296,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ),
         ("llama", {"rope_scaling": {"factor": 2.0}}, '"rope_type"'),
         ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, '"rope_type"'),
-        ("llama", {"rope_scaling": {**YARN, "attention_factor": 2.0}}, "attention_factor"),
+        ("mixtral", {"rope_scaling": {**YARN, "attention_factor": 2.0}}, "attention_factor"),
+        ("mistral", {"sliding_window": [None, 8, 8]}, '"sliding_window"'),
     ],
 )
 def test_a_spoilt_config(
@@ -309,6 +314,43 @@ def test_a_spoilt_config(
     assert main(["analyze", str(tmp_path / "config.json")]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and said in error
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        YARN | {"attention_factor": 1.138629436},  # 0.1 ln 4 + 1
+        YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "attention_factor": 1.0},
+        LONGROPE | {"attention_factor": 1.18321596},  # the root of 1 + ln 4 / ln 32
+        YARN | {"truncate": True, "partial_rotary_factor": 1.0},
+    ],
+)
+def test_what_follows_from_the_rest_of_rope(rope: dict[str, Any]) -> None:
+    """As OLMo 3 writes its attention_factor down, which mlx-lm computes."""
+    assert read_model_args(of("llama", rope_scaling=rope)).rope == rope
+
+
+@pytest.mark.parametrize(
+    ("rope", "said"),
+    [
+        (YARN | {"attention_factor": 2.0}, 'takes 1.138629436111989 for its "attention_factor"'),
+        (YARN | {"mscale": 0.5}, '"attention_factor", not 1.138629436111989'),
+        (LONGROPE | {"attention_factor": 1.5}, '"attention_factor", not 1.5'),
+        (LONGROPE | {"short_factor": [1.0] * 8}, "short texts"),
+        (YARN | {"truncate": False}, '"truncate"'),
+        (YARN | {"partial_rotary_factor": 0.5}, "rotates 16 numbers of a head, not 8"),
+    ],
+)
+def test_what_mlx_lm_does_otherwise_with_rope(
+    rope: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    """Only the network that mlx-lm makes of it is known, and that is told."""
+    (tmp_path / "config.json").write_text(json.dumps(of("llama", rope_parameters=rope)))
+    report = convert(tmp_path, dry_run=True, drop_attention=1)
+    assert any(said in note for note in report.notes)
+    assert any('llama with "rope_scaling" only mlx-lm' in note for note in report.notes)
+    with pytest.raises(UserError, match='not known of a llama with "rope_scaling"'):
+        convert(tmp_path, dry_run=True, fold_norms=True)
 
 
 def test_what_a_config_does_not_say() -> None:

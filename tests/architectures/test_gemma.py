@@ -105,6 +105,14 @@ def test_our_network_is_gemma(
     assert reference.worst_relative_error(expected, logits(tmp_path / "p", tokens)) < 1e-5
 
 
+def test_a_packed_source_gets_a_table_of_scaled_rows(tmp_path: Path) -> None:
+    make_gemma(tmp_path / "f", **SIZES)
+    convert(tmp_path / "f", tmp_path / "s", quantize=True, q_bits=8, q_group_size=32, verify=False)
+    report = convert(tmp_path / "s", tmp_path / "o", precompute_first_layer="force")
+    assert report.kept_packed and report.verification is not None
+    assert report.verification.kl < 1e-4
+
+
 @pytest.mark.parametrize("options", [{"drop_attention": 1}, {"precompute_first_layer": "auto"}])
 def test_a_packed_source(options: dict[str, Any], tmp_path: Path) -> None:
     """Packed tensors bit for bit; gains whole in our network, as they were in mlx-lm's."""

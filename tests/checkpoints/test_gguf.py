@@ -22,6 +22,7 @@ import pytest
 import sentencepiece
 from factory import CHAT_TEMPLATE, make_llama
 from gguf import GGMLQuantizationType as Type
+from gguf_blocks import BLOCKS, draw_blocks
 from gguf_maker import (
     BYTE,
     CONTROL,
@@ -47,7 +48,7 @@ from tokenizers import (
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import mlx_skipless
-from mlx_skipless.checkpoints import gguf_file
+from mlx_skipless.checkpoints import gguf_reader
 from mlx_skipless.checkpoints.checkpoint import open_checkpoint
 from mlx_skipless.checkpoints.gguf_file import GGUFStore
 from mlx_skipless.checkpoints.tokenizer import carry_tokenizer
@@ -88,87 +89,6 @@ def test_a_llama_reads_back_as_it_was(tmp_path: Path, kind: Type, dtype: str, to
     assert checkpoint.packing == ("GGUF Q8_0" if kind == Type.Q8_0 else None)
 
 
-def half(blocks: np.ndarray, at: int) -> np.ndarray:
-    """The float16 at a byte of every block, (blocks, 1)."""
-    return blocks[:, at : at + 2].copy().view(np.float16).astype(np.float32)
-
-
-def nibbles(blocks: np.ndarray) -> np.ndarray:
-    """Low halves of the bytes, then the high ones."""
-    return np.concatenate([blocks & 15, blocks >> 4], axis=1).astype(np.float32)
-
-
-def fifth_bits(blocks: np.ndarray) -> np.ndarray:
-    return np.unpackbits(blocks, axis=1, bitorder="little").astype(np.float32) * 16
-
-
-def q4_0(b: np.ndarray) -> np.ndarray:
-    return half(b, 0) * (nibbles(b[:, 2:]) - 8)
-
-
-def q4_1(b: np.ndarray) -> np.ndarray:
-    return half(b, 0) * nibbles(b[:, 4:]) + half(b, 2)
-
-
-def q5_0(b: np.ndarray) -> np.ndarray:
-    return half(b, 0) * (nibbles(b[:, 6:]) + fifth_bits(b[:, 2:6]) - 16)
-
-
-def q5_1(b: np.ndarray) -> np.ndarray:
-    return half(b, 0) * (nibbles(b[:, 8:]) + fifth_bits(b[:, 4:8])) + half(b, 2)
-
-
-def q8_0(b: np.ndarray) -> np.ndarray:
-    return half(b, 0) * b[:, 2:].view(np.int8)
-
-
-def six_bit_pairs(b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Eight scales and eight minima from the twelve bytes of a Q4_K or Q5_K block."""
-    low, high, mixed = b[:, :4], b[:, 4:8], b[:, 8:]
-    scales = np.concatenate([low & 63, mixed & 15 | low >> 6 << 4], axis=1)
-    minima = np.concatenate([high & 63, mixed >> 4 | high >> 6 << 4], axis=1)
-    return scales.astype(np.float32)[..., None], minima.astype(np.float32)[..., None]
-
-
-def q4_k(b: np.ndarray) -> np.ndarray:
-    scales, minima = six_bit_pairs(b[:, 4:16])
-    values = np.stack([nibbles(part) for part in np.split(b[:, 16:], 4, axis=1)], axis=1)
-    values = values.reshape(-1, 8, 32)
-    return half(b, 0)[..., None] * scales * values - half(b, 2)[..., None] * minima
-
-
-def q5_k(b: np.ndarray) -> np.ndarray:
-    scales, minima = six_bit_pairs(b[:, 4:16])
-    fifth = np.stack([b[:, 16:48] >> i & 1 for i in range(8)], axis=1) * 16
-    values = np.stack([nibbles(part) for part in np.split(b[:, 48:], 4, axis=1)], axis=1)
-    values = values.reshape(-1, 8, 32) + fifth
-    return half(b, 0)[..., None] * scales * values - half(b, 2)[..., None] * minima
-
-
-def q6_k(b: np.ndarray) -> np.ndarray:
-    values = np.empty((len(b), 256), np.float32)
-    for i in range(256):
-        part, quarter, column = i // 128, i % 128 // 32, i % 32
-        low = b[:, part * 64 + quarter % 2 * 32 + column] >> quarter // 2 * 4 & 15
-        high = b[:, 128 + part * 32 + column] >> quarter * 2 & 3
-        values[:, i] = (low | high << 4).astype(np.float32) - 32
-    scales = b[:, 192:208].view(np.int8).repeat(16, axis=1).astype(np.float32)
-    return half(b, 208) * scales * values
-
-
-# Where a block has float16 numbers; all its other bytes may be anything.
-BLOCKS = {
-    Type.Q4_0: (q4_0, [0]),
-    Type.Q4_1: (q4_1, [0, 2]),
-    Type.Q5_0: (q5_0, [0]),
-    Type.Q5_1: (q5_1, [0, 2]),
-    Type.Q8_0: (q8_0, [0]),
-    Type.Q4_K: (q4_k, [0, 2]),
-    Type.Q5_K: (q5_k, [0, 2]),
-    Type.Q6_K: (q6_k, [208]),
-}
-
-
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Weights]:
     """A model whose rows hold whole blocks of any type."""
@@ -179,16 +99,13 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Weights]:
 @pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.name)
 def test_any_block_reads_as_the_format_defines(tmp_path: Path, wide, kind: Type):
     config, weights = wide
-    decode, halves = BLOCKS[kind]
+    decode, _ = BLOCKS[kind]
     rng = np.random.default_rng(0)
-    size, length = gguf.GGML_QUANT_SIZES[kind]
-    blocks = {}
-    for name, values in weights.items():
-        if values.ndim == 2:
-            blocks[name] = rng.integers(0, 256, (values.size // size, length), dtype=np.uint8)
-            for at in halves:
-                numbers = rng.uniform(-1, 1, (len(blocks[name]), 1)).astype(np.float16)
-                blocks[name][:, at : at + 2] = numbers.view(np.uint8)
+    blocks = {
+        name: draw_blocks(kind, values.size, rng)
+        for name, values in weights.items()
+        if values.ndim == 2
+    }
     raw = {name: b.reshape(len(weights[name]), -1) for name, b in blocks.items()}
     write_gguf(tmp_path / "model.gguf", config, weights, kind=kind, raw=raw)
 
@@ -361,7 +278,7 @@ def test_a_key_that_changes_the_network_is_refused_and_not_where_it_does_not(
     _, config, weights = small
     other, usual = KEYS[key]
     write_gguf(tmp_path / "other.gguf", config, weights, describe=set_key(key, other))
-    with pytest.raises(UserError, match="not supported"):
+    with pytest.raises(UserError, match=r"not supported|has no tensor .*router"):
         open_checkpoint(tmp_path / "other.gguf")
     write_gguf(tmp_path / "usual.gguf", config, weights, describe=set_key(key, usual))
     checkpoint = open_checkpoint(tmp_path / "usual.gguf")
@@ -535,7 +452,7 @@ def test_absurd_amounts_of_metadata(tmp_path: Path, small, monkeypatch: pytest.M
         open_checkpoint(tmp_path / "model.gguf")
     for limit, what in (("MOST_VALUES", "values"), ("MOST_KEYS", "keys"), ("MOST_TENSORS", "ten")):
         with monkeypatch.context() as patch, pytest.raises(UserError, match=f"{what}.* no model"):
-            patch.setattr(gguf_file, limit, 10)
+            patch.setattr(gguf_reader, limit, 10)
             open_checkpoint(small[0])
 
 
@@ -559,8 +476,8 @@ def test_no_gguf_file_at_all(tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"architecture": "qwen2"}, "'qwen2'; supported: llama"),
-        ({"describe": lambda w: w.add_expert_count(8)}, "mixture of experts"),
+        ({"architecture": "bert"}, "'bert'; supported: gemma, .*llama"),
+        ({"describe": lambda w: w.add_expert_count(8)}, "has no tensor .*router"),
         ({"describe": lambda w: w.add_uint16("split.count", 3)}, "one part of several"),
         ({"describe": lambda w: w.add_key_length(16)}, "rotates 8 of 16"),
         (
@@ -717,6 +634,64 @@ def test_a_sentencepiece_model_tokenizes_as_sentencepiece_does(tmp_path: Path, s
     assert streaming.text == text
 
 
+@pytest.mark.parametrize("spaces", [True, False], ids=["runs of spaces", "no runs"])
+def test_gemmas_tokens_stay_whole(tmp_path: Path, small, spaces: bool):
+    """What SentencePiece calls user-defined: runs of spaces and of line ends, marks of a turn.
+
+    llama.cpp's converter writes spaces as such in these tokens.
+    """
+    own = ["<start_of_turn>", "<end_of_turn>", "\n", "\n\n", "\n\n\n", "<table>"]
+    own += ["▁▁", "▁▁▁", "▁▁▁▁"] if spaces else []
+    rng = random.Random(0)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([some_text(rng, 20).replace("\n", " ") for _ in range(600)]),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=900,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        split_digits=True,
+        user_defined_symbols=own,
+        character_coverage=0.999,
+        minloglevel=2,
+        num_threads=1,
+    )
+    spm = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    pieces = range(spm.get_piece_size())
+    kinds = dict.fromkeys(own, USER_DEFINED)
+
+    def type_of(i: int) -> int:
+        if spm.is_unknown(i):
+            return UNKNOWN
+        ordinary = BYTE if spm.is_byte(i) else kinds.get(spm.id_to_piece(i), NORMAL)
+        return CONTROL if spm.is_control(i) else ordinary
+
+    def text_of(i: int) -> str:
+        piece = spm.id_to_piece(i)
+        return piece.replace("▁", " ") if type_of(i) == USER_DEFINED else piece
+
+    def describe(writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_list([text_of(i) for i in pieces])
+        writer.add_token_scores([spm.get_score(i) for i in pieces])
+        writer.add_token_types([type_of(i) for i in pieces])
+        writer.add_add_space_prefix(False)
+        writer.add_add_bos_token(True)
+
+    tokenizer = tokenizer_of(tmp_path, small, describe)
+
+    turns = "<start_of_turn>user\nka  lo\n\n\n\nmi<end_of_turn>\n"
+    for text in (turns, *(text.replace("▁", "") for text in odd_texts(300))):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert ids == spm.encode(text), repr(text)
+        assert tokenizer.decode(ids) == spm.decode(ids).replace("▁", " "), repr(text)
+    assert tokenizer("a").input_ids[0] == spm.bos_id()
+
+
 def test_special_tokens_and_what_follows_them(tmp_path: Path, small):
     """As llama.cpp: a space goes before what follows a special token, too."""
     tokens = ["<unk>", "<s>", "</s>", "▁", "a", "b", "▁a", "<tool>", "<0x41>"]
@@ -754,6 +729,13 @@ NEMO = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"
+    r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -826,6 +808,8 @@ GPT_2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
         ("llama-bpe", splitter(LLAMA_3), True, True),
         ("llama3", splitter(LLAMA_3), True, True),
         ("tekken", splitter(NEMO), True, True),
+        ("gpt-4o", splitter(O200K), False, False),
+        ("smaug-bpe", splitter(LLAMA_3), False, False),
         ("qwen2", splitter(QWEN_2), False, False),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -255,8 +255,7 @@ def test_a_stock_conversion_declares_no_packing_left(tmp_path: Path):
     ("settings", "complaint"),
     [
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "'bitsandbytes'.*supported"),
-        ({"quant_method": "compressed-tensors"}, "'compressed-tensors'.*unquantized"),
-        ({"quant_method": "fp8"}, "'fp8'"),
+        ({"quant_method": "hqq"}, "'hqq'.*unquantized"),
         ({"bits": 4}, "None"),
         ({"quant_method": "awq", "bits": 3}, "4-bit GEMM"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "4-bit GEMM"),

@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import mlx.core as mx
 import mlx_lm.utils
 import pytest
@@ -425,13 +426,15 @@ def test_a_result_of_a_holed_tokenizer_runs_in_mlx_lm(model: Path, tmp_path: Pat
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PIECES = [b"ab", b"abc", b"bc", b" a", b"aa", b"aaa", b" abc", "é".encode(), b"ing", b"in", b"\n\n"]
 SPECIALS = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "<pad>"]
-SPECIALS += ["[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
+SPECIALS += ["[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"]
+SPECIALS += ["[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CONTENT]"]
+SPECIALS += ["[CALL_ID]", "[ARGS]"]
 
 
 def write_tekken(file: Path, *, version: str = "v7", listed: bool = True, **changes: Any) -> int:
     """Write a tekken.json of all bytes and some pieces; return how many special tokens it has."""
     ranked = [bytes([b]) for b in range(256)] + PIECES
-    count = 20 if not listed else 10
+    count = 20
     vocab = [
         {"rank": i, "token_bytes": base64.b64encode(t).decode(), "token_str": None}
         for i, t in enumerate([*ranked, b"padding"])
@@ -479,7 +482,7 @@ def test_a_tekken_file_tokenizes_as_its_rule_says(tmp_path: Path, listed: bool):
         assert tokenizer.decode(expected) == text
         assert tokenizer.encode(text) == [1, *expected]
     assert len(tokenizer) == count + len(ranks)
-    names = [*(SPECIALS if listed else FIRST_SPECIALS), *(f"<SPECIAL_{i}>" for i in range(8, 20))]
+    names = [*(SPECIALS if listed else FIRST_SPECIALS), *(f"<SPECIAL_{i}>" for i in range(16, 20))]
     assert tokenizer.convert_ids_to_tokens([*range(count)]) == names[:count]
     assert tokenizer.encode("[INST]ab[/INST]", add_special_tokens=False) == [
         3,
@@ -506,15 +509,103 @@ def test_a_tekken_file_chats_as_its_version_does(
     cut_embeddings(model, 264)
     write_tekken(model / "tekken.json", version=version, default_vocab_size=264)
     for form in ("stock", "own"):
-        convert(model, tmp_path / form, verify=False, skipless=form == "own", remove="none")
+        report = convert(
+            model, tmp_path / form, verify=False, skipless=form == "own", remove="none"
+        )
+        assert any("of version v15 is not known" in n for n in report.notes) == (expected is None)
         tokenizer = mlx_lm.utils.load_tokenizer(tmp_path / form)
         chat = [("system", "be kind"), ("user", "a"), ("assistant", "b "), ("user", "c")]
         messages = [{"role": role, "content": content} for role, content in chat]
         assert tokenizer.has_chat_template == (expected is not None)
         if expected is not None:
             assert tokenizer.apply_chat_template(messages, tokenize=False) == expected
-        assert tokenizer.eos_token_ids == {2} and tokenizer.encode("ab") == [1, 107, 108]
-    assert load(model).encode("ab") == [1, 107, 108]  # before it is converted, too
+        assert tokenizer.eos_token_ids == {2} and tokenizer.encode("ab") == [1, 117, 118]
+    assert load(model).encode("ab") == [1, 117, 118]  # before it is converted, too
+
+
+TOOL = {"name": "f", "description": "d", "parameters": {"type": "object"}}
+TOOLS = '[AVAILABLE_TOOLS][{"type": "function", "function": ' + json.dumps(TOOL)
+TOOLS += "}][/AVAILABLE_TOOLS]"
+CALLS = [
+    {"id": f"call0000{i}", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    for i, arguments in enumerate(['{"a": 1}', {"b": "é"}])
+]
+IN_JSON = "[TOOL_CALLS][" + ", ".join(
+    f'{{"name": "f", "arguments": {arguments}, "id": "call0000{i}"}}'
+    for i, arguments in enumerate(['{"a": 1}', '{"b": "é"}'])
+) + "]</s>"  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("version", "system", "called", "later"),
+    [
+        (
+            "v3",
+            "[INST]a\n\nb[/INST]",
+            IN_JSON + '[TOOL_RESULTS]{"content": "x", "call_id": "call00000"}[/TOOL_RESULTS]'
+            '[TOOL_RESULTS]{"content": "\\"y\\"", "call_id": "call00001"}[/TOOL_RESULTS]',
+            TOOLS + "[INST]be kind\n\nc\n\nd[/INST]",
+        ),
+        (
+            "v7",
+            "[SYSTEM_PROMPT]be kind[/SYSTEM_PROMPT][INST]a\n\nb[/INST]",
+            IN_JSON + "[TOOL_RESULTS]call00000[TOOL_CONTENT]x[/TOOL_RESULTS]"
+            '[TOOL_RESULTS]call00001[TOOL_CONTENT]"y"[/TOOL_RESULTS]',
+            TOOLS + "[INST]c\n\nd[/INST]",
+        ),
+        (
+            "v11",
+            "[SYSTEM_PROMPT]be kind[/SYSTEM_PROMPT][INST]a\n\nb[/INST]",
+            '[TOOL_CALLS]f[CALL_ID]call00000[ARGS]{"a": 1}'
+            '[TOOL_CALLS]f[CALL_ID]call00001[ARGS]{"b": "é"}</s>'
+            "[TOOL_RESULTS]call00000[TOOL_CONTENT]x[/TOOL_RESULTS]"
+            '[TOOL_RESULTS]call00001[TOOL_CONTENT]"y"[/TOOL_RESULTS]',
+            TOOLS + "[INST]c\n\nd[/INST]",
+        ),
+        (
+            "v13",
+            "[SYSTEM_PROMPT]be kind[/SYSTEM_PROMPT]" + TOOLS + "[INST]a\n\nb[/INST]",
+            '[TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]f[ARGS]{"b": "é"}</s>'
+            '[TOOL_RESULTS]x[/TOOL_RESULTS][TOOL_RESULTS]"y"[/TOOL_RESULTS]',
+            "[INST]c\n\nd[/INST]",
+        ),
+    ],
+)
+def test_a_tekken_file_calls_tools_as_its_version_does(
+    tmp_path: Path, version: str, system: str, called: str, later: str
+):
+    """The expected texts are those of mistral-common 1.13."""
+    write_tekken(tmp_path / "tekken.json", version=version)
+    tokenizer = read_tekken(tmp_path / "tekken.json")
+    pieces = [{"type": "text", "text": text} for text in ("c", "d")]
+    messages = [
+        {"role": "system", "content": "be kind"},
+        {"role": "user", "content": "a"},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "", "tool_calls": CALLS},
+        {"role": "tool", "content": "x", "tool_call_id": "call00000"},
+        {"role": "tool", "content": '"y"', "tool_call_id": "call00001"},
+        {"role": "assistant", "content": "so\n "},
+        {"role": "user", "content": pieces},
+    ]
+    tools = [{"type": "function", "function": TOOL | {"strict": True}}]
+    found = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+    assert found == "<s>" + system + called + "so\n</s>" + later
+
+
+def test_nothing_said_in_a_tekken_chat(tmp_path: Path):
+    write_tekken(tmp_path / "tekken.json", version="v3")
+    chat = [("system", ""), ("system", "x"), ("user", "a"), ("user", ""), ("user", "b")]
+    messages = [{"role": role, "content": content} for role, content in chat]
+    found = read_tekken(tmp_path / "tekken.json").apply_chat_template(messages, tokenize=False)
+    assert found == "<s>[INST]x\n\na\n\nb[/INST]"
+
+
+def test_a_picture_in_a_tekken_chat_is_refused(tmp_path: Path):
+    write_tekken(tmp_path / "tekken.json")
+    messages = [{"role": "user", "content": [{"type": "image", "image": "x"}]}]
+    with pytest.raises(jinja2.TemplateError, match="only text"):
+        read_tekken(tmp_path / "tekken.json").apply_chat_template(messages, tokenize=False)
 
 
 @pytest.mark.parametrize(

@@ -408,7 +408,7 @@ def test_speeds_are_shown_to_three_digits() -> None:
         ("Mistral 7B v0.1", "Mistral-7B-v0.1", 32),
         ("mixtral", "Mixtral-8x7B", 32),
         ("GPT-J:5", "GPT-J-6B, 5 layers", 5),
-        ("ministral:6", "Ministral-8B, 6 layers", 6),
+        ("ministral-8b:6", "Ministral-8B, 6 layers", 6),
     ],
 )
 def test_shapes_are_found_by_parts_of_their_names(name: str, found: str, layers: int) -> None:
@@ -420,7 +420,7 @@ def test_shapes_are_found_by_parts_of_their_names(name: str, found: str, layers:
 def test_a_window_that_mlx_lm_does_not_have_is_told() -> None:
     found = mlx_skipless.benchmark(synthetic="mistral-7b-v0.1:1", **SIZES_ONLY)
     assert found.notes[1] == benchmark.NOT_THE_SAME
-    assert len(mlx_skipless.benchmark(synthetic="ministral:4", **SIZES_ONLY).notes) == 1
+    assert len(mlx_skipless.benchmark(synthetic="ministral-8b:4", **SIZES_ONLY).notes) == 1
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from zoo import CANNOT, CONFIGS
 
 from mlx_skipless.architectures.families import FAMILIES
 from mlx_skipless.architectures.shapes import MODELS
+from mlx_skipless.architectures.wrappers import WRAPPERS
 from mlx_skipless.cli.main import main
 from mlx_skipless.evaluation import catalogue
 from mlx_skipless.evaluation.analysis import BATCHES, analyze, measure_removal
@@ -25,6 +26,12 @@ PUBLISHED = {
     "Mistral-7B-v0.3": 7_248_023_552,
     "Mistral-Nemo-12B": 12_247_782_400,
     "Ministral-8B": 8_019_808_256,
+    "Mistral-Small-3.2-24B": 23_572_403_200,
+    # The cards count the language models apart: 3.4, 8.4, 13.5 and 24 billion.
+    "Ministral-3-3B": 3_429_006_336,
+    "Ministral-3-8B": 8_489_553_920,
+    "Ministral-3-14B": 13_506_073_600,
+    "Devstral-Small-2-24B": 23_572_403_200,
     "Mixtral-8x7B": 46_702_792_704,
     "Gemma-2B": 2_506_172_416,
     "Gemma-7B": 8_537_680_896,
@@ -96,7 +103,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     printed = capsys.readouterr().out.strip()
     table, paragraph = printed.rsplit("\n\n", 1)
     assert table.startswith("| model |") and table in DOCUMENT.read_text()
-    others = (CONFIGS.keys() | CANNOT.keys()) - FAMILIES.keys()
+    others = (CONFIGS.keys() | CANNOT.keys()) - FAMILIES.keys() - WRAPPERS.keys()
     assert {*catalogue.list_other_types()} == others
     assert max(map(len, paragraph.splitlines())) < 80
     assert f"mlx-lm has {len(others)} more model types" in paragraph

@@ -79,6 +79,36 @@ def _map_mistral(config: Config) -> Config:
     return config | PRENORM
 
 
+def _map_ministral3(config: Config) -> Config:
+    rope = config["rope_parameters"]
+    return config | PRENORM | {
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": rope,
+        "query_growth": rope["llama_4_scaling_beta"],
+        "query_step": rope["original_max_position_embeddings"],
+    }  # fmt: skip
+
+
+def _map_mistral3(config: Config) -> Config:
+    text = COMMON | config["text_config"]
+    maps = {"ministral3": _map_ministral3, "mistral": _map_mistral}
+    return maps[text["model_type"]](text)
+
+
+def _wrap(part: str, head: str) -> Callable[[Config, Weights], Weights]:
+    """Names of a wrapper's files, with a bit of what sees pictures."""
+
+    def name(config: Config, weights: Weights) -> Weights:
+        names = {"model.": part, "lm_head": head}
+        prefix = part.removesuffix("language_model.").removesuffix("language_model.model.")
+        return _rename(weights, names) | {
+            f"{prefix}vision_tower.transformer.layers.0.attention.q_proj.weight": np.ones((8, 8)),
+            f"{prefix}multi_modal_projector.linear_1.weight": np.ones((config["hidden_size"], 8)),
+        }
+
+    return name
+
+
 def _map_gemma(config: Config) -> Config:
     scale = math.sqrt(config["hidden_size"])
     act = config["hidden_activation"] or "gelu_pytorch_tanh"
@@ -243,6 +273,40 @@ _COHERE = {k: v for k, v in LLAMA.items() if k not in ("rms_norm_eps", "tie_word
     "num_key_value_heads": 1,
 }
 
+_GROWING = {k: v for k, v in LLAMA.items() if k != "rope_theta"} | {
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "type": "yarn",
+        "rope_theta": 500.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 4,
+        "beta_fast": 1.0,
+        "beta_slow": 0.1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.5,
+    },
+}
+_EYES: Config = {
+    "image_token_index": 10,
+    "projector_hidden_act": "gelu",
+    "multimodal_projector_bias": False,
+    "spatial_merge_size": 2,
+    "vision_feature_layer": -1,
+    "vision_config": {
+        "model_type": "pixtral",
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "head_dim": 8,
+        "image_size": 14,
+        "patch_size": 14,
+    },
+}
+
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(LLAMA, _map_llama),
     "mistral": Architecture(LLAMA | {"sliding_window": 5}, _map_mistral, stock=False),
@@ -254,6 +318,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         _map_mistral,
         stock=False,
     ),
+    "ministral3": Architecture(_GROWING, _map_ministral3),
     "mixtral": Architecture(
         LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2},
         _map_llama,
@@ -279,6 +344,19 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2": Architecture(_QWEN, _map_llama, QKV),
     "qwen3": Architecture(LLAMA | {"head_dim": 16, "attention_bias": False}, _map_qwen3),
 }
+# Wrappers of a language model, in each layout of names that there is.
+WRAPPERS: dict[str, Architecture] = {
+    "mistral3": Architecture(
+        _EYES | {"text_config": _GROWING | {"model_type": "ministral3", "head_dim": 8}},
+        _map_mistral3,
+        theirs=_wrap("language_model.model.", "language_model.lm_head"),
+    ),
+    "mistral3, Small": Architecture(
+        _EYES | {"text_config": LLAMA | {"model_type": "mistral", "sliding_window": None}},
+        _map_mistral3,
+        theirs=_wrap("model.language_model.", "lm_head"),
+    ),
+}
 
 
 def make(
@@ -288,8 +366,12 @@ def make(
 
     Returns `reference`'s config and weights of the same function, norms' weights with their offset.
     """
-    kind = ARCHITECTURES[name]
-    config = kind.config | changes | {"model_type": name.split(",")[0], "torch_dtype": dtype}
+    kind = (ARCHITECTURES | WRAPPERS)[name]
+    config = kind.config
+    if "text_config" in config:
+        config = COMMON | config | {"text_config": config["text_config"] | changes}
+        changes = {}
+    config = config | changes | {"model_type": name.split(",")[0], "torch_dtype": dtype}
     mapped = kind.mapped(config)
     weights = random_weights(mapped, kind.biased, seed)
     norms = [n for n in weights if n.endswith("norm.weight")]

@@ -45,6 +45,7 @@ MODELS: dict[str, tuple[dict[str, Any] | str, dict[str, Any], list[int]]] = {
     "mixtral": ("mixtral", {"skipless": True, "remove": "p"}, []),
     "gpt_neox": ("gpt_neox, serial", {"skipless": True, "remove": "p"}, []),
     "cohere": ("cohere", {"drop_ffn": 1}, []),
+    "growing queries": ("ministral3", {"skipless": True, "remove": "qp"}, []),
     "qwen3": ("qwen3", {"skipless": True, "remove": "p"}, []),
 }
 

@@ -125,8 +125,13 @@ def attend(
         query = query + vector("head_skip", 0.0) * split(before, heads)
     frequencies = rope_frequencies(config)
     traditional = config.get("rope_traditional", False)
-    q = rotate(normed(query, "q"), frequencies, traditional)
-    k = rotate(normed(key, "k"), frequencies, traditional)
+    q, k = (
+        rope_amplitude(config) * rotate(normed(part, name), frequencies, traditional)
+        for part, name in ((query, "q"), (key, "k"))
+    )
+    if config.get("query_growth"):
+        steps = np.arange(x.shape[1]) // config["query_step"]
+        q = q * (1 + config["query_growth"] * np.log(1 + steps))[:, None]
     k = np.repeat(k, heads // kv_heads, axis=1)
     v = np.repeat(normed(value, "v"), heads // kv_heads, axis=1)
     scores = q @ k.swapaxes(-1, -2) / math.sqrt(head_dim(config))
@@ -226,12 +231,42 @@ def rope_frequencies(config: Config) -> np.ndarray:
     factor = scaling["factor"]
     if kind == "linear":
         return inverse / factor
+    if kind == "yarn":
+        return _yarn_frequencies(scaling, inverse, config.get("rope_theta", 10000.0))
     if kind != "llama3":
         raise ValueError(f"rope_scaling {kind!r}")
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * inverse / (2 * math.pi)
     share = np.clip((turns - low) / (high - low), 0, 1)
     return inverse * (share + (1 - share) / factor)
+
+
+def _yarn_frequencies(scaling: Config, inverse: np.ndarray, theta: float) -> np.ndarray:
+    """Slow frequencies divided by the factor, fast ones not, and those between a bit (YaRN)."""
+    width = 2 * len(inverse)
+
+    def pair_with(turns: float) -> float:
+        """The number of the pair that turns so many times in the original context."""
+        length = scaling["original_max_position_embeddings"]
+        return width * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_with(scaling.get("beta_fast") or 32)), 0)
+    high = min(math.ceil(pair_with(scaling.get("beta_slow") or 1)), width - 1)
+    share = np.clip((np.arange(len(inverse)) - low) / (high - low or 0.001), 0, 1)
+    return inverse * (1 - share + share / scaling["factor"])
+
+
+def rope_amplitude(config: Config) -> float:
+    """What RoPE multiplies a head by beside turning it, which only YaRN does."""
+    scaling = config.get("rope_scaling") or {}
+    if scaling.get("rope_type", scaling.get("type")) != "yarn":
+        return 1.0
+
+    def grow(by: float) -> float:
+        return max(0.1 * by * math.log(scaling["factor"]) + 1, 1.0)
+
+    whole, all_dims = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    return grow(whole) / grow(all_dims) if whole and all_dims else grow(1)
 
 
 def rotate(x: np.ndarray, frequencies: np.ndarray, traditional: bool = False) -> np.ndarray:

@@ -608,6 +608,11 @@ def make_model(
         config["text_config"] = config["text_config"] | changes
     else:
         config |= changes
+    return write_model(folder, config, seed=seed, dtype=dtype)
+
+
+def write_model(folder: Path, config: Config, *, seed: int = 0, dtype: str = "float32") -> Config:
+    """Write a random model of a config that mlx-lm knows; return the config."""
     config = json.loads(json.dumps(config))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -200,6 +200,17 @@ def test_adapters_without_a_model_are_called_by_their_name(
     assert_refused(model, said)
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_model_in_its_authors_format(model: Path, beside: bool):
+    """Mistral's and Meta's, of which repositories may hold nothing else."""
+    (model / WHOLE).rename(model / "consolidated.safetensors")
+    (model / "params.json").write_text(json.dumps({"dim": 64, "n_layers": 2}))
+    (model / "SYSTEM_PROMPT.txt").write_text("Be kind.")
+    if not beside:
+        (model / "config.json").unlink()
+    assert_refused(model, "give the same model in Hugging Face's, with config.json and model*.saf")
+
+
 LEFT_OVER: list[dict[str, Any]] = [
     {"quantization": {}},
     {"quantization_config": {}},

@@ -11,9 +11,16 @@ import pytest
 import reference
 from converted import made
 from factory import make_checkpoint
+from grids import thorough
 from mlx.utils import tree_flatten
 from mlx_lm.generate import batch_generate, generate_step
-from mlx_lm.models.cache import BatchKVCache, KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import (
+    BatchKVCache,
+    BatchRotatingKVCache,
+    KVCache,
+    RotatingKVCache,
+    make_prompt_cache,
+)
 from mlx_lm.utils import load_model
 
 import mlx_skipless
@@ -108,6 +115,7 @@ def test_batch_generation_equals_one_by_one(converted) -> None:
         "no attention 1",
         "no attention 1, 2",
         "mixtral",
+        pytest.param("growing queries", marks=thorough),
     ],
 )
 def test_batches_that_come_and_go_equal_one_by_one(name: str, tmp_path: Path) -> None:
@@ -186,6 +194,36 @@ def test_sliding_window(block: str, layer_types: list[str] | None, tmp_path: Pat
     assert reference.worst_relative_error(expected, got) <= 1e-5
     slides = [kind == "sliding_attention" for kind in layer_types or ["sliding_attention"] * 3]
     assert [isinstance(c, RotatingKVCache) for c in cache] == slides
+
+
+@pytest.mark.parametrize("chunks", [(20,), (2, 9, 1, 8), (1,) * 20], ids=len)
+def test_queries_that_grow(chunks: tuple[int, ...], tmp_path: Path) -> None:
+    """With their positions, whatever the chunk, in a rotating cache and in a padded batch too."""
+    sliding = "full" if len(chunks) == 4 else "sliding"  # mlx-lm rotates no padded chunks
+    kinds = ["full_attention", *[f"{sliding}_attention"] * 2]
+    source = make_checkpoint(
+        tmp_path / "s", query_growth=0.8, query_step=3, linear_paths=True, sliding_window=6,
+        layer_types=kinds, **SIZES,
+    )  # fmt: skip
+    convert(tmp_path / "s", tmp_path / "out", remove="qp", verify=False)
+    model, _ = mlx_skipless.load(tmp_path / "out")
+    rng = np.random.default_rng(len(chunks))
+    tokens, short = rng.integers(0, 256, (2, 20)), rng.integers(0, 256, (1, 13))
+    caches = model.make_cache()
+    batch: list[Any] = [BatchKVCache([7, 0]) for _ in kinds]
+    if sliding == "sliding":
+        batch[1:] = [BatchRotatingKVCache(6, [7, 0]) for _ in kinds[1:]]
+    padded = np.concatenate([np.pad(short, ((0, 0), (7, 0))), tokens[:1]])
+    parts: list[list[mx.array]] = [[], []]
+    for end, size in zip(np.cumsum(chunks), chunks, strict=True):
+        for found, text, cache in zip(parts, (tokens, padded), (caches, batch), strict=True):
+            found.append(model(mx.array(text[:, end - size : end]), cache))
+    alone, together = (np.array(mx.concatenate(found, axis=1)) for found in parts)
+    expected = reference.logits(*source, tokens)
+    assert reference.worst_relative_error(expected, alone) <= 1e-5
+    assert reference.worst_relative_error(expected[:1], together[1:]) <= 1e-5
+    expected = reference.logits(*source, short)
+    assert reference.worst_relative_error(expected, together[:1, 7:]) <= 1e-5
 
 
 def test_a_layer_without_attention(tmp_path: Path) -> None:

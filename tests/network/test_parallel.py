@@ -12,7 +12,13 @@ from launch import launch
 
 WORKER = Path(__file__).parents[1] / "helpers/parallel_worker.py"
 TIED = ("tied", "cohere")
-MORE = ("table", "no attention 0", "gpt_neox", "qwen3")  # of parts that others have too
+MORE = (
+    "table",
+    "no attention 0",
+    "gpt_neox",
+    "qwen3",
+    "growing queries",
+)  # of parts that others have too
 OF_THREE = ("qp", "tied", "no attention 1", "no attention 1, 2")
 
 

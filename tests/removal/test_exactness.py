@@ -55,6 +55,11 @@ def has_linear_paths(seed: int) -> bool:
     return (seed // len(REMOVALS) + seed) % 3 == 0
 
 
+def grows(seed: int) -> bool:
+    """Whether queries grow with their positions."""
+    return (seed // 4 + seed // len(REMOVALS)) % 2 == 0
+
+
 def shows(case: tuple[str, ...]) -> set[Any]:
     """Each pair of what a case is made of, apart for what can and what cannot be.
 
@@ -66,7 +71,7 @@ def shows(case: tuple[str, ...]) -> set[Any]:
     seed = GRID.index(case)
     gains = norm == "qkv" and has_gains(seed)
     together = {(ends, bias, remove), (block, skip, bias, remove), (block, skip, ends, remove)}
-    together |= {(gains, heads, remove), (gains, block, remove)}
+    together |= {(gains, heads, remove), (gains, block, remove), (grows(seed), heads, remove)}
     return pairs(*case, gains, has_linear_paths(seed)) | together
 
 
@@ -95,6 +100,8 @@ def test_removal(case: tuple[str, ...], tmp_path: Path) -> None:
         bias=BIASES[bias],
         hidden_size=32,
         intermediate_size=48,
+        query_growth=0.7 if grows(seed) else 0.0,
+        query_step=2,
         **ENDS[ends],
     )
     out = tmp_path / "out"

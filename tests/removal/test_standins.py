@@ -305,13 +305,29 @@ def test_converted(case: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
     assert mx.isfinite(logits.astype(mx.float32)).all().item()
 
 
+@pytest.mark.parametrize("window", [None, 7])
+def test_a_window_that_mlx_lm_does_not_have_is_told(window: int | None, tmp_path: Path) -> None:
+    """And what config.json leaves to defaults is written as it is meant."""
+    config = make_model(tmp_path / "s", "llama") | {"model_type": "mistral"}
+    (tmp_path / "s/config.json").write_text(json.dumps(config | {"sliding_window": window}))
+    report = convert(tmp_path / "s", tmp_path / "o", replace_ffn=1, verify=False)
+    assert any("looks back on all" in note for note in report.notes) == (window is not None)
+    written = json.loads((tmp_path / "o/config.json").read_text())
+    assert written["tie_word_embeddings"] is config["tie_word_embeddings"]
+
+
+def test_our_own_networks_are_none_of_mlx_lms(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--replace-ffn: that is for models that mlx-lm's own"):
+        convert(mlx_path=tmp_path / "o", replace_ffn=1)
+
+
 @pytest.mark.parametrize(
     ("name", "asked", "said"),
     [
         ("qwen3", {"replace_attention": 4}, "layers 1 to 3 can lose theirs"),
         ("qwen3", {"replace_attention": 2, "drop_attention": 3}, "can lose their attention"),
         ("qwen3", {"replace_attention": 1, "skipless": True}, "--skipless"),
-        ("qwen3", {"replace_ffn": 1, "fold_norms": True}, "--fold-norms"),
+        ("qwen3", {"replace_ffn": 1, "fold_norms": True}, "--fold-norms and --replace-ffn"),
         ("falcon_h1", {"replace_attention": 1}, "2 of them, side by side"),
         pytest.param("gemma3n", {"replace_ffn": 1}, "more than the stream", marks=thorough),
     ],

@@ -1,0 +1,61 @@
+"""Keys of a config.json that mlx-lm's networks read and transformers 5 no longer writes.
+
+RoPE's base, scaling and share of a head went into ``rope_parameters``, and some names changed. An
+mlx-lm network that does not find its keys takes defaults of its own without a word.
+"""
+
+from collections.abc import Collection, Mapping
+from inspect import signature
+from typing import Any
+
+from mlx_lm.utils import _get_classes
+
+NEW_NAMES = {"num_experts": "num_local_experts"}
+
+
+def find_classes(config: Mapping[str, Any]) -> tuple[type, type] | None:
+    """Find mlx-lm's network for a config, and the class of its settings; None if it has none."""
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or not kind.replace("-", "_").replace(".", "_").isidentifier():
+        return None
+    try:
+        return _get_classes(dict(config))
+    except (AttributeError, TypeError, ValueError):  # no such file, or no network in it
+        return None
+    except SystemExit:  # olmo's file ends the process if a package is missing
+        return None
+
+
+def list_settings(config: Mapping[str, Any]) -> Collection[str]:
+    """List the keys that mlx-lm's network reads of a config; none if it has no network for it."""
+    classes = find_classes(config)
+    return [] if classes is None else [*signature(classes[1]).parameters]
+
+
+def add_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config with the old keys that mlx-lm's network reads and that are not there."""
+    config = dict(config)
+    if isinstance(config.get("text_config"), Mapping):
+        config["text_config"] = add_old_keys(config["text_config"])
+    read = list_settings(config)
+    found = {old: config.get(new) for old, new in NEW_NAMES.items()}
+    if "rope_parameters" not in read:
+        found |= _spell_rope(config.get("rope_parameters"))
+    missing = {k: v for k, v in found.items() if k in read and config.get(k) is None}
+    return config | {key: value for key, value in missing.items() if value is not None}
+
+
+def _spell_rope(rope: Any) -> dict[str, Any]:
+    """Spell ``rope_parameters``, of all layers or of each kind of them, in the old keys."""
+    if not isinstance(rope, Mapping):
+        return {}
+    found = {}
+    if isinstance(rope.get("sliding_attention"), Mapping):
+        found["rope_local_base_freq"] = rope["sliding_attention"].get("rope_theta")
+    if isinstance(rope.get("full_attention"), Mapping):
+        rope = rope["full_attention"]
+    own = ("rope_theta", "partial_rotary_factor")
+    scaling = {key: value for key, value in rope.items() if key not in own}
+    if (scaling.get("rope_type") or scaling.get("type") or "default") != "default":
+        found["rope_scaling"] = scaling
+    return found | {key: rope.get(key) for key in own}
