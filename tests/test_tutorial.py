@@ -189,6 +189,7 @@ def reader(tmp_path: Path) -> Iterator[Reader]:
     someone.ends()
 
 
+@pytest.mark.thorough
 def test_the_tutorial(reader: Reader) -> None:
     pytest.importorskip("openai")
     if int(version("setuptools").split(".")[0]) < 77:
