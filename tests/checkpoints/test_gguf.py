@@ -579,9 +579,7 @@ def odd_texts(count: int) -> Iterator[str]:
         yield "".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randint(0, 30)))
 
 
-@pytest.mark.parametrize("prefix", [True, False, None], ids=["prefix", "no prefix", "unsaid"])
-def test_a_sentencepiece_model_tokenizes_as_sentencepiece_does(tmp_path: Path, small, prefix):
-    rng = random.Random(0)
+def train_sentencepiece(rng: random.Random, **options: Any) -> io.BytesIO:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([some_text(rng, 20).replace("\n", " ") for _ in range(600)]),
@@ -591,12 +589,22 @@ def test_a_sentencepiece_model_tokenizes_as_sentencepiece_does(tmp_path: Path, s
         byte_fallback=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        add_dummy_prefix=prefix is not False,
-        allow_whitespace_only_pieces=True,
         split_digits=True,
         character_coverage=0.999,
         minloglevel=2,
         num_threads=1,
+        **options,
+    )
+    return model
+
+
+@pytest.mark.parametrize("prefix", [True, False, None], ids=["prefix", "no prefix", "unsaid"])
+def test_a_sentencepiece_model_tokenizes_as_sentencepiece_does(tmp_path: Path, small, prefix):
+    rng = random.Random(0)
+    model = train_sentencepiece(
+        rng,
+        add_dummy_prefix=prefix is not False,
+        allow_whitespace_only_pieces=True,
     )
     spm = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     pieces = range(spm.get_piece_size())
@@ -643,21 +651,10 @@ def test_gemmas_tokens_stay_whole(tmp_path: Path, small, spaces: bool):
     own = ["<start_of_turn>", "<end_of_turn>", "\n", "\n\n", "\n\n\n", "<table>"]
     own += ["▁▁", "▁▁▁", "▁▁▁▁"] if spaces else []
     rng = random.Random(0)
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([some_text(rng, 20).replace("\n", " ") for _ in range(600)]),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=900,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
+    model = train_sentencepiece(
+        rng,
         add_dummy_prefix=False,
-        split_digits=True,
         user_defined_symbols=own,
-        character_coverage=0.999,
-        minloglevel=2,
-        num_threads=1,
     )
     spm = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     pieces = range(spm.get_piece_size())

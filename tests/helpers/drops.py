@@ -216,6 +216,14 @@ class Case:
                 raise
         return self._kept[key]
 
+    def find_obstacle(self, way: str) -> str | None:
+        """Why the whole network does not run in a way; None if it does."""
+        try:
+            self.run(way)
+        except Cannot as error:
+            return str(error)
+        return None
+
     def compare(self, way: str, layer: int, kind: str) -> float:
         """How far the network without a sub-layer is from that with its output times zero."""
         if way == "saved":
