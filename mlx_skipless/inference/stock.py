@@ -6,7 +6,7 @@ build its network anew, with lazy weights; ``network/stock.py`` runs it a layer 
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -188,14 +188,16 @@ def find_stock(
         return None
     if not _is_known(config):
         return None
-    lacking: dict[str, str] = {}
-    if find_text_type(config) is not None and not (lacking := _find_lacking(config)):
-        if not any_family:
-            return None
-        own = SafetensorsStore(path) if path.is_dir() and any(path.glob("*.safetensors")) else None
-        dense = None if own is None or is_packed(own) else own
-        config, lacking = {**config, **tell_mlx_lm(config, dense, name)}, _find_window(config)
-    return StockSource(name, path, add_old_keys(config), trust_remote_code, gguf, lacking)
+    source = StockSource(name, path, add_old_keys(config), trust_remote_code, gguf)
+    if find_text_type(config) is None:
+        return source
+    if lacking := _find_lacking(config):
+        return replace(source, lacking=lacking)
+    if not any_family:
+        return None
+    dense = None if source.store is None or is_packed(source.store) else source.store
+    told = {**config, **tell_mlx_lm(config, dense, name)}
+    return replace(source, config=add_old_keys(told), lacking=_find_window(config))
 
 
 def _is_known(config: Mapping[str, Any]) -> bool:
