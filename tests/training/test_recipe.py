@@ -42,7 +42,7 @@ SMALL: dict[str, Any] = {
     "vocab_size": 300,
     "context": 16,
 }
-# The recipe without the skips that merge, as the bundled model has it.
+# The recipe without the skips that merge.
 FORMER: dict[str, Any] = {
     "query_skip": None,
     "head_skip": None,
