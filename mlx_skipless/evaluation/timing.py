@@ -227,10 +227,20 @@ def compare_timings(
     decode_tokens: int,
     timings: Mapping[str, Sequence[Timing]],
     bandwidth: float,
+    loaded_bytes: int | None = None,
 ) -> list[Result]:
-    """Summarize the timings of a case; the first model is the baseline, and has no ratios."""
+    """Summarize the timings of a case; the first model is the baseline, and has no ratios.
+
+    Args:
+        models: by their labels.
+        case: what was measured.
+        decode_tokens: tokens that each sequence was given.
+        timings: by the models' labels, round by round.
+        bandwidth: bytes a second.
+        loaded_bytes: that all models' weights take together; None: they share none.
+    """
     baseline, n = next(iter(models)), case.batch_size
-    all_weights = sum(weight_bytes(model) for model in models.values())
+    all_weights = loaded_bytes or sum(weight_bytes(model) for model in models.values())
     results = []
     for label, model in models.items():
         own = timings[label]
