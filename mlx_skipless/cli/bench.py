@@ -91,11 +91,11 @@ def _report(file: str, options: dict[str, Any]) -> None:
     from ..evaluation.device_report import report_device
     from .report_tables import write_report
 
-    defaults = argparse.ArgumentParser(add_help=False)
-    add_arguments(defaults)
-    for name in options.keys() - {"json", "quiet"}:
-        if options[name] != defaults.get_default(name):
-            raise UserError("--report measures a fixed set: give it alone, or with --json")
+    parser = argparse.ArgumentParser(add_help=False)
+    add_arguments(parser)
+    defaults = vars(parser.parse_args([]))
+    if any(options[name] != defaults[name] for name in options.keys() - {"json", "quiet"}):
+        raise UserError("--report measures a fixed set: give it alone, or with --json")
     with open_output(options) as shown, open_output_file("--report", file) as write:
         with shown.progress() as progress:
             found = report_device(convert, progress=progress)

@@ -285,7 +285,7 @@ class _Measuring:
         effort = pace = None
         if most:
             probed = self._probe(min(PROBE_LAYERS, most))
-            effort, pace = self._choose(probed, networks[0], most)
+            effort, pace = self._choose(probed, networks, most)
         if effort is None or pace is None:
             self._progress(1, 1)
             reason = "a token takes too long here" if most else "not even one layer fits in memory"
@@ -353,18 +353,17 @@ class _Measuring:
         return Pace(timing.decode, prompt / max(1, layers - 1), load), count_bytes_read(model)
 
     def _choose(
-        self, probed: tuple[Pace, int], whole: tuple[int, int], most: int
+        self, probed: tuple[Pace, int], whole: list[tuple[int, int]], most: int
     ) -> tuple[Effort | None, Pace | None]:
         """Choose the best that fits into the time that is left."""
         pace, read = probed
         layers, few = self._whole.args.num_hidden_layers, min(PROBE_LAYERS, most)
-        a_layer = (whole[0] - read) / max(1, layers - few)
-        networks = len(self._make(1))
+        a_layer = (whole[0][0] - read) / max(1, layers - few)
         for effort in list_efforts(most):
             grown = 1 + (effort.layers - few) * a_layer / read
             prompt = pace.prompt * (effort.layers - 1)
             expected = Pace(pace.token * grown, prompt, 2 * pace.load * grown)
-            if effort.estimate(expected, networks) <= self._clock.left:
+            if effort.estimate(expected, len(whole)) <= self._clock.left:
                 return effort, expected
         return None, None
 

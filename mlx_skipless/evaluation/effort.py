@@ -79,7 +79,8 @@ def list_efforts(most_layers: int) -> Iterator[Effort]:
     counts = [*dict.fromkeys([most_layers, *counts, *(n for n in (2, 1) if n <= most_layers)])]
     for least, repeats, tokens, contexts, prompts in CHOICES:
         for layers in (n for n in counts if n >= min(least, most_layers)):
-            yield Effort(layers, repeats, tokens, CONTEXTS[:contexts], CONTEXTS[:prompts])
+            read = CONTEXTS[: prompts if layers > 1 else 0]
+            yield Effort(layers, repeats, tokens, CONTEXTS[:contexts], read)
 
 
 def describe_cuts(effort: Effort, all_layers: int) -> str:

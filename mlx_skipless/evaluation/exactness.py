@@ -18,7 +18,7 @@ import numpy as np
 from ..inference.loading import load_network
 from ..progress import Steps
 
-HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, VOCABULARY = 256, 512, 4, 8, 2, 512
+HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, VOCABULARY = 128, 256, 4, 8, 2, 256
 CONFIG: dict[str, Any] = {
     "model_type": "skipless", "block": "serial", "skip": "none", "norm": "qkv",
     "norms": ["q", "k", "v", "heads"], "final_norm": False, "tie_word_embeddings": False,
@@ -27,7 +27,7 @@ CONFIG: dict[str, Any] = {
     "max_position_embeddings": 512, "rope_theta": 10000.0, "rms_norm_eps": 1e-5,
     "torch_dtype": "float32",
 }  # fmt: skip
-TOKENS = 48
+TOKENS = 32
 SPREAD = 0.3  # of a matrix beside its orthogonal part
 MORE_THAN_ROUNDING = 10  # times the error that the device makes in the source
 MUCH = 0.01  # relative logit error that no rounding of float32 makes, on a GPU either
