@@ -108,12 +108,14 @@ def _beside(figure: str, ratio: float, plain: bool) -> str:
 
 
 def _describe_conversion(report: DeviceReport) -> str:
-    one = report.conversion
+    one, whole = report.conversion, report.conversion.whole_seconds / 60
+    # A part of the work grows with the weights alone, so that narrow layers say too much.
+    most = "about" if one.hidden_size == report.hidden_size else "at most"
     return (
         f"Q and P out of {_count(one.layers, 'layer')} of width {one.hidden_size:,} "
         f"({format_count(one.parameters)} weights, bfloat16), check included: {one.seconds:.1f} s, "
         f"peak memory {format_bytes(one.peak_memory_bytes)}. By weights times width {report.shape} "
-        f"would take {one.whole_seconds:,.0f} s."
+        f"would take {most} {whole:,.1f} minutes."
     )
 
 

@@ -118,7 +118,7 @@ class DeviceReport:
         device_memory_bytes, machine_memory_bytes: of what computed, and of the machine.
         bandwidth: the most bytes a second that MLX reached.
         shape: the model's name.
-        layers: of the whole model.
+        layers, hidden_size: of the whole model.
         exactness: the self-check.
         conversion: what a conversion takes.
         formats: speeds, by number format.
@@ -133,6 +133,7 @@ class DeviceReport:
     bandwidth: float
     shape: str
     layers: int
+    hidden_size: int
     exactness: Exactness
     conversion: ConversionReport
     formats: tuple[FormatReport, ...]
@@ -200,8 +201,8 @@ def report_device(
         mx.clear_cache()
     return DeviceReport(
         describe_device(), _describe_system(), device_memory_bytes(), machine_memory_bytes(),
-        bandwidth, whole.name, whole.args.num_hidden_layers, exactness, conversion,
-        tuple(formats), datetime.date.today().isoformat(), clock.spent,
+        bandwidth, whole.name, whole.args.num_hidden_layers, whole.args.hidden_size, exactness,
+        conversion, tuple(formats), datetime.date.today().isoformat(), clock.spent,
     )  # fmt: skip
 
 

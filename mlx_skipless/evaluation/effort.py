@@ -93,8 +93,6 @@ def describe_cuts(effort: Effort, all_layers: int) -> str:
     if effort.prompts != CONTEXTS:
         cuts.append(f"prompts up to {effort.prompts[-1]:,}" if effort.prompts else "no prompts")
     best = CHOICES[0]
-    if effort.repeats < best[1]:
-        cuts.append(f"{effort.repeats} round{'s' if effort.repeats > 1 else ''}")
-    if effort.decode_tokens < best[2]:
-        cuts.append(f"{effort.decode_tokens} tokens decoded")
+    cuts += ["fewer rounds"] if effort.repeats < best[1] else []
+    cuts += ["fewer tokens"] if effort.decode_tokens < best[2] else []
     return ", ".join(cuts)

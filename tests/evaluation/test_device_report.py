@@ -131,7 +131,7 @@ def test_cuts_are_told() -> None:
     assert describe_cuts(replace(best, layers=12), 32) == "12 of 32 layers"
     poorest = [*list_efforts(32)][-1]
     assert describe_cuts(poorest, 32) == (
-        "1 of 32 layers, contexts up to 128, no prompts, 1 round, 2 tokens decoded"
+        "1 of 32 layers, contexts up to 128, no prompts, fewer rounds, fewer tokens"
     )
 
 
