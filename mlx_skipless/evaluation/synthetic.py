@@ -180,8 +180,8 @@ def repeat_weights(layout: Layout) -> dict[str, mx.array]:
         if like.ndim < 2:
             return mx.ones_like(like)
         rows = -(-like.size // REPEATED)
-        flat = mx.broadcast_to(few * like.shape[-1] ** -0.5, (rows, REPEATED)).flatten()
-        return flat[: like.size].reshape(like.shape).astype(like.dtype)
+        row = (few * like.shape[-1] ** -0.5).astype(like.dtype)
+        return mx.broadcast_to(row, (rows, REPEATED)).flatten()[: like.size].reshape(like.shape)
 
     return {name: make(array) for name, array in layout.tensors.items()}
 
