@@ -24,7 +24,7 @@ shift
 export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
 
 if [ -n "$dry" ]; then
-  shape=$repository/docs/shape.json report_seconds=${SECONDS_FOR_REPORT:-30}
+  shape=$repository/docs/shape.json report_seconds=${SECONDS_FOR_REPORT:-60}
   training_seconds=${SECONDS_FOR_TRAINING:-600} dtype=float32
   export MLX_DISABLE_COMPILE=1  # a CPU's kernels take a second each to compile
 else

@@ -219,6 +219,16 @@ def test_the_models_take_turns() -> None:
     assert "".join(order) == "ab" + "ababab"
 
 
+@pytest.mark.parametrize(("answers", "rounds"), [([True], 1), ([False, True], 2), ([False] * 3, 4)])
+def test_rounds_stop_when_there_is_no_time(answers: list[bool], rounds: int) -> None:
+    """Never before the first, and only between two."""
+    left = iter(answers)
+    found = timing.measure_in_turn(
+        {"a": nn.Linear(1, 1), "b": nn.Linear(1, 1)}, lambda model: 0, 4, lambda: next(left)
+    )
+    assert found == {"a": [0] * rounds, "b": [0] * rounds} and not [*left]
+
+
 def test_ratios_are_of_the_same_round() -> None:
     models = {
         "theirs": make_stock_model(Shape("", LLAMA), mx.float32),
@@ -242,6 +252,10 @@ def test_ratios_are_of_the_same_round() -> None:
     cache = 2 * 4 * 2 * LAYERS * KV_WIDTH * (100 + 4.5)
     read = 4 * (WITHOUT_QP - UNREAD + HIDDEN) + cache
     assert ours.limit_share == pytest.approx(read * 8 / 1e6)
+    given = (models, Case(100, 2), 8, timings, 1e6)
+    first, second = timing.compare_timings(*given, loaded_bytes=4 * VANILLA)
+    assert first.peak_memory_bytes == 10**7
+    assert second.peak_memory_bytes == 2 * 10**7 - 4 * (VANILLA - WITHOUT_QP)
     only = timing.compare_timings(models, Case(100, 2, decode_only=True), 8, timings, bandwidth=1e6)
     assert only[1].prompt_tps is None and only[1].first_token_seconds is None
     assert only[1].prompt_ratio is None and only[1].decode_ratio == Spread(2, 1, 4)
@@ -344,6 +358,24 @@ def test_random_weights_have_the_scale_that_is_said() -> None:
             assert mx.all(array == 1)
     seen = [np.array(weights[f"model.layers.{i}.self_attn.q_proj.weight"]) for i in (0, 1)]
     assert abs(np.corrcoef(seen[0].ravel(), seen[1].ravel())[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+def test_repeated_weights_have_that_scale_too(
+    dtype: mx.Dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(synthetic, "REPEATED", 1000)
+    layout = Layout(Shape("", LLAMA).args, dtype)
+    weights = synthetic.repeat_weights(layout)
+    assert weights.keys() == layout.tensors.keys()
+    for name, array in weights.items():
+        assert array.shape == layout.tensors[name].shape and array.dtype == dtype
+        if array.ndim > 1:
+            flat = np.array(array.astype(mx.float32)).ravel()
+            assert flat.std() == pytest.approx(array.shape[1] ** -0.5, rel=0.1), name
+            assert (flat[1000:] == flat[:-1000]).all()
+        else:
+            assert mx.all(array == 1)
 
 
 def test_the_way_from_a_shape_to_a_conversion(

@@ -281,32 +281,36 @@ def test_an_interruption_leaves_nothing(
     assert [*(quick / "scratch").iterdir()] == []
 
 
-def test_longer_conversions_are_tried_while_there_is_time(
+def test_wider_conversions_are_tried_while_there_is_time(
     quick: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each is expected to take eight times as long; one that cannot be done is left out."""
     tried: list[int] = []
+    now = 0.0
 
-    def convert(whole: Shape, seconds: float, refused: int = 0) -> Any:
+    def measure(seconds: float, refused: int = 0) -> Any:
         tried.clear()
 
-        def once(convert: Any, whole: Shape, divisor: int, folder: Path) -> Any:
+        def convert(convert: Any, whole: Shape, divisor: int, folder: Path) -> int:
+            nonlocal now
             tried.append(divisor)
+            now += {4: 1, 2: 8, 1: 64}[divisor]
             if divisor == refused:
                 raise mlx_skipless.UserError("no room")
             return divisor
 
-        monkeypatch.setattr(device_report, "_time_conversion", once)
+        monkeypatch.setattr(device_report, "_time_conversion", convert)
         return device_report._time_conversions(
-            convert, whole, quick, seconds, lambda done, total: None
+            mlx_skipless.convert, shape(2), quick, seconds, lambda done, total: None
         )
 
     monkeypatch.setattr(device_report, "WIDTHS", (4, 2, 1))
-    assert convert(shape(2), 1e6) == 1 and tried == [4, 2, 1]
-    assert convert(shape(2), 0.0) == 4 and tried == [4]
-    assert convert(shape(2), 1e6, refused=1) == 2 and tried == [4, 2, 1]
+    monkeypatch.setattr(device_report.time, "perf_counter", lambda: now)
+    for seconds, last in ((0, 4), (8.9, 4), (9.1, 2), (72.9, 2), (73.1, 1)):
+        assert measure(seconds) == last == tried[-1] and tried == [4, 2, 1][: len(tried)]
+    assert measure(100, refused=1) == 2 and tried == [4, 2, 1]
     with pytest.raises(mlx_skipless.UserError, match="no room"):
-        convert(shape(2), 1e6, refused=4)
+        measure(100, refused=4)
 
 
 @pytest.mark.parametrize(
