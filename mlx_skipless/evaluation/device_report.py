@@ -46,6 +46,7 @@ FORMATS: dict[str, Quantization | None] = {
     "bfloat16": None, "8 bits": Quantization(8, 64), "4 bits": Quantization(4, 64),
 }  # fmt: skip
 PROBE_LAYERS = 2
+FIRST_RUN_SHARE = 0.1  # of the time: a first run that takes longer counts
 PROBE_SECONDS, PROBE_TOKENS = 0.3, 1024  # a prompt grows until it takes so long or is so long
 WIDTHS = (4, 2, 1)  # divisors of the shape's, from the fastest conversion on
 GROWTH = 8  # times as long as at half the width a conversion takes
@@ -344,11 +345,13 @@ class _Measuring:
         self._shared.share(model)
         evaluate_in_turn(self._shared.values())
         load, length = time.perf_counter() - started, 2
-        while True:
+        timing = time_model(model, Case(length, 1), 1)
+        # The first run may have compiled kernels, unless all that follows takes that long, too.
+        if timing.first_token < FIRST_RUN_SHARE * self._clock.left:
             timing = time_model(model, Case(length, 1), 1)
-            if timing.first_token >= PROBE_SECONDS or length >= PROBE_TOKENS:
-                break
+        while timing.first_token < PROBE_SECONDS and length < PROBE_TOKENS:
             length *= 8
+            timing = time_model(model, Case(length, 1), 1)
         prompt = max(timing.first_token - timing.decode, 0.0) / (length - 1)
         # A prompt's last layer gives the cache its keys and values and does no more.
         return Pace(timing.decode, prompt / max(1, layers - 1), load), count_bytes_read(model)

@@ -23,6 +23,7 @@ from mlx_skipless.evaluation.device_report import DeviceReport, report_device
 from mlx_skipless.evaluation.effort import CONTEXTS, Pace, describe_cuts, list_efforts
 from mlx_skipless.evaluation.exactness import Exactness, compute_logits, measure_exactness
 from mlx_skipless.evaluation.synthetic import Shape
+from mlx_skipless.evaluation.timing import Case, Timing
 from mlx_skipless.evaluation.variants import (
     PLAIN,
     SharedWeights,
@@ -264,6 +265,31 @@ def test_what_is_too_slow_or_too_large_is_left_out(
     assert "- exact here: **no**" in write_report(wrong) and "not all the same" in write_report(
         wrong
     )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "lengths", "token"), [(1000.0, [2, 2, 16, 128, 1024], 0.01), (20.0, [2], 5.0)]
+)
+def test_a_first_run_that_compiles_does_not_count(
+    seconds: float, lengths: list[int], token: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counts where there is no time for a second one."""
+    read: list[int] = []
+
+    def run(model: Any, case: Case, decode_tokens: int) -> Timing:
+        read.append(case.length)
+        first = 5.0 if len(read) == 1 else 0.0
+        once = 0.01 + first
+        return Timing(once + 1e-4 * (case.length - 1), once, 0)
+
+    monkeypatch.setattr(device_report, "time_model", run)
+    monkeypatch.setattr(device_report, "find_shape", lambda name: shape(2))
+    clock, tell = device_report._Clock(seconds), lambda done, total: None
+    measuring = device_report._Measuring("", shape(4), None, 1.0, clock, tell)
+    pace, nbytes = measuring._probe(2)
+    assert read == lengths and pace.token == pytest.approx(token, abs=0.011)
+    assert pace.prompt == pytest.approx(1e-4) and pace.load > 0
+    assert nbytes == count_bytes_read(make_plain(shape(2), mx.bfloat16))
 
 
 def test_an_interruption_leaves_nothing(
