@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -287,17 +288,17 @@ class _Measuring:
         effort = pace = None
         if most:
             probed = self._probe(min(PROBE_LAYERS, most))
-            effort, pace = self._choose(probed, networks, most)
+            effort, pace = self._choose(probed, networks[0][0], most)
         if effort is None or pace is None:
             self._progress(1, 1)
             reason = "a token takes too long here" if most else "not even one layer fits in memory"
             return FormatReport(name, None, f"left out: {reason}", (), ())
-        models = self._load(effort.layers)
+        models = self._load(effort)
         results: list[Result] = []
         cases = effort.list_cases()
         for done, case in enumerate(cases):
             self._progress(1 + done, 1 + len(cases))
-            if done and effort.estimate_case(case, pace, len(models)) > self._clock.left:
+            if done and effort.estimate_case(case, pace) > self._clock.left:
                 kept = tuple(one.length for one in cases[:done])
                 prompts = tuple(n for n in effort.prompts if n in kept)
                 effort = replace(effort, contexts=kept, prompts=prompts)
@@ -308,7 +309,7 @@ class _Measuring:
         read = {label: count_bytes_read(model) for label, model in models.items()}
         shown = tuple(
             Network(label, nbytes, *two)
-            for (label, nbytes), two in zip(read.items(), networks, strict=True)
+            for (label, nbytes), two in zip(read.items(), networks, strict=False)
         )
         return FormatReport(name, effort, describe_cuts(effort, layers), shown, tuple(results))
 
@@ -357,23 +358,29 @@ class _Measuring:
         return Pace(timing.decode, prompt / max(1, layers - 1), load), count_bytes_read(model)
 
     def _choose(
-        self, probed: tuple[Pace, int], whole: list[tuple[int, int]], most: int
+        self, probed: tuple[Pace, int], whole: int, most: int
     ) -> tuple[Effort | None, Pace | None]:
-        """Choose the best that fits into the time that is left."""
+        """Choose the best that fits into the time that is left.
+
+        Args:
+            probed: what ``_probe`` gave.
+            whole: bytes that the plain network with all layers reads for a token.
+            most: layers that fit in memory.
+        """
         pace, read = probed
         layers, few = self._whole.args.num_hidden_layers, min(PROBE_LAYERS, most)
-        a_layer = (whole[0][0] - read) / max(1, layers - few)
+        a_layer = (whole - read) / max(1, layers - few)
         for effort in list_efforts(most):
             grown = 1 + (effort.layers - few) * a_layer / read
             prompt = pace.prompt * (effort.layers - 1)
             expected = Pace(pace.token * grown, prompt, 2 * pace.load * grown)
-            if effort.estimate(expected, len(whole)) <= self._clock.left:
+            if effort.estimate(expected) <= self._clock.left:
                 return effort, expected
         return None, None
 
-    def _load(self, layers: int) -> Mapping[str, nn.Module]:
+    def _load(self, effort: Effort) -> Mapping[str, nn.Module]:
         """Make the networks and evaluate their weights."""
-        models = self._make(layers)
+        models = dict(islice(self._make(effort.layers).items(), effort.networks))
         for model in models.values():
             self._shared.share(model)
         evaluate_in_turn(self._shared.values())

@@ -61,7 +61,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(device_report, "WIDTHS", (1,))
     monkeypatch.setattr(device_report, "PROBE_TOKENS", 2)
     monkeypatch.setattr(effort, "CONTEXTS", (3, 5))
-    monkeypatch.setattr(effort, "CHOICES", ((1, 1, 2, 2, 1),))
+    monkeypatch.setattr(effort, "CHOICES", ((1, 1, 2, 2, 1, 6),))
     monkeypatch.setattr(device_report, "FORMATS", {"4 bits": Quantization(4, 64)})
     monkeypatch.setitem(report_device.__kwdefaults__, "shape", str(config))  # type: ignore[arg-type]
     monkeypatch.setitem(report_device.__kwdefaults__, "seconds", 1e6)  # type: ignore[arg-type]
@@ -122,7 +122,7 @@ def test_efforts_are_listed_from_the_best_on(most: int) -> None:
         assert [case.length for case in one.list_cases()] == [*one.contexts]
         assert sum(not case.decode_only for case in one.list_cases()) == len(one.prompts)
     paces = [Pace(0.02 * one.layers, 1e-3 * one.layers, 0) for one in efforts]
-    costs = [one.estimate(pace, 6) for one, pace in zip(efforts, paces, strict=True)]
+    costs = [one.estimate(pace) for one, pace in zip(efforts, paces, strict=True)]
     assert costs[-1] == min(costs) and costs[0] == max(costs)
 
 
@@ -132,7 +132,8 @@ def test_cuts_are_told() -> None:
     assert describe_cuts(replace(best, layers=12), 32) == "12 of 32 layers"
     poorest = [*list_efforts(32)][-1]
     assert describe_cuts(poorest, 32) == (
-        "1 of 32 layers, contexts up to 128, no prompts, fewer rounds, fewer tokens"
+        "1 of 32 layers, contexts up to 128, no prompts, 2 of 6 networks, fewer rounds, "
+        "fewer tokens"
     )
 
 
@@ -242,7 +243,7 @@ def test_what_is_too_slow_or_too_large_is_left_out(
     converted = device_report.ConversionReport(2, 128, 1000, 1.0, 1000, 2.0)
     monkeypatch.setattr(device_report, "measure_exactness", lambda *given, **options: exact)
     monkeypatch.setattr(device_report, "_time_conversions", lambda *given: converted)
-    monkeypatch.setattr(effort, "CHOICES", ((1, 1, 1, 1, 1),))
+    monkeypatch.setattr(effort, "CHOICES", ((1, 1, 1, 1, 1, 6),))
 
     def report(seconds: float, memory: int) -> DeviceReport:
         monkeypatch.setattr(device_report, "device_memory_bytes", lambda: memory)
@@ -258,8 +259,17 @@ def test_what_is_too_slow_or_too_large_is_left_out(
     shared = SharedWeights()
     for model in make_variants(shape(1), mx.bfloat16, Quantization(4, 64)).values():
         shared.share(model)
+    monkeypatch.setattr(effort, "CHOICES", ((1, 1, 1, 1, 0, 6), (1, 1, 1, 1, 0, 2)))
+    estimate = effort.Effort.estimate
+    monkeypatch.setattr(
+        effort.Effort, "estimate",
+        lambda self, pace: estimate(self, pace) * (1 if self.networks == 2 else math.inf),
+    )  # fmt: skip
+    (one,) = report(1e6, 10**9).formats
+    assert [network.label for network in one.networks] == [*make_variants(shape(2), mx.float32)][:2]
+    assert "2 of 6 networks" in one.cuts and len(one.results) == 2
     (one,) = report(1e6, int(1.02 * shared.nbytes / device_report.MEMORY_SHARE)).formats
-    assert one.effort is not None and one.effort.layers == 1
+    assert one.effort is not None and one.effort.layers == 1 and one.effort.networks == 2
     assert one.cuts.startswith("1 of 2 layers, ")
     wrong = replace(found, exactness=replace(exact, result_error=1.0, same_tokens=False))
     assert "- exact here: **no**" in write_report(wrong) and "not all the same" in write_report(
