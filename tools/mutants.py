@@ -210,8 +210,8 @@ MUTANTS: list[tuple[str, str, str, str]] = [
         "KVCache()",
         MODEL,
     ),
-    ("network", "out = out - attend(", "out = out + attend(", EXACT),
-    ("network", "out = out + own.reshape(out.shape)", "out = out - own.reshape(out.shape)", EXACT),
+    ("network", "*gain, -self.uniform_gain[", "*gain, self.uniform_gain[", EXACT),
+    ("network", "*gain, self.value_skip[", "*gain, -self.value_skip[", EXACT),
     ("network", "mx.argpartition(-scores,", "mx.argpartition(scores,", f"{FAMILY} mixtral"),
     ("network", "else logits * self.logit_scale", "else logits", f"{FAMILY} cohere"),
     (
@@ -222,7 +222,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ),
     (
         "network",
-        'parts["x"] + h if "x" in parts else h',
+        "row[..., :passed] + h if passed else h",
         "h",
         "tests/removal/test_table.py",
     ),
@@ -324,7 +324,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("network", "raise _Reached(take_stream(out))", "raise _Reached(out)", f"{DROPS} converted"),
     ("network", "if norm in args.norms}", "}", f"{BAD} broken_config"),
     ("network", 'if "hidden" in args.norms:', 'if args.norm == "qkv":', SKIPS),
-    ("network", "normed = part in args.norms or", 'normed = args.norm == "qkv" or', SKIPS),
+    ("network", "shared or letter in args.norms", 'shared or args.norm == "qkv"', SKIPS),
     (
         "removal",
         "found = mx.repeat(found, absent.size // found.size)",
