@@ -95,6 +95,7 @@ def count_launches(model: nn.Module, batch: int = 1) -> Counter[str]:
     cache: Any = make_prompt_cache(model)
     mx.eval(model(mx.zeros((batch, 2), mx.int32), cache=cache))
     token = mx.zeros((batch, 1), mx.int32)
+    mx.eval(token)
     count: Counter[str] = Counter()
     with pytest.MonkeyPatch.context() as patch:
         for place, name, copies in ENDS:
