@@ -210,8 +210,8 @@ MUTANTS: list[tuple[str, str, str, str]] = [
         "KVCache()",
         MODEL,
     ),
-    ("network", "*gain, -self.uniform_gain[", "*gain, self.uniform_gain[", EXACT),
-    ("network", "*gain, self.value_skip[", "*gain, -self.value_skip[", EXACT),
+    ("network", ", -self.uniform_gain[", ", self.uniform_gain[", EXACT),
+    ("network", ", self.value_skip[", ", -self.value_skip[", EXACT),
     ("network", "mx.argpartition(-scores,", "mx.argpartition(scores,", f"{FAMILY} mixtral"),
     ("network", "else logits * self.logit_scale", "else logits", f"{FAMILY} cohere"),
     (
@@ -253,17 +253,12 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     # Query skips and head skips, and norms on some of the projections.
     ("network", 'projected["q"] = add_products((projected["q"],), skipped)', "pass", SKIPS),
     ("network", "terms.append((q, self.separate_heads(self.query_skip)))", "pass", SKIPS),
-    (
-        "network",
-        "terms = [(attend(queries), *gain, *beta)]",
-        "terms = [(attend(queries), *gain)]",
-        SKIPS,
-    ),
-    ("network", 'if "v" in self._weighted else []', "if False else []", EXACT),
+    ("network", "terms = [(attend(queries), *beta)]", "terms = [(attend(queries),)]", SKIPS),
+    ("network", 'scales.pop("k"), scales.pop("v")', 'scales.pop("v"), scales.pop("k")', EXACT),
     # Heads that lie side by side, in one kernel: where they may, and only there.
     ("network", 'if kinds["k"] == kinds["v"]:', "if False:", LAUNCHES),
     ("network", "untouched and kinds[", "False and kinds[", LAUNCHES),
-    ("network", 'self._weighted in ("", "v") and "head_skip"', '"head_skip"', SKIPS),
+    ("network", 'not self._weighted and "head_skip"', '"head_skip"', EXACT),
     ("network", 'if untouched and kinds["q"] == kinds["k"]', "if untouched", SKIPS),
     (
         "network",

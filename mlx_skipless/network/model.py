@@ -296,6 +296,12 @@ def add_products(*terms: Tuple[mx.array, ...]) -> mx.array:
 
 
 @partial(mx.compile, shapeless=True)
+def scale_two(pair: mx.array, first: mx.array, second: mx.array) -> mx.array:
+    """Multiply the first of two, (..., 2, n, width), by one scale and the second by another."""
+    return pair * mx.where(mx.array([[[True]], [[False]]]), first, second)
+
+
+@partial(mx.compile, shapeless=True)
 def apply_gate(kind: str, gate: mx.array, up: mx.array, offset: Optional[mx.array]) -> mx.array:
     """Compute (act(gate) + offset) * up in one kernel."""
     gate = ACTIVATIONS[kind](gate)
@@ -398,7 +404,7 @@ class Attention(nn.Module):
             kinds[letter] = letter if own else norm is not None
         alike = "."
         if kinds["k"] == kinds["v"]:
-            untouched = self._weighted in ("", "v") and "head_skip" not in self
+            untouched = not self._weighted and "head_skip" not in self
             alike = "qkv|kv|." if untouched and kinds["q"] == kinds["k"] else "kv|."
         fused = "qkv" if table else (self._fused or "").partition("_")[0]
         runs = [fused, *(letter for letter in "qkv" if letter not in fused)]
@@ -451,11 +457,17 @@ class Attention(nn.Module):
             qk, v = self.split_heads(heads["qkv"], ("qk", "v"))
             qk = self.rope(qk.transpose(0, 2, 1, 3), offset=offset)
             return (*mx.split(qk, [self.n_heads], axis=1), v.transpose(0, 2, 1, 3))
+        names = {letter: f"{letter}_norm" for letter in self._weighted}
+        scales = {
+            k: getattr(self, name).weight.reshape(-1, self.head_dim) for k, name in names.items()
+        }
         if "kv" in heads:
-            heads |= zip("kv", mx.split(heads["kv"], 2, axis=2), strict=True)
-        for letter in self._weighted.replace("v", ""):
-            weight = getattr(self, f"{letter}_norm").weight
-            heads[letter] = heads[letter] * weight.reshape(-1, self.head_dim)
+            kv = heads["kv"]
+            if "k" in scales and "v" in scales:
+                pair = kv.reshape(*kv.shape[:2], 2, -1, self.head_dim)
+                kv = scale_two(pair, scales.pop("k"), scales.pop("v")).reshape(kv.shape)
+            heads |= zip("kv", mx.split(kv, 2, axis=2), strict=True)
+        heads |= {letter: heads[letter] * scale for letter, scale in scales.items()}
         q, k, v = (heads[letter].transpose(0, 2, 1, 3) for letter in "qkv")
         return self.rope(q, offset=offset), self.rope(k, offset=offset), v
 
@@ -526,16 +538,15 @@ class Attention(nn.Module):
             return out.transpose(0, 2, 1, 3)
 
         # Terms of the heads' outputs, each with what scales it.
-        gain = [self.v_norm.weight.reshape(-1, self.head_dim)] if "v" in self._weighted else []
-        beta = [self.attention_gain[:, None]] if "attention_gain" in self else []
-        terms = [(attend(queries), *gain, *beta)]
+        beta = (self.attention_gain[:, None],) if "attention_gain" in self else ()
+        terms = [(attend(queries), *beta)]
         if "query_skip" in self:
             q = projected["q"] if "q" in projected else projected["qkv"][:, :, : self.n_heads]
             terms.append((q, self.separate_heads(self.query_skip)))
         if "uniform_gain" in self:
-            terms.append((attend(mx.zeros_like(queries)), *gain, -self.uniform_gain[:, None]))
+            terms.append((attend(mx.zeros_like(queries)), -self.uniform_gain[:, None]))
         if "value_skip" in self:
-            terms.append((own.transpose(0, 2, 1, 3), *gain, self.value_skip[:, None]))
+            terms.append((own.transpose(0, 2, 1, 3), self.value_skip[:, None]))
         plain = len(terms) == len(terms[0]) == 1
         heads = (terms[0][0] if plain else self.add_scaled(terms)).reshape(*x.shape[:2], -1)
 
