@@ -457,9 +457,9 @@ class Attention(nn.Module):
             qk, v = self.split_heads(heads["qkv"], ("qk", "v"))
             qk = self.rope(qk.transpose(0, 2, 1, 3), offset=offset)
             return (*mx.split(qk, [self.n_heads], axis=1), v.transpose(0, 2, 1, 3))
-        names = {letter: f"{letter}_norm" for letter in self._weighted}
         scales = {
-            k: getattr(self, name).weight.reshape(-1, self.head_dim) for k, name in names.items()
+            letter: getattr(self, f"{letter}_norm").weight.reshape(-1, self.head_dim)
+            for letter in self._weighted
         }
         if "kv" in heads:
             kv = heads["kv"]
