@@ -36,7 +36,7 @@ SIZES: dict[str, Any] = {
     "tie_word_embeddings": False,
 }  # fmt: skip
 LLAMA: dict[str, Any] = {"norm": "pre", "skip": "both", "final_norm": True}
-BUNDLED: dict[str, Any] = {
+FIRST_BUNDLED: dict[str, Any] = {
     "norm": "qkv", "gains": ["q", "k", "v", "hidden"], "gate_offset": True, "value_skip": True
 }  # fmt: skip
 # Networks of this package, but the first, which is mlx-lm's, and that of `train`'s recipe (None).
@@ -48,7 +48,7 @@ NETWORKS: dict[str, dict[str, Any] | None] = {
     "skipless, parallel": {"norm": "qkv", "block": "parallel"},
     "query and head skip": {"norm": "qkv", "query_skip": True, "head_skip": True},
     "as `train` makes it": None,
-    "as the bundled model": BUNDLED,
+    "as the first bundled model": FIRST_BUNDLED,
 }
 
 

@@ -33,8 +33,8 @@ LAYERS: dict[Case, tuple[int, int, int, int, int]] = {
     ("query and head skip", "qp"): (3, 3, 0, 2, 3),
     ("as `train` makes it", "none"): (4, 3, 1, 2, 4),
     ("as `train` makes it", "qp"): (3, 3, 1, 2, 4),
-    ("as the bundled model", "none"): (4, 3, 1, 2, 3),
-    ("as the bundled model", "qp"): (3, 3, 1, 2, 3),
+    ("as the first bundled model", "none"): (4, 3, 1, 2, 3),
+    ("as the first bundled model", "qp"): (3, 3, 1, 2, 3),
 }
 FEW = [(LLAMA, "none", None), ("skipless", "none", 4), ("as `train` makes it", "qp", None)]
 GRID = [(*case, bits) for case in LAYERS for bits in (None, 4)]
