@@ -120,8 +120,8 @@ def cast_finite(name: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
         UserError: if it holds NaN or infinity, before or because the type is too narrow.
     """
     cast = array.astype(dtype)
-    if not _is_finite(cast):
-        if _is_finite(array):
+    if not is_finite(cast):
+        if is_finite(array):
             wider = "bfloat16 or float32" if dtype == mx.float16 else "float32"
             raise UserError(
                 f"{name} does not fit {dtype_name(dtype)} (largest value "
@@ -138,11 +138,11 @@ def check_finite(tensors: Mapping[str, mx.array]) -> None:
         UserError: if one holds NaN or infinity.
     """
     for name, array in tensors.items():
-        if is_float(array.dtype) and not _is_finite(array):
+        if is_float(array.dtype) and not is_finite(array):
             _refuse_not_finite(name)
 
 
-def _is_finite(array: mx.array) -> bool:
+def is_finite(array: mx.array) -> bool:
     """Whether no element is NaN or infinite; several times faster than MLX's own on a CPU.
 
     NumPy has no bfloat16, so types of 16 bits are tested by the bits of their exponent.

@@ -64,11 +64,11 @@ class SourceReader:
         weight, bias = f"{path}.weight", f"{path}.bias"
         matrix = to_numpy(weight, arrays[weight], kind).T
         vector = to_numpy(bias, arrays[bias], np.float64) if bias in arrays else None
-        return fold_norm(*self._read_norm_before(path), Linear(matrix, vector))
+        return fold_norm(*self.read_norm_before(path), Linear(matrix, vector))
 
     def has_norm_to_fold(self, path: str) -> bool:
         """Tell whether a norm's weight or bias belongs to the matrix at a path."""
-        return any(vector is not None for vector in self._read_norm_before(path))
+        return any(vector is not None for vector in self.read_norm_before(path))
 
     @ignore_overflow
     def measure_conditioning(self, path: str) -> Conditioning:
@@ -93,7 +93,7 @@ class SourceReader:
         """
         return algebra.measure_condition_number(self.read_linear(path, np.float64).weight)
 
-    def _read_norm_before(self, path: str) -> tuple[np.ndarray | None, np.ndarray | None]:
+    def read_norm_before(self, path: str) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Read the weight and the bias, both (in,), that are folded into the matrix at a path."""
         module, norm = _find_norm_before(self._checkpoint.args, path)
         if norm not in self._folded:
