@@ -15,7 +15,6 @@ has no float64, so it is used for products in float32 only.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -23,6 +22,7 @@ import numpy as np
 from ..checkpoints.safetensors import is_float
 from ..errors import UserError
 from ..network.parts import dtype_name
+from .factors import Factors
 
 # Half the distance from 1 to the next number: the largest relative error of rounding.
 UNIT_ROUNDOFF = {mx.float32: 2.0**-24, mx.bfloat16: 2.0**-8, mx.float16: 2.0**-11}
@@ -35,22 +35,29 @@ def choose_working_type(stored: mx.Dtype) -> type[np.floating]:
     return np.float64 if stored == mx.float32 else np.float32
 
 
-@dataclass(frozen=True)
 class Inverse:
     """The inverse of a square matrix, never formed: ``@`` solves a linear system in float64.
 
-    The result has the other operand's type.
+    The matrix is factored once, when first needed. The result has the other operand's type.
+
+    Args:
+        of: the matrix.
+        transposed: whether this is the inverse of its transpose.
     """
 
-    of: np.ndarray
     __array_ufunc__ = None  # so that NumPy leaves ``array @ inverse`` to this class
+
+    def __init__(self, of: np.ndarray | Factors, transposed: bool = False):
+        self._factors = of if isinstance(of, Factors) else Factors(of)
+        self._transposed = transposed
 
     @property
     def T(self) -> "Inverse":
-        return Inverse(self.of.T)
+        return Inverse(self._factors, not self._transposed)
 
     def __matmul__(self, other: np.ndarray) -> np.ndarray:
-        found = np.linalg.solve(self.of.astype(np.float64), other.astype(np.float64))
+        factors = self._factors
+        found = (factors.solve_transposed if self._transposed else factors.solve)(other)
         return found.astype(other.dtype, copy=False)
 
     def __rmatmul__(self, other: np.ndarray) -> np.ndarray:

@@ -71,15 +71,20 @@ class SourceReader:
         return any(vector is not None for vector in self.read_norm_before(path))
 
     @ignore_overflow
-    def measure_conditioning(self, path: str) -> Conditioning:
+    def measure_conditioning(self, path: str, limits: Collection[float] = ()) -> Conditioning:
         """Measure how much the inverse of the square matrix at a path would magnify noise.
 
         The norm before the matrix is folded in; the result is infinite if it is singular.
 
+        Args:
+            path: a module path.
+            limits: amplifications that decide something, near which it is not just estimated.
+
         Raises:
             UserError: if a tensor holds NaN or infinity.
         """
-        return algebra.measure_conditioning(self.read_linear(path, np.float64).weight)
+        weight = self.read_linear(path, np.float64).weight
+        return algebra.measure_conditioning(weight, limits)
 
     @ignore_overflow
     def measure_condition_number(self, path: str) -> float:

@@ -270,10 +270,11 @@ def sample_tokens(
     """
     key = mx.random.key(seed)
     key, first = mx.random.split(key)
-    opened = start is not None and 0 <= start < vocab_size
-    drawn = max(1, opening - opened)
+    if start is not None and not 0 <= start < vocab_size:
+        start = None
+    drawn = max(1, opening - (start is not None))
     tokens = mx.random.randint(0, vocab_size, (sequences, drawn), key=first)
-    if opened:
+    if start is not None:
         tokens = mx.concatenate(
             [mx.full((sequences, 1), start, dtype=tokens.dtype), tokens], axis=1
         )
