@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-BLOCK = 256  # rows that a triangular system is solved for at a time
+BLOCK = 64  # rows that a triangular system is solved for at a time
 DENSE = 512  # rows up to which norms are computed and not estimated
 COLUMNS = 16  # of a block of vectors
 MOST_COLUMNS = 512  # of the space that the largest singular value is looked for in
@@ -78,7 +78,7 @@ def _factor(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     order = np.arange(len(matrix))
     for row, other in enumerate(np.array(swaps)):
         order[[row, other]] = order[[other, row]]
-    return np.array(factors), order
+    return np.asarray(factors), order
 
 
 def _substitute(
