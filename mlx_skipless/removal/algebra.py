@@ -43,7 +43,7 @@ import mlx.core as mx
 import numpy as np
 
 from .factors import measure_norms
-from .products import Inverse, multiply, multiply_rows, subtract_mean
+from .products import Inverse, allocate, multiply, multiply_rows, subtract_mean
 
 SURE = 4  # standard errors that an estimate is trusted to
 
@@ -152,7 +152,8 @@ def fold_norm(
     if norm_bias is not None:
         bias = (0 if bias is None else bias) + norm_bias @ weight
     if norm_weight is not None:
-        weight = norm_weight[:, None].astype(weight.dtype) * weight
+        gained = allocate(weight.shape, weight.dtype)
+        weight = np.multiply(norm_weight[:, None].astype(weight.dtype), weight, out=gained)
     return Linear(weight, bias)
 
 
