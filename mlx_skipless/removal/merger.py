@@ -30,7 +30,6 @@ from .products import (
     cast_finite,
     choose_working_type,
     ignore_overflow,
-    is_finite,
     to_numpy,
     to_stored,
 )
@@ -112,15 +111,7 @@ class Merger:
 
     def _is_untouched(self, path: str) -> bool:
         """Whether the matrix at a path is in the result what it is in the source."""
-        return self._keeps_bases(path) and not self._source.has_norm_to_fold(path)
-
-    def _keeps_bases(self, path: str) -> bool:
-        """Whether what the matrix at a path reads and writes is what it was in the source."""
-        return not (
-            self._bases.find_input(path)
-            or self._bases.find_output(path)
-            or self._bases.takes_mean_out(path)
-        )
+        return self._bases.keeps(path) and not self._source.has_norm_to_fold(path)
 
     def _change(self, path: str, linear: Linear) -> Linear:
         """Express the matrix at a path, or a part of it, in the result's bases."""
@@ -147,26 +138,15 @@ class Merger:
         return {name: mx.concatenate([part[name] for part in made]) for name in made[0]}
 
     def _merge_part(self, path: str, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        if (scaled := self._scale(path, arrays)) is not None:
-            return scaled
+        if self._bases.keeps(path):
+            scaled = self._source.scale(path, arrays, self._dtype)
+            if scaled is not None:
+                return scaled
         new = self._change(path, self._source.fold(path, arrays, self._kind))
         out = {f"{path}.weight": self._store(f"{path}.weight", new.weight.T)}
         if new.bias is not None:
             out[f"{path}.bias"] = self._store(f"{path}.bias", new.bias)
         return out
-
-    def _scale(self, path: str, arrays: Mapping[str, mx.array]) -> dict[str, mx.array] | None:
-        """Fold a norm's weight into the matrix at a path; None if more or less is to be done."""
-        gain, shift = self._source.read_norm_before(path)
-        if gain is None or shift is not None or not self._keeps_bases(path):
-            return None
-        # (x g) W = x (diag(g) W), with one float32 product for each element
-        name = f"{path}.weight"
-        weight = arrays[name].astype(mx.float32) * mx.array(gain.astype(np.float32))
-        weight = weight.astype(self._dtype)
-        if not is_finite(weight):
-            return None  # the long way says which number it is
-        return {n: weight if n == name else self._cast(n, a) for n, a in arrays.items()}
 
     def _copy_vectors(self, layer: int) -> dict[str, mx.array]:
         """Copy a layer's norms and linear paths; write out those that only other layers have."""
