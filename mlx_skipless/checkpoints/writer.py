@@ -61,6 +61,9 @@ class Writer:
                 f"cannot write beside {where} ({error}): give another {flag}"
             ) from error
         self._held.callback(self._worker.shutdown, cancel_futures=True)
+        # MLX keeps freed buffers for reuse. Layers come one at a time here, so few are enough.
+        limit = mx.set_cache_limit(2 * self._shard_bytes)
+        self._held.callback(mx.set_cache_limit, limit)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -85,7 +88,6 @@ class Writer:
         self._shards.append(list(self._pending))
         self._total_bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
-        mx.clear_cache()
 
     def _wait(self) -> None:
         """Wait until no shard is being written."""

@@ -4,8 +4,6 @@ Knows nothing of terminals and of training.
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -74,8 +72,6 @@ from .stock_report import add_wishes as add_stock_wishes
 from .stock_report import make_report as make_stock_report
 from .writing import MODEL_FILE, make_config, write
 
-BUFFER_CACHE_BYTES = 256 << 20
-
 
 def convert(
     model: str | Path | None = None,
@@ -130,7 +126,7 @@ def _convert(job: Job, watch: Stopwatch) -> Report:
     if options.dry_run:
         return add_wishes(make_report(job), job)
     _check_memory(job)
-    with _open_result(options, _most_bytes(job)) as writer:
+    with Writer(Path(options.mlx_path), _most_bytes(job)) as writer:
         tokenizer = _write_beside(job, writer)
         passages = _take_text(job, tokenizer, watch)
         job = decide(job, passages, watch)
@@ -175,7 +171,7 @@ def _convert_folder(job: StockJob, watch: Stopwatch) -> Report:
         return add_stock_wishes(report, job, network)
     check_stock_memory(job, network)
     sizes = (sum(a.nbytes for a in tensors_of(one).values()) for one in (model, source.model))
-    with _open_result(options, max(sizes)) as writer:
+    with Writer(Path(options.mlx_path), max(sizes)) as writer:
         tokenizer = write_beside(job, writer, config)
         passages = take_text(job, network, tokenizer, watch)
         job = decide_stock(job, network, passages, watch)
@@ -264,18 +260,6 @@ def _load_source(job: Job, dtype: mx.Dtype = mx.float32) -> StreamedNetwork:
     args = job.plan.before
     resident = Layout(args, dtype).nbytes() <= RESIDENT_BYTES
     return job.source_network(dtype, resident=resident)
-
-
-@contextmanager
-def _open_result(options: Options, most_bytes: int) -> Iterator[Writer]:
-    """Open the result's folder, if the disk has room."""
-    # MLX keeps freed buffers for reuse; layers come one at a time here and need not be kept.
-    limit = mx.set_cache_limit(BUFFER_CACHE_BYTES)
-    try:
-        with Writer(Path(options.mlx_path), most_bytes) as writer:
-            yield writer
-    finally:
-        mx.set_cache_limit(limit)
 
 
 def _check_memory(job: Job) -> None:

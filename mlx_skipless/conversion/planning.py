@@ -16,6 +16,8 @@ from ..quantization.layout import compare_sizes
 from ..removal import sublayers
 from ..removal.algebra import Conditioning
 from ..removal.candidates import find_measurable
+from ..removal.choices import NOISE_LIMIT
+from ..removal.products import UNIT_ROUNDOFF
 from ..removal.source import SourceReader
 from ..removal.table import explain_price, find_needed, find_obstacle
 from .job import Form, Job, find_inverses
@@ -176,9 +178,10 @@ def _plan_skipless(job: Job) -> list[str]:
 def _measure_conditioning(job: Job, progress: Progress) -> Mapping[str, Conditioning]:
     wanted = find_measurable(job.plan.before, job.options.remove)
     reader = SourceReader(job.opened, job.plan.folded)
+    limits = [NOISE_LIMIT / UNIT_ROUNDOFF[job.dtype]]
     measured = {}
     for done, path in enumerate(wanted):
         progress("measuring", done, len(wanted))
-        measured[path] = reader.measure_conditioning(path)
+        measured[path] = reader.measure_conditioning(path, limits)
     progress("measuring", len(wanted), len(wanted))
     return measured

@@ -54,6 +54,11 @@ class Bases:
         """Tell whether the matrix at a path has the mean of its outputs taken out."""
         return self._plan.centred and path in self._written
 
+    def keeps(self, path: str) -> bool:
+        """Tell whether what the matrix at a path reads and writes stays as it is."""
+        changed = self.find_input(path) or self.find_output(path) or self.takes_mean_out(path)
+        return not changed
+
     def _make(self, index: int) -> Basis | None:
         path = self._plan.eliminated.get(index)
         if path is None:

@@ -26,7 +26,13 @@ from ..network.names import (
 from .algebra import Linear, centre, change_basis, rewrite_stream
 from .bases import Bases
 from .plan import Plan
-from .products import cast_finite, choose_working_type, ignore_overflow, to_numpy, to_stored
+from .products import (
+    cast_finite,
+    choose_working_type,
+    ignore_overflow,
+    to_numpy,
+    to_stored,
+)
 from .source import SourceReader
 
 ROWS = 8192  # of an embedding or a head at a time
@@ -105,12 +111,7 @@ class Merger:
 
     def _is_untouched(self, path: str) -> bool:
         """Whether the matrix at a path is in the result what it is in the source."""
-        return not (
-            self._bases.find_input(path)
-            or self._bases.find_output(path)
-            or self._bases.takes_mean_out(path)
-            or self._source.has_norm_to_fold(path)
-        )
+        return self._bases.keeps(path) and not self._source.has_norm_to_fold(path)
 
     def _change(self, path: str, linear: Linear) -> Linear:
         """Express the matrix at a path, or a part of it, in the result's bases."""
@@ -137,6 +138,10 @@ class Merger:
         return {name: mx.concatenate([part[name] for part in made]) for name in made[0]}
 
     def _merge_part(self, path: str, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        if self._bases.keeps(path):
+            scaled = self._source.scale(path, arrays, self._dtype)
+            if scaled is not None:
+                return scaled
         new = self._change(path, self._source.fold(path, arrays, self._kind))
         out = {f"{path}.weight": self._store(f"{path}.weight", new.weight.T)}
         if new.bias is not None:

@@ -15,7 +15,6 @@ has no float64, so it is used for products in float32 only.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -23,6 +22,7 @@ import numpy as np
 from ..checkpoints.safetensors import is_float
 from ..errors import UserError
 from ..network.parts import dtype_name
+from .factors import Factors
 
 # Half the distance from 1 to the next number: the largest relative error of rounding.
 UNIT_ROUNDOFF = {mx.float32: 2.0**-24, mx.bfloat16: 2.0**-8, mx.float16: 2.0**-11}
@@ -35,22 +35,29 @@ def choose_working_type(stored: mx.Dtype) -> type[np.floating]:
     return np.float64 if stored == mx.float32 else np.float32
 
 
-@dataclass(frozen=True)
 class Inverse:
     """The inverse of a square matrix, never formed: ``@`` solves a linear system in float64.
 
-    The result has the other operand's type.
+    The matrix is factored once, when first needed. The result has the other operand's type.
+
+    Args:
+        of: the matrix.
+        transposed: whether this is the inverse of its transpose.
     """
 
-    of: np.ndarray
     __array_ufunc__ = None  # so that NumPy leaves ``array @ inverse`` to this class
+
+    def __init__(self, of: np.ndarray | Factors, transposed: bool = False):
+        self._factors = of if isinstance(of, Factors) else Factors(of)
+        self._transposed = transposed
 
     @property
     def T(self) -> "Inverse":
-        return Inverse(self.of.T)
+        return Inverse(self._factors, not self._transposed)
 
     def __matmul__(self, other: np.ndarray) -> np.ndarray:
-        found = np.linalg.solve(self.of.astype(np.float64), other.astype(np.float64))
+        factors = self._factors
+        found = (factors.solve_transposed if self._transposed else factors.solve)(other)
         return found.astype(other.dtype, copy=False)
 
     def __rmatmul__(self, other: np.ndarray) -> np.ndarray:
@@ -67,7 +74,20 @@ def multiply(a: np.ndarray | Inverse, b: np.ndarray | Inverse) -> np.ndarray:
         return a @ b  # type: ignore[operator]
     if a.dtype == b.dtype == np.float32 and mx.default_device().type == mx.gpu:
         return multiply_with_mlx(b.T, a.T).T
-    return (b.T @ a.T).T
+    found = allocate((a.shape[0], b.shape[1]), np.result_type(a, b))
+    np.matmul(b.T, a.T, out=found.T)
+    return found
+
+
+def allocate(shape: tuple[int, int], kind: np.dtype) -> np.ndarray:
+    """Make a matrix of zeros, laid out column by column, in memory that MLX keeps for reuse.
+
+    Matrices come and go here, and the system gives memory more slowly than BLAS reads it.
+    """
+    dtype = mx.float64 if kind == np.float64 else mx.float32
+    array = mx.zeros(shape[::-1], dtype, stream=mx.cpu)
+    mx.eval(array)
+    return np.asarray(array).T
 
 
 def multiply_with_mlx(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -120,8 +140,8 @@ def cast_finite(name: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
         UserError: if it holds NaN or infinity, before or because the type is too narrow.
     """
     cast = array.astype(dtype)
-    if not _is_finite(cast):
-        if _is_finite(array):
+    if not is_finite(cast):
+        if is_finite(array):
             wider = "bfloat16 or float32" if dtype == mx.float16 else "float32"
             raise UserError(
                 f"{name} does not fit {dtype_name(dtype)} (largest value "
@@ -138,11 +158,11 @@ def check_finite(tensors: Mapping[str, mx.array]) -> None:
         UserError: if one holds NaN or infinity.
     """
     for name, array in tensors.items():
-        if is_float(array.dtype) and not _is_finite(array):
+        if is_float(array.dtype) and not is_finite(array):
             _refuse_not_finite(name)
 
 
-def _is_finite(array: mx.array) -> bool:
+def is_finite(array: mx.array) -> bool:
     """Whether no element is NaN or infinite; several times faster than MLX's own on a CPU.
 
     NumPy has no bfloat16, so types of 16 bits are tested by the bits of their exponent.

@@ -11,7 +11,7 @@ from ..network.names import FINAL_NORM, HEAD, PROJECTIONS, find_norms, find_read
 from ..network.wiring import parse_layer
 from . import algebra
 from .algebra import Conditioning, Linear, fold_norm
-from .products import ignore_overflow, to_numpy
+from .products import ignore_overflow, is_finite, to_numpy
 
 
 class SourceReader:
@@ -66,20 +66,49 @@ class SourceReader:
         vector = to_numpy(bias, arrays[bias], np.float64) if bias in arrays else None
         return fold_norm(*self._read_norm_before(path), Linear(matrix, vector))
 
+    def scale(
+        self, path: str, arrays: Mapping[str, mx.array], dtype: mx.Dtype
+    ) -> dict[str, mx.array] | None:
+        """Make the matrix at a path as ``fold`` does, as it is stored, if a weight is all to fold.
+
+        Args:
+            path: a module path.
+            arrays: what was read there, or some rows of it, or one expert's part of it.
+            dtype: the type that it is stored in.
+
+        Returns:
+            Its tensors; None if more is to be folded, or if ``fold`` refuses them.
+        """
+        gain, shift = self._read_norm_before(path)
+        weight, bias = f"{path}.weight", f"{path}.bias"
+        if gain is None or shift is not None:
+            return None
+        # x g W = x (diag(g) W), with one float32 product for each element
+        scaled = arrays[weight].astype(mx.float32) * mx.array(gain.astype(np.float32))
+        found = {weight: scaled.astype(dtype)}
+        if bias in arrays:
+            found[bias] = arrays[bias].astype(dtype)
+        return found if all(map(is_finite, found.values())) else None
+
     def has_norm_to_fold(self, path: str) -> bool:
         """Tell whether a norm's weight or bias belongs to the matrix at a path."""
         return any(vector is not None for vector in self._read_norm_before(path))
 
     @ignore_overflow
-    def measure_conditioning(self, path: str) -> Conditioning:
+    def measure_conditioning(self, path: str, limits: Collection[float] = ()) -> Conditioning:
         """Measure how much the inverse of the square matrix at a path would magnify noise.
 
         The norm before the matrix is folded in; the result is infinite if it is singular.
 
+        Args:
+            path: a module path.
+            limits: amplifications that decide something, near which it is not just estimated.
+
         Raises:
             UserError: if a tensor holds NaN or infinity.
         """
-        return algebra.measure_conditioning(self.read_linear(path, np.float64).weight)
+        weight = self.read_linear(path, np.float64).weight
+        return algebra.measure_conditioning(weight, limits)
 
     @ignore_overflow
     def measure_condition_number(self, path: str) -> float:

@@ -22,8 +22,10 @@ LONG_CHECK_WEIGHTS = 1 << 25  # of a network that a CPU can run, quantized, on a
 CALIBRATION = (64, 256)
 FITTING = 16  # tokens for each input of the widest matrix that calibrate it, if no more is wanted
 SHORT = 64  # tokens that a sequence has even so
-# Where the layers are read from disk for each token, text is sampled in fewer steps.
-STREAMED_CHECK, STREAMED_CALIBRATION = (32, 4), (512, 16)
+# Where the layers are read from disk for each token, text is sampled in fewer steps: each takes as
+# long as the check of the source, however many sequences there are.
+STREAMED_CHECK, STREAMED_CALIBRATION = (43, 3), (512, 16)
+STREAMED_OPENING = 2  # tokens that a sequence has without a step
 SHORTEST = 16  # tokens in a row that calibrate anything
 TAIL = 1 << 16  # characters at a file's end that are kept for the check
 DATA_SET = 1 << 22  # characters of a data set that are read
@@ -235,6 +237,7 @@ def sample_text(
         length,
         seed=seed,
         start=start,
+        opening=1 if network.resident else STREAMED_OPENING,
         progress=progress,
     )
 
@@ -247,11 +250,12 @@ def sample_tokens(
     *,
     seed: int,
     start: int | None,
+    opening: int = 1,
     progress: Steps = lambda done, total: None,
 ) -> mx.array:
     """Sample text from a network at temperature 1, tokens (sequences, length).
 
-    Each sequence begins with ``start``, if there is one, and a random token.
+    Each sequence begins with ``start``, if there is one, and a random token or more.
 
     Args:
         next_logits: takes the tokens (sequences, new) that follow those it took before, and gives
@@ -261,12 +265,16 @@ def sample_tokens(
         length: tokens of each.
         seed: of the random numbers.
         start: the token that opens a text, if there is one.
+        opening: how many tokens a sequence begins with at least.
         progress: called with (tokens of a sequence done, all).
     """
     key = mx.random.key(seed)
     key, first = mx.random.split(key)
-    tokens = mx.random.randint(0, vocab_size, (sequences, 1), key=first)
-    if start is not None and 0 <= start < vocab_size:
+    if start is not None and not 0 <= start < vocab_size:
+        start = None
+    drawn = max(1, opening - (start is not None))
+    tokens = mx.random.randint(0, vocab_size, (sequences, drawn), key=first)
+    if start is not None:
         tokens = mx.concatenate(
             [mx.full((sequences, 1), start, dtype=tokens.dtype), tokens], axis=1
         )

@@ -225,6 +225,32 @@ def test_packed_matrices_are_multiplied_well(mode: str, size: int, dtype: mx.Dty
         assert error < (1e-5 if dtype == mx.float32 else 6e-3), (kind, error)
 
 
+@pytest.mark.parametrize("read", [mx.float32, mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_matrices_of_16_bits_are_multiplied_well(dtype: mx.Dtype, read: mx.Dtype) -> None:
+    """As float64 does, rounded once to the type that MLX's own product has."""
+    rng = np.random.default_rng(0)
+    x = mx.array(rng.standard_normal((3, 5, 1024))).astype(read)
+    kinds = {
+        "biased": nn.Linear(1024, 64), "linear": nn.Linear(1024, 64, bias=False),
+        "embedding": nn.Embedding(64, 1024),
+    }  # fmt: skip
+    for kind, module in kinds.items():
+        module.set_dtype(dtype)
+        own = x @ module.weight.T
+        wide: Any = widen(nn.Sequential(module)).layers[0]
+        got = wide.as_linear(x) if kind == "embedding" else wide(x)
+        numbers = {"x": x, "weight": wide.weight, "bias": wide.get("bias", mx.zeros(64))}
+        x64, weight, bias = (
+            np.array(array.astype(mx.float32)).astype(np.float64) for array in numbers.values()
+        )
+        exact = x64 @ weight.T + bias
+        assert got.dtype == own.dtype and wide.weight.dtype == dtype
+        rounding = {mx.float32: 0, mx.bfloat16: 2.0**-9, mx.float16: 2.0**-12}[got.dtype]
+        errors = np.abs(np.array(got.astype(mx.float32)) - exact)
+        assert (errors <= 2 * rounding * np.abs(exact) + 1e-5 * np.abs(exact).max()).all(), kind
+
+
 def unpack_module(module: Any) -> mx.array:
     """What a packed module stands for."""
     parts = module.weight, module.scales, module.get("biases")

@@ -10,7 +10,7 @@ import pytest
 import reference
 from architectures import make as make_architecture
 from exact import exact_tensors
-from factory import make_checkpoint
+from factory import make_checkpoint, make_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -124,6 +124,28 @@ def test_centre(bias: bool) -> None:
     before, after = apply(linear, x), apply(centre(linear), x)
     assert_near(after, before - before.mean(-1, keepdims=True))
     assert_near(np.sqrt((after**2).mean(-1)), before.std(-1))
+
+
+@pytest.mark.parametrize("result", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_a_gain_alone_is_one_float32_product(tmp_path: Path, stored: str, result: mx.Dtype) -> None:
+    """Of each element, rounded once more to the result's type; biases stay."""
+    make_llama(tmp_path, dtype=stored, attention_bias=True)
+    held = mx.load(str(tmp_path / "model.safetensors"))
+    assert isinstance(held, dict)
+    checkpoint = open_checkpoint(tmp_path)
+    merger = Merger(checkpoint, make_plan(checkpoint.args, remove="none", fold_norms=True), result)
+    made, before = merger.layer(1), "model.layers.1."
+    for norm, matrix in (("input", "self_attn.k_proj"), ("post_attention", "mlp.up_proj")):
+        gain, weight = (
+            np.array(held[f"{before}{name}.weight"].astype(mx.float32))
+            for name in (f"{norm}_layernorm", matrix)
+        )
+        expected = mx.array(weight * gain).astype(result)
+        assert not np.array_equal(gain, np.ones_like(gain))
+        assert mx.array_equal(made[f"{before}{matrix}.weight"], expected)
+    bias = f"{before}self_attn.k_proj.bias"
+    assert mx.array_equal(made[bias], held[bias].astype(result))
 
 
 @pytest.mark.parametrize("n", [1, 2, 17, 64, 200])
