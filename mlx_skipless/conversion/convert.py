@@ -21,6 +21,7 @@ from ..checkpoints.writer import SHARD_BYTES, Writer, check_free
 from ..constants import BUNDLED
 from ..errors import UserError
 from ..inference.loading import load_network
+from ..inference.sizes import count_bytes_read
 from ..inference.stock import open_network
 from ..inference.unpacking import unpack
 from ..memory import machine_memory_bytes, peak_memory_bytes
@@ -68,10 +69,10 @@ from .stock import (
 from .stock import check as check_stock
 from .stock import check_memory as check_stock_memory
 from .stock import decide as decide_stock
-from .stock_quantization import measure_mixtures as measure_stock_mixtures
 from .stock_quantization import write as write_stock
 from .stock_report import add_wishes as add_stock_wishes
 from .stock_report import make_report as make_stock_report
+from .stock_search import reach_target
 from .writing import MODEL_FILE, make_config, write
 
 BUFFER_CACHE_BYTES = 256 << 20
@@ -155,6 +156,8 @@ def _convert(job: Job, watch: Stopwatch) -> Report:
 def _convert_stock(job: StockJob, watch: Stopwatch) -> Report:
     """Convert a network that only mlx-lm knows."""
     options, source = job.options, job.source
+    if options.target_speed is not None:
+        job = replace(job, bytes_read=count_bytes_read(source.model))
     if options.dry_run:
         return _convert_folder(job, watch)
     dtype: mx.Dtype | None = getattr(mx, options.dtype) if options.dtype else None
@@ -170,7 +173,7 @@ def _convert_folder(job: StockJob, watch: Stopwatch) -> Report:
     options, source, network = job.options, job.source, open_network(job.source)
     check_job(job, network)
     model, config = job.build_result(network)
-    report = make_stock_report(job, network.paths, model, config, model)
+    report = make_stock_report(job, network, model, config, model)
     if options.dry_run:
         return add_stock_wishes(report, job, network)
     check_stock_memory(job, network)
@@ -189,16 +192,11 @@ def _convert_folder(job: StockJob, watch: Stopwatch) -> Report:
         if not options.mixes_bits:
             outcome = attempt(job)
         else:
-            assert passages is not None and passages.calibration is not None
-            raises = measure_stock_mixtures(job, network, passages.calibration, watch)
-            if options.target_bytes is not None:
-                job = job.learn(bits=raises.mixtures(options.target_bytes)[-1].bits)
-                outcome = attempt(job)
-            else:
-                job, outcome = search_bits(job, raises.mixtures(), attempt)
+            assert passages is not None
+            job, outcome = reach_target(job, network, passages, attempt, watch)
         model, config = job.build_result(network)
         whole, _ = job.undropped.build_result(network)
-        report = make_stock_report(job, network.paths, model, config, whole)
+        report = make_stock_report(job, network, model, config, whole)
         report = add_tokenizer(report, tokenizer)
         if job.calibrated and passages is not None:
             report = add_calibration(report, passages)

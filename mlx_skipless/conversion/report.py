@@ -1,7 +1,7 @@
 """What a conversion did, in numbers."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -59,6 +59,50 @@ class LayerRow:
 
 
 @dataclass(frozen=True)
+class ChoiceRow:
+    """What a search for bits and sub-layers did with a sub-layer, and why.
+
+    What a way costs is what it adds to the KL, in nats per token; what it saves is what the bytes
+    that it frees take off the KL as bits of other matrices.
+
+    Attributes:
+        name: "layers.0 attention".
+        choice: "stays", "dropped" or "replaced".
+        bits: of its matrices, or of the one that stands in, the mean; None where none is packed.
+        rounding: what rounding its matrices at the usual bits costs.
+        drop_costs, drop_saves: of leaving it out; None where it cannot be.
+        replacing_costs, replacing_saves: of a matrix in its place; None where none can be.
+    """
+
+    name: str
+    choice: str
+    bits: float | None
+    rounding: float
+    drop_costs: float | None
+    drop_saves: float | None
+    replacing_costs: float | None
+    replacing_saves: float | None
+
+
+@dataclass(frozen=True)
+class Healing:
+    """What training a result towards its source did, before it was rounded.
+
+    Attributes:
+        steps: of training.
+        tokens: that it saw, repeated ones each time.
+        kl_before, kl_after: from the source on held-out text, nats per token.
+        kept: whether the trained weights were taken, because they are closer.
+    """
+
+    steps: int
+    tokens: int
+    kl_before: float
+    kl_after: float
+    kept: bool
+
+
+@dataclass(frozen=True)
 class Report:
     """What a conversion did, or with ``dry_run`` would do.
 
@@ -93,6 +137,9 @@ class Report:
         stages: seconds of each stage, in the order of their beginnings, and of "other" work; they
             add up to ``seconds``.
         peak_memory_bytes: the most that the process held.
+        choices: why each sub-layer stays or goes, where a target was allowed to choose.
+        curves: bytes and KL of what could be had, as expected, and of what was "tried".
+        healed: what training did, None without it.
     """
 
     source: str
@@ -124,6 +171,9 @@ class Report:
     seconds: float
     stages: dict[str, float]
     peak_memory_bytes: int
+    choices: tuple[ChoiceRow, ...] = ()
+    curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    healed: Healing | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

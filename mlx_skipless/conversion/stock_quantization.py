@@ -1,7 +1,6 @@
 """How the weights of a network of mlx-lm's own are quantized and written."""
 
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,6 +19,7 @@ from ..quantization.distillation import distill
 from ..quantization.modules import CalibratedModules, read_formats
 from ..removal.products import check_finite
 from ..text.samples import Passages
+from .decisions import make_raises
 from .stock import StockJob, write_config
 
 ROUTER_BITS = 8  # at least: an error sends tokens to other experts
@@ -50,7 +50,7 @@ def write(
     tell = partial(progress, "converting")
     fits = None
     if job.calibrated and tokens is not None:
-        dense = _open_dense(job, network)
+        dense = open_dense(job, network)
         fits = CalibratedModules(dense, model, job.dtype, tokens, tell)
         fits.embedding()
         if not dense.is_chain:
@@ -83,30 +83,22 @@ def measure_mixtures(
     forms, entry = read_formats(model, job.dtype), config["quantization"]
     free = [path for path in forms if not isinstance(entry.get(path), dict)]
     costs = sensitivity.measure_rounding(
-        _open_dense(job, network),
+        open_dense(job, network),
         free,
         forms.get,
         tokens,
         partial(progress, "measuring matrices"),
     )
-    free = [path for path in free if path in costs]
-    modules: dict[str, Any] = dict(model.named_modules())
-    own = {p: {n: a for n, a in modules[p].items() if isinstance(a, mx.array)} for p in free}
-    scales = {
-        p: sum(a.nbytes for n, a in own[p].items() if n in ("scales", "biases")) for p in free
-    }
-    total = sum(array.nbytes for array in tensors_of(model).values())
-    return bits.Raises(
-        {path: own[path]["weight"].size * 32 // forms[path].bits for path in free},
+    return make_raises(
+        model,
         costs,
         entry["bits"],
-        scales,
-        total - sum(own[path]["weight"].nbytes + scales[path] for path in free),
-        find_floors(job, network, model),
+        by_speed=job.options.target_speed is not None,
+        floors=find_floors(job, network, model),
     )
 
 
-def _open_dense(job: StockJob, network: StockNetwork) -> Driver:
+def open_dense(job: StockJob, network: StockNetwork) -> Driver:
     """Open the result as it is before it is quantized, in float32; ``network`` is the source's."""
     dense = StockNetwork(lambda: job.build_dense(network)[0], mx.float32)
     if dense.is_chain:
