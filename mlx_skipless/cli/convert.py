@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: dict[str, Any]) -> None:
-    from ..conversion.convert import convert
+    from ..training.converting import convert
 
     asked = take_fields(options, Options)
     wanted = Options(**asked)

@@ -291,6 +291,11 @@ def _check_drops(options: Options) -> None:
         raise UserError(f"--heal {options.heal}: must be a number of steps, 0 or more")
     if options.heal and options.skipless:
         raise UserError("--heal is no training from nothing, which --skipless needs: drop one")
+    if options.heal and not (asked or options.quantization is not None):
+        raise UserError(
+            "--heal makes up for what is lost, and nothing that is asked for loses anything: drop "
+            "it"
+        )
 
 
 def _check_values(options: Options) -> None:

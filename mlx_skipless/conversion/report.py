@@ -21,6 +21,7 @@ from ..removal.table import FirstLayer, measure_table
 from ..text.samples import Passages
 from .check import Verification
 from .decisions import describe_decisions
+from .healing import Healing
 from .job import Job
 from .planning import advise, list_wishes
 
@@ -82,24 +83,6 @@ class ChoiceRow:
     drop_saves: float | None
     replacing_costs: float | None
     replacing_saves: float | None
-
-
-@dataclass(frozen=True)
-class Healing:
-    """What training a result towards its source did, before it was rounded.
-
-    Attributes:
-        steps: of training.
-        tokens: that it saw, repeated ones each time.
-        kl_before, kl_after: from the source on held-out text, nats per token.
-        kept: whether the trained weights were taken, because they are closer.
-    """
-
-    steps: int
-    tokens: int
-    kl_before: float
-    kl_after: float
-    kept: bool
 
 
 @dataclass(frozen=True)
@@ -232,6 +215,22 @@ def add_calibration(report: Report, passages: Passages) -> Report:
     assert passages.calibration is not None
     note = f"quantized against {passages.calibration.size:,} tokens of text ({passages.origin})"
     return replace(report, notes=(*report.notes, note))
+
+
+def add_healing(report: Report, healing: Healing | None) -> Report:
+    """Add what training did, if there was some."""
+    if healing is None:
+        return report
+    when = ", before its matrices were rounded" if report.quantization else ""
+    when = ", after its matrices were rounded" if healing.rounded else when
+    told = (
+        f"trained towards the source for {healing.steps:,} steps on {healing.tokens:,} tokens"
+        f"{when}: KL {healing.kl_before:.2e} before, {healing.kl_after:.2e} after"
+    )
+    if healing.kept:
+        return replace(report, healed=healing, notes=(*report.notes, told))
+    told = f"{told}, so the weights stay as they were"
+    return replace(report, healed=healing, warnings=(*report.warnings, told))
 
 
 def add_tokenizer(report: Report, tokenizer: GuardedTokenizer | None) -> Report:

@@ -43,6 +43,7 @@ from ..removal.sublayers import Drops, Step, check_sums, choose_drops
 from ..text import samples
 from ..text.samples import Passages
 from .check import Verification, compare_networks
+from .healing import Healing
 from .options import Options
 from .planning import list_wishes
 from .writing import MODEL_FILE
@@ -61,6 +62,8 @@ def find_source(options: Options) -> StockSource | None:
         UserError: if it cannot be read, or has no weights and more than a plan is asked for.
     """
     wanted = bool(options.replacements or options.allow)
+    # A reduced network is healed before it is rounded, which only mlx-lm's own can be.
+    better = options.heal > 0 and bool(options.drops) and options.quantization is not None
     if options.model is None and not wanted:
         return None
     model = BUNDLED if options.model is None else options.model
@@ -69,7 +72,7 @@ def find_source(options: Options) -> StockSource | None:
         revision=options.revision,
         config_only=options.dry_run,
         trust_remote_code=options.trust_remote_code,
-        any_family=wanted,
+        any_family=wanted or better,
     )
     if source is None:
         if wanted:
@@ -105,6 +108,7 @@ class StockJob:
         stand_ins: for sub-layers that matrices stand in for.
         bytes_read: of weights, that decoding a token reads of the source as it is stored.
         healed: the folder of the trained result, not quantized, if it was trained.
+        healing: what training did.
         found: what a search for bits and sub-layers together found.
     """
 
@@ -120,6 +124,7 @@ class StockJob:
     stand_ins: StandIns = field(default_factory=dict)
     bytes_read: int = 0
     healed: Path | None = None
+    healing: Healing | None = None
     found: Found | None = None
 
     def learn(self, **found: Any) -> "StockJob":

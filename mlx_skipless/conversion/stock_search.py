@@ -25,6 +25,8 @@ from .stock import StockJob, find_ways, settle
 from .stock_quantization import measure_mixtures, open_dense
 
 ROUNDS = 3  # results that are made and measured, at most, before the best of them is taken
+# What one result can tell of others: little losses say nothing of large ones.
+MOST_OFF, LEAST_ROUNDED = 2.0, 1e-3
 Attempt = Callable[[StockJob], Verification | None]
 
 
@@ -33,6 +35,7 @@ def reach_target(
     network: StockNetwork,
     passages: Passages,
     attempt: Attempt,
+    treat: Callable[[StockJob], StockJob],
     progress: Progress,
 ) -> tuple[StockJob, Verification | None]:
     """Choose what a target asks for, and write it.
@@ -42,6 +45,7 @@ def reach_target(
         network: the source's.
         passages: the text to choose on.
         attempt: writes a job's result and checks it.
+        treat: trains a job's result, before it is rounded, if that is asked for.
         progress: called with (stage, done, total).
 
     Returns:
@@ -51,10 +55,11 @@ def reach_target(
         UserError: if the target is out of reach.
     """
     assert passages.calibration is not None
+    if job.options.allowed:
+        return _Rounds(job, network, passages, attempt, treat, progress).run()
+    job = treat(job)
     raises = measure_mixtures(job, network, passages.calibration, progress)
-    if not job.options.allowed:
-        return _choose_bits(job, raises, attempt)
-    return _Rounds(job, network, passages, attempt, progress).run(raises)
+    return _choose_bits(job, raises, attempt)
 
 
 def _choose_bits(
@@ -103,14 +108,19 @@ class _Rounds:
         network: StockNetwork,
         passages: Passages,
         attempt: Attempt,
+        treat: Callable[[StockJob], StockJob],
         progress: Progress,
     ):
         self._job, self._network, self._passages = job, network, passages
-        self._attempt, self._progress = attempt, progress
+        self._attempt, self._treat, self._progress = attempt, treat, progress
 
-    def run(self, raises: Raises) -> tuple[StockJob, Verification | None]:
-        """Make results until one is what is chosen by what is known of them; keep the best."""
+    def run(self) -> tuple[StockJob, Verification | None]:
+        """Make results until one is what is chosen by what is known of them; keep the best.
+
+        Where they are trained there is one: what training makes of others is not known.
+        """
         job = self._job
+        raises = measure_mixtures(job, self._network, self._text, self._progress)
         search = open_search(job, self._network, raises, self._text, self._progress)
         target = Target(find_limit(job.options, lambda: job.bytes_read), job.options.target_kl)
         trust = Trust()
@@ -128,7 +138,7 @@ class _Rounds:
                 if not choice or target.kl is None:
                     raise
                 made[key], trust = None, Trust(2 * trust.lost, trust.rounded)
-            if not job.options.verify:
+            if not job.options.verify or (job.options.heal and made[key] is not None):
                 break
         results = [one for one in made.values() if one is not None]
         *_, written = made.values()
@@ -156,6 +166,7 @@ class _Rounds:
         network, lost = self._network, 0.0
         job = settle_choice(self._job, network, self._text, choice, self._progress)
         if choice:
+            job = self._treat(job)
             raises = measure_mixtures(job, network, self._text, self._progress)
             if job.options.verify:
                 lost = self._measure_dense(job)
@@ -168,7 +179,8 @@ class _Rounds:
         cost = find_cost(raises, job.bits)
         rounded = max(outcome.kl - lost, 0.0) / cost if cost > 0 else trust.rounded
         share = lost / expected if expected > 0 else trust.lost
-        return _Result(job, outcome, nbytes, Trust(share, max(rounded, 1e-3)))
+        share = min(max(share, 1 / MOST_OFF), MOST_OFF)
+        return _Result(job, outcome, nbytes, Trust(share, max(rounded, LEAST_ROUNDED)))
 
     def _measure_dense(self, job: StockJob) -> float:
         """The KL of a result before it is rounded, on the text of the check."""

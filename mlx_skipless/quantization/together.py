@@ -149,7 +149,8 @@ class Search:
     most: Mapping[str, int]
     measure: Measure
     _known: dict[frozenset[tuple[Sublayer, str]], float] = field(default_factory=dict)
-    _added: dict[tuple[Sublayer, str], float] = field(default_factory=dict)
+    _added: dict[tuple[Sublayer, str], float] = field(default_factory=dict)  # at last
+    _least: dict[tuple[Sublayer, str], float] = field(default_factory=dict)
 
     def begin(self) -> None:
         """Measure each way of each sub-layer alone."""
@@ -170,13 +171,16 @@ class Search:
                 self._measure(path[-1], unknown[:SHORTLIST])
 
     def find_distance(self, choice: Choice) -> float:
-        """Return the KL of a choice before anything is rounded, or what it should be."""
+        """Return the KL of a choice before anything is rounded, or what it is at least.
+
+        That takes the least that each way has added so far: what is lost together costs more.
+        """
         if not choice:
             return 0.0
         if (known := self._known.get(_key(choice))) is not None:
             return known
         *before, last = choice.items()
-        return self.find_distance(dict(before)) + self._added[last]
+        return self.find_distance(dict(before)) + self._least[last]
 
     def explain(self, choice: Choice, nbytes: float, trust: Trust) -> dict[Sublayer, Reason]:
         """Say of each sub-layer what its ways cost and save in a result of some bytes."""
@@ -266,7 +270,8 @@ class Search:
         for choice, distance in zip(choices, self.measure(choices), strict=True):
             self._known[_key(choice)] = distance
             *before, last = choice.items()
-            self._added[last] = distance - self.find_distance(dict(before))
+            self._added[last] = added = distance - self.find_distance(dict(before))
+            self._least[last] = min(added, self._least.get(last, added))
 
 
 def _key(choice: Choice) -> frozenset[tuple[Sublayer, str]]:

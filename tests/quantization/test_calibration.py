@@ -387,7 +387,10 @@ def test_a_pretrained_model_keeps_its_architecture_under_a_target(tmp_path: Path
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"target_bytes": 10**6, "target_kl": 0.1}, "drop one"),
+        ({"target_bytes": 10**6, "target_kl": 0.1}, "drop all but one"),
+        ({"target_speed": 2.0, "target_kl": 0.1}, "--target-kl and --target-speed are ends"),
+        ({"target_speed": 0.9}, "above 1"),
+        ({"target_speed": 90.0}, "--target-speed 90x is out of reach: at 2 bits"),
         ({"target_bytes": 10**6, "q_bits": 4}, "drop --q-bits"),
         ({"target_kl": 0.1, "q_mode": "mxfp4"}, "drop --q-bits"),
         ({"target_kl": 0.1, "verify": False}, "drop --no-verify"),
