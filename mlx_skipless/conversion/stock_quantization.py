@@ -1,6 +1,7 @@
 """How the weights of a network of mlx-lm's own are quantized and written."""
 
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -51,7 +52,10 @@ def write(
     fits = None
     if job.calibrated and tokens is not None:
         dense = open_dense(job, network)
-        fits = CalibratedModules(dense, model, job.dtype, tokens, tell)
+        whole: dict[str, Any] = {}
+        if (job.dropped or job.stand_ins) and job.healed is None and dense.is_chain:
+            whole = {"whole": network, "kept": job.layers.kept if job.layers is not None else ()}
+        fits = CalibratedModules(dense, model, job.dtype, tokens, tell, **whole)
         fits.embedding()
         if not dense.is_chain:
             fits.layer(0)

@@ -26,7 +26,7 @@ from .stock_quantization import measure_mixtures, open_dense
 
 ROUNDS = 3  # results that are made and measured, at most, before the best of them is taken
 # What one result can tell of others: little losses say nothing of large ones.
-MOST_OFF, LEAST_ROUNDED = 2.0, 1e-3
+MOST_OFF, TINY = 2.0, 1e-12
 Attempt = Callable[[StockJob], Verification | None]
 
 
@@ -177,10 +177,11 @@ class _Rounds:
         if outcome is None:
             return _Result(job, outcome, nbytes, trust)
         cost = find_cost(raises, job.bits)
-        rounded = max(outcome.kl - lost, 0.0) / cost if cost > 0 else trust.rounded
         share = lost / expected if expected > 0 else trust.lost
         share = min(max(share, 1 / MOST_OFF), MOST_OFF)
-        return _Result(job, outcome, nbytes, Trust(share, max(rounded, LEAST_ROUNDED)))
+        # Fits make up for a part of both: how much of which, one figure does not tell.
+        off = outcome.kl / max(lost + trust.rounded * cost, TINY)
+        return _Result(job, outcome, nbytes, Trust(share * min(off, 1.0), trust.rounded * off))
 
     def _measure_dense(self, job: StockJob) -> float:
         """The KL of a result before it is rounded, on the text of the check."""

@@ -135,7 +135,7 @@ SPEEDS = [
     ("llama", {"allow": "drop"}, 6.0),
     ("qwen3_moe", {"allow": "replace,drop"}, 7.0),
     ("qwen3_5", {"allow": "drop,replace"}, 5.0),
-    ("gemma3_text", {"allow": "drop,replace"}, 5.0),
+    ("gpt_oss", {"allow": "drop,replace"}, 5.0),
 ]
 
 
