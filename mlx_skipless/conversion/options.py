@@ -40,12 +40,8 @@ REPLACED = (
 
 
 @dataclass(frozen=True)
-class Options:
-    """All that can be asked of a conversion.
-
-    Raises:
-        UserError: for values that are none or do not go together.
-    """
+class Removals:
+    """What is converted to what, and what goes: the first half of ``Options``."""
 
     model: str | Path | None = source(
         None,
@@ -109,6 +105,38 @@ class Options:
         "first make the skipless network of a pretrained model; it needs training to speak",
         const=True,
     )
+
+    @property
+    def drops(self) -> dict[str, int | str]:
+        """How many layers shall lose their "attention", "ffn" or "block" (both): a number, "auto".
+
+        Empty if none shall.
+        """
+        return _find_asked(attention=self.drop_attention, ffn=self.drop_ffn, block=self.drop_block)
+
+    @property
+    def replacements(self) -> dict[str, int | str]:
+        """For how many layers' "attention" or "ffn" matrices shall stand in: a number, "auto"."""
+        return _find_asked(attention=self.replace_attention, ffn=self.replace_ffn)
+
+    @property
+    def allowed_loss(self) -> float:
+        """The share by which "auto" drops may raise the loss."""
+        return DEFAULT_LOSS if self.max_loss is None else self.max_loss
+
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        """What a target may do to sub-layers: "drop" or "replace" them; nothing if it may not."""
+        return tuple((self.allow or "").split(",")) if self.allow else ()
+
+
+@dataclass(frozen=True)
+class Options(Removals):
+    """All that can be asked of a conversion.
+
+    Raises:
+        UserError: for values that are none or do not go together.
+    """
 
     quantize: bool = quantizing(
         False, "quantize the result", flags=("-q", "--quantize"), const=True
@@ -178,35 +206,13 @@ class Options:
         _check_values(self)
 
     @property
-    def drops(self) -> dict[str, int | str]:
-        """How many layers shall lose their "attention", "ffn" or "block" (both): a number, "auto".
-
-        Empty if none shall.
-        """
-        return _find_asked(attention=self.drop_attention, ffn=self.drop_ffn, block=self.drop_block)
-
-    @property
-    def replacements(self) -> dict[str, int | str]:
-        """For how many layers' "attention" or "ffn" matrices shall stand in: a number, "auto"."""
-        return _find_asked(attention=self.replace_attention, ffn=self.replace_ffn)
-
-    @property
-    def allowed_loss(self) -> float:
-        """The share by which "auto" drops may raise the loss."""
-        return DEFAULT_LOSS if self.max_loss is None else self.max_loss
-
-    @property
-    def allowed(self) -> tuple[str, ...]:
-        """What a target may do to sub-layers: "drop" or "replace" them; nothing if it may not."""
-        return tuple((self.allow or "").split(",")) if self.allow else ()
-
-    @property
     def mixes_bits(self) -> bool:
         """Whether each matrix is to get bits of its own, for a size, a speed or a distance."""
-        return bool(self._targets)
+        return bool(self.targets)
 
     @property
-    def _targets(self) -> list[str]:
+    def targets(self) -> list[str]:
+        """The flags that name a target."""
         asked = {
             "--target-bytes": self.target_bytes,
             "--target-kl": self.target_kl,
@@ -228,7 +234,7 @@ def _find_asked(**values: Any) -> dict[str, Any]:
 def _check_target(options: Options) -> None:
     if not options.mixes_bits:
         return
-    kl, speed, flags = options.target_kl, options.target_speed, options._targets
+    kl, speed, flags = options.target_kl, options.target_speed, options.targets
     if len(flags) > 1:
         raise UserError(f"{' and '.join(flags)} are ends of one trade: drop all but one")
     if options.q_bits is not None or options.q_mode != "affine":

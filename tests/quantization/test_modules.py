@@ -274,7 +274,7 @@ def test_a_size_is_kept(kind: str, tmp_path: Path) -> None:
 
 
 LOST = [
-    ("olmo2", {"drop_block": 1}),
+    ("olmo2", {"drop_block": 2}),
     ("olmo2", {"drop_attention": 2}),
     ("olmo2", {"drop_ffn": 1, "replace_attention": 1}),
     (MOE, {"drop_attention": 2}),
@@ -282,7 +282,7 @@ LOST = [
 ]
 
 
-@pytest.mark.parametrize("case", only(LOST[2:3], LOST), ids=str)
+@pytest.mark.parametrize("case", only(LOST[:1], LOST), ids=str)
 def test_what_is_left_makes_up_for_what_is_gone(
     case: tuple[str, dict[str, int]], tmp_path: Path
 ) -> None:
