@@ -64,6 +64,7 @@ from .report import (
 from .stock import (
     StockJob,
     check_job,
+    check_ways,
     find_source,
     take_text,
     write_beside,
@@ -197,6 +198,7 @@ def _convert_folder(job: StockJob, watch: Stopwatch, trainer: Trainer | None) ->
     if options.dry_run:
         return add_stock_wishes(report, job, network)
     check_stock_memory(job, network)
+    check_ways(job, network)
     sizes = (sum(a.nbytes for a in tensors_of(one).values()) for one in (model, source.model))
     with (
         _open_result(options, max(sizes)) as writer,
@@ -214,7 +216,7 @@ def _convert_folder(job: StockJob, watch: Stopwatch, trainer: Trainer | None) ->
 
         def treat(job: StockJob) -> StockJob:
             lost = bool(job.dropped or job.stand_ins)
-            return heal_reduced(job, network, ward) if ward is not None and lost else job
+            return heal_reduced(job, network, passages, ward) if ward is not None and lost else job
 
         if not options.mixes_bits:
             outcome = attempt(job := treat(job))

@@ -229,7 +229,7 @@ def add_healing(report: Report, healing: Healing | None) -> Report:
     )
     if healing.kept:
         return replace(report, healed=healing, notes=(*report.notes, told))
-    told = f"{told}, so the weights stay as they were"
+    told = f"{told}, so the untrained weights stay"
     return replace(report, healed=healing, warnings=(*report.warnings, told))
 
 

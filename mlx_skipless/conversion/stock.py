@@ -107,7 +107,7 @@ class StockJob:
         bits: of the matrices for which they were chosen, by module path.
         stand_ins: for sub-layers that matrices stand in for.
         bytes_read: of weights, that decoding a token reads of the source as it is stored.
-        healed: the folder of the trained result, not quantized, if it was trained.
+        healed: the folder of the result as it was fitted and trained, not quantized, if it was.
         healing: what training did.
         found: what a search for bits and sub-layers together found.
     """
@@ -266,11 +266,6 @@ def check_job(job: StockJob, network: StockNetwork) -> None:
                 f"{', '.join(sorted(FAMILIES))}; sub-layers can go of whatever mlx-lm runs, and "
                 "-q quantizes it"
             )
-    if options.allow and not find_ways(options, network):
-        raise UserError(
-            f"--allow {options.allow}: nothing of that can be done to a sub-layer of this model; "
-            "drop it to choose bits alone"
-        )
     if options.distill and any(isinstance(m, SwitchLinear) for m in job.source.model.modules()):
         raise UserError("--distill is not for models with experts: drop it")
     _check_wishes(options, network)
@@ -306,14 +301,29 @@ def find_spared(network: StockNetwork) -> dict[str, list[int]]:
     }
 
 
+def check_ways(job: StockJob, network: StockNetwork) -> None:
+    """Refuse a target that is allowed what cannot be done to any sub-layer.
+
+    Raises:
+        UserError: if it is.
+    """
+    if job.options.allow and not find_ways(job.options, network):
+        raise UserError(
+            f"--allow {job.options.allow}: nothing of that can be done to a sub-layer of this "
+            "model; drop it to choose bits alone"
+        )
+
+
 def find_ways(options: Options, network: StockNetwork) -> dict[tuple[str, int], tuple[str, ...]]:
-    """Find what a target may do to each "attention" and "ffn" that need not stay."""
-    if len(network.paths) < 2:
-        return {}
+    """Find what a target may do to each "attention" and "ffn" that need not stay.
+
+    A plan runs nothing, and takes a network for a chain of layers.
+    """
+    replaceable = REPLACE in options.allowed and (options.dry_run or network.is_chain)
     found = {}
-    for layer, own in enumerate(network.sublayers):
+    for layer, own in enumerate(network.sublayers if len(network.paths) > 1 else ()):
         for kind in KINDS:
-            one = network.is_chain and len(own.parts.get(kind, ())) == 1
+            one = replaceable and len(own.parts.get(kind, ())) == 1
             ways = tuple(way for way in options.allowed if one or way != REPLACE)
             if network.can_drop(layer, kind) and ways:
                 found[kind, layer] = ways

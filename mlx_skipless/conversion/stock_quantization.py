@@ -14,7 +14,7 @@ from ..inference.loading import load_network
 from ..network.driver import Driver
 from ..network.parts import tensors_of
 from ..network.stock import StockNetwork, WholeNetwork
-from ..progress import Progress
+from ..progress import Progress, Steps
 from ..quantization import bits, sensitivity
 from ..quantization.distillation import distill
 from ..quantization.modules import CalibratedModules, read_formats
@@ -33,6 +33,8 @@ def write(
     writer: Writer,
     passages: Passages | None,
     progress: Progress,
+    *,
+    unrounded: bool = False,
 ) -> None:
     """Write config.json and weights of a job's result, in the place of earlier ones.
 
@@ -42,6 +44,8 @@ def write(
         writer: of the result's folder.
         passages: the text to quantize against and to distill with, if need be.
         progress: called with (stage, done, total).
+        unrounded: fit the matrices of a result that is not quantized, too, so that they make up
+            for sub-layers that are gone.
     """
     writer.discard_weights()
     model, config = job.build_result(network)
@@ -50,12 +54,10 @@ def write(
     weights, layers = get_total_parameters(model), [*model.layers]
     tell = partial(progress, "converting")
     fits = None
-    if job.calibrated and tokens is not None:
+    unrounded = unrounded and network.is_chain and not job.source.is_packed
+    if tokens is not None and (job.calibrated or unrounded):
         dense = open_dense(job, network)
-        whole: dict[str, Any] = {}
-        if (job.dropped or job.stand_ins) and job.healed is None and dense.is_chain:
-            whole = {"whole": network, "kept": job.layers.kept if job.layers is not None else ()}
-        fits = CalibratedModules(dense, model, job.dtype, tokens, tell, **whole)
+        fits = _open_fits(job, network, dense, model, tokens, tell)
         fits.embedding()
         if not dense.is_chain:
             fits.layer(0)
@@ -77,6 +79,25 @@ def write(
     tell(len(layers) + 1, len(layers) + 1)
     if job.options.distill and tokens is not None:
         _distill(job, network, writer, tokens, progress)
+
+
+def _open_fits(
+    job: StockJob,
+    network: StockNetwork,
+    dense: Driver,
+    model: nn.Module,
+    tokens: mx.array,
+    tell: Steps,
+) -> CalibratedModules:
+    """Open what fits a result's matrices to a text.
+
+    Where sub-layers are gone, that is what the whole network makes of the text, unless fits and
+    training have made up for them already.
+    """
+    whole: dict[str, Any] = {}
+    if (job.dropped or job.stand_ins) and job.healed is None and dense.is_chain:
+        whole = {"whole": network, "kept": job.layers.kept if job.layers is not None else ()}
+    return CalibratedModules(dense, model, job.dtype, tokens, tell, **whole)
 
 
 def measure_mixtures(

@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ..network.driver import Driver, Recorder, find_ends, is_held_out, split_batches
 from ..network.model import Stream
@@ -32,15 +33,33 @@ def read_formats(model: nn.Module, dtype: mx.Dtype) -> dict[str, Format]:
     }
 
 
+class Unrounded(Format):
+    """The form of a matrix that stays as it is fitted."""
+
+    def nearest(self, weight: mx.array) -> Packed:
+        """Return a weight in the matrix's type."""
+        return {"weight": weight.astype(self.dtype)}
+
+    def with_feedback(self, weight: np.ndarray, gram: np.ndarray, damping: float = 0.0) -> Packed:
+        """Return a weight (out, in) in the matrix's type."""
+        return self.nearest(mx.array(weight.astype(np.float32)))
+
+    def dense(self, packed: Mapping[str, mx.array]) -> mx.array:
+        """Return the weight that is stored, in float32."""
+        return packed["weight"].astype(mx.float32)
+
+
 class CalibratedModules:
-    """Fits the modules of a quantized network to a text, in place, in the order of the stream.
+    """Fits the modules of a network to a text, in place, in the order of the stream.
+
+    Quantized modules are quantized, or all matrices fitted if there are none.
 
     A network that is no chain of layers comes as one layer. Matrices outside of the layers are
     rounded to nearest, but for a head of its own. So are those that ``find_readers`` leaves out.
 
     Args:
         network: with dense matrices, in float32.
-        packed: the same network with quantized modules, whose weights are lazy.
+        packed: the same network as it is stored, with lazy weights.
         dtype: of the dense weights.
         tokens: (sequences, length) of text.
         progress: called with (steps done, all), ``STEPS`` for each part: embedding, layers, head.
@@ -63,7 +82,7 @@ class CalibratedModules:
         self._network, self._tokens, self._progress = network, split_batches(tokens), progress
         self._source = network if whole is None else whole
         self._kept = [*(kept or range(len(network.paths)))]
-        self._forms = read_formats(packed, dtype)
+        self._forms = read_formats(packed, dtype) or _list_dense(packed)
         self._modules: dict[str, Any] = dict(packed.named_modules())
         inside = tuple(f"{path}." for path in network.paths if path)
         chained = self._forms if network.is_chain else ()
@@ -155,6 +174,16 @@ class CalibratedModules:
         recorder = Recorder(dict(network.model.named_modules())[path])
         network.logits(h, {**changes, path: recorder})
         return recorder
+
+
+def _list_dense(model: nn.Module) -> dict[str, Format]:
+    """The forms of a network's matrices if they stay as they are, by module path."""
+    modules = ((path, m) for path, m in model.named_modules() if hasattr(m, "to_quantized"))
+    return {
+        path: Unrounded(16, 1, "affine", module.weight.dtype)
+        for path, module in modules
+        if not isinstance(module, nn.Embedding)
+    }
 
 
 class _Beside(Recorder):
