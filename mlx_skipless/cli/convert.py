@@ -126,8 +126,8 @@ def _list_cells(row: "LayerRow", brief: bool) -> tuple[str, ...]:
 
 def tabulate_choices(rows: Sequence["ChoiceRow"]) -> Grid:
     """Make the table of why sub-layers stay or go."""
-    titles = ["sub-layer", "", "bits", "rounding\ncosts", "its drop\ncosts", "its drop\nsaves"]
-    titles += ["a matrix\ncosts", "a matrix\nsaves"]
+    titles = ["sub-layer", "", "bits", "bits\ncost", "drop\ncosts", "drop\nsaves"]
+    titles += ["matrix\ncosts", "matrix\nsaves"]
 
     def show(value: float | None) -> str:
         return "" if value is None else f"{value:.1e}"
