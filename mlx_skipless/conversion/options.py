@@ -291,7 +291,7 @@ def _check_drops(options: Options) -> None:
             "--greedy is for --drop-attention, --drop-ffn, --drop-block, --replace-attention and "
             "--replace-ffn"
         )
-    if options.skipless and asked:
+    if options.skipless and (asked or options.allow):
         raise UserError("--skipless drops every skip connection: drop it to drop sub-layers")
     if options.heal < 0:
         raise UserError(f"--heal {options.heal}: must be a number of steps, 0 or more")

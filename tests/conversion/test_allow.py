@@ -32,8 +32,8 @@ USELESS, LINEAR = 1, 2  # layers: an attention that does next to nothing, an FFN
 
 @pytest.fixture(autouse=True)
 def less_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samples, "CALIBRATION", (16, 48))
-    monkeypatch.setattr(samples, "LONG_CHECK", (4, 32))
+    monkeypatch.setattr(samples, "CALIBRATION", (16, 32))
+    monkeypatch.setattr(samples, "LONG_CHECK", (4, 16))
 
 
 def draw_text(seed: int, letters: int) -> str:
@@ -79,32 +79,45 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
     return {name: np.array(array) for name, array in loaded.items()}
 
 
-def test_a_size_is_better_without_what_hardly_matters(tmp_path: Path) -> None:
-    """The result is what explicit flags make, of that size, and closer than bits alone are."""
+@pytest.mark.parametrize("goal", only({"speed"}, ["speed", "bytes"]))
+def test_a_target_is_better_without_what_hardly_matters(goal: str, tmp_path: Path) -> None:
+    """The result is what explicit flags make, as small or fast, and closer than bits alone are."""
     how = make_source(tmp_path)
     source = tmp_path / "s"
     dense = sum(array.nbytes for array in read_weights(source).values())
     how["calibration"] = None  # the model's own words, of which it knows most as it is
-    target: dict[str, Any] = {"target_bytes": dense // 6, **how}
-    report = mlx_skipless.convert(source, tmp_path / "b", allow="drop,replace", **target)
+    target = {"target_bytes": dense // 6} if goal == "bytes" else {"target_speed": 6.5}
+    report = mlx_skipless.convert(source, tmp_path / "b", allow="drop,replace", **target, **how)
     assert report.removed == {"attention": [USELESS]} and report.replaced == {"ffn": [LINEAR]}
-    assert report.bytes_after <= dense // 6 < 1.05 * report.bytes_after
     assert sum(a.nbytes for a in read_weights(tmp_path / "b").values()) == report.bytes_after
-    flags = {"drop_attention": 1, "replace_ffn": 1, "verify": False}
-    mlx_skipless.convert(source, tmp_path / "flags", **flags, **target)
-    mlx_skipless.convert(source, tmp_path / "bits", verify=False, **target)
-    ours, theirs = (read_weights(tmp_path / name) for name in ("b", "flags"))
-    assert ours.keys() == theirs.keys() and all((ours[n] == theirs[n]).all() for n in ours)
-    for name in ("config.json", "model.py"):
-        assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "flags" / name).read_bytes()
+    mlx_skipless.convert(source, tmp_path / "bits", verify=False, **target, **how)
+    if goal == "bytes":
+        flags = {"drop_attention": 1, "replace_ffn": 1, "verify": False}
+        mlx_skipless.convert(source, tmp_path / "flags", **flags, **target, **how)
+        for name in ("model.safetensors", "config.json", "model.py"):
+            ours, theirs = (tmp_path / folder / name for folder in ("b", "flags"))
+            assert ours.read_bytes() == theirs.read_bytes()
+    for name in ("b", "bits"):
+        loaded = [load_model(tmp_path / one, trust_remote_code=True)[0] for one in ("s", name)]
+        before, after = map(count_bytes_read, loaded)
+        if goal == "speed":
+            assert 6.5 <= before / after < 1.02 * 6.5
+        else:
+            taken = sum(array.nbytes for array in read_weights(tmp_path / name).values())
+            assert taken <= dense // 6 < 1.05 * taken
     tokens = draw_tokens(source)
     wanted = run(source, tokens)
     kls = [reference.softmax_kl(wanted, run(tmp_path / name, tokens)) for name in ("b", "bits")]
     assert kls[0] < 0.7 * kls[1]
-    check_choices(report, layers=3)
+    tried = report.bytes_after if goal == "bytes" else after_of(tmp_path / "b")
+    check_choices(report, 3, tried)
 
 
-def check_choices(report: Any, layers: int) -> None:
+def after_of(folder: Path) -> int:
+    return count_bytes_read(load_model(folder, trust_remote_code=True)[0])
+
+
+def check_choices(report: Any, layers: int, size: int) -> None:
     """Each sub-layer is told of; those go that cost less than their bytes save."""
     rows = {row.name: row for row in report.choices}
     assert [*rows] == [f"layers.{n} {kind}" for n in range(layers) for kind in ("attention", "ffn")]
@@ -121,7 +134,7 @@ def check_choices(report: Any, layers: int) -> None:
         else:
             assert row.drop_costs > row.drop_saves or row.replacing_costs > row.replacing_saves
     (tried,) = report.curves["tried"]
-    assert tried == (report.bytes_after, report.verification.kl)
+    assert tried == (size, report.verification.kl)
     alone, both = (
         report.curves["bits alone, expected"],
         report.curves["bits and sub-layers, expected"],
@@ -130,7 +143,6 @@ def check_choices(report: Any, layers: int) -> None:
 
 
 SPEEDS = [
-    ("llama", {}, 6.0),
     ("llama", {"allow": "drop"}, 6.0),
     ("qwen3_moe", {"allow": "replace,drop"}, 7.0),
     ("qwen3_5", {"allow": "drop,replace"}, 5.0),
@@ -138,7 +150,8 @@ SPEEDS = [
 ]
 
 
-@pytest.mark.parametrize("case", only(SPEEDS[2:3], SPEEDS), ids=lambda case: f"{case[0]}-{case[1]}")
+@thorough
+@pytest.mark.parametrize("case", SPEEDS, ids=lambda case: f"{case[0]}-{case[1]}")
 def test_a_speed_is_kept(case: tuple[str, dict[str, Any], float], tmp_path: Path) -> None:
     """By the bytes that a token reads, of the models as mlx-lm loads them."""
     kind, allowed, speed = case
@@ -149,8 +162,7 @@ def test_a_speed_is_kept(case: tuple[str, dict[str, Any], float], tmp_path: Path
     models = [load_model(tmp_path / name, trust_remote_code=True)[0] for name in "so"]
     before, after = map(count_bytes_read, models)
     assert speed <= before / after < 1.02 * speed
-    if allowed:
-        assert USELESS in report.removed["attention"]
+    assert USELESS in report.removed["attention"]
 
 
 @thorough
@@ -221,7 +233,7 @@ def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         return recipe.Treatment(**{**own, **short})
 
     monkeypatch.setattr("mlx_skipless.training.converting.Treatment", treat)
-    monkeypatch.setattr("mlx_skipless.training.healing.MEASURED_TOKENS", 512)
+    monkeypatch.setattr("mlx_skipless.training.healing.MEASURED_TOKENS", 256)
     monkeypatch.setattr(plots, "plot_losses", lambda runs, file, *look: file.write_text("none"))
 
 
@@ -236,19 +248,20 @@ HEALED = [  # with a learning rate, and the share of the KL that is left at most
 ]
 
 
+@thorough
 @pytest.mark.usefixtures("short_runs")
-@pytest.mark.parametrize("case", only(HEALED[1:2], HEALED), ids=lambda case: str(case[:2]))
+@pytest.mark.parametrize("case", HEALED, ids=lambda case: str(case[:2]))
 def test_what_is_left_is_healed(
     case: tuple[str, dict[str, Any], float, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is closer to its source, and no further away once it is rounded."""
     kind, asked, rate, most = case
     monkeypatch.setitem(RATES, "now", rate)
-    make_source(tmp_path, kind)
+    make_source(tmp_path, kind, num_hidden_layers=3 if "target_bytes" in asked else 2)
     asked = {"calibration": tmp_path / "text.txt", "verify": False, **asked}
     plain = mlx_skipless.convert(tmp_path / "s", tmp_path / "p", **asked)
-    report = mlx_skipless.convert(tmp_path / "s", tmp_path / "o", heal=12, **asked)
-    assert report.healed is not None and report.healed.steps == 12 and not report.healed.rounded
+    report = mlx_skipless.convert(tmp_path / "s", tmp_path / "o", heal=6, **asked)
+    assert report.healed is not None and report.healed.steps == 6 and not report.healed.rounded
     assert (report.healed.kl_after < report.healed.kl_before) == report.healed.kept
     assert (report.removed, report.replaced) == (plain.removed, plain.replaced)
     tokens = draw_tokens(tmp_path / "s")
@@ -263,6 +276,7 @@ def test_what_is_left_is_healed(
     assert {array.dtype for array in loaded.values()} - {mx.uint32} == {dtype}
 
 
+@thorough
 @pytest.mark.usefixtures("short_runs")
 def test_what_training_does_not_help_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A result that is packed already is rounded again; a warning says that this was no good."""
@@ -321,7 +335,8 @@ def test_a_signal_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_what_cannot_be(
     flags: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if not (source := tmp_path / "s").exists():
+    source = tmp_path / "s"
+    if "remove" in flags or "fold" in flags:  # what only a look at the model refuses
         zoo.make_model(source, "llama", num_hidden_layers=2)
     where = ["--model", str(source), "--mlx-path", str(tmp_path / "o")]
     try:
@@ -330,7 +345,7 @@ def test_what_cannot_be(
         code = int(str(error.code))
     shown = capsys.readouterr()
     assert code in (1, 2) and said in shown.err and "Traceback" not in shown.err
-    assert {*tmp_path.iterdir()} == {source}
+    assert {*tmp_path.iterdir()} <= {source}
 
 
 @pytest.mark.parametrize(

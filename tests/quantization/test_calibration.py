@@ -357,7 +357,7 @@ def test_what_a_target_kl_chose_is_what_is_written(
 ) -> None:
     """Even if another mixture was tried after it."""
 
-    def smallest(found: Any, limit: float, measure: Any) -> Any:
+    def smallest(found: Any, limit: float, measure: Any, always: float) -> Any:
         kls = [measure(found[i]) for i in (3, 5)]
         assert kls[0] > kls[1] > 0
         return found[3], False
