@@ -39,6 +39,7 @@ FAMILY = "tests/architectures/test_architectures.py -k"
 BAD = "tests/conversion/test_bad_input.py -k"
 CALIBRATION = "tests/quantization/test_calibration.py -k"
 MODEL = "tests/network/test_model.py"
+LAUNCHES = "tests/network/test_launches.py"
 GROWTH = f"{MODEL} -k queries_that_grow"
 WRAPPERS = "tests/architectures/test_wrappers.py"
 SCALED, SCALED_SOURCES = (
@@ -221,8 +222,8 @@ MUTANTS: list[tuple[str, str, str, str]] = [
         "KVCache()",
         MODEL,
     ),
-    ("network", "out = out - attend(", "out = out + attend(", EXACT),
-    ("network", "out = out + own.reshape(out.shape)", "out = out - own.reshape(out.shape)", EXACT),
+    ("network", ", -self.uniform_gain[", ", self.uniform_gain[", EXACT),
+    ("network", ", self.value_skip[", ", -self.value_skip[", EXACT),
     ("network", "mx.argpartition(-scores,", "mx.argpartition(scores,", f"{FAMILY} mixtral"),
     ("network", "else logits * self.logit_scale", "else logits", f"{FAMILY} cohere"),
     (
@@ -233,7 +234,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ),
     (
         "network",
-        'parts["x"] + h if "x" in parts else h',
+        "row[..., :passed] + h if passed else h",
         "h",
         "tests/removal/test_table.py",
     ),
@@ -251,8 +252,8 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ),
     (
         "network",
-        "self._ends = [end // N for end in self._ends]",
-        "self._ends = [*self._ends]",
+        "size, -1, self.head_dim)[:, :, rank]",
+        "size, -1, self.head_dim)[:, :, 0]",
         "tests/network/test_parallel.py",
     ),
     (
@@ -262,9 +263,15 @@ MUTANTS: list[tuple[str, str, str, str]] = [
         "tests/network/test_parallel.py",
     ),
     # Query skips and head skips, and norms on some of the projections.
-    ("network", "q = add_scaled(q, self.separate_heads(heads_before), gamma)", "pass", SKIPS),
-    ("network", "out = add_scaled(out, q, alpha) if", "out = out if", SKIPS),
-    ("network", "blend(out, beta, q, alpha)", "blend(out, beta, q, beta)", SKIPS),
+    ("network", 'projected["q"] = add_products((projected["q"],), skipped)', "pass", SKIPS),
+    ("network", "terms.append((q, self.separate_heads(self.query_skip)))", "pass", SKIPS),
+    ("network", "terms = [(attend(queries), *beta)]", "terms = [(attend(queries),)]", SKIPS),
+    ("network", 'scales.pop("k"), scales.pop("v")', 'scales.pop("v"), scales.pop("k")', EXACT),
+    # Heads that lie side by side, in one kernel: where they may, and only there.
+    ("network", 'if kinds["k"] == kinds["v"]:', "if False:", LAUNCHES),
+    ("network", "untouched and kinds[", "False and kinds[", LAUNCHES),
+    ("network", 'not self._weighted and "head_skip"', '"head_skip"', EXACT),
+    ("network", 'if untouched and kinds["q"] == kinds["k"]', "if untouched", SKIPS),
     (
         "network",
         "return (out, heads) if self.gives_heads",
@@ -313,13 +320,18 @@ MUTANTS: list[tuple[str, str, str, str]] = [
         "return self.output_skip and last or not",
         SKIPS,
     ),
-    ("network", "return add_scaled(x, heads, delta).flatten(-2)", "return x.flatten(-2)", SKIPS),
+    (
+        "network",
+        "return add_products((x,), (heads, delta)).flatten(-2)",
+        "return x.flatten(-2)",
+        SKIPS,
+    ),
     ("network", 'points[-1].pin(f"the heads of layer', 'str(f"the heads of layer', SKIPS),
     ("removal", "        and not source.output_skip\n", "", SKIPS),
     ("network", "raise _Reached(take_stream(out))", "raise _Reached(out)", f"{DROPS} converted"),
     ("network", "if norm in args.norms}", "}", f"{BAD} broken_config"),
     ("network", 'if "hidden" in args.norms:', 'if args.norm == "qkv":', SKIPS),
-    ("network", "normed = part in args.norms or", 'normed = args.norm == "qkv" or', SKIPS),
+    ("network", "shared or letter in args.norms", 'shared or args.norm == "qkv"', SKIPS),
     (
         "removal",
         "found = mx.repeat(found, absent.size // found.size)",

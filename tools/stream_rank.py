@@ -62,8 +62,8 @@ def choose_stream(block: Any, h: Stream) -> mx.array:
         return take_stream(h)
     heads = h[1]
     gamma = attention.separate_heads(attention.head_skip)
-    skipped = (attention.separate_heads(heads) * gamma).reshape(heads.shape)
-    return attention.project(take_stream(h))["q_proj"] + skipped
+    query = attention.project(take_stream(h))["q"] + attention.separate_heads(heads) * gamma
+    return query.reshape(heads.shape)
 
 
 def measure_rank(stream: np.ndarray) -> float:

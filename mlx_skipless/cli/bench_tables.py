@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from ..evaluation.benchmark import Benchmark, Spread
+from ..evaluation.benchmark import Benchmark
+from ..evaluation.timing import Spread
 from ..memory import format_bytes
 from .tables import Grid
 

@@ -9,7 +9,7 @@ from ..constants import BUNDLED
 from ..errors import UserError
 from ..options import expand_path, flag_name
 
-WRITTEN = ("json", "plot", "markdown", "output")
+WRITTEN = ("json", "plot", "markdown", "report", "output")
 READ = (
     "model", "models", "source", "result", "teacher", "draft_model", "compare", "adapter_path",
     "tokenizer", "prompt_cache_file", "synthetic", "data", "validation", "calibration", "config",

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from .analysis import Analysis
-    from .benchmark import Benchmark, Result, Spread
+    from .benchmark import Benchmark
+    from .timing import Result, Spread
 
 DPI = 120  # of a PNG of the usual size; a narrower one, for print, has more
 # Okabe and Ito's colours, told apart by most colour-blind readers, and seven more. The last is ink.

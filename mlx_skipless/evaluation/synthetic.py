@@ -1,7 +1,7 @@
 """Networks of random weights: the speed and size of a shape, without a model of it."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,7 @@ from ..quantization.settings import Quantization
 from ..removal.plan import Plan, make_plan
 
 SEED = 0
+REPEATED = 1 << 20  # numbers
 
 
 @dataclass(frozen=True)
@@ -168,8 +169,28 @@ def make_random_weights(layout: Layout, prefix: str = "") -> dict[str, mx.array]
     }
 
 
+def repeat_weights(layout: Layout) -> dict[str, mx.array]:
+    """Make weights for measuring speed alone, which a CPU makes many times as fast.
+
+    They have the scale of ``make_random_weights``, but the same few numbers come again and again.
+    """
+    few = mx.random.normal((REPEATED,), key=mx.random.key(SEED))
+
+    def make(like: mx.array) -> mx.array:
+        if like.ndim < 2:
+            return mx.ones_like(like)
+        rows = -(-like.size // REPEATED)
+        row = (few * like.shape[-1] ** -0.5).astype(like.dtype)
+        return mx.broadcast_to(row, (rows, REPEATED)).flatten()[: like.size].reshape(like.shape)
+
+    return {name: make(array) for name, array in layout.tensors.items()}
+
+
 def make_stock_model(
-    shape: Shape, dtype: mx.Dtype, quantization: Quantization | None = None
+    shape: Shape,
+    dtype: mx.Dtype,
+    quantization: Quantization | None = None,
+    make: Callable[[Layout], dict[str, mx.array]] = make_random_weights,
 ) -> nn.Module:
     """Make mlx-lm's own network of a shape, with random, lazy weights.
 
@@ -177,11 +198,12 @@ def make_stock_model(
         shape: one for which mlx-lm has a network.
         dtype: the number type of weights that are not quantized.
         quantization: how to quantize the matrices; None: not at all.
+        make: makes its weights, by canonical names.
 
     Raises:
         UserError: if mlx-lm cannot build it.
     """
-    tensors = make_random_weights(Layout(shape.args, dtype))
+    tensors = make(Layout(shape.args, dtype))
     config = shape.stock_config
     try:
         kind, args_kind = mlx_lm.utils._get_classes(config)
@@ -206,13 +228,15 @@ def make_skipless_plan(args: ModelArgs, remove: str, dtype: mx.Dtype, quantized:
 
 
 def make_skipless_model(
-    args: ModelArgs, dtype: mx.Dtype, quantization: Quantization | None = None
+    args: ModelArgs,
+    dtype: mx.Dtype,
+    quantization: Quantization | None = None,
+    make: Callable[[Layout], dict[str, mx.array]] = make_random_weights,
 ) -> nn.Module:
     """Make this package's network as ``convert`` writes it, with random, lazy weights."""
     written = replace(args, fused=Layout(args, dtype, quantization).fusable_layers)
-    weights = to_source_names(
-        FAMILIES["skipless"], make_random_weights(Layout(args, dtype)), written, dtype
-    )
+    tensors = make(Layout(args, dtype))
+    weights = to_source_names(FAMILIES["skipless"], tensors, written, dtype)
     return _load_weights(Model(written), weights, quantization)
 
 

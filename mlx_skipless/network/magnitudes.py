@@ -93,7 +93,7 @@ class _Probe(nn.Module):
         self.__dict__["_seen"] = seen  # beside the module's items, which are tensors
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        # An attention without matrices reads several arrays of a table, and may give two.
+        # An attention may give two arrays.
         self._tell("input", next(iter((*args, *options.values()))))
         out = self.inner(*args, **options)
         self._tell("output", out)

@@ -9,10 +9,12 @@ Built and tested for mlx-lm 0.32.
 # No `from __future__ import annotations`: mlx-lm runs this file without registering it as a module,
 # and dataclass could not resolve string annotations then.
 import math
+import re
 import warnings
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from itertools import accumulate
+from operator import add, mul
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import mlx.core as mx
@@ -20,7 +22,6 @@ import mlx.nn as nn
 import mlx_lm
 from mlx.nn.layers.distributed import shard_inplace, shard_linear
 from mlx.utils import tree_flatten
-from mlx_lm.models.activations import swiglu
 from mlx_lm.models.base import BaseModelArgs, create_attention_mask, scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_lm.models.pipeline import PipelineMixin
@@ -66,6 +67,10 @@ PROJECTION_NORMS = ("q", "k", "v", "heads", "hidden")
 # What one block gives the next: the stream (batch, length, hidden), and with head skips the heads'
 # outputs (batch, length, heads * head_dim) beside it.
 Stream = Union[mx.array, Tuple[mx.array, mx.array]]
+
+# Heads, (batch, length, n, head_dim), by the letters of those side by side: {"qkv": ...}, or
+# {"q": ..., "kv": ...}, or {"q": ..., "k": ..., "v": ...}. One kernel norms all heads of an array.
+Heads = Dict[str, mx.array]
 
 
 @dataclass
@@ -235,7 +240,7 @@ class ModelArgs(BaseModelArgs):
 
 
 class RMSNorm(nn.Module):
-    """RMS norm of the last axis; its weight, if any, covers the last axis or the last two."""
+    """RMS norm of the last axis, with or without a weight."""
 
     def __init__(self, dims: Optional[int], eps: float):
         super().__init__()
@@ -244,10 +249,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def __call__(self, x: mx.array) -> mx.array:
-        weight = self.get("weight")
-        if weight is None or weight.size == x.shape[-1]:
-            return mx.fast.rms_norm(x, weight, self.eps)
-        return mx.fast.rms_norm(x, None, self.eps) * weight.reshape(x.shape[-2:])
+        return mx.fast.rms_norm(x, self.get("weight"), self.eps)
 
 
 class LayerNorm(nn.Module):
@@ -288,9 +290,22 @@ def take_stream(h: Stream) -> mx.array:
 
 
 @partial(mx.compile, shapeless=True)
-def add_scaled(x: mx.array, y: mx.array, scale: mx.array) -> mx.array:
-    """Compute x + y * scale in one kernel."""
-    return x + y * scale
+def add_products(*terms: Tuple[mx.array, ...]) -> mx.array:
+    """Add up terms, each the product of its arrays, in one kernel."""
+    return reduce(add, (reduce(mul, factors) for factors in terms))
+
+
+@partial(mx.compile, shapeless=True)
+def scale_two(pair: mx.array, first: mx.array, second: mx.array) -> mx.array:
+    """Multiply the first of two, (..., 2, n, width), by one scale and the second by another."""
+    return pair * mx.where(mx.array([[[True]], [[False]]]), first, second)
+
+
+@partial(mx.compile, shapeless=True)
+def apply_gate(kind: str, gate: mx.array, up: mx.array, offset: Optional[mx.array]) -> mx.array:
+    """Compute (act(gate) + offset) * up in one kernel."""
+    gate = ACTIVATIONS[kind](gate)
+    return (gate if offset is None else gate + offset) * up
 
 
 @partial(mx.compile, shapeless=True)
@@ -298,12 +313,6 @@ def grow(queries: mx.array, positions: mx.array, growth: float, step: int) -> mx
     """Scale queries (batch, heads, length, head_dim) by their positions, (..., length, 1)."""
     steps = mx.maximum(positions, 0) // step  # padding on the left has none
     return queries * (1 + growth * mx.log(1 + steps)).astype(queries.dtype)
-
-
-@partial(mx.compile, shapeless=True)
-def blend(x: mx.array, x_scale: mx.array, y: mx.array, y_scale: mx.array) -> mx.array:
-    """Compute x * x_scale + y * y_scale in one kernel."""
-    return x * x_scale + y * y_scale
 
 
 def gather_last_axis(x: mx.array, group: mx.distributed.Group) -> mx.array:
@@ -326,9 +335,9 @@ class Attention(nn.Module):
         width, kv_width = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
 
         self._fused = args.find_fused(layer, "qkv_proj")
-        self._parts = FUSED[self._fused] if self._fused else ()
-        self._ends = [*accumulate(args.count_rows(name) for name in self._parts)]
+        parts = FUSED[self._fused] if self._fused else ()
         if self._fused is not None:
+            self._ends = [*accumulate(args.count_rows(name) for name in parts)]
             whole = args.make_linear(self._fused, layer, args.hidden_size, self._ends[-1])
             setattr(self, self._fused, whole)
         for name, part, n_in, n_out in (
@@ -337,22 +346,8 @@ class Attention(nn.Module):
             ("v_proj", "v", args.hidden_size, kv_width),
             ("o_proj", "p", width, args.hidden_size),
         ):
-            present = not args.lacks(part, layer) and name not in self._parts
+            present = not args.lacks(part, layer) and name not in parts
             setattr(self, name, args.make_linear(name, layer, n_in, n_out) if present else None)
-
-        # A weight that all heads share is as wide as one of them.
-        self.shared_gains = args.qk_norm
-        for name, part, dims in (
-            ("q_norm", "q", args.head_dim if args.qk_norm else width),
-            ("k_norm", "k", args.head_dim if args.qk_norm else kv_width),
-            ("v_norm", "v", kv_width),
-        ):
-            norm = RMSNorm(dims if part in args.gains else None, args.rms_norm_eps)
-            normed = part in args.norms or (args.qk_norm and part != "v")
-            setattr(self, name, norm if normed else None)
-        self.heads_norm: Optional[nn.Module] = None
-        if "heads" in args.norms:
-            self.heads_norm = RMSNorm(width if "heads" in args.gains else None, args.rms_norm_eps)
 
         if args.value_skip:
             self.value_skip = mx.zeros((self.n_heads,))
@@ -368,6 +363,8 @@ class Attention(nn.Module):
         if args.has_output_skip(layer):
             self.output_skip = mx.zeros((skip_width,))
         self.gives_heads = args.passes_heads(layer) or args.has_output_skip(layer)
+        self.make_norms(args)
+        self._runs = self.find_runs(table=args.precomputed and layer == 0)
         self.rope = initialize_rope(
             args.rotary_dim,
             args.rope_theta,
@@ -376,29 +373,103 @@ class Attention(nn.Module):
             args.max_position_embeddings,
         )
 
-    def project(self, x: Union[mx.array, Sequence[mx.array]]) -> Dict[str, mx.array]:
-        """Compute q, k and v before norms and RoPE, each (batch, length, heads * head_dim).
+    def make_norms(self, args: ModelArgs):
+        """Make the norms of q, k and v, and of the heads' outputs."""
+        # A weight that all heads share is as wide as one of them, and in the norm's kernel. One per
+        # head and channel follows the norm.
+        self.shared_gains = args.qk_norm
+        self._weighted = ""  # letters of the latter
+        for letter in "qkv":
+            shared, weighted = args.qk_norm and letter != "v", letter in args.gains
+            dims = self.head_dim if shared else args.count_rows(f"{letter}_proj")
+            norm = RMSNorm(dims if weighted else None, args.rms_norm_eps)
+            normed = shared or letter in args.norms
+            setattr(self, f"{letter}_norm", norm if normed else None)
+            self._weighted += letter if normed and weighted and not shared else ""
+        self.heads_norm: Optional[nn.Module] = None
+        if "heads" in args.norms:
+            width = args.count_rows("q_proj") if "heads" in args.gains else None
+            self.heads_norm = RMSNorm(width, args.rms_norm_eps)
+
+    def find_runs(self, table: bool) -> Tuple[Tuple[str, Tuple[str, ...]], ...]:
+        """Find which heads one matrix gives side by side, and how they are cut at once.
+
+        Heads of k and v stay together if the same kernel can norm them, and those of q with them if
+        nothing else is done to q and k before RoPE.
+        """
+        kinds: Dict[str, Any] = {}
+        for letter in "qkv":
+            norm = getattr(self, f"{letter}_norm")
+            own = norm is not None and "weight" in norm and letter not in self._weighted
+            kinds[letter] = letter if own else norm is not None
+        alike = "."
+        if kinds["k"] == kinds["v"]:
+            untouched = not self._weighted and "head_skip" not in self
+            alike = "qkv|kv|." if untouched and kinds["q"] == kinds["k"] else "kv|."
+        fused = "qkv" if table else (self._fused or "").partition("_")[0]
+        runs = [fused, *(letter for letter in "qkv" if letter not in fused)]
+        return tuple((run, tuple(re.findall(alike, run))) for run in runs if run)
+
+    def split_heads(self, x: mx.array, pieces: Sequence[str]) -> List[mx.array]:
+        """Split heads side by side, (batch, length, n, any), into pieces with these letters."""
+        if len(pieces) == 1:
+            return [x]
+        counts = {"q": self.n_heads, "k": self.n_kv_heads, "v": self.n_kv_heads}
+        ends = [*accumulate(sum(counts[letter] for letter in piece) for piece in pieces)]
+        return [*mx.split(x, ends[:-1], axis=2)]
+
+    def project(self, x: mx.array) -> Heads:
+        """Compute q, k and v before norms and RoPE.
 
         ``x`` is the stream, (batch, length, hidden), or a table's rows for all three. A matrix that
         is not there was the identity.
         """
-        names = ("q_proj", "k_proj", "v_proj")
-        found = (
-            dict.fromkeys(names, x) if isinstance(x, mx.array) else dict(zip(names, x, strict=True))
-        )
-        for name, part in found.items():
-            if (proj := getattr(self, name)) is not None:
-                found[name] = proj(part)
-            elif self.group is not None and name not in self._parts:
-                found[name] = mx.split(part, self.group.size(), axis=-1)[self.group.rank()]
-        if self._fused is not None:
-            parts = mx.split(self[self._fused](x), self._ends[:-1], axis=-1)
-            found |= zip(self._parts, parts, strict=True)
-        return found
+        heads: Heads = {}
+        for run, pieces in self._runs:
+            proj = getattr(self, f"{run}_proj", None)
+            given = (x if proj is None else proj(x)).reshape(*x.shape[:2], -1, self.head_dim)
+            if proj is None and self.group is not None:
+                given = self.take_share(given, run, self.group)
+            heads |= zip(pieces, self.split_heads(given, pieces), strict=True)
+        return heads
 
-    def norm_heads(self, x: mx.array, norm: Optional[nn.Module]) -> mx.array:
-        """Norm heads, (batch, length, n, head_dim), if there is a norm: (batch, n, length, ...)."""
-        return (x if norm is None else norm(x)).transpose(0, 2, 1, 3)
+    def take_share(self, x: mx.array, letters: str, group: mx.distributed.Group) -> mx.array:
+        """Take this machine's share of all machines' heads, (batch, length, n, head_dim)."""
+        size, rank = group.size(), group.rank()
+        wide = x.reshape(*x.shape[:2], -1, size * self.head_dim)
+        shares = [
+            part.reshape(*x.shape[:2], size, -1, self.head_dim)[:, :, rank]
+            for part in self.split_heads(wide, letters)
+        ]
+        return mx.concatenate(shares, axis=2)
+
+    def norm_heads(self, x: mx.array, letters: str) -> mx.array:
+        """Norm each of the heads that lie side by side, if they are normed."""
+        norm = getattr(self, f"{letters[0]}_norm")
+        if norm is None or (self.shared_gains and letters in "qk"):
+            return x if norm is None else norm(x)
+        return mx.fast.rms_norm(x, None, norm.eps)
+
+    def rotate(self, heads: Heads, offset: Union[int, mx.array]) -> Tuple[mx.array, ...]:
+        """Norm heads and apply RoPE: q, k and v, each (batch, n, length, head_dim)."""
+        heads = {letters: self.norm_heads(x, letters) for letters, x in heads.items()}
+        if "qkv" in heads:
+            qk, v = self.split_heads(heads["qkv"], ("qk", "v"))
+            qk = self.rope(qk.transpose(0, 2, 1, 3), offset=offset)
+            return (*mx.split(qk, [self.n_heads], axis=1), v.transpose(0, 2, 1, 3))
+        scales = {
+            letter: getattr(self, f"{letter}_norm").weight.reshape(-1, self.head_dim)
+            for letter in self._weighted
+        }
+        if "kv" in heads:
+            kv = heads["kv"]
+            if "k" in scales and "v" in scales:
+                pair = kv.reshape(*kv.shape[:2], 2, -1, self.head_dim)
+                kv = scale_two(pair, scales.pop("k"), scales.pop("v")).reshape(kv.shape)
+            heads |= zip("kv", mx.split(kv, 2, axis=2), strict=True)
+        heads |= {letter: heads[letter] * scale for letter, scale in scales.items()}
+        q, k, v = (heads[letter].transpose(0, 2, 1, 3) for letter in "qkv")
+        return self.rope(q, offset=offset), self.rope(k, offset=offset), v
 
     def grow_queries(
         self, queries: mx.array, offset: Union[int, mx.array]
@@ -423,9 +494,22 @@ class Attention(nn.Module):
         """
         return x.reshape(*x.shape[:-1], self.n_heads, -1)
 
+    def add_scaled(self, terms: List[Tuple[mx.array, ...]]) -> mx.array:
+        """Add up heads (batch, length, n, head_dim), each times its scales, in one kernel.
+
+        A scale is (n, head_dim) or (n, 1). As many heads as there are of keys count for each query
+        head that shares them.
+        """
+
+        def group(x: mx.array) -> mx.array:
+            return x.reshape(*x.shape[:-2], self.n_kv_heads, -1, x.shape[-1])
+
+        added = add_products(*(tuple(map(group, term)) for term in terms))
+        return added.reshape(terms[0][0].shape)
+
     def __call__(
         self,
-        x: Union[mx.array, Sequence[mx.array]],
+        x: mx.array,
         mask=None,
         cache: Optional[Any] = None,
         heads_before: Optional[mx.array] = None,
@@ -436,19 +520,13 @@ class Attention(nn.Module):
         (batch, length, hidden), or the heads side by side where the layer lacks P; where a head
         skip or an output skip reads the heads, these side by side beside that.
         """
-        q, k, v = self.project(x).values()
-        B, L, _ = q.shape
-        q = self.separate_heads(q)
+        projected = self.project(x)
         if heads_before is not None and "head_skip" in self:
-            gamma = self.separate_heads(self.head_skip)
-            q = add_scaled(q, self.separate_heads(heads_before), gamma)
-        queries = self.norm_heads(q, self.q_norm)
-        keys = self.norm_heads(k.reshape(B, L, self.n_kv_heads, -1), self.k_norm)
-        values = own = self.norm_heads(v.reshape(B, L, self.n_kv_heads, -1), self.v_norm)
-
+            skipped = (self.separate_heads(heads_before), self.separate_heads(self.head_skip))
+            projected["q"] = add_products((projected["q"],), skipped)
         offset = cache.offset if cache is not None else 0
-        queries = self.rope(queries, offset=offset)
-        keys = self.rope(keys, offset=offset)
+        queries, keys, values = self.rotate(projected, offset)
+        own = values
         queries, scale = self.grow_queries(queries, offset)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
@@ -459,21 +537,19 @@ class Attention(nn.Module):
             )
             return out.transpose(0, 2, 1, 3)
 
-        out = attend(queries)  # (batch, length, heads, head_dim) from here on
-        beta = self.attention_gain[:, None] if "attention_gain" in self else None
+        # Terms of the heads' outputs, each with what scales it.
+        beta = (self.attention_gain[:, None],) if "attention_gain" in self else ()
+        terms = [(attend(queries), *beta)]
         if "query_skip" in self:
-            alpha = self.separate_heads(self.query_skip)
-            out = add_scaled(out, q, alpha) if beta is None else blend(out, beta, q, alpha)
-        elif beta is not None:
-            out = out * beta
+            q = projected["q"] if "q" in projected else projected["qkv"][:, :, : self.n_heads]
+            terms.append((q, self.separate_heads(self.query_skip)))
         if "uniform_gain" in self:
-            out = out - attend(mx.zeros_like(queries)) * self.uniform_gain[:, None]
+            terms.append((attend(mx.zeros_like(queries)), -self.uniform_gain[:, None]))
         if "value_skip" in self:
-            own = own.transpose(0, 2, 1, 3)[:, :, :, None]
-            own = own * self.value_skip.reshape(self.n_kv_heads, -1, 1)
-            out = out + own.reshape(out.shape)
+            terms.append((own.transpose(0, 2, 1, 3), self.value_skip[:, None]))
+        plain = len(terms) == len(terms[0]) == 1
+        heads = (terms[0][0] if plain else self.add_scaled(terms)).reshape(*x.shape[:2], -1)
 
-        heads = out.reshape(B, L, -1)
         out = heads if self.heads_norm is None else self.heads_norm(heads)
         if self.o_proj is not None:
             out = self.o_proj(out)
@@ -486,7 +562,7 @@ class Attention(nn.Module):
         delta = self.separate_heads(self.output_skip)
         if self.group is None:
             x, heads = self.separate_heads(x), self.separate_heads(heads)
-            return add_scaled(x, heads, delta).flatten(-2)
+            return add_products((x,), (heads, delta)).flatten(-2)
         scaled = (self.separate_heads(heads) * delta).flatten(-2)
         return x + gather_last_axis(scaled, self.group)
 
@@ -503,7 +579,6 @@ class Attention(nn.Module):
             ends, linear = self._ends[:-1], self[self._fused]
             linear = shard_linear(linear, "all-to-sharded", segments=ends, group=group)
             setattr(self, self._fused, linear)
-            self._ends = [end // N for end in self._ends]
         for name in ("q_norm", "k_norm", "v_norm"):
             whole = self.shared_gains and name != "v_norm"
             if (norm := getattr(self, name)) is not None and not whole:
@@ -556,18 +631,16 @@ class MLP(nn.Module):
         """Compute what the last matrix reads; mlx-lm's experts call it by this name."""
         if gate is None:
             hidden = ACTIVATIONS[self.hidden_act](up)
-        elif "gate_offset" in self:
-            hidden = (ACTIVATIONS[self.hidden_act](gate) + self.gate_offset) * up
-        elif self.hidden_act == "silu":
-            hidden = swiglu(gate, up)
         else:
-            hidden = ACTIVATIONS[self.hidden_act](gate) * up
+            hidden = apply_gate(self.hidden_act, gate, up, self.get("gate_offset"))
         return hidden if self.hidden_norm is None else self.hidden_norm(hidden)
 
     def __call__(self, x: mx.array) -> mx.array:
         if self.gate_up_proj is not None:
-            gate_and_up = mx.split(self.gate_up_proj(x), 2, axis=-1)
-            return self.down_proj(self.activation(*gate_and_up[::-1]))
+            # Each on its own row: Metal copies half a row before it multiplies by packed numbers.
+            rows = mx.unflatten(self.gate_up_proj(x), -1, (2, -1))
+            halves = mx.split(rows, 2, axis=-2)
+            return self.down_proj(self.activation(*halves[::-1]).flatten(-2))
         gate = None if self.gate_proj is None else self.gate_proj(x)
         return self.down_proj(self.activation(self.up_proj(x), gate))
 
@@ -667,7 +740,7 @@ class Block(nn.Module):
 
     def attend(
         self,
-        x: Union[mx.array, Sequence[mx.array]],
+        x: mx.array,
         mask,
         cache: Optional[Any],
         heads_before: Optional[mx.array] = None,
@@ -681,22 +754,23 @@ class Block(nn.Module):
 
         Returns the stream behind it, and the heads if they are read.
         """
-        ends = [*accumulate(self._row.values())]
-        parts = dict(zip(self._row, mx.split(row, ends[:-1], axis=-1), strict=True))
-        h, heads = self.attend([parts[name] for name in ("q", "k", "v")], mask, cache)
-        return (parts["x"] + h if "x" in parts else h), heads
+        passed = self._row.get("x", 0)
+        h, heads = self.attend(row[..., passed:], mask, cache)
+        return (row[..., :passed] + h if passed else h), heads
 
     def run_parallel(
         self, x: mx.array, mask, cache: Optional[Any], heads_before: Optional[mx.array]
     ) -> Tuple[mx.array, Optional[mx.array]]:
         """Run attention and FFN side by side."""
-        read, out, heads = self.norm_attention_input(x), mx.zeros_like(x), None
+        read, parts, heads = self.norm_attention_input(x), [], None
         if self.mlp is not None:
-            out = self.mlp(read if self.shared_norm else self.norm_ffn_input(x))
+            parts.append(self.mlp(read if self.shared_norm else self.norm_ffn_input(x)))
         if self.self_attn is not None:
             h, heads = self.attend(read, mask, cache, heads_before)
-            out = out + h
-        return (x + out if self.skip_ffn else out), heads
+            parts.append(h)
+        if self.skip_ffn:
+            parts.append(x)
+        return add_products(*((part,) for part in parts or [mx.zeros_like(x)])), heads
 
     def run_serial(
         self, x: mx.array, mask, cache: Optional[Any], heads_before: Optional[mx.array]

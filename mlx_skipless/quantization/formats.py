@@ -13,6 +13,7 @@ import numpy as np
 
 from ..network.parts import unpack
 from ..removal.moments import add_to_diagonal
+from .scales import Search
 
 BLOCK = 128  # inputs that are rounded one by one before the rest learns of their errors
 ROWS = 1024  # of codes packed at a time
@@ -55,7 +56,7 @@ class Format:
 
         Inputs are rounded one after another. Each one's error is made up for by those that follow,
         as far as inputs are correlated (GPTQ: Frantar et al., arXiv 2210.17323, section 3). A
-        group's scale is set when its turn comes.
+        group's scale is set when its turn comes; in affine mode it is searched for.
 
         Args:
             weight: (out, in).
@@ -63,7 +64,7 @@ class Format:
             damping: added to the diagonal, as a share of its mean.
         """
         n_in = weight.shape[1]
-        follows = _solve_feedback(gram, damping)
+        follows, matters = _solve_feedback(gram, damping)
         target = np.ascontiguousarray(weight.T, dtype=np.float32)  # (in, out)
         error = np.zeros_like(target)
         codes = np.empty(target.shape, dtype=np.uint8)
@@ -81,7 +82,7 @@ class Format:
                     inner = slice(i - start, i - start + self.group_size)
                     change = np.linalg.solve(within[inner, inner], due[inner])
                     wanted = target[i : i + self.group_size] - change
-                    groups.append(self.nearest(mx.array(np.ascontiguousarray(wanted.T))))
+                    groups.append(self._scale(wanted.T, matters[i : i + self.group_size]))
                     rounder = self._make_rounder(groups[-1])
                 # quant(w - due), and its error beyond what the weight was to be (equation 2).
                 codes[i], value = rounder(target[i] - due[i - start])
@@ -92,6 +93,23 @@ class Format:
         for part in groups[0].keys() - packed.keys():
             packed[part] = mx.concatenate([group[part] for group in groups], axis=1)
         return packed
+
+    def _scale(self, weights: np.ndarray, matters: np.ndarray) -> Packed:
+        """Choose the scales of a group, (out, group); an error's square costs (group,) so much."""
+        weights = np.ascontiguousarray(weights)
+        parts = self.nearest(mx.array(weights))
+        if self.mode != "affine":
+            return parts
+        scale, bias = (np.array(parts[name].astype(mx.float32)) for name in ("scales", "biases"))
+        scale, bias = Search(weights, matters, self.bits, self._store).improve(scale, bias)
+        return {
+            name: mx.array(a).astype(self.dtype)
+            for name, a in (("scales", scale), ("biases", bias))
+        }
+
+    def _store(self, numbers: np.ndarray) -> np.ndarray:
+        """Round float32 numbers to the type of scales and biases."""
+        return np.array(mx.array(numbers).astype(self.dtype).astype(mx.float32))
 
     def _make_rounder(self, parts: Packed) -> Rounder:
         """Make the function that rounds weights (out,) with one group's scales."""
@@ -139,18 +157,25 @@ class Format:
         return np.array(self.dense(packed))[:, 0]
 
 
-def _solve_feedback(gram: np.ndarray, damping: float) -> np.ndarray:
-    """How much each input (row) makes up for the error of each earlier one (column): F (in, in).
+def _solve_feedback(gram: np.ndarray, damping: float) -> tuple[np.ndarray, np.ndarray]:
+    """Solve for what rounding with feedback needs of X^T X.
+
+    How much each input (row) makes up for the error of each earlier one (column), F (in, in), and
+    what is left of an error of each input for which those behind it make up, as the cost of its
+    square (in,).
 
     Errors D = W' - W (out, in) of the weights cost |D X^T|^2 = |D R|^2 for X^T X = R R^T with R
     upper triangular. Column j of D R is sum_{i <= j} d_i R_ij, the error of input j and of those
-    before it. It vanishes if d_j = -sum_{i < j} d_i R_ij / R_jj, so F_ji = R_ij / R_jj. The paper
-    finds the same numbers in the Cholesky factor of (X^T X)^-1 (section 3, step 3).
+    before it. It vanishes if d_j = -sum_{i < j} d_i R_ij / R_jj, so F_ji = R_ij / R_jj. An error e
+    by which d_j misses that costs e^2 R_jj^2. The paper finds the same numbers in the Cholesky
+    factor of (X^T X)^-1 (section 3, step 3).
     """
     damped = add_to_diagonal(gram, damping * np.mean(np.diag(gram)) or 1.0)
     # Cholesky's factor is lower triangular: of the reversed matrix it is R, reversed.
     upper = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
-    return np.ascontiguousarray((upper / np.diag(upper)).T, dtype=np.float32)
+    own = np.diag(upper)
+    costs = np.square(own / own.max()).astype(np.float32)
+    return np.ascontiguousarray((upper / own).T, dtype=np.float32), costs
 
 
 def _pack(codes: np.ndarray, bits: int) -> np.ndarray:

@@ -24,14 +24,14 @@ from mlx_skipless.checkpoints import writer
 from mlx_skipless.checkpoints.checkpoint import open_checkpoint
 from mlx_skipless.cli.bench_tables import format_spread
 from mlx_skipless.cli.main import main
-from mlx_skipless.evaluation import benchmark, synthetic
-from mlx_skipless.evaluation.benchmark import Case, Spread, Timing
+from mlx_skipless.evaluation import benchmark, synthetic, timing
 from mlx_skipless.evaluation.synthetic import (
     Shape,
     find_shape,
     make_skipless_model,
     make_stock_model,
 )
+from mlx_skipless.evaluation.timing import Case, Spread, Timing
 from mlx_skipless.inference import sizes
 from mlx_skipless.inference.loading import load_network
 from mlx_skipless.network.parts import tensors_of
@@ -56,8 +56,8 @@ SIZES_ONLY: dict[str, Any] = {"prompt_lengths": ()}
 
 @pytest.fixture(autouse=True)
 def little_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "BANDWIDTH_BYTES", 1 << 20)
-    monkeypatch.setattr(benchmark, "BANDWIDTH_REPEATS", 1)
+    monkeypatch.setattr(timing, "BANDWIDTH_BYTES", 1 << 20)
+    monkeypatch.setattr(timing, "BANDWIDTH_REPEATS", 1)
 
 
 def config_file(folder: Path, **config: Any) -> str:
@@ -132,7 +132,7 @@ def test_a_window_bounds_the_cache_that_is_read() -> None:
     ):
         assert sizes.count_cache_bytes(model, 4) == 4 * 2 * KV_WIDTH * 3 * 4
         assert sizes.count_cache_bytes(model, 20) == 4 * 2 * KV_WIDTH * (6 + 20 + 6)
-        held = [one.keys.shape for one in benchmark.fill_cache(model, 2, 20)]
+        held = [one.keys.shape for one in timing.fill_cache(model, 2, 20)]
         assert [shape[2] for shape in held] == [6, 256, 6] and {shape[0] for shape in held} == {2}
 
 
@@ -142,7 +142,7 @@ def test_random_caches_and_weights_are_sane(dtype: mx.Dtype) -> None:
     shape = Shape("", LLAMA)
     plan = synthetic.make_skipless_plan(shape.args, "qp", dtype, False)
     for model in (make_stock_model(shape, dtype), make_skipless_model(plan.after, dtype)):
-        cache = benchmark.fill_cache(model, 2, 300)
+        cache = timing.fill_cache(model, 2, 300)
         assert [one.offset for one in cache] == [300] * LAYERS
         keys = cache[0].keys[..., :300, :].astype(mx.float32)
         assert 0.3 < mx.sqrt(keys.square().mean()).item() < 1
@@ -156,14 +156,14 @@ def test_a_state_stays_and_a_strange_cache_is_refused(monkeypatch: pytest.Monkey
     model = make_stock_model(Shape("", LLAMA), mx.float32)
     state = caches.ArraysCache(2)
     state[0] = mx.ones((1, 3))
-    for module in (benchmark, sizes):
+    for module in (timing, sizes):
         monkeypatch.setattr(module, "begin_cache", lambda model, batch_size: [state])
-    monkeypatch.setattr(benchmark, "make_prompt_cache", lambda model: [caches.ArraysCache(2)])
-    assert benchmark.fill_cache(model, 1, 9) == [state] and sizes.count_cache_bytes(model, 9) == 0
+    monkeypatch.setattr(timing, "make_prompt_cache", lambda model: [caches.ArraysCache(2)])
+    assert timing.fill_cache(model, 1, 9) == [state] and sizes.count_cache_bytes(model, 9) == 0
     chunked = caches.ChunkedKVCache(8)
-    monkeypatch.setattr(benchmark, "begin_cache", lambda model, batch_size: [chunked])
+    monkeypatch.setattr(timing, "begin_cache", lambda model, batch_size: [chunked])
     with pytest.raises(mlx_skipless.UserError, match="ChunkedKVCache"):
-        benchmark.fill_cache(model, 1, 9)
+        timing.fill_cache(model, 1, 9)
 
 
 def recorded(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[mx.array]:
@@ -183,13 +183,13 @@ def recorded(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[mx.array
 @pytest.mark.parametrize("length", [1, 4, 5, 9, 10])
 def test_timing_decodes_as_mlx_lm_does(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same calls with the same tokens, chunk by chunk."""
-    monkeypatch.setattr(benchmark, "PROMPT_CHUNK", 4)
+    monkeypatch.setattr(timing, "PROMPT_CHUNK", 4)
     model = make_stock_model(Shape("", LLAMA), mx.float32)
     calls = recorded(model, monkeypatch)
-    timing = benchmark.time_model(model, Case(length, 1), 3)
+    taken = timing.time_model(model, Case(length, 1), 3)
     own = [call.tolist() for call in calls]
     prompt = mx.array([token for (row,) in own[:-3] for token in row])
-    assert prompt.size == length and timing.first_token > 0 and timing.decode > 0
+    assert prompt.size == length and taken.first_token > 0 and taken.decode > 0
     calls.clear()
     for _ in generate_step(prompt, model, max_tokens=3, prefill_step_size=4):
         pass
@@ -199,10 +199,10 @@ def test_timing_decodes_as_mlx_lm_does(length: int, monkeypatch: pytest.MonkeyPa
 def test_timing_behind_a_cache_reads_no_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_stock_model(Shape("", LLAMA), mx.float32)
     calls = recorded(model, monkeypatch)
-    timing = benchmark.time_model(model, Case(500, 3, decode_only=True), 4)
+    taken = timing.time_model(model, Case(500, 3, decode_only=True), 4)
     shapes = [call.shape for call in calls]
     assert shapes == [(3, 1)] * 6  # to see a cache's shapes, to make it grow, and four
-    assert timing.peak_memory_bytes > benchmark.weight_bytes(model)
+    assert taken.peak_memory_bytes > benchmark.weight_bytes(model)
 
 
 def test_the_models_take_turns() -> None:
@@ -212,11 +212,21 @@ def test_the_models_take_turns() -> None:
         order.append("a" if model is a else "b")
         return len(order)
 
-    assert benchmark.measure_in_turn({"a": a, "b": b}, measure, 3) == {
+    assert timing.measure_in_turn({"a": a, "b": b}, measure, 3) == {
         "a": [3, 5, 7],
         "b": [4, 6, 8],
     }
     assert "".join(order) == "ab" + "ababab"
+
+
+@pytest.mark.parametrize(("answers", "rounds"), [([True], 1), ([False, True], 2), ([False] * 3, 4)])
+def test_rounds_stop_when_there_is_no_time(answers: list[bool], rounds: int) -> None:
+    """Never before the first, and only between two."""
+    left = iter(answers)
+    found = timing.measure_in_turn(
+        {"a": nn.Linear(1, 1), "b": nn.Linear(1, 1)}, lambda model: 0, 4, lambda: next(left)
+    )
+    assert found == {"a": [0] * rounds, "b": [0] * rounds} and not [*left]
 
 
 def test_ratios_are_of_the_same_round() -> None:
@@ -231,7 +241,7 @@ def test_ratios_are_of_the_same_round() -> None:
         "theirs": [Timing(1.0, 2.0, 10**7), Timing(2.0, 4.0, 10**7), Timing(4.0, 2.0, 10**7)],
         "ours": [Timing(0.5, 1.0, 10**7), Timing(1.0, 1.0, 2 * 10**7), Timing(1.0, 2.0, 10**7)],
     }
-    theirs, ours = benchmark.compare_timings(models, Case(100, 2), 8, timings, bandwidth=1e6)
+    theirs, ours = timing.compare_timings(models, Case(100, 2), 8, timings, bandwidth=1e6)
     assert theirs.prompt_ratio is None and theirs.decode_ratio is None
     assert ours.prompt_ratio == Spread(2, 2, 4) and ours.decode_ratio == Spread(2, 1, 4)
     assert theirs.prompt_tps == Spread(100, 50, 200) and theirs.decode_tps == Spread(8, 4, 8)
@@ -242,9 +252,11 @@ def test_ratios_are_of_the_same_round() -> None:
     cache = 2 * 4 * 2 * LAYERS * KV_WIDTH * (100 + 4.5)
     read = 4 * (WITHOUT_QP - UNREAD + HIDDEN) + cache
     assert ours.limit_share == pytest.approx(read * 8 / 1e6)
-    only = benchmark.compare_timings(
-        models, Case(100, 2, decode_only=True), 8, timings, bandwidth=1e6
-    )
+    given = (models, Case(100, 2), 8, timings, 1e6)
+    first, second = timing.compare_timings(*given, loaded_bytes=4 * VANILLA)
+    assert first.peak_memory_bytes == 10**7
+    assert second.peak_memory_bytes == 2 * 10**7 - 4 * (VANILLA - WITHOUT_QP)
+    only = timing.compare_timings(models, Case(100, 2, decode_only=True), 8, timings, bandwidth=1e6)
     assert only[1].prompt_tps is None and only[1].first_token_seconds is None
     assert only[1].prompt_ratio is None and only[1].decode_ratio == Spread(2, 1, 4)
 
@@ -348,6 +360,24 @@ def test_random_weights_have_the_scale_that_is_said() -> None:
     assert abs(np.corrcoef(seen[0].ravel(), seen[1].ravel())[0, 1]) < 0.1
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+def test_repeated_weights_have_that_scale_too(
+    dtype: mx.Dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(synthetic, "REPEATED", 1000)
+    layout = Layout(Shape("", LLAMA).args, dtype)
+    weights = synthetic.repeat_weights(layout)
+    assert weights.keys() == layout.tensors.keys()
+    for name, array in weights.items():
+        assert array.shape == layout.tensors[name].shape and array.dtype == dtype
+        if array.ndim > 1:
+            flat = np.array(array.astype(mx.float32)).ravel()
+            assert flat.std() == pytest.approx(array.shape[1] ** -0.5, rel=0.1), name
+            assert (flat[1000:] == flat[:-1000]).all()
+        else:
+            assert mx.all(array == 1)
+
+
 def test_the_way_from_a_shape_to_a_conversion(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -376,7 +406,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert mx.device_info()["device_name"] in told["device"] and told["device"] in printed
     document = Path(files["md"]).read_text()
     for one in told["results"]:
-        assert [*one] == [*benchmark.Result.__dataclass_fields__]
+        assert [*one] == [*timing.Result.__dataclass_fields__]
         case, speed = one["case"], one["decode_tps"]
         assert speed["low"] <= speed["median"] <= speed["high"]
         assert (one["prompt_tps"] is None) == case["decode_only"] == (case["length"] == 300)

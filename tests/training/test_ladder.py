@@ -10,6 +10,7 @@ import ladder
 import numpy as np
 import pytest
 import yaml
+from commands import ROOT
 
 from mlx_skipless.checkpoints.tokenizer import fetch_tokenizer
 from mlx_skipless.training import pretraining
@@ -93,3 +94,19 @@ def test_its_runs_are_those_of_train(
     assert all(
         file.stat().st_mtime_ns == at for file, at in before.items() if file.stem != "results"
     )
+
+
+def test_the_large_table_is_as_large_as_it_says() -> None:
+    """Weights by hand, those of the twin that is to have as many, and the tokens of a run."""
+    table = yaml.safe_load((ROOT / "recipes/large.yaml").read_text())
+    made = {name: ladder.make_recipe(table, name, 12) for name in table["networks"]}
+    counts = {name: ladder.count_weights(recipe) for name, recipe in made.items()}
+    d, f, kv = 512, 1152, 2 * 64
+    layer = 2 * d * d + 2 * d * kv + 3 * d * f + 2 * d
+    assert counts["vanilla"] == 4096 * d + 12 * layer + d
+    assert counts["vanilla without the final norm"] == counts["vanilla"] - d
+    for count in counts.values():
+        assert 25e6 < count < 60e6 and count == pytest.approx(counts["vanilla"], rel=2e-3)
+    for recipe in made.values():
+        assert recipe.steps * recipe.batch_size * recipe.context > 200e6
+        assert ("q" in recipe.without) == (recipe.intermediate_size > f)
