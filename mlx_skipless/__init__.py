@@ -4,7 +4,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .conversion.convert import convert
     from .errors import UserError
     from .evaluation.analysis import analyze
     from .evaluation.benchmark import benchmark
@@ -12,6 +11,7 @@ if TYPE_CHECKING:
     from .evaluation.tasks import evaluate
     from .inference.generation import generate
     from .inference.loading import load
+    from .training.converting import convert
     from .training.healing import heal
     from .training.pretraining import train
     from .training.recipe import Recipe, Treatment
@@ -37,7 +37,7 @@ _HOMES = {
     "UserError": "errors",
     "analyze": "evaluation.analysis",
     "benchmark": "evaluation.benchmark",
-    "convert": "conversion.convert",
+    "convert": "training.converting",
     "evaluate": "evaluation.tasks",
     "generate": "inference.generation",
     "heal": "training.healing",

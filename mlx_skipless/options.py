@@ -132,6 +132,18 @@ def parse_share(text: str) -> float:
         raise UserError(f"{text!r} is no share: give for instance 1% or 0.01") from None
 
 
+def parse_ratio(text: str) -> float:
+    """The ratio that "1.3x" or "1.3" stands for.
+
+    Raises:
+        UserError: if the text is none.
+    """
+    try:
+        return float(text.lower().removesuffix("x"))
+    except ValueError:
+        raise UserError(f"{text!r} is no ratio: give for instance 1.3x") from None
+
+
 def parse_count(text: str) -> int | str:
     """The number that a text stands for, or "auto".
 

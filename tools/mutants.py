@@ -55,6 +55,8 @@ GGUF, GGUF_PACKED = (
 HUB = "tests/checkpoints/test_hub.py -k"
 TRAIN = "tests/training/test_pretraining.py -k"
 HEAL = "tests/training/test_healing.py -k"
+TOGETHER = "tests/quantization/test_together.py"
+MAKES_UP = "tests/quantization/test_modules.py -k makes_up"
 STAND_INS = "tests/removal/test_standins.py"
 PUBLISHED = "tests/architectures/test_published.py"
 TEKKEN = "tests/checkpoints/test_tokenizer.py -k tekken"
@@ -74,6 +76,16 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("wrappers", "text if whole in (None, text) else None", "text", WRAPPERS),
     ("wrappers", "*family.others, *wrapper.others", "*family.others,", WRAPPERS),
     # Matrices in the place of sub-layers.
+    ("together", "if nbytes[0] > target.nbytes:", "if False:", TOGETHER),
+    ("together", "min(added, self._least.get(last, added))", "added", f"{TOGETHER} --thorough"),
+    ("together", "there[self._numbers[part.stand_in]] = way == REPLACE", "pass", TOGETHER),
+    (
+        "together",
+        "prices = [((after - kl) / (size - less), move)",
+        "prices = [(less, move)",
+        TOGETHER,
+    ),
+    ("modules", "self._pass(self._kept[-1] + 1,", "self._pass(self._kept[-1] + 9,", MAKES_UP),
     ("standins", "mx.rsqrt(mx.maximum(after", "mx.rsqrt(mx.maximum(before", STAND_INS),
     ("standins", "y = y + (before - now) / share", "y = y + (before - now)", STAND_INS),
     ("standins", "wrong * scale**2", "wrong", STAND_INS),

@@ -2,14 +2,18 @@
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..conversion.options import CHECK, Options
+from ..errors import UserError
+from .figures import add_figure_arguments, open_figure
 from .shared import Output, add_fields, add_output_arguments, open_output, take_fields
 from .tables import Grid, format_count, join_layers
 
 if TYPE_CHECKING:
-    from ..conversion.report import LayerRow, Report
+    from ..conversion.report import ChoiceRow, LayerRow, Report
 
 EXAMPLES = (
     ("", "make mlx_model of the bundled model, without its Q and P"),
@@ -36,19 +40,36 @@ LONG = 10  # seconds that make one ask where they went
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     groups = add_fields(parser, ("", Options))
+    add_figure_arguments(
+        groups[CHECK], "--plot", "draw KL against bytes of what --allow could have chosen"
+    )
     add_output_arguments(groups[CHECK], "the report")
 
 
 def run(options: dict[str, Any]) -> None:
-    from ..conversion.convert import convert
+    from ..training.converting import convert
 
     asked = take_fields(options, Options)
     wanted = Options(**asked)
-    with open_output(options, None if wanted.dry_run else str(wanted.mlx_path)) as shown:
+    plot, out = options["plot"], None if wanted.dry_run else str(wanted.mlx_path)
+    if plot is not None and (wanted.allow is None or wanted.dry_run):
+        raise UserError("--plot draws what --allow could choose: add --allow, without --dry-run")
+    figure = plot, options["figure_size"], options["figure_style"]
+    with open_output(options, out) as shown, open_figure("--plot", *figure) as draw:
         with shown.progress() as progress:
             report = convert(options=wanted, progress=progress)
+        draw(partial(_plot, by_speed=wanted.target_speed is not None), report)
         _show(report, shown)
         shown.write_json(report.as_dict())
+
+
+def _plot(report: "Report", file: Path, look: Any, *, by_speed: bool) -> None:
+    from ..evaluation.plots import plot_curves
+
+    what = "bytes of weights that a token reads" if by_speed else "bytes of weights"
+    curves = {name: dict(points) for name, points in report.curves.items()}
+    labels = {"xlabel": what, "ylabel": "KL, nats per token", "yscale": "log"}
+    plot_curves(curves, file, look, **labels)
 
 
 def _show(report: "Report", shown: Output) -> None:
@@ -60,6 +81,8 @@ def _show(report: "Report", shown: Output) -> None:
         done = "and stays as it is" if report.kept_packed else f"dequantized first{again}"
         shown.say(f"the source is quantized ({report.packing}): {done}")
     tabulate_plan(report.rows).show(shown.console)
+    if report.choices:
+        tabulate_choices(report.choices).show(shown.console)
     lines = [f"note: {note}" for note in report.notes]
     if report.stock:
         done = "norm gains folded, exactly" if report.folded else "matrices as they were"
@@ -99,6 +122,25 @@ def _list_cells(row: "LayerRow", brief: bool) -> tuple[str, ...]:
         row.name, row.goes, *(format_count(n) if brief else f"{n:,}" for n in weights),
         format_bytes(row.bytes_before), format_bytes(row.bytes_after), condition, *costs,
     )  # fmt: skip
+
+
+def tabulate_choices(rows: Sequence["ChoiceRow"]) -> Grid:
+    """Make the table of why sub-layers stay or go."""
+    titles = ["sub-layer", "", "bits", "bits\ncost", "drop\ncosts", "drop\nsaves"]
+    titles += ["matrix\ncosts", "matrix\nsaves"]
+
+    def show(value: float | None) -> str:
+        return "" if value is None else f"{value:.1e}"
+
+    cells = [
+        (
+            row.name, row.choice, "" if row.bits is None else f"{row.bits:.1f}",
+            *map(show, (row.rounding, row.drop_costs, row.drop_saves)),
+            *map(show, (row.replacing_costs, row.replacing_saves)),
+        )
+        for row in rows
+    ]  # fmt: skip
+    return Grid(titles, cells, words=2)
 
 
 def _describe_stages(report: "Report") -> str:

@@ -19,6 +19,7 @@ from ..checkpoints.writer import SHARD_BYTES, Writer, check_free
 from ..constants import BUNDLED
 from ..errors import UserError
 from ..inference.loading import load_network
+from ..inference.sizes import count_bytes_read
 from ..inference.stock import open_network
 from ..inference.unpacking import unpack
 from ..memory import machine_memory_bytes, peak_memory_bytes
@@ -44,6 +45,7 @@ from .check import (
     compare_with_rounding,
 )
 from .decisions import decide, measure_mixtures, search_bits
+from .healing import Healing, Trainer, Ward, open_ward
 from .job import Job
 from .options import Options
 from .planning import plan
@@ -51,6 +53,7 @@ from .report import (
     Report,
     add_calibration,
     add_check,
+    add_healing,
     add_tokenizer,
     add_wishes,
     explain_difference,
@@ -59,6 +62,7 @@ from .report import (
 from .stock import (
     StockJob,
     check_job,
+    check_ways,
     find_source,
     take_text,
     write_beside,
@@ -66,10 +70,11 @@ from .stock import (
 from .stock import check as check_stock
 from .stock import check_memory as check_stock_memory
 from .stock import decide as decide_stock
-from .stock_quantization import measure_mixtures as measure_stock_mixtures
+from .stock_healing import heal_reduced
 from .stock_quantization import write as write_stock
 from .stock_report import add_wishes as add_stock_wishes
 from .stock_report import make_report as make_stock_report
+from .stock_search import reach_target
 from .writing import MODEL_FILE, make_config, write
 
 
@@ -79,6 +84,7 @@ def convert(
     *,
     options: Options | None = None,
     progress: Progress = lambda stage, done, total: None,
+    trainer: Trainer | None = None,
     **fields: Any,
 ) -> Report:
     """Remove weights from a model and write one that mlx-lm runs.
@@ -89,6 +95,7 @@ def convert(
         mlx_path: the folder to write; must not exist. None: that of ``options``, "mlx_model".
         options: all that can be asked for; default: ``Options()``.
         progress: called with (stage, done, total).
+        trainer: trains results; None: ``--heal`` is refused.
         fields: of ``Options``, in the place of those of ``options``: ``remove="qp"``.
 
     Returns:
@@ -107,9 +114,10 @@ def convert(
         check_free(Path(options.mlx_path))
     text = None if options.calibration is None else samples.read_text(options.calibration)
     if (stock := find_source(options)) is None:
-        report = _convert(Job(options, open_source(options), text), watch)
+        report = _convert(Job(options, open_source(options), text), watch, trainer)
     else:
-        report = _convert_stock(StockJob(options, stock, text, notes=stock.notes), watch)
+        job = StockJob(options, stock, text, notes=stock.notes)
+        report = _convert_stock(job, watch, trainer)
     if options.upload_repo is not None and not options.dry_run:
         watch("uploading", 0, 1)
         hub.upload(Path(options.mlx_path), options.upload_repo)
@@ -120,13 +128,16 @@ def convert(
     return replace(report, seconds=seconds, stages=stages, peak_memory_bytes=peak)
 
 
-def _convert(job: Job, watch: Stopwatch) -> Report:
+def _convert(job: Job, watch: Stopwatch, trainer: Trainer | None) -> Report:
     """Convert a network that this package knows."""
     options, job = job.options, plan(job, watch)
     if options.dry_run:
         return add_wishes(make_report(job), job)
     _check_memory(job)
-    with Writer(Path(options.mlx_path), _most_bytes(job)) as writer:
+    with (
+        Writer(Path(options.mlx_path), _most_bytes(job)) as writer,
+        open_ward(options, trainer, job.opened.path, job.text, watch) as ward,
+    ):
         tokenizer = _write_beside(job, writer)
         passages = _take_text(job, tokenizer, watch)
         job = decide(job, passages, watch)
@@ -142,36 +153,53 @@ def _convert(job: Job, watch: Stopwatch) -> Report:
             assert passages is not None and passages.calibration is not None
             mixtures = measure_mixtures(job, passages.calibration, watch).mixtures()
             job, outcome = search_bits(job, mixtures, attempt)
-        report = add_tokenizer(make_report(job), tokenizer)
+        healing = _heal_written(ward, writer)
+        if healing is not None and healing.kept:
+            outcome = check(job, writer, passages, watch)
+        report = add_healing(add_tokenizer(make_report(job), tokenizer), healing)
         if job.calibrated and passages is not None:
             report = add_calibration(report, passages)
         return _finish(options, report, writer, outcome, job.unchanged)
 
 
-def _convert_stock(job: StockJob, watch: Stopwatch) -> Report:
+def _heal_written(ward: Ward | None, writer: Writer) -> Healing | None:
+    """Train a result that is written, if that is asked for."""
+    if ward is None:
+        return None
+    healing = ward.train_in_place(writer.folder)
+    return replace(healing, rounded=ward.options.quantization is not None)
+
+
+def _convert_stock(job: StockJob, watch: Stopwatch, trainer: Trainer | None) -> Report:
     """Convert a network that only mlx-lm knows."""
     options, source = job.options, job.source
+    if options.target_speed is not None:
+        job = replace(job, bytes_read=count_bytes_read(source.model))
     if options.dry_run:
-        return _convert_folder(job, watch)
+        return _convert_folder(job, watch, trainer)
     dtype: mx.Dtype | None = getattr(mx, options.dtype) if options.dtype else None
     where, packed = Path(options.mlx_path), not job.requantized
     if source.gguf is not None:
         check_job(job, open_network(source))  # before what takes long
     with unpack(source, where, dtype=dtype, packed=packed, progress=watch) as folder:
-        return _convert_folder(replace(job, source=folder), watch)
+        return _convert_folder(replace(job, source=folder), watch, trainer)
 
 
-def _convert_folder(job: StockJob, watch: Stopwatch) -> Report:
+def _convert_folder(job: StockJob, watch: Stopwatch, trainer: Trainer | None) -> Report:
     """Convert what mlx-lm loads; a plan alone may do without weights."""
     options, source, network = job.options, job.source, open_network(job.source)
     check_job(job, network)
     model, config = job.build_result(network)
-    report = make_stock_report(job, network.paths, model, config, model)
+    report = make_stock_report(job, network, model, config, model)
     if options.dry_run:
         return add_stock_wishes(report, job, network)
     check_stock_memory(job, network)
+    check_ways(job, network)
     sizes = (sum(a.nbytes for a in tensors_of(one).values()) for one in (model, source.model))
-    with Writer(Path(options.mlx_path), max(sizes)) as writer:
+    with (
+        Writer(Path(options.mlx_path), max(sizes)) as writer,
+        open_ward(options, trainer, source.path, job.text, watch) as ward,
+    ):
         tokenizer = write_beside(job, writer, config)
         passages = take_text(job, network, tokenizer, watch)
         job = decide_stock(job, network, passages, watch)
@@ -182,20 +210,22 @@ def _convert_folder(job: StockJob, watch: Stopwatch) -> Report:
             source.store.check_unchanged()
             return check_stock(job, network, writer.folder, passages, watch)
 
+        def treat(job: StockJob) -> StockJob:
+            lost = bool(job.dropped or job.stand_ins)
+            return heal_reduced(job, network, passages, ward) if ward is not None and lost else job
+
         if not options.mixes_bits:
-            outcome = attempt(job)
+            outcome = attempt(job := treat(job))
         else:
-            assert passages is not None and passages.calibration is not None
-            raises = measure_stock_mixtures(job, network, passages.calibration, watch)
-            if options.target_bytes is not None:
-                job = job.learn(bits=raises.mixtures(options.target_bytes)[-1].bits)
-                outcome = attempt(job)
-            else:
-                job, outcome = search_bits(job, raises.mixtures(), attempt)
+            assert passages is not None
+            job, outcome = reach_target(job, network, passages, attempt, treat, watch)
+        if job.healing is None and (healing := _heal_written(ward, writer)) is not None:
+            job = job.learn(healing=healing)
+            outcome = check_stock(job, network, writer.folder, passages, watch)
         model, config = job.build_result(network)
         whole, _ = job.undropped.build_result(network)
-        report = make_stock_report(job, network.paths, model, config, whole)
-        report = add_tokenizer(report, tokenizer)
+        report = make_stock_report(job, network, model, config, whole)
+        report = add_healing(add_tokenizer(report, tokenizer), job.healing)
         if job.calibrated and passages is not None:
             report = add_calibration(report, passages)
         return _finish(options, report, writer, outcome)

@@ -3,13 +3,17 @@
 On it are measured which sub-layers matter least, which removals pay, and what bits a matrix needs.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import mlx.core as mx
+import mlx.nn as nn
 
+from ..inference.sizes import count_bytes_read, find_shares_read
+from ..memory import weight_bytes
 from ..network.names import EMBEDDING, HEAD
 from ..progress import Progress
 from ..quantization import bits, sensitivity
@@ -21,6 +25,7 @@ from ..removal.table import find_needed
 from ..text.samples import Passages
 from .check import Verification
 from .job import Job, find_inverses
+from .options import Options
 from .planning import list_wishes
 from .stock import StockJob
 
@@ -48,9 +53,9 @@ def decide(job: Job, passages: Passages | None, progress: Progress) -> Job:
         job = _choose_sublayers(job, tokens, progress)
     if job.calibrated and job.options.remove == "auto":
         job = _choose_removals(job, tokens, progress)
-    if (size := job.options.target_bytes) is not None:
-        mixtures = measure_mixtures(job, tokens, progress).mixtures(size)
-        job = job.learn(bits=mixtures[-1].bits)
+    if (size := find_limit(job.options, lambda: job.source_bytes_read)) is not None:
+        raises = measure_mixtures(job, tokens, progress)
+        job = job.learn(bits=raises.mixtures(size, job.options.target_speed)[-1].bits)
     return job
 
 
@@ -58,6 +63,7 @@ def search_bits(
     job: AnyJob,
     mixtures: list[bits.Mixture],
     attempt: Callable[[AnyJob], Verification | None],
+    always: float = 0.0,
 ) -> tuple[AnyJob, Verification]:
     """Search the smallest mixture of bits whose result is as close to its source as was asked for.
 
@@ -65,6 +71,7 @@ def search_bits(
         job: without bits of single matrices.
         mixtures: the ones to choose from, the smallest first.
         attempt: writes a job's result and checks it.
+        always: the part of the KL that no bits make up for.
 
     Returns:
         The job with its bits, whose result was written last, and the check of that.
@@ -82,7 +89,7 @@ def search_bits(
         checks[mixture.nbytes] = outcome
         return outcome.kl
 
-    chosen, written = bits.find_smallest(mixtures, limit, measure)
+    chosen, written = bits.find_smallest(mixtures, limit, measure, always)
     if not written:
         measure(chosen)
     return job.learn(bits=chosen.bits), checks[chosen.nbytes]
@@ -161,10 +168,47 @@ def measure_mixtures(job: Job, tokens: mx.array, progress: Progress) -> bits.Rai
         tokens,
         lambda done, total: progress("measuring matrices", done, total),
     )
-    return bits.Raises(
-        {path: layout.weights[f"{path}.weight"] for path in free},
-        costs,
-        layout.quantization.usual_bits,
-        {path: layout.scale_bytes(path) for path in free},
-        layout.nbytes() - sum(layout.nbytes(f"{path}.") for path in free),
-    )
+    usual = layout.quantization.usual_bits
+    return make_raises(layout.network, costs, usual, by_speed=job.options.target_speed is not None)
+
+
+def make_raises(
+    model: nn.Module,
+    costs: Mapping[str, float],
+    measured_bits: int,
+    *,
+    by_speed: bool,
+    floors: Mapping[str, int] | None = None,
+) -> bits.Raises:
+    """Order the mixtures of bits of a quantized network.
+
+    Args:
+        model: the network, with lazy weights.
+        costs: of rounding each matrix whose bits are free, by module path.
+        measured_bits: to which they were rounded.
+        by_speed: count the bytes that decoding a token reads instead of all.
+        floors: the fewest bits of some matrices, by module path.
+    """
+    modules: dict[str, Any] = dict(model.named_modules())
+    shares = find_shares_read(model) if by_speed else {}
+    weights, scales, taken = {}, {}, 0.0
+    for path in costs:
+        module, share = modules[path], shares.get(path, 1.0)
+        own = [module[name].nbytes for name in ("scales", "biases") if name in module]
+        scales[path] = math.ceil(sum(own) * share)
+        count = module.weight.size * 32 // module.bits
+        weights[path] = 8 * math.ceil(count * share / 8)
+        taken += (module.weight.nbytes + sum(own)) * share
+    total = count_bytes_read(model) if by_speed else weight_bytes(model)
+    return bits.Raises(weights, costs, measured_bits, scales, math.ceil(total - taken), floors)
+
+
+def find_limit(options: Options, count_read: Callable[[], int]) -> int | None:
+    """The most bytes that a target allows; None: it is no size.
+
+    Under ``--target-speed`` they are those that decoding a token reads, which ``count_read`` gives
+    of the source.
+    """
+    if (speed := options.target_speed) is not None:
+        return int(count_read() / speed)
+    return options.target_bytes

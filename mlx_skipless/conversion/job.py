@@ -124,17 +124,29 @@ class Job:
     @cached_property
     def layout(self) -> Layout:
         """Names, shapes and types of the result's tensors."""
-        args, checkpoint = self.plan.after, self.checkpoint
+        args = self.plan.after
         if not self.form.packed:
             quantization = self.options.quantization
             if quantization is not None:
                 quantization = replace(quantization, own=self.measured.bits)
             return Layout(args, self.dtype, quantization)
-        stored = self.opened.packed_placeholders()
-        if checkpoint.args.tie_word_embeddings:  # a head on disk is not read
+        return self._lay_out_packed(args)
+
+    def _lay_out_packed(self, args: ModelArgs) -> PackedLayout:
+        """Lay out a network whose tensors stay packed as the source has them."""
+        stored, own = self.opened.packed_placeholders(), self.checkpoint.args
+        if own.tie_word_embeddings:  # a head on disk is not read
             stored = {name: a for name, a in stored.items() if not name.startswith(f"{HEAD}.")}
-        settings, scale = self.opened.packed_settings, checkpoint.args.embedding_scale
+        settings, scale = self.opened.packed_settings, own.embedding_scale
         return PackedLayout(args, self.dtype, None, stored, settings, scale)
+
+    @property
+    def source_bytes_read(self) -> int:
+        """The bytes of weights that decoding a token reads of the source, as it is stored."""
+        own = self.checkpoint
+        if isinstance(own, Checkpoint) and own.packed_by_mlx:
+            return self._lay_out_packed(own.args).bytes_per_token
+        return Layout(own.args, own.dtype).bytes_per_token
 
     @property
     def whole_layout(self) -> Layout:

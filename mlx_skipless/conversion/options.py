@@ -9,14 +9,16 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..constants import FLOAT_NAMES, HUB_ID, MODES, REMOVALS
 from ..errors import UserError
-from ..options import check_seed, option, parse_bytes, parse_count, parse_share
+from ..options import check_seed, option, parse_bytes, parse_count, parse_ratio, parse_share
 from ..quantization.settings import Quantization, make_quantization
 
 DEFAULT_LOSS = 0.01  # share by which "auto" drops may raise the loss
 CHECK = "check and report"
+ALLOWED = ("drop", "replace")
 
 source = partial(option, group="source and result")
 exact = partial(option, group="exact")
@@ -38,12 +40,8 @@ REPLACED = (
 
 
 @dataclass(frozen=True)
-class Options:
-    """All that can be asked of a conversion.
-
-    Raises:
-        UserError: for values that are none or do not go together.
-    """
+class Removals:
+    """What is converted to what, and what goes: the first half of ``Options``."""
 
     model: str | Path | None = source(
         None,
@@ -90,11 +88,55 @@ class Options:
         metavar="SHARE",
     )
     greedy: bool = approximate(False, "measure again after each drop: better, slower", const=True)
+    allow: str | None = approximate(
+        None,
+        "what a target may do beside choosing bits: drop, replace or drop,replace sub-layers, "
+        "where that costs less than the bits that it frees save",
+        metavar="WAYS",
+    )
+    heal: int = approximate(
+        0,
+        "train the result towards the source for so many steps, by `heal`'s defaults, before it is "
+        "rounded; holds both in memory",
+        metavar="STEPS",
+    )
     skipless: bool = approximate(
         False,
         "first make the skipless network of a pretrained model; it needs training to speak",
         const=True,
     )
+
+    @property
+    def drops(self) -> dict[str, int | str]:
+        """How many layers shall lose their "attention", "ffn" or "block" (both): a number, "auto".
+
+        Empty if none shall.
+        """
+        return _find_asked(attention=self.drop_attention, ffn=self.drop_ffn, block=self.drop_block)
+
+    @property
+    def replacements(self) -> dict[str, int | str]:
+        """For how many layers' "attention" or "ffn" matrices shall stand in: a number, "auto"."""
+        return _find_asked(attention=self.replace_attention, ffn=self.replace_ffn)
+
+    @property
+    def allowed_loss(self) -> float:
+        """The share by which "auto" drops may raise the loss."""
+        return DEFAULT_LOSS if self.max_loss is None else self.max_loss
+
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        """What a target may do to sub-layers: "drop" or "replace" them; nothing if it may not."""
+        return tuple((self.allow or "").split(",")) if self.allow else ()
+
+
+@dataclass(frozen=True)
+class Options(Removals):
+    """All that can be asked of a conversion.
+
+    Raises:
+        UserError: for values that are none or do not go together.
+    """
 
     quantize: bool = quantizing(
         False, "quantize the result", flags=("-q", "--quantize"), const=True
@@ -128,6 +170,13 @@ class Options:
         parse=float,
         metavar="NATS",
     )
+    target_speed: float | None = quantizing(
+        None,
+        "quantize to the best mixture of bits of which decoding a token reads so many times fewer "
+        "bytes of weights than of the source, for instance 3x",
+        parse=parse_ratio,
+        metavar="RATIO",
+    )
     distill: int = quantizing(
         0,
         "train the scales and biases of the quantized result towards the source, for instance 200 "
@@ -151,32 +200,25 @@ class Options:
 
     def __post_init__(self) -> None:
         _check_target(self)
+        _check_allowed(self)
         _check_quantization(self)
         _check_drops(self)
         _check_values(self)
 
     @property
-    def drops(self) -> dict[str, int | str]:
-        """How many layers shall lose their "attention", "ffn" or "block" (both): a number, "auto".
-
-        Empty if none shall.
-        """
-        return _find_asked(attention=self.drop_attention, ffn=self.drop_ffn, block=self.drop_block)
-
-    @property
-    def replacements(self) -> dict[str, int | str]:
-        """For how many layers' "attention" or "ffn" matrices shall stand in: a number, "auto"."""
-        return _find_asked(attention=self.replace_attention, ffn=self.replace_ffn)
-
-    @property
-    def allowed_loss(self) -> float:
-        """The share by which "auto" drops may raise the loss."""
-        return DEFAULT_LOSS if self.max_loss is None else self.max_loss
-
-    @property
     def mixes_bits(self) -> bool:
-        """Whether each matrix is to get bits of its own, for a size or a distance."""
-        return self.target_bytes is not None or self.target_kl is not None
+        """Whether each matrix is to get bits of its own, for a size, a speed or a distance."""
+        return bool(self.targets)
+
+    @property
+    def targets(self) -> list[str]:
+        """The flags that name a target."""
+        asked = {
+            "--target-bytes": self.target_bytes,
+            "--target-kl": self.target_kl,
+            "--target-speed": self.target_speed,
+        }
+        return [*_find_asked(**asked)]
 
     @property
     def quantization(self) -> Quantization | None:
@@ -185,21 +227,20 @@ class Options:
         return make_quantization(wanted, self.q_bits, self.q_group_size, self.q_mode)
 
 
-def _find_asked(**counts: int | str | None) -> dict[str, int | str]:
-    return {kind: count for kind, count in counts.items() if count is not None}
+def _find_asked(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _check_target(options: Options) -> None:
     if not options.mixes_bits:
         return
-    kl = options.target_kl
-    if options.target_bytes is not None and kl is not None:
-        raise UserError("--target-bytes and --target-kl are two ends of one trade: drop one")
+    kl, speed, flags = options.target_kl, options.target_speed, options.targets
+    if len(flags) > 1:
+        raise UserError(f"{' and '.join(flags)} are ends of one trade: drop all but one")
     if options.q_bits is not None or options.q_mode != "affine":
-        raise UserError(
-            "--target-bytes and --target-kl choose the bits, of affine mode: drop --q-bits and "
-            "--q-mode"
-        )
+        raise UserError(f"{flags[0]} chooses the bits, of affine mode: drop --q-bits and --q-mode")
+    if speed is not None and not 1 < speed < math.inf:
+        raise UserError(f"--target-speed {speed:g}: must be a ratio above 1, for instance 3x")
     if kl is not None and not 0 < kl < math.inf:
         raise UserError(f"--target-kl {kl}: must be a positive number of nats per token")
     if kl is not None and not options.verify:
@@ -212,6 +253,23 @@ def _check_quantization(options: Options) -> None:
         raise UserError(f"--distill {options.distill}: must be a number of steps, 0 or more")
     if options.distill and (quantization is None or quantization.mode != "affine"):
         raise UserError("--distill trains scales and biases: it needs -q in affine mode")
+
+
+def _check_allowed(options: Options) -> None:
+    if options.allow is None:
+        return
+    ways = options.allowed
+    if not ways or {*ways} - {*ALLOWED} or len({*ways}) < len(ways):
+        raise UserError(f"--allow {options.allow}: give drop, replace or drop,replace")
+    if not options.mixes_bits:
+        raise UserError(
+            "--allow is for a target: add --target-bytes, --target-kl or --target-speed, or use "
+            "--drop-attention and its like"
+        )
+    if options.drops or options.replacements:
+        asked = [f"--drop-{kind}" for kind in options.drops]
+        asked += [f"--replace-{kind}" for kind in options.replacements]
+        raise UserError(f"--allow chooses what goes by itself: drop {' and '.join(asked)}")
 
 
 def _check_drops(options: Options) -> None:
@@ -233,8 +291,17 @@ def _check_drops(options: Options) -> None:
             "--greedy is for --drop-attention, --drop-ffn, --drop-block, --replace-attention and "
             "--replace-ffn"
         )
-    if options.skipless and asked:
+    if options.skipless and (asked or options.allow):
         raise UserError("--skipless drops every skip connection: drop it to drop sub-layers")
+    if options.heal < 0:
+        raise UserError(f"--heal {options.heal}: must be a number of steps, 0 or more")
+    if options.heal and options.skipless:
+        raise UserError("--heal is no training from nothing, which --skipless needs: drop one")
+    if options.heal and not (asked or options.quantization is not None):
+        raise UserError(
+            "--heal makes up for what is lost, and nothing that is asked for loses anything: drop "
+            "it"
+        )
 
 
 def _check_values(options: Options) -> None:

@@ -1,7 +1,7 @@
 """What a conversion did, in numbers."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..removal.table import FirstLayer, measure_table
 from ..text.samples import Passages
 from .check import Verification
 from .decisions import describe_decisions
+from .healing import Healing
 from .job import Job
 from .planning import advise, list_wishes
 
@@ -59,6 +60,32 @@ class LayerRow:
 
 
 @dataclass(frozen=True)
+class ChoiceRow:
+    """What a search for bits and sub-layers did with a sub-layer, and why.
+
+    What a way costs is what it adds to the KL, in nats per token; what it saves is what the bytes
+    that it frees take off the KL as bits of other matrices.
+
+    Attributes:
+        name: "layers.0 attention".
+        choice: "stays", "dropped" or "replaced".
+        bits: of its matrices, or of the one that stands in, the mean; None where none is packed.
+        rounding: what rounding its matrices at the usual bits costs.
+        drop_costs, drop_saves: of leaving it out; None where it cannot be.
+        replacing_costs, replacing_saves: of a matrix in its place; None where none can be.
+    """
+
+    name: str
+    choice: str
+    bits: float | None
+    rounding: float
+    drop_costs: float | None
+    drop_saves: float | None
+    replacing_costs: float | None
+    replacing_saves: float | None
+
+
+@dataclass(frozen=True)
 class Report:
     """What a conversion did, or with ``dry_run`` would do.
 
@@ -93,6 +120,9 @@ class Report:
         stages: seconds of each stage, in the order of their beginnings, and of "other" work; they
             add up to ``seconds``.
         peak_memory_bytes: the most that the process held.
+        choices: why each sub-layer stays or goes, where a target was allowed to choose.
+        curves: bytes and KL of what could be had, as expected, and of what was "tried".
+        healed: what training did, None without it.
     """
 
     source: str
@@ -124,6 +154,9 @@ class Report:
     seconds: float
     stages: dict[str, float]
     peak_memory_bytes: int
+    choices: tuple[ChoiceRow, ...] = ()
+    curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    healed: Healing | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -182,6 +215,22 @@ def add_calibration(report: Report, passages: Passages) -> Report:
     assert passages.calibration is not None
     note = f"quantized against {passages.calibration.size:,} tokens of text ({passages.origin})"
     return replace(report, notes=(*report.notes, note))
+
+
+def add_healing(report: Report, healing: Healing | None) -> Report:
+    """Add what training did, if there was some."""
+    if healing is None:
+        return report
+    when = ", before its matrices were rounded" if report.quantization else ""
+    when = ", after its matrices were rounded" if healing.rounded else when
+    told = (
+        f"trained towards the source for {healing.steps:,} steps on {healing.tokens:,} tokens"
+        f"{when}: KL {healing.kl_before:.2e} before, {healing.kl_after:.2e} after"
+    )
+    if healing.kept:
+        return replace(report, healed=healing, notes=(*report.notes, told))
+    told = f"{told}, so the untrained weights stay"
+    return replace(report, healed=healing, warnings=(*report.warnings, told))
 
 
 def add_tokenizer(report: Report, tokenizer: GuardedTokenizer | None) -> Report:

@@ -35,12 +35,15 @@ from ..quantization.coverage import check_packable, find_widths
 from ..quantization.distillation import LOGITS_BYTES
 from ..quantization.fitting import estimate_moments
 from ..quantization.layout import quantize_nearest
+from ..quantization.sensitivity import REPLACE
+from ..quantization.together import Found
 from ..removal.renumbering import Layers, delete_layers, passes_stream, shorten_network
 from ..removal.standins import choose_stand_ins, fit_together
-from ..removal.sublayers import Step, check_sums, choose_drops
+from ..removal.sublayers import Drops, Step, check_sums, choose_drops
 from ..text import samples
 from ..text.samples import Passages
 from .check import Verification, compare_networks
+from .healing import Healing
 from .options import Options
 from .planning import list_wishes
 from .writing import MODEL_FILE
@@ -58,7 +61,10 @@ def find_source(options: Options) -> StockSource | None:
     Raises:
         UserError: if it cannot be read, or has no weights and more than a plan is asked for.
     """
-    if options.model is None and not options.replacements:
+    wanted = bool(options.replacements or options.allow)
+    # A reduced network is healed before it is rounded, which only mlx-lm's own can be.
+    better = options.heal > 0 and bool(options.drops) and options.quantization is not None
+    if options.model is None and not wanted:
         return None
     model = BUNDLED if options.model is None else options.model
     source = find_stock(
@@ -66,10 +72,10 @@ def find_source(options: Options) -> StockSource | None:
         revision=options.revision,
         config_only=options.dry_run,
         trust_remote_code=options.trust_remote_code,
-        any_family=bool(options.replacements),
+        any_family=wanted or better,
     )
     if source is None:
-        if options.replacements:
+        if wanted:
             raise UserError(
                 f"{list_flags(options)}: that is for models that mlx-lm's own code runs, and "
                 f"{model} is none"
@@ -77,7 +83,7 @@ def find_source(options: Options) -> StockSource | None:
         return None
     if source.store is None and source.gguf is None and not options.dry_run:
         raise UserError(f"{source.name} has no weights: add --dry-run, or give the model")
-    if reduced.DROPPED in source.config and (options.drops or options.replacements):
+    if reduced.DROPPED in source.config and (options.drops or wanted):
         raise UserError(
             f"{source.name} has lost sub-layers already: drop all that shall go from the model "
             "that it was made from"
@@ -100,6 +106,10 @@ class StockJob:
         notes: why it is so, a sentence each.
         bits: of the matrices for which they were chosen, by module path.
         stand_ins: for sub-layers that matrices stand in for.
+        bytes_read: of weights, that decoding a token reads of the source as it is stored.
+        healed: the folder of the result as it was fitted and trained, not quantized, if it was.
+        healing: what training did.
+        found: what a search for bits and sub-layers together found.
     """
 
     options: Options
@@ -112,6 +122,10 @@ class StockJob:
     notes: tuple[str, ...] = ()
     bits: Mapping[str, int] = field(default_factory=dict)
     stand_ins: StandIns = field(default_factory=dict)
+    bytes_read: int = 0
+    healed: Path | None = None
+    healing: Healing | None = None
+    found: Found | None = None
 
     def learn(self, **found: Any) -> "StockJob":
         """Add to what was decided; ``found`` are fields."""
@@ -120,7 +134,7 @@ class StockJob:
     @property
     def undropped(self) -> "StockJob":
         """The same with all sub-layers."""
-        return replace(self, dropped={}, stand_ins={}, layers=None, config={})
+        return replace(self, dropped={}, stand_ins={}, layers=None, config={}, healed=None)
 
     @property
     def calibrated(self) -> bool:
@@ -189,6 +203,10 @@ class StockJob:
         if replaced:
             _, width = next(iter(self.stand_ins.values())).weight.shape
             config |= {reduced.REPLACED: replaced, reduced.WIDTH: width}
+        if self.healed is not None:
+            for file in self.healed.glob("*.safetensors"):
+                weights: Any = mx.load(str(file))
+                model.load_weights([*weights.items()], strict=False)
         return model, config
 
     def _put_stand_ins(self, model: Any, network: StockNetwork) -> None:
@@ -237,7 +255,7 @@ def check_job(job: StockJob, network: StockNetwork) -> None:
         "--precompute-first-layer": options.precompute_first_layer is not None,
     }
     for flag, asked in exact.items():
-        if asked and options.replacements:
+        if asked and (options.replacements or options.allow):
             raise UserError(
                 f"{flag} and {list_flags(options)}: matrices are put in the place of sub-layers of "
                 "mlx-lm's own network alone; drop one"
@@ -283,6 +301,35 @@ def find_spared(network: StockNetwork) -> dict[str, list[int]]:
     }
 
 
+def check_ways(job: StockJob, network: StockNetwork) -> None:
+    """Refuse a target that is allowed what cannot be done to any sub-layer.
+
+    Raises:
+        UserError: if it is.
+    """
+    if job.options.allow and not find_ways(job.options, network):
+        raise UserError(
+            f"--allow {job.options.allow}: nothing of that can be done to a sub-layer of this "
+            "model; drop it to choose bits alone"
+        )
+
+
+def find_ways(options: Options, network: StockNetwork) -> dict[tuple[str, int], tuple[str, ...]]:
+    """Find what a target may do to each "attention" and "ffn" that need not stay.
+
+    A plan runs nothing, and takes a network for a chain of layers.
+    """
+    replaceable = REPLACE in options.allowed and (options.dry_run or network.is_chain)
+    found = {}
+    for layer, own in enumerate(network.sublayers if len(network.paths) > 1 else ()):
+        for kind in KINDS:
+            one = replaceable and len(own.parts.get(kind, ())) == 1
+            ways = tuple(way for way in options.allowed if one or way != REPLACE)
+            if network.can_drop(layer, kind) and ways:
+                found[kind, layer] = ways
+    return found
+
+
 def check_memory(job: StockJob, network: StockNetwork) -> None:
     """Refuse what cannot fit: two shards, a few layers, what stands before and behind them.
 
@@ -315,7 +362,7 @@ def take_text(
 ) -> Passages | None:
     """Take the tokens that deciding and checking need; None if nothing does."""
     options = job.options
-    choosing = bool(options.drops or options.replacements)
+    choosing = bool(options.drops or options.replacements or options.allow)
     calibrating = job.calibrated or choosing
     if not (options.verify or calibrating):
         return None
@@ -350,6 +397,9 @@ def decide(
         return job
     tokens = passages.calibration
     limits: dict[str, Any] = {"greedy": options.greedy, "max_loss": options.allowed_loss}
+    dropped: Drops = {}
+    replaced: Drops = {}
+    path: list[Step] = []
     if options.drops:
         dropped, path = choose_drops(
             network,
@@ -359,14 +409,13 @@ def decide(
             progress=partial(progress, "dropping"),
             **limits,
         )
-        job = replace(job, dropped=dropped, path=tuple(path))
     if options.replacements:
         if not network.is_chain:
             raise UserError(
                 f"{list_flags(options)}: more than the stream passes between this model's layers"
             )
-        left = network.drop(job.dropped) if job.dropped else network
-        replaced, path = choose_stand_ins(
+        left = network.drop(dropped) if dropped else network
+        replaced, more = choose_stand_ins(
             left,
             tokens,
             list_wishes(options.replacements),
@@ -374,15 +423,40 @@ def decide(
             progress=partial(progress, "choosing what to replace"),
             **limits,
         )
+        path = [*path, *more]
+    return settle(replace(job, path=tuple(path)), network, tokens, dropped, replaced, progress)
+
+
+def settle(
+    job: StockJob,
+    network: StockNetwork,
+    tokens: mx.array,
+    dropped: Drops,
+    replaced: Drops,
+    progress: Progress,
+) -> StockJob:
+    """Take out chosen sub-layers, and fit matrices in the place of others on a text.
+
+    Args:
+        job: with all of them.
+        network: the source's.
+        tokens: (sequences, length) of text.
+        dropped: the layers that lose their "attention" or "ffn".
+        replaced: those for whose "attention" or "ffn" a matrix stands in.
+        progress: called with (stage, done, total).
+    """
+    job = replace(job, dropped={kind: sorted(layers) for kind, layers in dropped.items()})
+    if replaced:
+        left = network.drop(dropped) if dropped else network
         tell = partial(progress, "fitting")
-        stand_ins = fit_together(network, left, tokens, replaced, tell)
-        job = replace(job, stand_ins=stand_ins, path=(*job.path, *path))
+        job = replace(job, stand_ins=fit_together(network, left, tokens, replaced, tell))
     return leave_out_blocks(job, network)
 
 
 def list_flags(options: Options) -> str:
-    """The flags that ask for matrices in the place of sub-layers."""
-    return " and ".join(f"--replace-{kind}" for kind in options.replacements)
+    """The flags that ask for matrices in the place of sub-layers, or allow them."""
+    flags = [f"--replace-{kind}" for kind in options.replacements]
+    return " and ".join([*flags, *(["--allow"] if options.allow else [])])
 
 
 def leave_out_blocks(job: StockJob, network: StockNetwork) -> StockJob:

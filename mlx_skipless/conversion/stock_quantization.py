@@ -14,12 +14,13 @@ from ..inference.loading import load_network
 from ..network.driver import Driver
 from ..network.parts import tensors_of
 from ..network.stock import StockNetwork, WholeNetwork
-from ..progress import Progress
+from ..progress import Progress, Steps
 from ..quantization import bits, sensitivity
 from ..quantization.distillation import distill
 from ..quantization.modules import CalibratedModules, read_formats
 from ..removal.products import check_finite
 from ..text.samples import Passages
+from .decisions import make_raises
 from .stock import StockJob, write_config
 
 ROUTER_BITS = 8  # at least: an error sends tokens to other experts
@@ -32,6 +33,8 @@ def write(
     writer: Writer,
     passages: Passages | None,
     progress: Progress,
+    *,
+    unrounded: bool = False,
 ) -> None:
     """Write config.json and weights of a job's result, in the place of earlier ones.
 
@@ -41,6 +44,8 @@ def write(
         writer: of the result's folder.
         passages: the text to quantize against and to distill with, if need be.
         progress: called with (stage, done, total).
+        unrounded: fit the matrices of a result that is not quantized, too, so that they make up
+            for sub-layers that are gone.
     """
     writer.discard_weights()
     model, config = job.build_result(network)
@@ -49,9 +54,10 @@ def write(
     weights, layers = get_total_parameters(model), [*model.layers]
     tell = partial(progress, "converting")
     fits = None
-    if job.calibrated and tokens is not None:
-        dense = _open_dense(job, network)
-        fits = CalibratedModules(dense, model, job.dtype, tokens, tell)
+    unrounded = unrounded and network.is_chain and not job.source.is_packed
+    if tokens is not None and (job.calibrated or unrounded):
+        dense = open_dense(job, network)
+        fits = _open_fits(job, network, dense, model, tokens, tell)
         fits.embedding()
         if not dense.is_chain:
             fits.layer(0)
@@ -75,6 +81,25 @@ def write(
         _distill(job, network, writer, tokens, progress)
 
 
+def _open_fits(
+    job: StockJob,
+    network: StockNetwork,
+    dense: Driver,
+    model: nn.Module,
+    tokens: mx.array,
+    tell: Steps,
+) -> CalibratedModules:
+    """Open what fits a result's matrices to a text.
+
+    Where sub-layers are gone, that is what the whole network makes of the text, unless fits and
+    training have made up for them already.
+    """
+    whole: dict[str, Any] = {}
+    if (job.dropped or job.stand_ins) and job.healed is None and dense.is_chain:
+        whole = {"whole": network, "kept": job.layers.kept if job.layers is not None else ()}
+    return CalibratedModules(dense, model, job.dtype, tokens, tell, **whole)
+
+
 def measure_mixtures(
     job: StockJob, network: StockNetwork, tokens: mx.array, progress: Progress
 ) -> bits.Raises:
@@ -83,30 +108,22 @@ def measure_mixtures(
     forms, entry = read_formats(model, job.dtype), config["quantization"]
     free = [path for path in forms if not isinstance(entry.get(path), dict)]
     costs = sensitivity.measure_rounding(
-        _open_dense(job, network),
+        open_dense(job, network),
         free,
         forms.get,
         tokens,
         partial(progress, "measuring matrices"),
     )
-    free = [path for path in free if path in costs]
-    modules: dict[str, Any] = dict(model.named_modules())
-    own = {p: {n: a for n, a in modules[p].items() if isinstance(a, mx.array)} for p in free}
-    scales = {
-        p: sum(a.nbytes for n, a in own[p].items() if n in ("scales", "biases")) for p in free
-    }
-    total = sum(array.nbytes for array in tensors_of(model).values())
-    return bits.Raises(
-        {path: own[path]["weight"].size * 32 // forms[path].bits for path in free},
+    return make_raises(
+        model,
         costs,
         entry["bits"],
-        scales,
-        total - sum(own[path]["weight"].nbytes + scales[path] for path in free),
-        find_floors(job, network, model),
+        by_speed=job.options.target_speed is not None,
+        floors=find_floors(job, network, model),
     )
 
 
-def _open_dense(job: StockJob, network: StockNetwork) -> Driver:
+def open_dense(job: StockJob, network: StockNetwork) -> Driver:
     """Open the result as it is before it is quantized, in float32; ``network`` is the source's."""
     dense = StockNetwork(lambda: job.build_dense(network)[0], mx.float32)
     if dense.is_chain:

@@ -15,19 +15,20 @@ from ..network import reduced
 from ..network.parts import dtype_name
 from ..network.stock import StockNetwork
 from ..quantization.coverage import Packing
+from ..quantization.sensitivity import DROP, REPLACE
 from ..removal.renumbering import rename_layer
 from ..removal.sublayers import describe_wishes
 from .decisions import describe_bits
 from .planning import SAVINGS, list_wishes
-from .report import LayerRow, Report
-from .stock import StockJob
+from .report import ChoiceRow, LayerRow, Report
+from .stock import StockJob, find_ways
 
 Sizes = Mapping[str, tuple[int, int]]  # weights and bytes of a module's own tensors, by path
 
 
 def make_report(
     job: StockJob,
-    paths: list[str],
+    network: StockNetwork,
     model: nn.Module,
     config: Mapping[str, Any],
     undropped: nn.Module,
@@ -36,7 +37,7 @@ def make_report(
 
     Args:
         job: all decided.
-        paths: the module paths of the layers.
+        network: the source's.
         model: the result, with lazy weights.
         config: its config.json.
         undropped: the same without drops.
@@ -72,7 +73,7 @@ def make_report(
         first_layer=None,
         cache_bytes_before=count_cache_bytes(source.model, 1),
         cache_bytes_after=_try(model),
-        rows=tuple(_make_rows(job, paths, before, after)),
+        rows=tuple(_make_rows(job, network.paths, before, after)),
         notes=(*left_out, *job.notes, *_describe_origin(job), *describe_bits(job.bits)),
         advice=(SAVINGS,) if nothing else (),
         warnings=(),
@@ -80,12 +81,21 @@ def make_report(
         seconds=0.0,
         stages={},
         peak_memory_bytes=0,
+        choices=() if job.found is None else tuple(_explain_choices(job, network, model)),
+        curves={} if job.found is None else job.found.list_curves(),
     )
 
 
 def add_wishes(report: Report, job: StockJob, network: StockNetwork) -> Report:
     """Add to a plan's report what shall be dropped and is not chosen yet."""
     asked = list_wishes(job.options.drops), list_wishes(job.options.replacements)
+    if job.options.allow:
+        ways = find_ways(job.options, network)
+        note = (
+            f"which of {len(ways)} sub-layers go, and which bits the other matrices get, is "
+            "measured when converting"
+        )
+        return replace(report, notes=(*report.notes, note), stock=False)
     if not any(asked):
         return report
 
@@ -109,9 +119,39 @@ def _describe_origin(job: StockJob) -> Iterator[str]:
         yield from file.notes
         if job.source.is_packed and not job.requantized:
             yield file.packed.describe()
+    if job.found is not None:
+        gone = sum(reason.way is not None for reason in job.found.reasons.values())
+        yield (
+            f"of {len(job.found.reasons)} sub-layers {gone} went, because their bytes save more as "
+            f"bits of other matrices; {len(job.found.tried)} results were measured"
+        )
     if job.path:
         steps = ", ".join(map(str, job.path))
         yield f"loss on the text, nats per token, whole and after each drop: {steps}"
+
+
+def _explain_choices(job: StockJob, network: StockNetwork, model: nn.Module) -> Iterator[ChoiceRow]:
+    """Tell of each sub-layer that could go why it stays or goes, in the order of the layers."""
+    assert job.found is not None
+    body = network.paths[0].rsplit(".", 1)[0].rpartition(".")[0]
+    words = {None: "stays", DROP: "dropped", REPLACE: "replaced"}
+    for (kind, layer), reason in sorted(job.found.reasons.items(), key=lambda one: one[0][1]):
+        path = network.paths[layer]
+        new = path if job.layers is None else rename_layer(path, job.layers, network.paths)
+        starts = tuple(f"{new}.{part}." for part in network.sublayers[layer].parts[kind])
+        found = [m for p, m in model.named_modules() if p.startswith(starts) and "scales" in m]
+        sizes = [_count_weights(module, "weight", module.weight) for module in found if new]
+        bits = sum(m.bits * n for m, n in zip(found, sizes, strict=False)) / max(1, sum(sizes))
+        yield ChoiceRow(
+            f"{path.removeprefix(f'{body}.')} {kind}",
+            words[reason.way],
+            bits if sizes else None,
+            reason.rounded,
+            reason.lost.get(DROP),
+            reason.saved.get(DROP),
+            reason.lost.get(REPLACE),
+            reason.saved.get(REPLACE),
+        )
 
 
 def _measure_sizes(model: nn.Module) -> Sizes:

@@ -18,18 +18,29 @@ def count_bytes_read(model: nn.Module, batch_size: int = 1) -> int:
     An embedding that is not the head too gives a row for each sequence. Experts are read if they
     are picked; several sequences pick as many of them as random choices would.
     """
-    modules = [m for m in model.modules() if "weight" in m]
-    total = float(weight_bytes(model))
-    for module in modules:
-        own = weight_bytes(module)
+    modules: dict[str, Any] = dict(model.named_modules())
+    unread = (
+        weight_bytes(modules[path]) * (1 - share)
+        for path, share in find_shares_read(model, batch_size).items()
+    )
+    return round(float(weight_bytes(model)) - sum(unread))
+
+
+def find_shares_read(model: nn.Module, batch_size: int = 1) -> dict[str, float]:
+    """Find the modules of which a step of decoding reads a share alone, by module path.
+
+    See ``count_bytes_read``.
+    """
+    modules = {path: m for path, m in model.named_modules() if "weight" in m}
+    found = {}
+    for path, module in modules.items():
         rows = module.weight.shape[0]
         if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
-            head = any(m.weight.shape[0] == rows for m in modules if m is not module)
-            total -= own - own / rows * batch_size if head else 0
+            if any(m.weight.shape[0] == rows for m in modules.values() if m is not module):
+                found[path] = batch_size / rows
         elif isinstance(module, SwitchLinear | QuantizedSwitchLinear):
-            picked = _count_picked(model, rows)
-            total -= own * (1 - picked / rows) ** batch_size
-    return round(total)
+            found[path] = 1 - (1 - _count_picked(model, rows) / rows) ** batch_size
+    return found
 
 
 def _count_picked(model: nn.Module, experts: int) -> int:

@@ -48,6 +48,16 @@ class Raises:
         scale_bytes: of each matrix's scales and biases.
         rest: bytes of all other tensors.
         floors: the fewest bits of some matrices, by module path.
+
+    Attributes:
+        steps: a matrix, its next width, what that saves and the bytes that it takes, in order.
+        weights: see there.
+        costs: see there.
+        measured_bits: see there.
+        scale_bytes: see there.
+        rest: see there.
+        floors: see there.
+        least: bytes and cost of each matrix at its fewest bits, by module path.
     """
 
     def __init__(
@@ -59,8 +69,9 @@ class Raises:
         rest: int,
         floors: Mapping[str, int] | None = None,
     ):
-        floors = floors or {}
-        widths = {where: [b for b in BITS if b >= floors.get(where, 0)] for where in weights}
+        self.weights, self.costs, self.measured_bits = weights, costs, measured_bits
+        self.scale_bytes, self.rest, self.floors = scale_bytes, rest, floors or {}
+        widths = {where: [b for b in BITS if b >= self.floors.get(where, 0)] for where in weights}
 
         def cost(where: str, bits: int) -> float:
             return costs[where] * ((2**measured_bits - 1) / (2**bits - 1)) ** 2
@@ -72,30 +83,41 @@ class Raises:
                 more = count * (high - low) // 8
                 raises.append((-gain / more, low, where, high, gain, more))
         # Gains fall from each width to the next, so sorting keeps a matrix's own in order.
-        self._raises = [tuple_[2:] for tuple_ in sorted(raises)]
+        self.steps = [tuple_[2:] for tuple_ in sorted(raises)]
         least = {where: found[0] for where, found in widths.items()}
         self._fewest = f"{BITS[0]} bits" + (" (some keep more)" if floors else "")
+        self.least = {
+            where: (weights[where] * bits // 8 + scale_bytes[where], cost(where, bits))
+            for where, bits in least.items()
+        }
         self._least = Mixture(
             least,
-            rest + sum(count * least[w] // 8 + scale_bytes[w] for w, count in weights.items()),
-            sum(cost(where, bits) for where, bits in least.items()),
+            rest + sum(nbytes for nbytes, _ in self.least.values()),
+            sum(found for _, found in self.least.values()),
         )
 
-    def mixtures(self, limit: float = math.inf) -> list[Mixture]:
+    def mixtures(self, limit: float = math.inf, speed: float | None = None) -> list[Mixture]:
         """The mixtures of at most ``limit`` bytes on the way, from the smallest to the largest.
 
         A raise that does not fit stops its matrix there, and others go on.
+
+        Args:
+            limit: see there.
+            speed: as which a user asked for it, if bytes are those that a token reads.
 
         Raises:
             UserError: if there is none.
         """
         if self._least.nbytes > limit:
+            asked = f"--target-bytes {limit:,}" if speed is None else f"--target-speed {speed:g}x"
+            takes = "the result takes" if speed is None else "decoding a token reads"
+            most = "" if speed is None else f", more than {limit:,}"
             raise UserError(
-                f"--target-bytes {limit:,} is out of reach: at {self._fewest} in every matrix "
-                f"that can be quantized the result takes {self._least.nbytes:,} bytes"
+                f"{asked} is out of reach: at {self._fewest} in every matrix "
+                f"that can be quantized {takes} {self._least.nbytes:,} bytes{most}"
             )
         found, stopped = [self._least], set()
-        for where, high, gain, more in self._raises:
+        for where, high, gain, more in self.steps:
             last = found[-1]
             if last.nbytes + more > limit:
                 stopped.add(where)
@@ -106,11 +128,15 @@ class Raises:
 
 
 def find_smallest(
-    found: Sequence[Mixture], limit: float, measure: Callable[[Mixture], float]
+    found: Sequence[Mixture],
+    limit: float,
+    measure: Callable[[Mixture], float],
+    always: float = 0.0,
 ) -> tuple[Mixture, bool]:
     """The smallest mixture whose measured KL is at most ``limit``, within ``SAME_SIZE``.
 
-    Returns the mixture, and whether it is the one that was measured last.
+    ``always`` is the part of the KL that no bits make up for. Returns the mixture, and whether it
+    is the one that was measured last.
 
     Raises:
         UserError: if even the largest costs more.
@@ -120,7 +146,8 @@ def find_smallest(
     share, kl, last = FIRST_GUESS, 0.0, -1
     for attempt in range(TRIES):
         # Costs fall along the list.
-        guess = bisect.bisect_left(found, -limit / share, key=lambda mixture: -mixture.cost)
+        left = max(limit - always, 0.0) / share
+        guess = bisect.bisect_left(found, -left, key=lambda mixture: -mixture.cost)
         last = min(max(guess, low + 1), high - 1)
         if attempt == TRIES - 1 and high > largest:
             last = largest
@@ -131,7 +158,7 @@ def find_smallest(
                 f"--target-kl {limit:g} is out of reach: at {BITS[-1]} bits in every matrix that "
                 f"can be quantized the result is {kl:.2g} nats per token from its source"
             )
-        share = kl / max(found[last].cost, 1e-30)
+        share = max(kl - always, (1 - CLOSE) * kl) / max(found[last].cost, 1e-30)
         between = found[min(high, largest)].nbytes - (found[low].nbytes if low >= 0 else 0)
         close = high == last and kl >= CLOSE * limit
         if (

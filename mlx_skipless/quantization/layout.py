@@ -75,6 +75,11 @@ class Layout:
         return quantize_nearest(model, q, usual)
 
     @property
+    def network(self) -> nn.Module:
+        """The network, with weights that are never made."""
+        return self._built[0]
+
+    @property
     def config_entry(self) -> dict[str, Any] | None:
         """The ``quantization`` entry for config.json; None where nothing is packed."""
         return self._built[1] if self.settings else None

@@ -1,11 +1,11 @@
-"""Measures how much a network minds a change: a rounded matrix, or a removal's inverse.
+"""Measures how much a network minds a change: a rounded matrix, a removal, lost sub-layers.
 
 Everything is measured where it matters, at the logits: KL(source || source with one change), in
 nats per token. All changed copies of the stream go through the layers together, so that each layer
 is read once. Only what a copy changes differs from the source's float32.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from ..network.metrics import measure_kl
 from ..network.model import ModelArgs, Stream, take_stream
 from ..network.names import EMBEDDING
 from ..network.parts import Arrays, replace_at, tensors_of
+from ..network.stock import StandIns, StockNetwork
 from ..network.wiring import parse_layer
 from ..progress import Steps, tell_part
 from ..removal.merger import Merger
@@ -39,6 +40,8 @@ STREAMS_BYTES = 1 << 30  # of all changed copies together
 MEASURED_TOKENS = 1024  # at most
 TRIAL_TOKENS = 8  # for each input of the widest matrix: as many tokens calibrate a trial
 FormatOf = Callable[[str], Format | None]
+DROP, REPLACE = "drop", "replace"
+Choice = Mapping[tuple[str, int], str]  # DROP or REPLACE, by "attention" or "ffn" and layer
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,85 @@ def measure_rounding(
     all_seen = isinstance(network, StreamedNetwork) or not network.is_chain
     inside = ("",) if all_seen else tuple(f"{path}." for path in network.paths)
     return {where: cost for where, cost in found.items() if cost or where.startswith(inside)}
+
+
+def measure_distances(
+    network: StockNetwork,
+    tokens: mx.array,
+    choices: Sequence[Choice],
+    stand_ins: StandIns,
+    progress: Steps = lambda done, total: None,
+) -> list[float]:
+    """Measure the KL of a network that has lost sub-layers from itself, for each choice of these.
+
+    Args:
+        network: the whole one, in float32.
+        tokens: (sequences, length) of text, of which ``MEASURED_TOKENS`` are used.
+        choices: what happens to which sub-layers.
+        stand_ins: for those that are replaced.
+        progress: called with (steps done, all).
+
+    Returns:
+        Nats per token.
+    """
+    rows = tokens[: max(1, MEASURED_TOKENS // tokens.shape[1])]
+    if not network.is_chain:
+        return [*_measure_wholes(network, rows, choices, progress)]
+    width = network.embed(rows[:1, :1])
+    most = max(1, STREAMS_BYTES // (4 * take_stream(width).shape[-1] * rows.size) - 2)
+    found: list[float] = []
+    parts = -(-len(choices) // most)
+    for part in range(parts):
+        some = choices[part * most : (part + 1) * most]
+        found += _measure_together(network, rows, some, stand_ins, tell_part(progress, part, parts))
+    return found
+
+
+def _measure_together(
+    network: StockNetwork,
+    rows: mx.array,
+    choices: Sequence[Choice],
+    stand_ins: StandIns,
+    progress: Steps,
+) -> list[float]:
+    """The KL of a chain of layers with each choice, in one pass."""
+    streams = Streams(network, [rows], (None, *range(len(choices))))
+    total = len(network.paths) + len(rows)
+    for layer, block in network.walk(lambda done, _: progress(done, total)):
+        here = {
+            i: frozenset((kind, way) for (kind, at), way in choice.items() if at == layer)
+            for i, choice in enumerate(choices)
+        }
+
+        def make(
+            ways: frozenset[tuple[str, str]], layer: int = layer, block: nn.Module = block
+        ) -> nn.Module:
+            put = {(k, layer): stand_ins[k, layer] for k, way in ways if way == REPLACE}
+            return network.replace(put).without(layer, block, {kind for kind, _ in ways})
+
+        streams.advance(layer, block, {i: ways for i, ways in here.items() if ways}, make)
+    distinct = {id(stream): take_stream(stream[0]) for stream in streams.values()}
+    found = dict.fromkeys(distinct, 0.0)
+    for row in range(len(rows)):
+        wanted = network.logits(take_stream(streams[None][0])[row : row + 1])
+        for key, h in distinct.items():
+            found[key] += _measure_mean_kl(wanted, network.logits(h[row : row + 1])) / len(rows)
+        progress(len(network.paths) + row + 1, total)
+    return [found[id(streams[i])] for i in range(len(choices))]
+
+
+def _measure_wholes(
+    network: StockNetwork, rows: mx.array, choices: Sequence[Choice], progress: Steps
+) -> Iterator[float]:
+    """The KL of a network that is no chain of layers with each choice, each run as a whole."""
+    wanted = network.hidden(rows)
+    for done, choice in enumerate(choices):
+        progress(done, len(choices))
+        dropped: dict[str, list[int]] = {}
+        for kind, layer in choice:
+            dropped.setdefault(kind, []).append(layer)
+        yield _measure_mean_kl(wanted, network.drop(dropped).hidden(rows))
+    progress(len(choices), len(choices))
 
 
 def _thin(tokens: mx.array, args: ModelArgs) -> mx.array:

@@ -145,8 +145,8 @@ def cut_passages(
     """
     sequences, length = LONG_CHECK if long_check else CHECK
     length = min(length, longest or length)
-    tail = min(TAIL, len(text) // 4) if calibrating else TAIL
-    ids = encode(text[-tail:])
+    rest, end = split_tail(text) if calibrating else ("", text[-TAIL:])
+    ids = encode(end)
     count = min(len(ids) // length, sequences)
     if not count:
         raise UserError(
@@ -156,7 +156,6 @@ def cut_passages(
     check = mx.array(ids[-count * length :]).reshape(count, length)
     if not calibrating:
         return Passages(check, None, name)
-    rest = text[:-tail]
     sequences, length = _size_calibration(fitted)
     step = max(PIECE, len(rest) // sequences)
     places = range(0, len(rest), step)
@@ -170,6 +169,12 @@ def cut_passages(
         )
     count = min(len(row) // length, sequences)
     return Passages(check, mx.array(row[: count * length]).reshape(count, length), name)
+
+
+def split_tail(text: str) -> tuple[str, str]:
+    """Split a text into what calibrates or trains and its end, which is kept for the check."""
+    tail = min(TAIL, len(text) // 4)
+    return text[: len(text) - tail], text[len(text) - tail :]
 
 
 def _size_calibration(fitted: int | None) -> tuple[int, int]:

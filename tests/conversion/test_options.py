@@ -41,7 +41,7 @@ def test_what_flags_say(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every kind of flag arrives as the value that Python would give."""
     taken: list[Options] = []
 
-    def convert(*, options: Options, progress: object) -> None:
+    def convert(model: object, path: object, *, options: Options, **others: object) -> None:
         taken.append(options)
         raise UserError("enough")
 

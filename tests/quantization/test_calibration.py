@@ -357,7 +357,7 @@ def test_what_a_target_kl_chose_is_what_is_written(
 ) -> None:
     """Even if another mixture was tried after it."""
 
-    def smallest(found: Any, limit: float, measure: Any) -> Any:
+    def smallest(found: Any, limit: float, measure: Any, always: float) -> Any:
         kls = [measure(found[i]) for i in (3, 5)]
         assert kls[0] > kls[1] > 0
         return found[3], False
@@ -387,7 +387,10 @@ def test_a_pretrained_model_keeps_its_architecture_under_a_target(tmp_path: Path
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"target_bytes": 10**6, "target_kl": 0.1}, "drop one"),
+        ({"target_bytes": 10**6, "target_kl": 0.1}, "drop all but one"),
+        ({"target_speed": 2.0, "target_kl": 0.1}, "--target-kl and --target-speed are ends"),
+        ({"target_speed": 0.9}, "above 1"),
+        ({"target_speed": 90.0}, "--target-speed 90x is out of reach: at 2 bits"),
         ({"target_bytes": 10**6, "q_bits": 4}, "drop --q-bits"),
         ({"target_kl": 0.1, "q_mode": "mxfp4"}, "drop --q-bits"),
         ({"target_kl": 0.1, "verify": False}, "drop --no-verify"),
