@@ -13,6 +13,7 @@ import numpy as np
 from ..errors import UserError
 from ..inference.context import check_windows, find_context
 from ..inference.loading import load
+from ..network.driver import widen
 from ..network.metrics import measure_nll
 from ..text import corpus
 
@@ -80,6 +81,7 @@ def measure_perplexity(
         warn(beyond)
     tokens = corpus.encode(texts.validation, tokenizer)
     check_length(tokens, length)
+    network = widen(network)
     return score_tokens(
         lambda batch: sum_nll(network, batch), tokens, tokenizer._tokenizer, length, batch_size
     )
