@@ -89,17 +89,8 @@ def convert(
 ) -> Report:
     """Remove weights from a model and write one that mlx-lm runs.
 
-    Args:
-        model: a Hub id, a Hugging Face folder, a .gguf file, or with ``dry_run`` a config.json;
-            None: that of ``options``, which without one is the bundled model.
-        mlx_path: the folder to write; must not exist. None: that of ``options``, "mlx_model".
-        options: all that can be asked for; default: ``Options()``.
-        progress: called with (stage, done, total).
-        trainer: trains results; None: ``--heal`` is refused.
-        fields: of ``Options``, in the place of those of ``options``: ``remove="qp"``.
-
-    Returns:
-        What was done, its check included; with ``dry_run`` what would be.
+    The arguments are those of ``mlx_skipless.convert``, and a trainer, without which ``--heal`` is
+    refused.
 
     Raises:
         UserError: for anything the user can mend; nothing is left at ``mlx_path`` then.
