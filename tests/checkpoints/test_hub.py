@@ -426,6 +426,7 @@ def read(hub: HubServer, tmp_path: Path) -> Callable[..., list[Any]]:
     return read
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("data_sets")
 def test_a_data_set_checks_as_its_rows_in_a_file_do(
     model: Path, run: Run, run_process: Run, tmp_path: Path
@@ -442,6 +443,7 @@ def test_a_data_set_checks_as_its_rows_in_a_file_do(
     assert checks[0]["source_perplexity"] == pytest.approx(checks[1]["source_perplexity"])
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("data_sets")
 def test_formats_subsets_and_splits_of_a_data_set(read: Callable[..., list[Any]], tmp_path: Path):
     texts = [row["text"] for row in ROWS]

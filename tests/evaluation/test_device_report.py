@@ -138,7 +138,7 @@ def test_cuts_are_told() -> None:
 
 
 @pytest.mark.parametrize("packed", [None, Quantization(4, 64)], ids=["dense", "packed"])
-@pytest.mark.parametrize("layers", only([1, 4], [1, 2, 4, 8]))
+@pytest.mark.parametrize("layers", only([4], [1, 2, 4, 8]))
 def test_variants_lack_what_their_labels_say(layers: int, packed: Quantization | None) -> None:
     made = make_variants(shape(layers), mx.bfloat16, packed)
     gone = count_dropped(layers)

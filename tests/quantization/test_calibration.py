@@ -352,6 +352,7 @@ def test_a_target_kl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.thorough
 def test_what_a_target_kl_chose_is_what_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
