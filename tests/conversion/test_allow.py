@@ -243,7 +243,7 @@ HEALED = [  # with a learning rate, and the share of the KL that is left at most
     ("olmo2", {"drop_ffn": 1}, 3e-4, 0.7),
     ("olmo2", {"drop_ffn": 1, "quantize": True, "q_group_size": 32}, 3e-4, 1.1),
     ("qwen3", {"replace_ffn": 1, "drop_attention": 1, "dtype": "bfloat16"}, 3e-4, 1.1),
-    ("qwen3_moe", {"drop_attention": 1}, 3e-4, 0.9),
+    ("qwen3_moe", {"drop_attention": 1}, 3e-4, 1.0),
     ("olmo2", {"target_bytes": 60_000, "allow": "drop", "q_group_size": 32}, 3e-4, 1.1),
 ]
 
