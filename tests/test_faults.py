@@ -10,18 +10,17 @@ import pytest
 
 SCRIPT = Path(__file__).parents[1] / "tools/faults.py"
 TRIES = {
-    "SIGINT": 4,
-    "SIGTERM": 3,
-    "SIGKILL": 4,
-    "disk-full": 3,
-    "file-too-large": 3,
-    "source-cut-short": 3,
-    "three-at-once": 1,
-    "other-file-system": 2,
-    "training-killed": 1,
-    "training-hung-up": 1,
+    "SIGINT": 24,
+    "SIGTERM": 18,
+    "SIGKILL": 24,
+    "disk-full": 18,
+    "file-too-large": 18,
+    "source-cut-short": 18,
+    "three-at-once": 6,
+    "other-file-system": 12,
+    "training-killed": 6,
+    "training-hung-up": 6,
 }
-MORE = 6  # times as many, thoroughly
 
 
 def mounts() -> bool:
@@ -33,14 +32,11 @@ def mounts() -> bool:
         return not subprocess.run(["umount", place]).returncode
 
 
-@pytest.mark.examples
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="runs are forked, which a Mac's GPU minds")
-def test_nothing_is_lost(pytestconfig: pytest.Config) -> None:
+def test_nothing_is_lost() -> None:
     """All faults from one process, for what costs most is to start it."""
-    more = MORE if pytestconfig.getoption("--thorough") else 1
-    faults = {name: tries * more for name, tries in TRIES.items()}
-    if more == 1:
-        del faults["training-killed"]  # training/test_pretraining.py kills one too
+    faults = dict(TRIES)
     if not mounts():
         del faults["disk-full"]
     run = subprocess.run(

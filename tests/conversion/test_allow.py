@@ -166,7 +166,7 @@ def test_a_speed_is_kept(case: tuple[str, dict[str, Any], float], tmp_path: Path
 
 
 @thorough
-@pytest.mark.parametrize("kind", ["llama", "gemma3n", "qwen3_5", "falcon_h1", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3_5", "gpt_oss"])
 def test_a_distance_is_kept(kind: str, tmp_path: Path) -> None:
     how = make_source(tmp_path, kind, num_hidden_layers=6 if kind == "gemma3n" else 4)
     asked: dict[str, Any] = {"target_kl": 0.1, **how}
