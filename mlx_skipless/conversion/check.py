@@ -17,7 +17,7 @@ from ..checkpoints.safetensors import SafetensorsStore
 from ..errors import UserError
 from ..network.driver import Driver, StreamedNetwork
 from ..network.magnitudes import Magnitude, NotFinite, Watch
-from ..network.metrics import measure_kl, measure_nll
+from ..network.metrics import measure_error, measure_kl, measure_nll
 from ..network.model import ModelArgs
 from ..network.names import EMBEDDING, FINAL_NORM, HEAD
 from ..network.parts import Arrays, ChangedParts, Parts, tensors_of
@@ -254,8 +254,7 @@ def compare_logits(
         if not np.isfinite(b).all():
             raise UserError(RESULT_OVERFLOWS.format("its number type", "the head"))
         a, b = a.astype(np.float64), b.astype(np.float64)
-        largest = np.abs(a).max(-1)
-        errors.append(np.abs(a - b).max(-1) / np.where(largest > 0, largest, 1))
+        errors.append(measure_error(a, b))
         divergences.append(measure_kl(a, b))
         matches.append(a.argmax(-1) == b.argmax(-1))
         source_nll.append(measure_nll(a[:-1], row[1:]))

@@ -16,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..inference.loading import load_network
+from ..network.metrics import measure_error
 from ..progress import Steps
 
 HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, VOCABULARY = 128, 256, 4, 8, 2, 256
@@ -92,11 +93,14 @@ def measure_exactness(
     progress(3, 4)
     given = _run(load_network(source)[0], tokens)
     progress(4, 4)
+    of_source, of_result, of_steps = (
+        float(measure_error(wanted, got).max()) for got in (given, at_once, stepwise)
+    )
     return Exactness(
         report.removed,
-        measure_error(wanted, given),
-        measure_error(wanted, at_once),
-        measure_error(wanted, stepwise),
+        of_source,
+        of_result,
+        of_steps,
         report.verification.max_rel_logit_error,
         bool((wanted.argmax(-1) == at_once.argmax(-1)).all()),
     )
@@ -198,11 +202,6 @@ def _rotate(x: np.ndarray) -> np.ndarray:
     cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
     a, b = x[..., :half], x[..., half:]
     return np.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
-
-
-def measure_error(wanted: np.ndarray, given: np.ndarray) -> float:
-    """Measure the worst token's max|a - b| / max|a|, of logits (batch, length, vocabulary)."""
-    return float((np.abs(wanted - given).max(-1) / np.abs(wanted).max(-1)).max())
 
 
 def _write_source(folder: Path, weights: Weights) -> None:

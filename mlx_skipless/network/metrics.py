@@ -1,8 +1,8 @@
-"""How well logits predict tokens and each other: negative log likelihood and KL, in nats.
+"""How well logits predict tokens and each other: negative log likelihood, KL and relative error.
 
-Both functions take MLX's arrays and NumPy's. MLX's are computed in float32: they can be
-differentiated and stay on the device. NumPy's keep their type, because the check after a conversion
-needs float64, which MLX cannot exponentiate.
+The first two are in nats and take MLX's arrays and NumPy's. MLX's are computed in float32: they can
+be differentiated and stay on the device. NumPy's keep their type, because the check after a
+conversion needs float64, which MLX cannot exponentiate.
 """
 
 from typing import TypeVar
@@ -34,6 +34,12 @@ def measure_kl(wanted: Array, got: Array) -> Array:
     close = p * xp.expm1(xp.minimum(log_ratio, 1))
     difference = xp.where(log_ratio < 1, close, xp.exp(log_q) - p)
     return (difference - p * log_ratio).sum(-1)
+
+
+def measure_error(wanted: np.ndarray, got: np.ndarray) -> np.ndarray:
+    """Return max|a - b| / max|a| (...), of logits a and b (..., vocabulary)."""
+    largest = np.abs(wanted).max(-1)
+    return np.abs(wanted - got).max(-1) / np.where(largest > 0, largest, 1)
 
 
 def _normalize(logits: Array) -> tuple[Array, Array]:
