@@ -183,6 +183,7 @@ def _convert_folder(job: StockJob, watch: Stopwatch, trainer: Trainer | None) ->
     model, config = job.build_result(network)
     report = make_stock_report(job, network, model, config, model)
     if options.dry_run:
+        check_ways(job, network)
         return add_stock_wishes(report, job, network)
     check_stock_memory(job, network)
     check_ways(job, network)

@@ -36,13 +36,6 @@ def less_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samples, "LONG_CHECK", (4, 16))
 
 
-def draw_text(seed: int, letters: int) -> str:
-    """Text of few letters, some of which are frequent."""
-    share = np.random.default_rng(0).dirichlet(np.full(64, 0.3))
-    drawn = np.random.default_rng(seed).choice(64, letters, p=share)
-    return "".join(chr(48 + i) for i in drawn)
-
-
 def make_source(folder: Path, kind: str = "llama", **changes: Any) -> dict[str, Any]:
     """A model with an attention that does next to nothing and, a llama, an FFN that is linear."""
     zoo.make_model(folder / "s", kind, **({"num_hidden_layers": 3} | changes))
@@ -58,7 +51,7 @@ def make_source(folder: Path, kind: str = "llama", **changes: Any) -> dict[str, 
             weights[name] = mx.full(weights[name].shape, 3.0)
     mx.eval(weights)
     mx.save_safetensors(str(file), weights, metadata={"format": "mlx"})
-    (folder / "text.txt").write_text(draw_text(1, 8000))
+    (folder / "text.txt").write_text(zoo.draw_text(1, 8000))
     return {"calibration": folder / "text.txt", "q_group_size": 32}
 
 
@@ -69,7 +62,7 @@ def run(folder: Path, tokens: mx.array) -> np.ndarray:
 
 
 def draw_tokens(folder: Path) -> mx.array:
-    ids = mlx_lm.utils.load_tokenizer(folder).encode(draw_text(2, 256))
+    ids = mlx_lm.utils.load_tokenizer(folder).encode(zoo.draw_text(2, 256))
     return mx.array(ids[:256]).reshape(8, 32)
 
 
@@ -363,6 +356,16 @@ def test_models_of_which_nothing_can_go(
     source = tmp_path / "s" if kind is not None else None
     with pytest.raises(UserError, match=said):
         mlx_skipless.convert(source, tmp_path / "o", allow=allow, target_bytes=10**6)
+    assert not (tmp_path / "o").exists()
+
+
+def test_one_layer_stays_in_a_plan_too(tmp_path: Path) -> None:
+    zoo.make_model(tmp_path / "s", "olmo2", num_hidden_layers=1)
+    for dry_run in (True, False):
+        with pytest.raises(UserError, match="nothing of that can be done to a sub-layer"):
+            mlx_skipless.convert(
+                tmp_path / "s", tmp_path / "o", allow="drop", target_bytes=10**5, dry_run=dry_run
+            )
     assert not (tmp_path / "o").exists()
 
 

@@ -687,3 +687,10 @@ def _draw_packed(
 
 def _is_float(array: mx.array) -> bool:
     return bool(mx.issubdtype(array.dtype, mx.floating))
+
+
+def draw_text(seed: int, letters: int) -> str:
+    """Text of few letters, some of which are frequent: activations are alike."""
+    share = np.random.default_rng(0).dirichlet(np.full(64, 0.3))
+    drawn = np.random.default_rng(seed).choice(64, letters, p=share)
+    return "".join(chr(48 + i) for i in drawn)

@@ -39,15 +39,8 @@ def less_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samples, "LONG_CHECK", (4, 32))
 
 
-def draw_text(seed: int, letters: int) -> str:
-    """Text of few letters, some of which are frequent: activations are alike."""
-    share = np.random.default_rng(0).dirichlet(np.full(64, 0.3))
-    drawn = np.random.default_rng(seed).choice(64, letters, p=share)
-    return "".join(chr(48 + i) for i in drawn)
-
-
 def draw_tokens(folder: Path, seed: int, rows: int, length: int = 32) -> mx.array:
-    ids = mlx_lm.utils.load_tokenizer(folder).encode(draw_text(seed, rows * length))
+    ids = mlx_lm.utils.load_tokenizer(folder).encode(zoo.draw_text(seed, rows * length))
     return mx.array(ids[: rows * length]).reshape(rows, length)
 
 
@@ -62,7 +55,7 @@ def run(model: nn.Module, tokens: mx.array) -> np.ndarray:
 
 def make_text(folder: Path, letters: int = 8000) -> Path:
     file = folder / "text.txt"
-    file.write_text(draw_text(1, letters))
+    file.write_text(zoo.draw_text(1, letters))
     return file
 
 
