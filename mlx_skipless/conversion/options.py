@@ -127,7 +127,7 @@ class Removals:
     @property
     def allowed(self) -> tuple[str, ...]:
         """What a target may do to sub-layers: "drop" or "replace" them; nothing if it may not."""
-        return tuple((self.allow or "").split(",")) if self.allow else ()
+        return tuple(self.allow.split(",")) if self.allow else ()
 
 
 @dataclass(frozen=True)

@@ -140,8 +140,8 @@ def _explain_choices(job: StockJob, network: StockNetwork, model: nn.Module) -> 
         new = path if job.layers is None else rename_layer(path, job.layers, network.paths)
         starts = tuple(f"{new}.{part}." for part in network.sublayers[layer].parts[kind])
         found = [m for p, m in model.named_modules() if p.startswith(starts) and "scales" in m]
-        sizes = [_count_weights(module, "weight", module.weight) for module in found if new]
-        bits = sum(m.bits * n for m, n in zip(found, sizes, strict=False)) / max(1, sum(sizes))
+        sizes = [_count_weights(module, "weight", module.weight) for module in found]
+        bits = sum(m.bits * n for m, n in zip(found, sizes, strict=True)) / max(1, sum(sizes))
         yield ChoiceRow(
             f"{path.removeprefix(f'{body}.')} {kind}",
             words[reason.way],

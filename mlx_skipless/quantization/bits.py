@@ -49,14 +49,8 @@ class Raises:
         rest: bytes of all other tensors.
         floors: the fewest bits of some matrices, by module path.
 
-    Attributes:
+    Attributes, beside the arguments:
         steps: a matrix, its next width, what that saves and the bytes that it takes, in order.
-        weights: see there.
-        costs: see there.
-        measured_bits: see there.
-        scale_bytes: see there.
-        rest: see there.
-        floors: see there.
         least: bytes and cost of each matrix at its fewest bits, by module path.
     """
 
@@ -97,13 +91,13 @@ class Raises:
         )
 
     def mixtures(self, limit: float = math.inf, speed: float | None = None) -> list[Mixture]:
-        """The mixtures of at most ``limit`` bytes on the way, from the smallest to the largest.
+        """The mixtures within a limit on the way, from the smallest to the largest.
 
         A raise that does not fit stops its matrix there, and others go on.
 
         Args:
-            limit: see there.
-            speed: as which a user asked for it, if bytes are those that a token reads.
+            limit: bytes, of all weights or of those that a token reads.
+            speed: the ratio as which a user asked for the latter.
 
         Raises:
             UserError: if there is none.

@@ -259,10 +259,8 @@ class Search:
                 if now.get(which) == way:
                     continue
                 others = {one: how for one, how in now.items() if one != which}
-                if (
-                    sum(one[0] == kind and how == way for one, how in others.items())
-                    < (self.most[kind])
-                ):
+                alike = sum(one[0] == kind and how == way for one, how in others.items())
+                if alike < self.most[kind]:
                     yield others | {which: way}
 
     def _measure(self, now: Choice, choices: Sequence[Choice]) -> None:

@@ -26,13 +26,7 @@ from ..network.names import (
 from .algebra import Linear, centre, change_basis, rewrite_stream
 from .bases import Bases
 from .plan import Plan
-from .products import (
-    cast_finite,
-    choose_working_type,
-    ignore_overflow,
-    to_numpy,
-    to_stored,
-)
+from .products import cast_finite, choose_working_type, ignore_overflow, to_numpy, to_stored
 from .source import SourceReader
 
 ROWS = 8192  # of an embedding or a head at a time
