@@ -144,18 +144,20 @@ def in_a_terminal(*arguments: str, **environment: str) -> bytes:
     return shown
 
 
-def test_errors_are_red_on_a_terminal_that_wants_it() -> None:
-    coloured = in_a_terminal("convert", "--model", "/nowhere")
+def test_errors_are_red_on_a_terminal_that_wants_it(tmp_path: Path) -> None:
+    command = ("convert", "--model", "/nowhere", "--mlx-path", str(tmp_path / "o"))
+    coloured = in_a_terminal(*command)
     assert b"\x1b[1;31merror:\x1b[0m no such file or folder: /nowhere" in coloured
-    plain = in_a_terminal("convert", "--model", "/nowhere", NO_COLOR="1")
+    plain = in_a_terminal(*command, NO_COLOR="1")
     assert b"error:" in plain and b"\x1b[1;31m" not in plain
 
 
 @pytest.mark.parametrize("name", ["a\x1b[2Jb", "a\nb", "a\x07b", "a\u202eb", "[bold]a[/bold]:x:"])
 def test_an_error_is_one_plain_line_whatever_it_names(
-    name: str, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["convert", "--model", f"/nowhere/{name}"]) == 1
+    out_path = str(tmp_path / "o")
+    assert cli.main(["convert", "--model", f"/nowhere/{name}", "--mlx-path", out_path]) == 1
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: no such file or folder: /nowhere/")
     assert err.endswith("\n") and err[:-1].isprintable()
