@@ -529,9 +529,9 @@ MUTANTS: list[tuple[str, str, str, str]] = [
         "tests/network/test_metrics.py",
     ),
     (
-        "check",
-        "np.abs(a - b).max(-1) / np.where(largest",
-        "np.abs(a - b).mean(-1) / np.where(largest",
+        "metrics",
+        "np.abs(wanted - got).max(-1) / np.where(largest",
+        "np.abs(wanted - got).mean(-1) / np.where(largest",
         "tests/conversion/test_check.py",
     ),
     (
