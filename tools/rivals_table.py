@@ -89,7 +89,7 @@ def list_rows(weights: int, calibration: str, passages: str) -> list[Row]:
         target = ("--target-bytes", int(weights * size / 8), *text)
         add(f"mixed-{size}", "convert.py", *target, family="ours, mixed")
         family = "ours, mixed and distilled"
-        add(f"distilled-{size}", "convert.py", *target, "--distill", 100, family=family)
+        add(f"distilled-{size}", "convert.py", *target, "--distill", 48, family=family)
     return rows
 
 
