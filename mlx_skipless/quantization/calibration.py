@@ -12,6 +12,7 @@ moments of its inputs (in, in) and their products with its outputs (in, out).
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -33,7 +34,8 @@ from ..removal.moments import Moments
 from .ends import read_head, record, round_rows, weigh_entering, weigh_head, weigh_rows
 from .formats import Packed
 from .layout import Layout
-from .passage import OVERFLOWS, Passage, find_readers, fit_layer, fit_matrix
+from .passage import OVERFLOWS, Passage, fit_layer, fit_matrix
+from .roles import find_readers, find_writers
 
 NO_NORMS = (
     f"{OVERFLOWS}: the stream has no norms to hold it. --remove none and --remove p need no text"
@@ -184,6 +186,9 @@ class CalibratedParts:
         """Begin the text's way through a layer."""
         source, tokens, streams = self._source, self._tokens, self.streams
         readers = find_readers(source, layer, result, streams[0], tokens[0], [*forms])
+        if source.args.norm == "pre":  # both streams have the same basis
+            writers = find_writers(source, layer, result, streams[0], tokens[0], readers)
+            readers = replace(readers, writers=writers)
         return Passage(source, layer, tokens, self._wanted, streams, readers)
 
 

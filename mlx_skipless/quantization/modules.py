@@ -5,6 +5,7 @@ whose weights are then replaced. Two streams of the text lie in memory, and one 
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -18,7 +19,8 @@ from ..progress import Steps, tell_part
 from ..removal.moments import Moments
 from .ends import read_head, record, round_rows, weigh_head, weigh_rows
 from .formats import Format, Packed
-from .passage import STEPS, Passage, Readers, find_readers, fit_layer, fit_matrix
+from .passage import STEPS, Passage, fit_layer, fit_matrix
+from .roles import Readers, find_readers, find_writers
 
 
 def read_formats(model: nn.Module, dtype: mx.Dtype) -> dict[str, Format]:
@@ -126,6 +128,8 @@ class CalibratedModules:
         }
         result = network.layer(layer)
         readers = find_readers(network, layer, result, streams[0], tokens[0], [*forms])
+        writers = find_writers(network, layer, result, streams[0], tokens[0], readers)
+        readers = replace(readers, writers=writers)
         source = result if self._source is network else self._find_whole(layer, result, readers)
         for path in forms.keys() - {*readers.paths}:
             nearest = forms[path].dense(_list_parts(self._modules[prefix + path]))

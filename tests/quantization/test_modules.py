@@ -25,7 +25,7 @@ from mlx_skipless.quantization import distillation, fitting, passage, sensitivit
 from mlx_skipless.quantization.formats import Format
 from mlx_skipless.quantization.layout import quantize_nearest
 from mlx_skipless.quantization.modules import CalibratedModules, read_formats
-from mlx_skipless.quantization.passage import find_readers
+from mlx_skipless.quantization.roles import find_readers
 from mlx_skipless.quantization.settings import Quantization
 from mlx_skipless.text import samples
 
