@@ -110,27 +110,30 @@ def find_writers(
         return {}
     h, tokens = h[:1, :PROBED], tokens[:1, :PROBED]
     names = [[path.partition(".")[0] for path in group] for group in readers.groups]
+    modules: dict[str, Any] = dict(block.named_modules())
+    children = {name: Called(modules[name]) for some in names for name in some if name in modules}
+    whole = block
+    for name, child in children.items():
+        whole = replace_at(whole, name, child)
+    network.run(layer, h, tokens, whole)
+    silent = {name for name, child in children.items() if _is_stream(child.get("y"), h)}
     found = {}
     for at, group in enumerate(readers.groups):
-        modules: dict[str, Any] = dict(block.named_modules())
         inner = modules[group[0]]
         if len(group) > 1 or is_expert(inner) or inner.weight.shape[0] != h.shape[-1]:
             continue
         before = frozenset(name for some in names[: at + 1] for name in some)
         behind = frozenset(name for some in names[at + 1 :] for name in some) - before
-        if not before | behind <= modules.keys():  # lists of modules
+        if not (before <= children.keys() and behind <= silent):
             continue
-        silent = silence(block, behind, h)
-        recorder = Called(inner)
-        out = network.run(layer, h, tokens, replace_at(silent, group[0], recorder))
+        alone, recorder = silence(block, behind, h), Called(inner)
+        out = network.run(layer, h, tokens, replace_at(alone, group[0], recorder))
         shift = mx.random.normal(h.shape, key=mx.random.key(layer)) * mx.abs(recorder.y).mean()
         shifted = Given(inner, recorder.y + shift)
-        moved = network.run(layer, h, tokens, replace_at(silent, group[0], shifted))
-        moved = take_stream(moved) - take_stream(out)
-        moved, shift = np.array(moved), np.array(shift)
-        scale = float(np.vdot(moved, shift) / np.vdot(shift, shift))
-        missed = np.abs(moved - scale * shift).max()
-        if missed < TOLERANCE * np.abs(scale * shift).max():
+        moved = network.run(layer, h, tokens, replace_at(alone, group[0], shifted))
+        change, given = (np.array(a) for a in (take_stream(moved) - take_stream(out), shift))
+        scale = float(np.vdot(change, given) / np.vdot(given, given))
+        if np.abs(change - scale * given).max() < TOLERANCE * np.abs(scale * given).max():
             found[group[0]] = Writer(scale, before, behind)
     return found
 
@@ -199,6 +202,10 @@ class Routed(Recorder):
 
     def __call__(self, x: Any, indices: Any, *others: Any, **options: Any) -> Any:
         return self.inner(x, self.__dict__["indices"], *others, **options)
+
+
+def _is_stream(value: Any, h: mx.array) -> bool:
+    return isinstance(value, mx.array) and value.shape == h.shape
 
 
 def is_expert(module: nn.Module) -> bool:
