@@ -111,6 +111,20 @@ def weigh_entering(
     return gram / np.trace(gram)
 
 
+def round_tied(network: Driver, path: str, batches: Sequence[mx.array], form: Format) -> Packed:
+    """Round an embedding that begins a residual stream and is the head too.
+
+    Args:
+        network: the one to run, with dense matrices.
+        path: of the embedding's module.
+        batches: the tokens of a text.
+        form: to round to.
+    """
+    gram = weigh_head(read_head(network, path, batches))
+    weight = dict(network.model.named_modules())[path]["weight"]
+    return round_rows(weight, gram + weigh_rows(len(gram)), form)
+
+
 def round_rows(weight: mx.array, gram: np.ndarray, form: Format) -> Packed:
     """Round a matrix (out, in) with error feedback, some rows at a time."""
     rows = max(1, ROWS_BYTES // (4 * weight.shape[1]))

@@ -17,7 +17,7 @@ from ..network.model import Stream
 from ..network.parts import replace_at
 from ..progress import Steps, tell_part
 from ..removal.moments import Moments
-from .ends import read_head, record, round_rows, weigh_head, weigh_rows
+from .ends import record, round_tied
 from .formats import Format, Packed
 from .passage import STEPS, Passage, fit_layer, fit_matrix
 from .roles import Readers, find_readers, find_writers
@@ -110,12 +110,9 @@ class CalibratedModules:
         if not self._ends:
             return
         before, behind = find_ends(self._network)
-        modules = dict(self._network.model.named_modules())
         for path in sorted(before & behind & self._ends.keys()):
-            weight = modules[path]["weight"]
-            gram = weigh_head(read_head(self._source, path, self._tokens))
-            gram += weigh_rows(len(gram))
-            self._modules[path].update(round_rows(weight, gram, self._forms[path]))
+            packed = round_tied(self._source, path, self._tokens, self._forms[path])
+            self._modules[path].update(packed)
 
     def layer(self, layer: int) -> None:
         """Quantize a layer; to be called once for each, first to last."""
