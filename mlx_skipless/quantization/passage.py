@@ -22,7 +22,7 @@ from ..network.driver import Driver, is_held_out
 from ..network.model import Stream, take_stream
 from ..network.parts import replace_at
 from ..progress import Steps
-from ..removal.moments import Moments, to_float64
+from ..removal.moments import Moments, to_float64, weigh_tokens
 from .fitting import fit_weight
 from .formats import Format, Packed
 from .roles import Called, Given, Readers, Routed, is_expert, silence
@@ -81,11 +81,15 @@ def fit_layer(
 
 @dataclass
 class _Reading:
-    """What the matrices of a group read in one batch, and what the source's give there."""
+    """What the matrices of a group read in one batch, and what they should give there.
+
+    ``weights`` are the tokens', (..., 1), where they do not count the same; of errors, not squares.
+    """
 
     x: mx.array
     wanted: Mapping[str, mx.array]
     held_out: bool
+    weights: mx.array | None = None
     others: tuple[Any, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -165,10 +169,11 @@ class Passage:
             for part, recorder in recorders.items():
                 block = replace_at(block, part, recorder)
             out = self._source.run(self.layer, self._streams[i], tokens, block)
-            wanted = {path: self._wanted[i].pop(path) for path in group}
+            wanted, weights = {path: self._wanted[i].pop(path) for path in group}, None
             if writer is not None:  # its matrix is to make up for what the stream misses so far
-                missing = take_stream(self._middles[i].pop(group[0])) - take_stream(out)
-                wanted = {group[0]: reader.y + missing / writer.scale}
+                middle = take_stream(self._middles[i].pop(group[0]))
+                wanted = {group[0]: reader.y + (middle - take_stream(out)) / writer.scale}
+                weights = weigh_tokens(middle)
             for part, recorder in recorders.items():
                 if "y" not in recorder:
                     continue
@@ -180,10 +185,11 @@ class Passage:
                     self._given[i] = kept | {part: recorder.y}
             if late and self._source.is_chain:
                 mx.eval(self._ahead[i], self._wanted[i], self._routes[i], self._middles[i])
-            mx.eval(reader.x, wanted, self._given[i])
+            mx.eval(reader.x, wanted, weights, self._given[i])
             others, options = reader.__dict__["given"]
-            self._latest.append(_Reading(reader.x, {}, is_held_out(i), others, options))
-            yield _Reading(reader.x, wanted, is_held_out(i), others, options)
+            held_out = is_held_out(i)
+            self._latest.append(_Reading(reader.x, {}, held_out, None, others, options))
+            yield _Reading(reader.x, wanted, held_out, weights, others, options)
 
     def settle(self, result: nn.Module, group: Sequence[str]) -> None:
         """Take down that the matrices of a group, which were observed last, are final."""
@@ -253,7 +259,9 @@ def _fit_shared(
         for path in targets:
             if "bias" in modules[path]:
                 targets[path] = targets[path] - modules[path]["bias"]
-        moments[read.held_out].add(read.x, targets)
+        weights = 1 if read.weights is None else read.weights
+        targets = {path: weights * y for path, y in targets.items()}
+        moments[read.held_out].add(weights * read.x, targets)
     _check_finite(*moments)
     return {
         path: fit_matrix(*moments, path, module["weight"], forms[path])

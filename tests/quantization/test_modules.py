@@ -238,11 +238,16 @@ def test_what_writes_the_stream_makes_up_for_its_errors(
     (_, _, middle, _, out), (h, attended_x, mine, written_x, _) = streams
     block, form = source.layers[0], Format(4, 32, "affine")
     wanted = {
-        3: (attended_x, (middle - h) / scale, block.self_attn.o_proj),
-        6: (written_x, (out - mine) / scale, block.mlp.down_proj),
+        3: (attended_x, middle - h, middle, block.self_attn.o_proj),
+        6: (written_x, out - mine, out, block.mlp.down_proj),
     }
-    for at, (x, y, linear) in wanted.items():
-        flat = [np.array(a.reshape(-1, a.shape[-1])).astype(np.float64) for a in (x, y)]
+    for at, (x, y, stream, linear) in wanted.items():
+        # Tokens weigh as the norms do that will read the stream.
+        weights = 1 / np.linalg.norm(np.array(stream).reshape(-1, 64), axis=-1, keepdims=True)
+        flat = [
+            np.array(a.reshape(-1, a.shape[-1])).astype(np.float64) * weights
+            for a in (x, y / scale)
+        ]
         prior = np.array(linear.weight).astype(np.float64).T
         fits_by_error = list_fits(*flat, np.array(rows), prior, form)
         close = (w for error, w in fits_by_error if error < 1.01 * fits_by_error[0][0])
