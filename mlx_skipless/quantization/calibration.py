@@ -164,13 +164,13 @@ class CalibratedParts:
     def _weigh_embedding(self, embedding: mx.array) -> np.ndarray | None:
         """Measure how much errors in the result's embedding matter, as a gram (hidden, hidden).
 
-        None if nothing is known of them: an embedding that is not the head, where more than the
-        first block's matrices read the stream that it begins.
+        None if nothing is known of them: a table of the first layer, or an embedding that is not
+        the head, where more than the first block's matrices read the stream that it begins.
         """
         before, gram = self._source.args, None
-        if self._layout.args.precomputed:  # no layer reads it
-            pass
-        elif before.norm != "pre" and before.skip == "none":
+        if self._layout.args.precomputed:
+            return None
+        if before.norm != "pre" and before.skip == "none":
             gram = weigh_entering(self._merger.layer(0), before, embedding, self._tokens)
         elif before.tie_word_embeddings:
             gram = weigh_rows(before.hidden_size)
