@@ -152,8 +152,9 @@ class CalibratedParts:
             return out
         moments = Moments(), Moments()
         norm = {n: a.astype(mx.float32) for n, a in out.items() if n.startswith(FINAL_NORM)}
+        own = EMBEDDING if self._source.args.tie_word_embeddings else HEAD
         for i, wanted in enumerate(self._wanted):
-            y = record(self._source, HEAD, wanted).y - out.get(f"{HEAD}.bias", 0)
+            y = record(self._source, own, wanted).y - out.get(f"{HEAD}.bias", 0)
             read = record(self._result, HEAD, self.streams[i], norm)
             moments[is_held_out(i)].add(read.x, {HEAD: y})
         form = self._layout.format_of(HEAD)
