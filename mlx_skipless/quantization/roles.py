@@ -128,7 +128,9 @@ def find_writers(
             continue
         alone, recorder = silence(block, behind, h), Called(inner)
         out = network.run(layer, h, tokens, replace_at(alone, group[0], recorder))
-        shift = mx.random.normal(h.shape, key=mx.random.key(layer)) * mx.abs(recorder.y).mean()
+        # As large as the stream, beside which an output may be as small as its rounding errors.
+        size = mx.abs(h).mean(-1, keepdims=True) + mx.abs(recorder.y).mean(-1, keepdims=True)
+        shift = size * mx.random.normal(h.shape, key=mx.random.key(layer))
         shifted = Given(inner, recorder.y + shift)
         moved = network.run(layer, h, tokens, replace_at(alone, group[0], shifted))
         change, given = (np.array(a) for a in (take_stream(moved) - take_stream(out), shift))
