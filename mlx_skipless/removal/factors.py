@@ -28,6 +28,14 @@ class Factors:
     def __init__(self, matrix: np.ndarray):
         self._matrix: np.ndarray | None = matrix
 
+    def factor(self) -> None:
+        """Factor the matrix now.
+
+        Raises:
+            numpy.linalg.LinAlgError: if the matrix is singular.
+        """
+        assert self._parts
+
     def solve(self, wanted: np.ndarray) -> np.ndarray:
         """Solve A X = B for B of shape (n, m) or (n,).
 

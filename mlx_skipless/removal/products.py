@@ -55,6 +55,14 @@ class Inverse:
     def T(self) -> "Inverse":
         return Inverse(self._factors, not self._transposed)
 
+    def factor(self) -> None:
+        """Factor the matrix now, before several threads solve with it.
+
+        Raises:
+            numpy.linalg.LinAlgError: if the matrix is singular.
+        """
+        self._factors.factor()
+
     def __matmul__(self, other: np.ndarray) -> np.ndarray:
         factors = self._factors
         found = (factors.solve_transposed if self._transposed else factors.solve)(other)
@@ -74,20 +82,7 @@ def multiply(a: np.ndarray | Inverse, b: np.ndarray | Inverse) -> np.ndarray:
         return a @ b  # type: ignore[operator]
     if a.dtype == b.dtype == np.float32 and mx.default_device().type == mx.gpu:
         return multiply_with_mlx(b.T, a.T).T
-    found = allocate((a.shape[0], b.shape[1]), np.result_type(a, b))
-    np.matmul(b.T, a.T, out=found.T)
-    return found
-
-
-def allocate(shape: tuple[int, int], kind: np.dtype) -> np.ndarray:
-    """Make a matrix of zeros, laid out column by column, in memory that MLX keeps for reuse.
-
-    Matrices come and go here, and the system gives memory more slowly than BLAS reads it.
-    """
-    dtype = mx.float64 if kind == np.float64 else mx.float32
-    array = mx.zeros(shape[::-1], dtype, stream=mx.cpu)
-    mx.eval(array)
-    return np.asarray(array).T
+    return (b.T @ a.T).T
 
 
 def multiply_with_mlx(a: np.ndarray, b: np.ndarray) -> np.ndarray:
