@@ -64,17 +64,16 @@ class Changer:
 
     def _list_changes(self, path: str, arrays: Arrays) -> Iterator[Callable[[], Linear]]:
         """List what makes each part of the matrix at a path."""
-        writes, mean_out = self._bases.find_output(path), self._bases.takes_mean_out(path)
-        if writes is None and not mean_out:
+        writes = self._bases.find_output(path)
+        if self._bases.takes_mean_out(path):  # it is that of all outputs
+            yield partial(self._change, path, self._source.fold(path, arrays, self._kind))
+        elif writes is None:
             for part in cut_rows(arrays, count_rows()):
                 yield partial(self._change, path, self._source.fold(path, part, self._kind))
-            return
-        linear = self._source.fold(path, arrays, self._kind)
-        if writes is None or mean_out:  # a mean is of all outputs
-            yield partial(self._change, path, linear)
-            return
-        for basis in writes.split(count_rows()):
-            yield partial(self._change, path, linear, basis)
+        else:
+            linear = self._source.fold(path, arrays, self._kind)
+            for basis in writes.split(count_rows()):
+                yield partial(self._change, path, linear, basis)
 
     @ignore_overflow
     def _change(self, path: str, linear: Linear, writes: Basis | None = None) -> Linear:
