@@ -140,9 +140,15 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ),
     (
         "algebra",
-        "array[start : start + ROWS] for name",
-        "array[:ROWS] for name",
+        "array[start : start + rows] for name",
+        "array[:rows] for name",
         "tests/removal/test_exactness.py -k projections_fold",
+    ),
+    (
+        "algebra",
+        "matrix[:, i : i + columns]) for i in starts",
+        "matrix[:, :columns]) for i in starts",
+        "tests/removal/test_side_by_side.py",
     ),
     (
         "algebra",
