@@ -42,7 +42,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 
-from .factors import measure_norms
+from .factors import measure_largest, measure_norms
 from .products import Inverse, multiply, multiply_rows, subtract_mean
 
 SURE = 4  # standard errors that an estimate is trusted to
@@ -218,7 +218,7 @@ def measure_conditioning(matrix: np.ndarray, limits: Collection[float] = ()) -> 
     near = any(low.amplification <= limit <= high.amplification for limit in limits)
     if error and (near or low.extra_bits != high.extra_bits):
         frobenius = float(np.linalg.norm(inverse @ np.eye(size)))
-    condition = measure_norms(matrix, size)[0] * largest
+    condition = measure_largest(matrix) * largest
     return Conditioning(condition, scale * frobenius)
 
 
