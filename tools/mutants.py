@@ -152,8 +152,8 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ),
     (
         "algebra",
-        "bias = 0 if new.bias is None else new.bias",
-        "bias = 0 if True else new.bias",
+        "bias = None if new.bias is None else new.bias",
+        "bias = None if True else new.bias",
         EXACT,
     ),
     (

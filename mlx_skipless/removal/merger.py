@@ -72,8 +72,8 @@ class Merger:
         linears = (Linear(to_numpy(name, part[name], self._kind)) for part in parts)
 
         def store(new: Linear) -> dict[str, mx.array]:
-            bias = 0 if new.bias is None else new.bias.astype(self._kind)
-            return {name: self._store(name, new.weight + bias)}
+            bias = None if new.bias is None else new.bias.astype(self._kind)
+            return {name: self._store(name, new.weight if bias is None else new.weight + bias)}
 
         return _join(self._changer.change_each(EMBEDDING, linears, store))
 

@@ -75,14 +75,15 @@ class Inverse:
 def multiply(a: np.ndarray | Inverse, b: np.ndarray | Inverse) -> np.ndarray:
     """Compute ``a @ b``; at most one of the two is an ``Inverse``.
 
-    The result is laid out column by column, so that its transpose, which files hold, is contiguous.
+    The result is laid out row by row if ``a`` is, else column by column, so that its transpose is
+    contiguous: files hold that, but for the embedding.
     """
     assert isinstance(a, np.ndarray) or isinstance(b, np.ndarray)
     if isinstance(a, Inverse) or isinstance(b, Inverse):
         return a @ b  # type: ignore[operator]
     if a.dtype == b.dtype == np.float32 and mx.default_device().type == mx.gpu:
         return multiply_with_mlx(b.T, a.T).T
-    return (b.T @ a.T).T
+    return a @ b if a.flags.c_contiguous else (b.T @ a.T).T
 
 
 def multiply_with_mlx(a: np.ndarray, b: np.ndarray) -> np.ndarray:
