@@ -5,9 +5,10 @@
 All see the same calibration text. KL and loss are measured against the model in float32 on another
 text. DIR keeps every result, so a run that stopped goes on; --only NAME … takes some of the rows.
 
-mlx-lm's own commands run as they are, but for two things that a CPU needs: the model that they read
-is in float32, and products of packed matrices are computed with the matrices unpacked. Scales and
-whatever else is not packed are stored in bfloat16 afterwards, as of a model in bfloat16.
+mlx-lm's own commands run as they are, but for what a CPU needs: the model that they read
+is in float32, as is DWQ's training, and products of packed matrices are computed with the matrices
+unpacked. Scales and whatever else is not packed are stored in bfloat16 afterwards, as of a model in
+bfloat16.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 from mlx.utils import tree_flatten
+from mlx_lm.quant import dwq
 from mlx_lm.utils import dequantize_model
 
 from mlx_skipless.cli.figures import add_figure_arguments, open_figure
@@ -79,7 +81,7 @@ def list_rows(weights: int, calibration: str, passages: str) -> list[Row]:
     for bits in (3, 4, 5, 6):
         for rate in ("1e-6", "1e-5", "1e-4"):
             add(f"dwq-{bits}-{rate}", "dwq", "--bits", bits, "--learning-rate", rate, *text)
-        add(f"awq-{bits}", "awq", "--bits", bits, "--num-samples", 32)
+        add(f"awq-{bits}", "awq", "--bits", bits, "--num-samples", 16)
     text = ("--calibration", calibration, "--dtype", "bfloat16", "--no-verify")
     for bits in (3, 4, 5, 6):
         add(f"fitted-{bits}", "convert.py", "-q", "--q-bits", bits, *text, family="ours, fitted")
@@ -87,7 +89,7 @@ def list_rows(weights: int, calibration: str, passages: str) -> list[Row]:
         target = ("--target-bytes", int(weights * size / 8), *text)
         add(f"mixed-{size}", "convert.py", *target, family="ours, mixed")
         family = "ours, mixed and distilled"
-        add(f"distilled-{size}", "convert.py", *target, "--distill", 100, family=family)
+        add(f"distilled-{size}", "convert.py", *target, "--distill", 48, family=family)
     return rows
 
 
@@ -197,6 +199,7 @@ def main() -> None:
         sys.argv = sys.argv[2:]
         if mx.default_device().type == mx.cpu:
             mx.quantized_matmul = multiply_unpacked
+            dwq.dwq_quantize = partial(dwq.dwq_quantize, dtype=mx.float32)
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         return
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])

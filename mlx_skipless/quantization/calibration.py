@@ -12,6 +12,7 @@ moments of its inputs (in, in) and their products with its outputs (in, out).
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -20,9 +21,7 @@ import numpy as np
 
 from ..network.driver import (
     Driver,
-    Recorder,
     StreamedNetwork,
-    Streams,
     is_held_out,
     load_block,
     split_batches,
@@ -31,12 +30,13 @@ from ..network.model import Model, Stream
 from ..network.names import EMBEDDING, FINAL_NORM, HEAD, module_path
 from ..network.parts import ChangedParts, Merged, Parts
 from ..progress import Steps, tell_part
-from ..removal.moments import Moments, to_float64
+from ..removal.moments import Moments
+from .ends import read_head, record, round_rows, weigh_entering, weigh_head, weigh_rows
 from .formats import Packed
 from .layout import Layout
-from .passage import OVERFLOWS, Passage, find_readers, fit_layer, fit_matrix
+from .passage import OVERFLOWS, Passage, fit_layer, fit_matrix
+from .roles import find_readers, find_writers
 
-HEAD_TOKENS = 8  # for each number of the stream: as many tokens weigh a tied embedding
 NO_NORMS = (
     f"{OVERFLOWS}: the stream has no norms to hold it. --remove none and --remove p need no text"
 )
@@ -98,10 +98,8 @@ class CalibratedParts:
         name = f"{EMBEDDING}.weight"
         actual = out[name]
         if (form := self._layout.format_of(EMBEDDING)) is not None:
-            gram = weigh_embedding(self._source, self._merger, self._layout, actual, self._tokens)
-            packed = form.nearest(actual)
-            if gram is not None:
-                packed = form.with_feedback(np.array(actual.astype(mx.float32)), gram)
+            gram = self._weigh_embedding(actual)
+            packed = form.nearest(actual) if gram is None else round_rows(actual, gram, form)
             actual, out = form.dense(packed), _name_parts(EMBEDDING, packed)
         changed = {name: actual.astype(mx.float32)}
         self._wanted = [self._source.embed(tokens) for tokens in self._tokens]
@@ -154,88 +152,45 @@ class CalibratedParts:
             return out
         moments = Moments(), Moments()
         norm = {n: a.astype(mx.float32) for n, a in out.items() if n.startswith(FINAL_NORM)}
+        own = EMBEDDING if self._source.args.tie_word_embeddings else HEAD
         for i, wanted in enumerate(self._wanted):
-            y = _record_head(self._source, wanted).y - out.get(f"{HEAD}.bias", 0)
-            read = _record_head(self._result, self.streams[i], norm)
+            y = record(self._source, own, wanted).y - out.get(f"{HEAD}.bias", 0)
+            read = record(self._result, HEAD, self.streams[i], norm)
             moments[is_held_out(i)].add(read.x, {HEAD: y})
         form = self._layout.format_of(HEAD)
         assert form is not None
         packed = fit_matrix(*moments, HEAD, out.pop(f"{HEAD}.weight"), form)
         return out | _name_parts(HEAD, packed)
 
+    def _weigh_embedding(self, embedding: mx.array) -> np.ndarray | None:
+        """Measure how much errors in the result's embedding matter, as a gram (hidden, hidden).
+
+        None if nothing is known of them: a table of the first layer, or an embedding that is not
+        the head, where more than the first block's matrices read the stream that it begins.
+        """
+        before, gram = self._source.args, None
+        if self._layout.args.precomputed:
+            return None
+        if before.norm != "pre" and before.skip == "none":
+            gram = weigh_entering(self._merger.layer(0), before, embedding, self._tokens)
+        elif before.tie_word_embeddings:
+            gram = weigh_rows(before.hidden_size)
+        if before.tie_word_embeddings:
+            writer = module_path(before.num_hidden_layers - 1, "down_proj")
+            read = read_head(self._source, EMBEDDING, self._tokens)
+            # In the result's basis, as what the last layer writes is.
+            head = weigh_head([self._merger.rewrite(writer, x) for x in read])
+            gram = head if gram is None else gram + head
+        return gram
+
     def _enter(self, layer: int, result: nn.Module, forms: Mapping[str, Any]) -> Passage:
         """Begin the text's way through a layer."""
         source, tokens, streams = self._source, self._tokens, self.streams
         readers = find_readers(source, layer, result, streams[0], tokens[0], [*forms])
+        if source.args.norm == "pre":  # both streams have the same basis
+            writers = find_writers(source, layer, result, streams[0], tokens[0], readers)
+            readers = replace(readers, writers=writers)
         return Passage(source, layer, tokens, self._wanted, streams, readers)
-
-
-def weigh_embedding(
-    source: StreamedNetwork,
-    merger: Merged,
-    layout: Layout,
-    embedding: mx.array,
-    batches: Sequence[mx.array],
-) -> np.ndarray | None:
-    """Measure how much errors in an embedding's row matter, as a gram (hidden, hidden).
-
-    An error e costs e G e^T with G = sum of W W^T / |X W|^2 over the matrices W that read the first
-    block's input X: what W makes of the error, relative to what it makes of the text. Where the
-    head is tied, X^T X / |X|^2 of the streams X that the rows are multiplied with there is added.
-
-    Args:
-        source: the network that the removals start from.
-        merger: makes the result's dense tensors.
-        layout: the result's.
-        embedding: the result's, (vocabulary, hidden).
-        batches: the text's tokens.
-
-    Returns:
-        The gram; None where more than these reads the embedding, or it is a table.
-    """
-    before = source.args
-    if before.norm == "pre" or before.skip != "none" or layout.args.precomputed:
-        return None
-    rows = to_float64(embedding[mx.concatenate([tokens.reshape(-1) for tokens in batches])])
-    seen = rows.T @ rows
-    gram = np.zeros_like(seen)
-    merged, readers = merger.layer(0), ["q_proj", "k_proj", "v_proj"]
-    if before.block == "parallel":
-        readers += before.ffn_readers
-    for name in readers:
-        stored = merged.get(f"{module_path(0, name)}.weight")  # none: it is the identity
-        weight = np.eye(len(seen))
-        if stored is not None:  # experts' count as one, all outputs behind one another
-            weight = to_float64(stored).reshape(-1, len(seen)).T
-        # |X W|^2 = tr(W^T X^T X W)
-        gram += weight @ weight.T / np.sum(weight * (seen @ weight))
-    gram /= np.trace(gram)
-    if before.tie_word_embeddings:
-        last = _read_head(source, merger, batches)
-        gram += last.T @ last / np.sum(last**2)
-    return gram
-
-
-def _read_head(source: StreamedNetwork, merger: Merged, batches: Sequence[mx.array]) -> np.ndarray:
-    """What the source's head reads on the text, in the result's basis, (tokens, hidden)."""
-    enough = HEAD_TOKENS * source.args.hidden_size
-    batches = batches[: 1 + (enough - 1) // batches[0].size]
-    streams = Streams(source, batches, (None,))
-    for layer, block in source.walk():
-        streams.advance(layer, block)
-    writer = module_path(source.args.num_hidden_layers - 1, "down_proj")
-    read = [merger.rewrite(writer, _record_head(source, h).x) for h in streams[None]]
-    return np.concatenate([to_float64(h.reshape(-1, h.shape[-1])) for h in read])
-
-
-def _record_head(
-    network: Driver, h: Stream, changes: Mapping[str, mx.array] | None = None
-) -> Recorder:
-    """Run what is behind the layers on a stream; record what the head reads and gives."""
-    path = EMBEDDING if network.model.args.tie_word_embeddings else HEAD
-    recorder = Recorder(dict(network.model.named_modules())[path])
-    network.logits(h, {**(changes or {}), path: recorder})
-    return recorder
 
 
 def _name_parts(where: str, packed: Packed) -> Arrays:

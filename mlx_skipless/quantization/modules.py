@@ -5,6 +5,7 @@ whose weights are then replaced. Two streams of the text lie in memory, and one 
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -16,8 +17,10 @@ from ..network.model import Stream
 from ..network.parts import replace_at
 from ..progress import Steps, tell_part
 from ..removal.moments import Moments
+from .ends import record, round_tied
 from .formats import Format, Packed
-from .passage import STEPS, Passage, Readers, find_readers, fit_layer, fit_matrix
+from .passage import STEPS, Passage, fit_layer, fit_matrix
+from .roles import Readers, find_readers, find_writers
 
 
 def read_formats(model: nn.Module, dtype: mx.Dtype) -> dict[str, Format]:
@@ -54,8 +57,8 @@ class CalibratedModules:
 
     Quantized modules are quantized, or all matrices fitted if there are none.
 
-    A network that is no chain of layers comes as one layer. Matrices outside of the layers are
-    rounded to nearest, but for a head of its own. So are those that ``find_readers`` leaves out.
+    A network that is no chain of layers comes as one layer. Embeddings that are not the head are
+    rounded to nearest. So are matrices that ``find_readers`` leaves out.
 
     Args:
         network: with dense matrices, in float32.
@@ -92,14 +95,24 @@ class CalibratedModules:
         self._streams: list[Stream] = []
 
     def embedding(self) -> None:
-        """Let the text enter both networks."""
+        """Let the text enter both networks, through an embedding that is rounded by now."""
         network = self._network
+        self._round_tied()
         self._wanted = [self._source.embed(tokens) for tokens in self._tokens]
         begun = [network.embed(tokens, self._ends) for tokens in self._tokens]
         self._streams = [h.astype(mx.float32) if network.is_chain else h for h in begun]
         mx.eval(self._wanted, self._streams)
         network.release()
         self._source.release()
+
+    def _round_tied(self) -> None:
+        """Round an embedding that is the head too, by what is read there."""
+        if not self._ends:
+            return
+        before, behind = find_ends(self._network)
+        for path in sorted(before & behind & self._ends.keys()):
+            packed = round_tied(self._source, path, self._tokens, self._forms[path])
+            self._modules[path].update(packed)
 
     def layer(self, layer: int) -> None:
         """Quantize a layer; to be called once for each, first to last."""
@@ -112,6 +125,8 @@ class CalibratedModules:
         }
         result = network.layer(layer)
         readers = find_readers(network, layer, result, streams[0], tokens[0], [*forms])
+        writers = find_writers(network, layer, result, streams[0], tokens[0], readers)
+        readers = replace(readers, writers=writers)
         source = result if self._source is network else self._find_whole(layer, result, readers)
         for path in forms.keys() - {*readers.paths}:
             nearest = forms[path].dense(_list_parts(self._modules[prefix + path]))
@@ -158,22 +173,14 @@ class CalibratedModules:
             bias = modules[path].get("bias", 0)
             moments = Moments(), Moments()
             for i, wanted in enumerate(self._wanted):
-                y = self._record(self._source, path, wanted, {}).y - bias
-                x = self._record(self._network, path, self._streams[i], self._ends).x
+                y = record(self._source, path, wanted).y - bias
+                x = record(self._network, path, self._streams[i], self._ends).x
                 moments[is_held_out(i)].add(x, {path: y})
             prior = modules[path]["weight"]
             parts = fit_matrix(*moments, path, prior, self._forms[path])
             self._modules[path].update(parts)
         count = STEPS * (2 + len(self._network.paths))
         self._progress(count, count)
-
-    def _record(
-        self, network: Driver, path: str, h: Stream, changes: Mapping[str, Any]
-    ) -> Recorder:
-        """Run what is behind the layers; record what one module there reads and gives."""
-        recorder = Recorder(dict(network.model.named_modules())[path])
-        network.logits(h, {**changes, path: recorder})
-        return recorder
 
 
 def _list_dense(model: nn.Module) -> dict[str, Format]:

@@ -3,12 +3,12 @@
 Nothing here knows an architecture. Which matrices read the same is found by running the layer:
 those are observed together, in the order in which the layer meets them. Each is fitted by least
 squares, so that from what the result's layers so far make of the text it gives what the source's
-gives from its own inputs. Then it is rounded with error feedback.
+gives from its own inputs. Where its output is added to the stream, it is fitted so that the stream
+becomes the source's, errors of all layers before included. Then it is rounded with error feedback.
 
 Experts are fitted by the tokens that the source's router sends to each of them.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,74 +16,22 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.switch_layers import SwitchLinear
 
 from ..errors import UserError
-from ..network.driver import Driver, Recorder, is_held_out
-from ..network.model import Stream
+from ..network.driver import Driver, is_held_out
+from ..network.model import Stream, take_stream
 from ..network.parts import replace_at
 from ..progress import Steps
-from ..removal.moments import Moments, to_float64
+from ..removal.moments import Moments, to_float64, weigh_tokens
 from .fitting import fit_weight
 from .formats import Format, Packed
+from .roles import Called, Given, Readers, Routed, is_expert, silence
 
 STEPS = 4  # that progress tells of for each part of a network
 SPARSE = 4  # an expert that sees fewer tokens than one in so many inputs is rounded to nearest
 OVERFLOWS = "activations overflow float32 at {} on the text to quantize against"
 
 Rewrite = Callable[[str, mx.array], mx.array]
-
-
-@dataclass(frozen=True)
-class Readers:
-    """The matrices of a layer that can be fitted.
-
-    Attributes:
-        groups: their paths in the layer, those together that read the same array.
-        routed: the modules that give tokens to the experts among them.
-    """
-
-    groups: Sequence[Sequence[str]]
-    routed: frozenset[str] = frozenset()
-
-    @property
-    def paths(self) -> list[str]:
-        """All of the matrices' paths."""
-        return [path for group in self.groups for path in group]
-
-
-def find_readers(
-    network: Driver, layer: int, block: nn.Module, h: Stream, tokens: mx.array, paths: Sequence[str]
-) -> Readers:
-    """Find out which matrices of a layer read the same array; nothing is computed.
-
-    Those are left out that a forward never calls, or twice, or in a way of their own.
-
-    Args:
-        network: runs the layer.
-        layer: its number.
-        block: the layer, with dense matrices.
-        h: what enters it.
-        tokens: that the stream is of.
-        paths: of the matrices in the layer.
-    """
-    modules = dict(block.named_modules())
-    calls: list[tuple[str, Recorder]] = []
-    parents = {path.rpartition(".")[0] for path in paths if _is_expert(modules[path])}
-    for path in sorted({*paths, *parents}, key=lambda path: -path.count(".")):
-        inner = dict(block.named_modules())[path]
-        block = replace_at(block, path, _Called(inner, path, calls))
-    network.run(layer, h, tokens, block)
-    counts = Counter(path for path, _ in calls)
-    once = {path: call for path, call in calls if counts[path] == 1}
-    routed = {path for path in parents if path in once and once[path].indices is not None}
-    groups: dict[int, list[str]] = {}  # the calls keep their arrays, whose numbers stay theirs
-    for path, call in once.items():
-        if path in paths and _is_plain(modules[path], call, path.rpartition(".")[0] in routed):
-            if not _is_expert(modules[path]) and call.x.size // call.x.shape[-1] % tokens.size:
-                continue  # some tokens alone: which they are depends on a router that changes
-            groups.setdefault(id(call.x), []).append(path)
-    return Readers(tuple(groups.values()), frozenset(routed))
 
 
 def fit_layer(
@@ -116,7 +64,7 @@ def fit_layer(
     for done, group in enumerate(groups):
         progress(STEPS * done // len(groups), STEPS)
         modules = dict(result.named_modules())
-        fit = _fit_experts if _is_expert(modules[group[0]]) else _fit_shared
+        fit = _fit_experts if is_expert(modules[group[0]]) else _fit_shared
         read = passage.observe(result, group, late=done >= len(groups) - 2)
         try:
             new = fit(read, {path: modules[path] for path in group}, forms, rewrite)
@@ -133,11 +81,15 @@ def fit_layer(
 
 @dataclass
 class _Reading:
-    """What the matrices of a group read in one batch, and what the source's give there."""
+    """What the matrices of a group read in one batch, and what they should give there.
+
+    ``weights`` are the tokens', (..., 1), where they do not count the same; of errors, not squares.
+    """
 
     x: mx.array
     wanted: Mapping[str, mx.array]
     held_out: bool
+    weights: mx.array | None = None
     others: tuple[Any, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -176,17 +128,25 @@ class Passage:
         self._latest: list[_Reading] = []
         self._settled: set[str] = set()
         self._lasting: set[str] = set()  # parts that change a cache, so that they always run
-        block = source.layer(layer) if block is None else block
-        recorders: dict[str, Recorder] = {}
-        for path in [*readers.paths, *readers.routed]:
-            recorders[path] = _Called(dict(block.named_modules())[path])
+        self._middles: list[dict[str, Stream]] = []  # the source's streams behind its writers
+        own = source.layer(layer) if block is None else block
+        block, recorders = own, dict[str, Any]()
+        children = sorted(name for writer in readers.writers.values() for name in writer.before)
+        for path in dict.fromkeys([*readers.paths, *readers.routed, *children]):
+            recorders[path] = Called(dict(block.named_modules())[path])
             block = replace_at(block, path, recorders[path])
         for i, tokens in enumerate(batches):
-            out = source.run(layer, ahead[i], tokens, block)
+            h, out = ahead[i], source.run(layer, ahead[i], tokens, block)
             if source.is_chain:  # else there is nothing behind it, and its logits take much room
                 ahead[i] = out
             self._wanted.append({path: recorders[path].y for path in readers.paths})
             self._routes.append({path: recorders[path].indices for path in readers.routed})
+            self._middles.append({})
+            for path, writer in readers.writers.items():
+                middle = silence(own, writer.behind, h)
+                for name in writer.before:  # they have run
+                    middle = replace_at(middle, name, Given(own[name], recorders[name].y))
+                self._middles[i][path] = source.run(layer, h, tokens, middle)
 
     def observe(self, result: nn.Module, group: Sequence[str], *, late: bool) -> Iterator[_Reading]:
         """Run the text, a batch at a time, as far as a group of matrices.
@@ -195,18 +155,25 @@ class Passage:
         that its inner numbers can go, which are the widest.
         """
         finished = self._find_finished(result)
+        writer = self.readers.writers.get(group[0])
         self._latest = []
         for i, tokens in enumerate(self._batches):
             block = self._resume(result, i)
-            reader = _Called(dict(block.named_modules())[group[0]])
+            if writer is not None:
+                block = silence(block, writer.behind, self._streams[i])
+            reader = Called(dict(block.named_modules())[group[0]])
             block = replace_at(block, group[0], reader)
             block = self._route(block, i)
             modules = dict(block.named_modules())
-            recorders = {part: _Called(modules[part]) for part in finished}
+            recorders = {part: Called(modules[part]) for part in finished}
             for part, recorder in recorders.items():
                 block = replace_at(block, part, recorder)
-            self._source.run(self.layer, self._streams[i], tokens, block)
-            wanted = {path: self._wanted[i].pop(path) for path in group}
+            out = self._source.run(self.layer, self._streams[i], tokens, block)
+            wanted, weights = {path: self._wanted[i].pop(path) for path in group}, None
+            if writer is not None:  # its matrix is to make up for what the stream misses so far
+                middle = take_stream(self._middles[i].pop(group[0]))
+                wanted = {group[0]: reader.y + (middle - take_stream(out)) / writer.scale}
+                weights = weigh_tokens(middle)
             for part, recorder in recorders.items():
                 if "y" not in recorder:
                     continue
@@ -217,11 +184,12 @@ class Passage:
                     kept = {p: y for p, y in self._given[i].items() if not p.startswith(inside)}
                     self._given[i] = kept | {part: recorder.y}
             if late and self._source.is_chain:
-                mx.eval(self._ahead[i], self._wanted[i], self._routes[i])
-            mx.eval(reader.x, wanted, self._given[i])
+                mx.eval(self._ahead[i], self._wanted[i], self._routes[i], self._middles[i])
+            mx.eval(reader.x, wanted, weights, self._given[i])
             others, options = reader.__dict__["given"]
-            self._latest.append(_Reading(reader.x, {}, is_held_out(i), others, options))
-            yield _Reading(reader.x, wanted, is_held_out(i), others, options)
+            held_out = is_held_out(i)
+            self._latest.append(_Reading(reader.x, {}, held_out, None, others, options))
+            yield _Reading(reader.x, wanted, held_out, weights, others, options)
 
     def settle(self, result: nn.Module, group: Sequence[str]) -> None:
         """Take down that the matrices of a group, which were observed last, are final."""
@@ -266,7 +234,7 @@ class Passage:
         """Return a copy of a layer that does not compute again what is final."""
         modules = dict(result.named_modules())
         for path, value in self._given[batch].items():
-            result = replace_at(result, path, _Given(modules[path], value))
+            result = replace_at(result, path, Given(modules[path], value))
         return result
 
     def _route(self, block: nn.Module, batch: int) -> nn.Module:
@@ -274,82 +242,8 @@ class Passage:
         modules = dict(block.named_modules())
         for path, indices in self._routes[batch].items():
             if path in modules:
-                block = replace_at(block, path, _Routed(modules[path], indices))
+                block = replace_at(block, path, Routed(modules[path], indices))
         return block
-
-
-class _Called(Recorder):
-    """A module that keeps its latest input, output and whatever else it was called with.
-
-    It appends each call to ``calls``, with its path.
-    """
-
-    def __init__(self, inner: Any, path: str = "", calls: list[Any] | None = None):
-        super().__init__(inner)
-        self.__dict__["path"], self.__dict__["calls"] = path, calls
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        if not args:  # some architectures name all that they pass; what comes first is the input
-            args = (options.pop(next(iter(options))),)
-        x, *others = args
-        self.__dict__["given"] = others, options
-        y = super().__call__(x, *others, **options)
-        if (calls := self.__dict__["calls"]) is not None:
-            one = _Called(None)
-            one.x, one.y, one.__dict__["given"] = x, y, (others, options)
-            calls.append((self.__dict__["path"], one))
-        return y
-
-    @property
-    def has_cache(self) -> bool:
-        """Whether it was called with a cache."""
-        others, options = self.__dict__["given"]
-        return any(hasattr(one, "state") for one in (*others, *options.values()))
-
-    @property
-    def indices(self) -> mx.array | None:
-        """The experts that it was called with for its tokens, if there were any."""
-        others, _ = self.__dict__["given"]
-        first = others[0] if others else None
-        integers = isinstance(first, mx.array) and mx.issubdtype(first.dtype, mx.integer)
-        return first if integers else None
-
-
-class _Given(Recorder):
-    """Stands in a module's place and gives what that gave."""
-
-    def __init__(self, inner: nn.Module, value: Any):
-        super().__init__(inner)
-        self.y = value
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        return self.y
-
-
-class _Routed(Recorder):
-    """Calls experts with a choice of its own."""
-
-    def __init__(self, inner: nn.Module, indices: mx.array):
-        super().__init__(inner)
-        self.__dict__["indices"] = indices
-
-    def __call__(self, x: Any, indices: Any, *others: Any, **options: Any) -> Any:
-        return self.inner(x, self.__dict__["indices"], *others, **options)
-
-
-def _is_expert(module: nn.Module) -> bool:
-    return isinstance(module, SwitchLinear)
-
-
-def _is_plain(module: nn.Module, call: Recorder, routed: bool) -> bool:
-    """Whether a call of a module was a product with its weight, plus its bias."""
-    weight, y = module.get("weight"), call.y
-    if not (isinstance(call.x, mx.array) and isinstance(y, mx.array) and weight is not None):
-        return False
-    fits = (y.shape[-1], call.x.shape[-1]) == weight.shape[-2:]
-    if _is_expert(module):
-        return fits and routed and call.indices is not None and call.x.shape[-2] == 1
-    return fits and isinstance(module, nn.Linear)
 
 
 def _fit_shared(
@@ -365,7 +259,9 @@ def _fit_shared(
         for path in targets:
             if "bias" in modules[path]:
                 targets[path] = targets[path] - modules[path]["bias"]
-        moments[read.held_out].add(read.x, targets)
+        weights = 1 if read.weights is None else read.weights
+        targets = {path: weights * y for path, y in targets.items()}
+        moments[read.held_out].add(weights * read.x, targets)
     _check_finite(*moments)
     return {
         path: fit_matrix(*moments, path, module["weight"], forms[path])

@@ -33,6 +33,7 @@ from ..progress import Steps, tell_part
 from ..removal.merger import Merger
 from ..removal.plan import RemovalCost
 from .calibration import CalibratedParts
+from .ends import round_tied
 from .formats import Format
 from .layout import Layout
 
@@ -129,6 +130,8 @@ def measure_rounding(
 ) -> dict[str, float]:
     """Measure the KL of a network whose matrices are rounded to nearest, one at a time.
 
+    An embedding that is the head too is rounded as a result's is, which errs far less.
+
     Args:
         network: the one to compare with, in float32, with dense matrices.
         matrices: module paths.
@@ -147,7 +150,9 @@ def measure_rounding(
         rows = _limit(tokens, len(alone), network.embed(tokens[:1, :1]).shape[-1])
     else:  # every copy's logits are held
         rows = _limit(tokens, len(alone), network.vocabulary)
-    found = _Comparison(network, rows, alone, format_of).run({}, progress)
+    comparison = _Comparison(network, rows, alone, format_of)
+    comparison.round_tied(split_batches(tokens))
+    found = comparison.run({}, progress)
     all_seen = isinstance(network, StreamedNetwork) or not network.is_chain
     inside = ("",) if all_seen else tuple(f"{path}." for path in network.paths)
     return {where: cost for where, cost in found.items() if cost or where.startswith(inside)}
@@ -302,6 +307,15 @@ class _Comparison:
     ):
         self._network, self._tokens = network, tokens
         self._rounded, self._format_of = rounded, format_of
+        self._known: dict[str, mx.array] = {}  # rounded tensors by name
+
+    def round_tied(self, batches: Sequence[mx.array]) -> None:
+        """Round an embedding that is the head too by what is read there of a text."""
+        before, behind = find_ends(self._network) if self._network.is_chain else (set(), set())
+        for path in before & behind & self._rounded.keys():
+            if (form := self._format_of(path)) is not None:
+                packed = round_tied(self._network, path, batches, form)
+                self._known[f"{path}.weight"] = form.dense(packed)
 
     def run(
         self,
@@ -374,6 +388,8 @@ class _Comparison:
     def _round(self, name: str, tensors: Arrays) -> dict[str, mx.array]:
         """The tensors, of those given, that a copy rounds, as float32."""
         return {
-            tensor: form.dense(form.nearest(tensors[tensor]))
+            tensor: self._known[tensor]
+            if tensor in self._known
+            else form.dense(form.nearest(tensors[tensor]))
             for tensor, form in self._find(name, tensors)
         }

@@ -13,6 +13,7 @@ import numpy as np
 from .products import ignore_overflow
 
 WIDE = 4096  # inputs whose second moments are kept in float64
+SMALLEST = 1e-12  # mean square of a token's stream
 # Tried as the ridge, a share of the inputs' mean square.
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
@@ -59,6 +60,16 @@ class Moments:
     def finite(self) -> bool:
         """Whether no sum overflowed."""
         return all(np.isfinite(sums).all() for sums in (self.gram, *self.cross.values()))
+
+
+def weigh_tokens(stream: mx.array) -> mx.array:
+    """Return what errors of a stream (..., width) count for the norms that read it, (..., 1).
+
+    A norm divides by the root of a token's mean square. Without these weights the few tokens whose
+    stream is a thousand times as large as that of others would be all that is fitted.
+    """
+    square = stream.astype(mx.float32).square().mean(-1, keepdims=True)
+    return mx.rsqrt(mx.maximum(square, SMALLEST))
 
 
 @ignore_overflow

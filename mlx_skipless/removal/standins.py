@@ -25,10 +25,9 @@ from ..network.parts import replace_at
 from ..network.stock import StandIns, StockNetwork
 from ..network.trial import KINDS, find_part
 from ..progress import Steps, tell_part
-from .moments import RIDGES, Moments, add_to_diagonal
+from .moments import RIDGES, SMALLEST, Moments, add_to_diagonal, weigh_tokens
 from .sublayers import Drops, Step, Wish, choose_drops
 
-SMALLEST = 1e-12  # mean square of a token's stream
 ADDS = 1e-3  # by which a block's stream may differ from the sum of what its sub-layers give
 OUTPUT = "y"
 
@@ -207,7 +206,7 @@ class _Fitting:
                 now, _, _, x = _watch(self._result, layer, kind, reduced, streams[i], batch)
                 if share is not None:  # so that it gives what the stream lacks by now, too
                     y = y + (before - now) / share
-            weight = mx.rsqrt(mx.maximum(after.square().mean(-1, keepdims=True), SMALLEST))
+            weight = weigh_tokens(after)
             x = mx.concatenate([x, mx.ones_like(x[:, :1])], axis=-1) * weight
             moments[is_held_out(i)].add(x, {OUTPUT: y * weight})
         return _solve(*moments, scale=1.0 if share is None else share)

