@@ -1,12 +1,41 @@
 """How much memory there is and what takes it."""
 
+import ctypes
 import os
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_reduce
+
+# Of glibc's mallopt, with the values that it starts with.
+M_TRIM_THRESHOLD, TRIM_THRESHOLD = -1, 128 << 10
+M_MMAP_MAX, MMAP_MAX = -4, 65536
+
+
+@contextmanager
+def reuse_memory() -> Iterator[None]:
+    """Have the C library keep what is freed, for large arrays that come and go.
+
+    MLX on a CPU gives their memory back each time, and the system gives new memory page by page,
+    more slowly than BLAS reads it. Where the library is not glibc, nothing changes. At the end all
+    that is free goes back to the system.
+    """
+    library = ctypes.CDLL(None)
+    if not (hasattr(library, "mallopt") and hasattr(library, "malloc_trim")):
+        yield
+        return
+    library.mallopt(M_MMAP_MAX, 0)
+    library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        library.mallopt(M_MMAP_MAX, MMAP_MAX)
+        library.mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD)
+        library.malloc_trim(ctypes.c_size_t(0))
 
 
 def peak_memory_bytes() -> int:

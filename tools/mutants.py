@@ -140,14 +140,20 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ),
     (
         "algebra",
-        "array[start : start + ROWS] for name",
-        "array[:ROWS] for name",
+        "array[start : start + rows] for name",
+        "array[:rows] for name",
         "tests/removal/test_exactness.py -k projections_fold",
     ),
     (
         "algebra",
-        "bias = 0 if new.bias is None else new.bias",
-        "bias = 0 if True else new.bias",
+        "matrix[:, i : i + columns]) for i in starts",
+        "matrix[:, :columns]) for i in starts",
+        "tests/removal/test_side_by_side.py",
+    ),
+    (
+        "algebra",
+        "bias = None if new.bias is None else new.bias",
+        "bias = None if True else new.bias",
         EXACT,
     ),
     (

@@ -22,7 +22,7 @@ from ..inference.loading import load_network
 from ..inference.sizes import count_bytes_read
 from ..inference.stock import open_network
 from ..inference.unpacking import unpack
-from ..memory import machine_memory_bytes, peak_memory_bytes
+from ..memory import machine_memory_bytes, peak_memory_bytes, reuse_memory
 from ..network import model as model_module
 from ..network.driver import RESIDENT_BYTES, Driver, StreamedNetwork
 from ..network.parts import tensors_of
@@ -78,6 +78,7 @@ from .stock_search import reach_target
 from .writing import MODEL_FILE, make_config, write
 
 
+@reuse_memory()
 def convert(
     model: str | Path | None = None,
     mlx_path: str | Path | None = None,

@@ -37,13 +37,13 @@ The functions below are these equations. ``products.py`` says in which precision
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
 
-from .factors import measure_norms
-from .products import Inverse, allocate, multiply, multiply_rows, subtract_mean
+from .factors import measure_largest, measure_norms
+from .products import Inverse, multiply, multiply_rows, subtract_mean
 
 SURE = 4  # standard errors that an estimate is trusted to
 
@@ -69,6 +69,17 @@ class Basis:
     matrix: np.ndarray | Inverse | None
     inverse: np.ndarray | Inverse
     shift: np.ndarray | None = None
+
+    def split(self, columns: int) -> list["Basis"]:
+        """Split T into so many columns each, for parts of what writes the point.
+
+        An inverse stays whole.
+        """
+        matrix = self.matrix
+        if not isinstance(matrix, np.ndarray):
+            return [self]
+        starts = range(0, matrix.shape[1], columns)
+        return [replace(self, matrix=matrix[:, i : i + columns]) for i in starts]
 
 
 def basis_without_reader(q: Linear) -> Basis:
@@ -152,8 +163,7 @@ def fold_norm(
     if norm_bias is not None:
         bias = (0 if bias is None else bias) + norm_bias @ weight
     if norm_weight is not None:
-        gained = allocate(weight.shape, weight.dtype)
-        weight = np.multiply(norm_weight[:, None].astype(weight.dtype), weight, out=gained)
+        weight = norm_weight[:, None].astype(weight.dtype) * weight
     return Linear(weight, bias)
 
 
@@ -208,7 +218,7 @@ def measure_conditioning(matrix: np.ndarray, limits: Collection[float] = ()) -> 
     near = any(low.amplification <= limit <= high.amplification for limit in limits)
     if error and (near or low.extra_bits != high.extra_bits):
         frobenius = float(np.linalg.norm(inverse @ np.eye(size)))
-    condition = measure_norms(matrix, size)[0] * largest
+    condition = measure_largest(matrix) * largest
     return Conditioning(condition, scale * frobenius)
 
 

@@ -1,7 +1,8 @@
 """Square matrices in factors: many systems are solved, and norms estimated, with one factorisation.
 
-Everything is float64. MLX's LAPACK factors, because NumPy's gives away solutions alone, and NumPy
-multiplies: see ``products.py``.
+Everything is float64 but the 2-norm of a matrix as it is, to which rounding does not matter. MLX's
+LAPACK factors, because NumPy's gives away solutions alone, and NumPy multiplies: see
+``products.py``.
 """
 
 from functools import cached_property
@@ -27,6 +28,14 @@ class Factors:
 
     def __init__(self, matrix: np.ndarray):
         self._matrix: np.ndarray | None = matrix
+
+    def factor(self) -> None:
+        """Factor the matrix now.
+
+        Raises:
+            numpy.linalg.LinAlgError: if the matrix is singular.
+        """
+        assert self._parts
 
     def solve(self, wanted: np.ndarray) -> np.ndarray:
         """Solve A X = B for B of shape (n, m) or (n,).
@@ -126,6 +135,21 @@ def measure_norms(matrix: Any, size: int) -> tuple[float, float, float]:
     # The error of a root is half that of the square.
     error = outside.std(ddof=1) / PROBES**0.5 / 2 / square**0.5
     return largest, square**0.5, float(error)
+
+
+def measure_largest(matrix: np.ndarray) -> float:
+    """Measure the 2-norm of a square matrix as ``measure_norms`` does, but in float32.
+
+    Its rounding is a relative error of 1e-6 here; an inverse would magnify it.
+    """
+    size = len(matrix)
+    if size <= DENSE:
+        return float(np.linalg.norm(matrix, 2))
+    scale = max(matrix.max(), -matrix.min())  # squares of what remains do not overflow
+    narrow = np.empty_like(matrix, dtype=np.float32)
+    np.divide(matrix, scale, out=narrow, casting="same_kind")
+    start = np.random.default_rng(0).standard_normal((size, COLUMNS)).astype(np.float32)
+    return float(scale) * _find_largest(narrow, start)[2]
 
 
 def _find_largest(matrix: Any, start: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:

@@ -3,7 +3,8 @@
 ``algebra.py`` changes the bases, ``bases.py`` says which basis holds where, ``source.py`` reads.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -23,13 +24,12 @@ from ..network.names import (
     is_stream_norm_weight,
     module_path,
 )
-from .algebra import Linear, centre, change_basis, rewrite_stream
+from .algebra import Linear, rewrite_stream
 from .bases import Bases
+from .changer import Changer, count_rows, cut_rows
 from .plan import Plan
 from .products import cast_finite, choose_working_type, ignore_overflow, to_numpy, to_stored
 from .source import SourceReader
-
-ROWS = 8192  # of an embedding or a head at a time
 
 
 class Merger:
@@ -57,6 +57,7 @@ class Merger:
         self._kind = choose_working_type(dtype)
         self._source = SourceReader(checkpoint, plan.folded)
         self._bases = Bases(plan, self._source, self._kind)
+        self._changer = Changer(self._source, self._bases, self._kind)
 
     @ignore_overflow
     def embedding(self) -> dict[str, mx.array]:
@@ -65,13 +66,16 @@ class Merger:
         arrays = self._source.read_module(EMBEDDING)
         if self._is_untouched(EMBEDDING):
             return {name: self._cast(name, arrays[name])}
-        done = []
-        for part in _cut_rows(arrays):
-            # The matrix reads one-hot rows, so its file is (in, out) and its bias joins each row.
-            new = self._change(EMBEDDING, Linear(to_numpy(name, part[name], self._kind)))
-            bias = 0 if new.bias is None else new.bias.astype(self._kind)
-            done.append(self._store(name, new.weight + bias))
-        return {name: mx.concatenate(done)}
+        # The matrix reads one-hot rows, so its file is (in, out) and its bias joins each row.
+        # Each part computes that bias again: so they are larger than others.
+        parts = cut_rows(arrays, 4 * count_rows())
+        linears = (Linear(to_numpy(name, part[name], self._kind)) for part in parts)
+
+        def store(new: Linear) -> dict[str, mx.array]:
+            bias = None if new.bias is None else new.bias.astype(self._kind)
+            return {name: self._store(name, new.weight if bias is None else new.weight + bias)}
+
+        return _join(self._changer.change_each(EMBEDDING, linears, store))
 
     @ignore_overflow
     def layer(self, layer: int) -> dict[str, mx.array]:
@@ -107,16 +111,6 @@ class Merger:
         """Whether the matrix at a path is in the result what it is in the source."""
         return self._bases.keeps(path) and not self._source.has_norm_to_fold(path)
 
-    def _change(self, path: str, linear: Linear) -> Linear:
-        """Express the matrix at a path, or a part of it, in the result's bases."""
-        new = change_basis(
-            linear,
-            reads=self._bases.find_input(path),
-            writes=self._bases.find_output(path),
-            shift_share=self._bases.find_shift_share(path),
-        )
-        return centre(new) if self._bases.takes_mean_out(path) else new
-
     def _merge(self, path: str) -> dict[str, mx.array]:
         """Make the weight and, if there is one, the bias of the matrix at a path."""
         arrays = self._source.read_module(path)
@@ -125,18 +119,25 @@ class Merger:
         experts = self._plan.before.num_local_experts
         if experts and path.rpartition(".")[2] in EXPERTS:
             each = ({name: a[i] for name, a in arrays.items()} for i in range(experts))
-            made = [self._merge_part(path, part) for part in each]
+            made = [self._merge_matrix(path, one) for one in each]
             return {name: mx.stack([part[name] for part in made]) for name in made[0]}
-        parts = _cut_rows(arrays) if path == HEAD else [arrays]
-        made = [self._merge_part(path, part) for part in parts]
-        return {name: mx.concatenate([part[name] for part in made]) for name in made[0]}
+        return self._merge_matrix(path, arrays)
 
-    def _merge_part(self, path: str, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        if self._bases.keeps(path):
-            scaled = self._source.scale(path, arrays, self._dtype)
-            if scaled is not None:
-                return scaled
-        new = self._change(path, self._source.fold(path, arrays, self._kind))
+    def _merge_matrix(self, path: str, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """Make what ``_merge`` does of a module's tensors, or of one expert's."""
+        if not self._bases.keeps(path):
+            return _join(self._changer.change(path, arrays, partial(self._store_linear, path)))
+        parts = cut_rows(arrays, count_rows()) if path == HEAD else [arrays]
+        return _join([self._fold(path, part) for part in parts])
+
+    def _fold(self, path: str, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """Make a matrix that no basis changes, or some rows of it, with the norm before it."""
+        scaled = self._source.scale(path, arrays, self._dtype)
+        if scaled is not None:
+            return scaled
+        return self._store_linear(path, self._source.fold(path, arrays, self._kind))
+
+    def _store_linear(self, path: str, new: Linear) -> dict[str, mx.array]:
         out = {f"{path}.weight": self._store(f"{path}.weight", new.weight.T)}
         if new.bias is not None:
             out[f"{path}.bias"] = self._store(f"{path}.bias", new.bias)
@@ -177,11 +178,13 @@ class Merger:
         return cast_finite(name, array, self._dtype)
 
 
-def _cut_rows(arrays: Mapping[str, mx.array]) -> Iterator[dict[str, mx.array]]:
-    """Cut tensors of as many rows each into parts of at most ``ROWS`` rows."""
-    length = next(iter(arrays.values())).shape[0]
-    for start in range(0, length, ROWS):
-        yield {name: array[start : start + ROWS] for name, array in arrays.items()}
+def _join(parts: list[dict[str, mx.array]]) -> dict[str, mx.array]:
+    """Join the rows of tensors that were made in parts."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = {name: mx.concatenate([part[name] for part in parts]) for name in parts[0]}
+    mx.eval(whole)  # so that the parts go
+    return whole
 
 
 def _find_layer_norms(args: ModelArgs, layer: int) -> dict[str, tuple[str, int]]:

@@ -55,6 +55,14 @@ class Inverse:
     def T(self) -> "Inverse":
         return Inverse(self._factors, not self._transposed)
 
+    def factor(self) -> None:
+        """Factor the matrix now, before several threads solve with it.
+
+        Raises:
+            numpy.linalg.LinAlgError: if the matrix is singular.
+        """
+        self._factors.factor()
+
     def __matmul__(self, other: np.ndarray) -> np.ndarray:
         factors = self._factors
         found = (factors.solve_transposed if self._transposed else factors.solve)(other)
@@ -67,27 +75,15 @@ class Inverse:
 def multiply(a: np.ndarray | Inverse, b: np.ndarray | Inverse) -> np.ndarray:
     """Compute ``a @ b``; at most one of the two is an ``Inverse``.
 
-    The result is laid out column by column, so that its transpose, which files hold, is contiguous.
+    The result is laid out row by row if ``a`` is, else column by column, so that its transpose is
+    contiguous: files hold that, but for the embedding.
     """
     assert isinstance(a, np.ndarray) or isinstance(b, np.ndarray)
     if isinstance(a, Inverse) or isinstance(b, Inverse):
         return a @ b  # type: ignore[operator]
     if a.dtype == b.dtype == np.float32 and mx.default_device().type == mx.gpu:
         return multiply_with_mlx(b.T, a.T).T
-    found = allocate((a.shape[0], b.shape[1]), np.result_type(a, b))
-    np.matmul(b.T, a.T, out=found.T)
-    return found
-
-
-def allocate(shape: tuple[int, int], kind: np.dtype) -> np.ndarray:
-    """Make a matrix of zeros, laid out column by column, in memory that MLX keeps for reuse.
-
-    Matrices come and go here, and the system gives memory more slowly than BLAS reads it.
-    """
-    dtype = mx.float64 if kind == np.float64 else mx.float32
-    array = mx.zeros(shape[::-1], dtype, stream=mx.cpu)
-    mx.eval(array)
-    return np.asarray(array).T
+    return a @ b if a.flags.c_contiguous else (b.T @ a.T).T
 
 
 def multiply_with_mlx(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -432,16 +432,16 @@ def test_calibration_text(ending: str, tmp_path: Path) -> None:
 
 def test_the_check_sees_a_wrong_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A merge that forgets one matrix is caught by the figures that convert prints."""
-    from mlx_skipless.removal import merger
+    from mlx_skipless.removal import changer
     from mlx_skipless.removal.algebra import Linear
 
     make_checkpoint(tmp_path / "s", **SIZES)
-    right = merger.change_basis
+    right = changer.change_basis
 
     def wrong(linear: Linear, **bases: Any) -> Linear:
         return right(linear, **bases) if bases.get("writes") else linear
 
-    monkeypatch.setattr(merger, "change_basis", wrong)
+    monkeypatch.setattr(changer, "change_basis", wrong)
     report = mlx_skipless.convert(tmp_path / "s", tmp_path / "out", remove="q", force=True)
     assert report.verification is not None
     assert report.verification.max_rel_logit_error > 0.1 and report.verification.kl > 1e-3

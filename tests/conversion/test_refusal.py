@@ -17,7 +17,7 @@ from networks import MATRICES, draw_network, make_config, make_weights, without,
 import mlx_skipless
 from mlx_skipless import cli
 from mlx_skipless.conversion.convert import convert
-from mlx_skipless.removal import algebra, bases, merger, plan, table
+from mlx_skipless.removal import algebra, bases, changer, merger, plan, table
 
 Patch = pytest.MonkeyPatch
 EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 2}
@@ -56,7 +56,7 @@ def forget_a_reader(patch: Patch) -> None:
     """What reads the stream stays as it was."""
     change(
         patch,
-        merger,
+        changer,
         "change_basis",
         lambda right: lambda linear, **b: right(linear, **b) if b["writes"] else linear,
     )
@@ -65,7 +65,7 @@ def forget_a_reader(patch: Patch) -> None:
 def lose_a_bias(patch: Patch) -> None:
     change(
         patch,
-        merger,
+        changer,
         "change_basis",
         lambda right: lambda linear, **b: right(algebra.Linear(linear.weight), **b),
     )

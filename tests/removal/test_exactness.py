@@ -16,7 +16,7 @@ from grids import pairs, product, thin
 import mlx_skipless
 from mlx_skipless.checkpoints.safetensors import SafetensorsStore
 from mlx_skipless.conversion.convert import convert
-from mlx_skipless.removal import merger
+from mlx_skipless.removal import changer
 
 HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}
 ENDS = {
@@ -211,7 +211,7 @@ def test_gains_of_projections_fold(
     remove: str, heads: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those of the values as their query heads meet them; and embedding and head in parts."""
-    monkeypatch.setattr(merger, "ROWS", 100)
+    monkeypatch.setattr(changer, "ROWS", 25)
     source = make_checkpoint(
         tmp_path / "s", norm="qkv", gains=True, num_key_value_heads=HEADS[heads]
     )

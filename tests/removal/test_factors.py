@@ -71,9 +71,12 @@ def test_a_singular_matrix_has_no_solution(n: int, small_is_large: None) -> None
 @pytest.mark.parametrize("condition", CONDITIONS)
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_estimates(spectrum: str, condition: float, small_is_large: None) -> None:
-    """The condition number to a per cent, the amplification to what it is trusted to."""
-    for seed, n in enumerate((20, 90, 150)):
-        matrix = draw_matrix(np.random.default_rng(seed), SPECTRA[spectrum](n, condition))
+    """The condition number to a per cent, the amplification to what it is trusted to.
+
+    Also of matrices whose numbers float32 has not.
+    """
+    for seed, (n, size) in enumerate(zip((20, 90, 150), (1.0, 1e60, 1e-60), strict=True)):
+        matrix = size * draw_matrix(np.random.default_rng(seed), SPECTRA[spectrum](n, condition))
         measured = measure_conditioning(matrix)
         assert measured.condition == pytest.approx(np.linalg.cond(matrix), rel=0.01)
         exact = np.linalg.norm(matrix) * np.linalg.norm(np.linalg.inv(matrix)) / n

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mlx_skipless.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mlx_skipless.network.wiring import parse_layer
-from mlx_skipless.removal import merger as merger_module
+from mlx_skipless.removal import changer
 from mlx_skipless.removal.algebra import (
     Linear,
     basis_without_reader,
@@ -267,7 +267,7 @@ def test_an_embedding_and_a_head_in_parts(
 
     whole = make_ends()
     assert "lm_head.bias" in whole
-    monkeypatch.setattr(merger_module, "ROWS", 100)
+    monkeypatch.setattr(changer, "ROWS", 25)
     parts = make_ends()
     assert parts.keys() == whole.keys()
     for name, array in parts.items():
