@@ -273,9 +273,10 @@ def test_rounding_costs(kind: str, tmp_path: Path) -> None:
         modules[path].weight = mx.dequantize(*mx.quantize(weight, *how), *how)
         expected = reference.softmax_kl(exact, run(source, tokens))
         modules[path].weight = weight
-        # gemma4 makes embeddings by layer of the same rows, which a stream does not show.
-        near = 0.1 if kind == "gemma4_text" and "embed" in path else 0.02
-        assert cost == pytest.approx(expected, rel=near, abs=1e-7), path
+        if kind == "gemma4_text" and path.endswith("embed_tokens"):  # tied: see test_ends.py
+            assert 0 < cost < expected
+        else:
+            assert cost == pytest.approx(expected, rel=0.02, abs=1e-7), path
 
 
 @pytest.mark.parametrize("kind", only(("olmo2",), ("olmo2", MOE, HYBRID)))
