@@ -56,6 +56,7 @@ HUB = "tests/checkpoints/test_hub.py -k"
 TRAIN = "tests/training/test_pretraining.py -k"
 HEAL = "tests/training/test_healing.py -k"
 TOGETHER = "tests/quantization/test_together.py"
+ENDS, ROLES = "tests/quantization/test_ends.py", "tests/quantization/test_roles.py --thorough"
 MAKES_UP = "tests/quantization/test_modules.py -k makes_up"
 STAND_INS = "tests/removal/test_standins.py"
 PUBLISHED = "tests/architectures/test_published.py"
@@ -86,7 +87,16 @@ MUTANTS: list[tuple[str, str, str, str]] = [
         TOGETHER,
     ),
     ("modules", "self._pass(self._kept[-1] + 1,", "self._pass(self._kept[-1] + 9,", MAKES_UP),
-    ("standins", "mx.rsqrt(mx.maximum(after", "mx.rsqrt(mx.maximum(before", STAND_INS),
+    ("passage", " / writer.scale", "", MAKES_UP),
+    ("passage", "weights = weigh_tokens(middle)", "weights = None", MAKES_UP),
+    ("passage", "middle = silence(own, writer.behind, h)", "middle = own", MAKES_UP),
+    ("roles", "behind <= silent", "True", ROLES),
+    ("roles", "TOLERANCE * np.abs", "1e9 * np.abs", ROLES),
+    ("ends", "return gram / energy", "return gram", ENDS),
+    ("ends", "HEAD_TOKENS * width - 1", "HEAD_TOKENS * width + 99", ENDS),
+    ("modules", "        self._round_tied()\n", "", ENDS),
+    ("calibration", "if self._layout.args.precomputed:", "if False:", f"{CALIBRATION} table"),
+    ("standins", "weigh_tokens(after)", "weigh_tokens(before)", STAND_INS),
     ("standins", "y = y + (before - now) / share", "y = y + (before - now)", STAND_INS),
     ("standins", "wrong * scale**2", "wrong", STAND_INS),
     ("standins", "off <= ADDS**2", "True", STAND_INS),
