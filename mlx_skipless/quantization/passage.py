@@ -128,10 +128,11 @@ class Passage:
         self._latest: list[_Reading] = []
         self._settled: set[str] = set()
         self._lasting: set[str] = set()  # parts that change a cache, so that they always run
-        self._middles: list[dict[str, Stream]] = []  # the source's streams behind its writers
+        self._middles: list[dict[str, Stream]] = []  # the source's streams within the layer
         own = source.layer(layer) if block is None else block
         block, recorders = own, dict[str, Any]()
-        children = sorted(name for writer in readers.writers.values() for name in writer.before)
+        writers = {path: writer for path, writer in readers.writers.items() if writer.behind}
+        children = sorted(name for writer in writers.values() for name in writer.before)
         for path in dict.fromkeys([*readers.paths, *readers.routed, *children]):
             recorders[path] = Called(dict(block.named_modules())[path])
             block = replace_at(block, path, recorders[path])
@@ -142,7 +143,7 @@ class Passage:
             self._wanted.append({path: recorders[path].y for path in readers.paths})
             self._routes.append({path: recorders[path].indices for path in readers.routed})
             self._middles.append({})
-            for path, writer in readers.writers.items():
+            for path, writer in writers.items():
                 middle = silence(own, writer.behind, h)
                 for name in writer.before:  # they have run
                     middle = replace_at(middle, name, Given(own[name], recorders[name].y))
@@ -171,7 +172,7 @@ class Passage:
             out = self._source.run(self.layer, self._streams[i], tokens, block)
             wanted, weights = {path: self._wanted[i].pop(path) for path in group}, None
             if writer is not None:  # its matrix is to make up for what the stream misses so far
-                middle = take_stream(self._middles[i].pop(group[0]))
+                middle = take_stream(self._middles[i].pop(group[0], self._ahead[i]))
                 wanted = {group[0]: reader.y + (middle - take_stream(out)) / writer.scale}
                 weights = weigh_tokens(middle)
             for part, recorder in recorders.items():
