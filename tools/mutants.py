@@ -89,7 +89,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("modules", "self._pass(self._kept[-1] + 1,", "self._pass(self._kept[-1] + 9,", MAKES_UP),
     ("passage", " / writer.scale", "", MAKES_UP),
     ("passage", "weights = weigh_tokens(middle)", "weights = None", MAKES_UP),
-    ("passage", "middle = silence(own, writer.behind, h)", "middle = own", MAKES_UP),
+    ("roles", "block = silence(block, self.behind, h)\n", "pass\n", MAKES_UP),
     ("roles", "behind <= silent", "True", ROLES),
     ("roles", "TOLERANCE * np.abs", "1e9 * np.abs", ROLES),
     ("ends", "return gram / energy", "return gram", ENDS),

@@ -142,12 +142,11 @@ class Passage:
                 ahead[i] = out
             self._wanted.append({path: recorders[path].y for path in readers.paths})
             self._routes.append({path: recorders[path].indices for path in readers.routed})
-            self._middles.append({})
-            for path, writer in writers.items():
-                middle = silence(own, writer.behind, h)
-                for name in writer.before:  # they have run
-                    middle = replace_at(middle, name, Given(own[name], recorders[name].y))
-                self._middles[i][path] = source.run(layer, h, tokens, middle)
+            parts = {
+                path: writer.stop_behind(own, recorders, h) for path, writer in writers.items()
+            }
+            middles = {path: source.run(layer, h, tokens, part) for path, part in parts.items()}
+            self._middles.append(middles)
 
     def observe(self, result: nn.Module, group: Sequence[str], *, late: bool) -> Iterator[_Reading]:
         """Run the text, a batch at a time, as far as a group of matrices.

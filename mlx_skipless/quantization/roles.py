@@ -35,6 +35,21 @@ class Writer:
     before: frozenset[str]
     behind: frozenset[str]
 
+    def stop_behind(
+        self, block: nn.Module, recorders: Mapping[str, Recorder], h: Stream
+    ) -> nn.Module:
+        """Return a layer that gives the stream as it is behind the matrix, and computes no more.
+
+        Args:
+            block: the layer.
+            recorders: have what the children before gave for this stream.
+            h: what enters the layer.
+        """
+        block = silence(block, self.behind, h)
+        for name in self.before:
+            block = replace_at(block, name, Given(block[name], recorders[name].y))
+        return block
+
 
 @dataclass(frozen=True)
 class Readers:
