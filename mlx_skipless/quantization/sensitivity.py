@@ -17,6 +17,7 @@ from mlx.utils import tree_map
 from ..network.driver import (
     HELD_OUT,
     Driver,
+    Recorder,
     StreamedNetwork,
     Streams,
     find_ends,
@@ -31,9 +32,10 @@ from ..network.stock import StandIns, StockNetwork
 from ..network.wiring import parse_layer
 from ..progress import Steps, tell_part
 from ..removal.merger import Merger
+from ..removal.moments import Moments
 from ..removal.plan import RemovalCost
 from .calibration import CalibratedParts
-from .ends import round_tied
+from .ends import round_rows, round_tied
 from .formats import Format
 from .layout import Layout
 
@@ -128,9 +130,10 @@ def measure_rounding(
     tokens: mx.array,
     progress: Steps = lambda done, total: None,
 ) -> dict[str, float]:
-    """Measure the KL of a network whose matrices are rounded to nearest, one at a time.
+    """Measure the KL of a network whose matrices are rounded with error feedback, one at a time.
 
-    An embedding that is the head too is rounded as a result's is, which errs far less.
+    That weighs errors by other parts of the text than the KL is measured on. Experts, and matrices
+    around the layers, are rounded to nearest, but for an embedding that is the head too.
 
     Args:
         network: the one to compare with, in float32, with dense matrices.
@@ -152,7 +155,8 @@ def measure_rounding(
         rows = _limit(tokens, len(alone), network.vocabulary)
     comparison = _Comparison(network, rows, alone, format_of)
     comparison.round_tied(split_batches(tokens))
-    found = comparison.run({}, progress)
+    others = tokens[len(rows) :] if network.is_chain else tokens[:0]
+    found = comparison.run({}, progress, split_batches(others) if len(others) else ())
     all_seen = isinstance(network, StreamedNetwork) or not network.is_chain
     inside = ("",) if all_seen else tuple(f"{path}." for path in network.paths)
     return {where: cost for where, cost in found.items() if cost or where.startswith(inside)}
@@ -321,13 +325,17 @@ class _Comparison:
         self,
         joined: Mapping[int, Mapping[str, Stream]],
         progress: Steps = lambda done, total: None,
+        weighing: Sequence[mx.array] = (),
     ) -> dict[str, float]:
         """Measure the mean KL(network || changed copy), by the copy's name.
 
         Args:
             joined: more copies by the layer that they come out of, each what that layer gives.
             progress: called with (layers and rows of logits done, all).
+            weighing: tokens that weigh the errors of layers' matrices, which are rounded with
+                feedback then; none: to nearest.
         """
+        weighed = _Weighing(self._network, weighing)
         rows = len(self._tokens)
         streams = Streams(self._network, [self._tokens], (None, *self._rounded))
         before, behind = find_ends(self._network)
@@ -340,11 +348,16 @@ class _Comparison:
             prefix = f"{self._network.paths[layer]}.".removeprefix(".")
             there = {f"{prefix}{name}": array for name, array in tensors_of(block).items()}
             changed = {name: name for name in self._rounded if self._find(name, there)}
+            grams = weighed.advance(layer, block, [*there])
 
             def make(
-                name: str, block: nn.Module = block, there: Arrays = there, prefix: str = prefix
+                name: str,
+                block: nn.Module = block,
+                there: Arrays = there,
+                prefix: str = prefix,
+                grams: Mapping[str, np.ndarray] = grams,
             ) -> nn.Module:
-                for path, weight in self._round(name, there).items():
+                for path, weight in self._round(name, there, grams).items():
                     block = replace_at(block, path.removeprefix(prefix), weight)
                 return block
 
@@ -385,11 +398,54 @@ class _Comparison:
         found = ((f"{where}.weight", self._format_of(where)) for where in self._rounded[name])
         return [(name, form) for name, form in found if form is not None and name in tensors]
 
-    def _round(self, name: str, tensors: Arrays) -> dict[str, mx.array]:
+    def _round(
+        self, name: str, tensors: Arrays, grams: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, mx.array]:
         """The tensors, of those given, that a copy rounds, as float32."""
-        return {
-            tensor: self._known[tensor]
-            if tensor in self._known
-            else form.dense(form.nearest(tensors[tensor]))
-            for tensor, form in self._find(name, tensors)
+        found = {}
+        for tensor, form in self._find(name, tensors):
+            gram = (grams or {}).get(tensor)
+            if tensor in self._known:
+                found[tensor] = self._known[tensor]
+            elif gram is None:
+                found[tensor] = form.dense(form.nearest(tensors[tensor]))
+            else:
+                found[tensor] = form.dense(round_rows(tensors[tensor], gram, form))
+        return found
+
+
+class _Weighing:
+    """A text's way through a network's layers that weighs errors in the matrices there.
+
+    Args:
+        network: in float32, with dense matrices.
+        batches: the text's tokens; with none nothing is weighed.
+    """
+
+    def __init__(self, network: Driver, batches: Sequence[mx.array]):
+        self._network, self._batches = network, batches
+        self._streams: list[Stream] = [network.embed(tokens) for tokens in batches]
+        mx.eval(self._streams)
+
+    def advance(
+        self, layer: int, block: nn.Module, tensors: Sequence[str]
+    ) -> dict[str, np.ndarray]:
+        """Pass a layer; return X^T X (in, in) by the name of the tensor that reads X."""
+        if not self._batches:
+            return {}
+        prefix = f"{self._network.paths[layer]}."
+        recorders = {
+            path: Recorder(module)
+            for path, module in block.named_modules()
+            if isinstance(module, nn.Linear) and f"{prefix}{path}.weight" in tensors
         }
+        for path, recorder in recorders.items():
+            block = replace_at(block, path, recorder)
+        moments = {path: Moments() for path in recorders}
+        for i, tokens in enumerate(self._batches):
+            self._streams[i] = self._network.run(layer, self._streams[i], tokens, block)
+            for path, recorder in recorders.items():
+                if "x" in recorder:  # it was called
+                    moments[path].add(recorder.x, {})
+            mx.eval(self._streams[i])
+        return {f"{prefix}{p}.weight": found.gram for p, found in moments.items() if found.count}

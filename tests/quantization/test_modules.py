@@ -279,6 +279,44 @@ def test_rounding_costs(kind: str, tmp_path: Path) -> None:
             assert cost == pytest.approx(expected, rel=0.02, abs=1e-7), path
 
 
+@pytest.mark.parametrize("kind", only(("llama",), ("llama", MOE, HYBRID)))
+def test_rounding_is_weighed_by_other_text(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Matrices of layers are rounded with feedback, by what they read behind the measured rows."""
+    zoo.make_model(tmp_path, kind)
+    monkeypatch.setattr(sensitivity, "MEASURED_TOKENS", 64)
+    tokens, source = draw_tokens(tmp_path, 0, 14), open_model(tmp_path)
+    packed, _ = quantize_nearest(open_model(tmp_path), Quantization(3, 32))
+    forms, modules = read_formats(packed, mx.float32), dict(source.named_modules())
+    network = StockNetwork(lambda: open_model(tmp_path), mx.float32)
+    got = sensitivity.measure_rounding(network, forms, forms.get, tokens)
+    read: dict[int, np.ndarray] = {}
+    multiply = nn.Linear.__call__
+
+    def watch(linear: nn.Linear, x: mx.array) -> mx.array:
+        read[id(linear)] = np.array(x.reshape(-1, x.shape[-1])).astype(np.float64)
+        return multiply(linear, x)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Linear, "__call__", watch)
+        run(source, tokens[2:])
+    exact, weighed = run(source, tokens[:2]), 0
+    for path, cost in got.items():
+        module, form = modules[path], forms[path]
+        weight, x = module.weight, read.get(id(module))
+        feedback = x is not None and ".layers." in path
+        if feedback:
+            module.weight = form.dense(form.with_feedback(np.array(weight), x.T @ x))
+        else:
+            module.weight = form.dense(form.nearest(weight))
+        expected = reference.softmax_kl(exact, run(source, tokens[:2]))
+        module.weight = weight
+        assert cost == pytest.approx(expected, rel=0.05, abs=1e-7), path
+        weighed += feedback
+    assert weighed > 4
+
+
 @pytest.mark.parametrize("kind", only(("olmo2",), ("olmo2", MOE, HYBRID)))
 def test_a_size_is_kept(kind: str, tmp_path: Path) -> None:
     zoo.make_model(tmp_path / "s", kind, num_hidden_layers=2)
