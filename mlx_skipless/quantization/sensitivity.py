@@ -41,6 +41,7 @@ from .layout import Layout
 
 STREAMS_BYTES = 1 << 30  # of all changed copies together
 MEASURED_TOKENS = 1024  # at most
+WEIGHING = 2  # times as much text as is measured on weighs errors there, at least
 TRIAL_TOKENS = 8  # for each input of the widest matrix: as many tokens calibrate a trial
 FormatOf = Callable[[str], Format | None]
 DROP, REPLACE = "drop", "replace"
@@ -133,7 +134,8 @@ def measure_rounding(
     """Measure the KL of a network whose matrices are rounded with error feedback, one at a time.
 
     That weighs errors by other parts of the text than the KL is measured on. Experts, and matrices
-    around the layers, are rounded to nearest, but for an embedding that is the head too.
+    around the layers, are rounded to nearest, but for an embedding that is the head too. So is all
+    where the text is short.
 
     Args:
         network: the one to compare with, in float32, with dense matrices.
@@ -155,8 +157,9 @@ def measure_rounding(
         rows = _limit(tokens, len(alone), network.vocabulary)
     comparison = _Comparison(network, rows, alone, format_of)
     comparison.round_tied(split_batches(tokens))
-    others = tokens[len(rows) :] if network.is_chain else tokens[:0]
-    found = comparison.run({}, progress, split_batches(others) if len(others) else ())
+    others = tokens[len(rows) :]
+    enough = network.is_chain and len(others) >= WEIGHING * len(rows)
+    found = comparison.run({}, progress, split_batches(others) if enough else ())
     all_seen = isinstance(network, StreamedNetwork) or not network.is_chain
     inside = ("",) if all_seen else tuple(f"{path}." for path in network.paths)
     return {where: cost for where, cost in found.items() if cost or where.startswith(inside)}
