@@ -57,7 +57,8 @@ TRAIN = "tests/training/test_pretraining.py -k"
 HEAL = "tests/training/test_healing.py -k"
 TOGETHER = "tests/quantization/test_together.py"
 ENDS, ROLES = "tests/quantization/test_ends.py", "tests/quantization/test_roles.py --thorough"
-MAKES_UP = "tests/quantization/test_modules.py -k makes_up"
+MODULES = "tests/quantization/test_modules.py -k"
+MAKES_UP = f"{MODULES} makes_up"
 STAND_INS = "tests/removal/test_standins.py"
 PUBLISHED = "tests/architectures/test_published.py"
 TEKKEN = "tests/checkpoints/test_tokenizer.py -k tekken"
@@ -92,6 +93,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("roles", "block = silence(block, self.behind, h)\n", "pass\n", MAKES_UP),
     ("roles", "behind <= silent", "True", ROLES),
     ("roles", "TOLERANCE * np.abs", "1e9 * np.abs", ROLES),
+    ("sensitivity", "others = tokens[len(rows) :]", "others = tokens", f"{MODULES} weighed_by"),
     ("ends", "return gram / energy", "return gram", ENDS),
     ("ends", "HEAD_TOKENS * width - 1", "HEAD_TOKENS * width + 99", ENDS),
     ("modules", "        self._round_tied()\n", "", ENDS),
