@@ -60,7 +60,7 @@ def weigh_head(read: Sequence[mx.array]) -> np.ndarray:
 
     An error e of a row costs e G e^T with G = X^T X / |X|^2, where the head reads X.
     """
-    gram, energy = np.zeros((1, 1)), 0.0
+    gram, energy = np.zeros((1, 1)), np.float64(0)
     for x in read:
         rows = to_float64(x.reshape(-1, x.shape[-1]))
         gram, energy = gram + rows.T @ rows, energy + np.sum(rows**2)
@@ -126,7 +126,12 @@ def round_tied(network: Driver, path: str, batches: Sequence[mx.array], form: Fo
 
 
 def round_rows(weight: mx.array, gram: np.ndarray, form: Format) -> Packed:
-    """Round a matrix (out, in) with error feedback, some rows at a time."""
+    """Round a matrix (out, in) with error feedback, some rows at a time.
+
+    To nearest where the gram is not finite: activations overflow, and what fits layers says where.
+    """
+    if not np.isfinite(gram).all():
+        return form.nearest(weight)
     rows = max(1, ROWS_BYTES // (4 * weight.shape[1]))
     parts = []
     for start in range(0, weight.shape[0], rows):

@@ -13,6 +13,7 @@ import zoo
 from factory import make_llama
 from grids import only
 
+import mlx_skipless
 from mlx_skipless.checkpoints.checkpoint import open_checkpoint
 from mlx_skipless.network.driver import StreamedNetwork
 from mlx_skipless.network.stock import StockNetwork
@@ -98,6 +99,27 @@ def test_a_tied_embedding_is_rounded_for_its_head(
     assert mine < 1.5 * plain
 
 
+@pytest.mark.parametrize("options", [{"quantize": True}, {"target_bytes": 100_000}], ids=str)
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_overflow_is_named(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """What a tied head reads is no number then, and no traceback comes of it."""
+    if kind == "llama":
+        make_llama(tmp_path / "s", hidden_size=64, tie_word_embeddings=True)
+    else:
+        zoo.make_model(tmp_path / "s", kind)
+    (file,) = (tmp_path / "s").glob("*.safetensors")
+    weights = dict(mx.load(str(file)))
+    for name, weight in weights.items():
+        if name.endswith(("up_proj.weight", "down_proj.weight")):
+            weights[name] = 1e25 * weight
+    mx.save_safetensors(str(file), weights, metadata={"format": "pt"})
+    (tmp_path / "text.txt").write_text(zoo.draw_text(1, 8000))
+    text = {"calibration": tmp_path / "text.txt", "q_group_size": 32}
+    with pytest.raises(mlx_skipless.UserError, match="overflow"):
+        mlx_skipless.convert(tmp_path / "s", tmp_path / "o", **text, **options)
+    assert not (tmp_path / "o").exists()
+
+
 def test_enough_of_a_text_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight tokens for each number of the stream, in whole batches; nothing behind them."""
     zoo.make_model(tmp_path, "qwen3")
@@ -123,3 +145,7 @@ def test_rows_are_rounded_one_part_at_a_time(mode: str, monkeypatch: pytest.Monk
     parts = ends.round_rows(mx.array(weight), x.T @ x, form)
     assert parts.keys() == whole.keys()
     assert all(mx.array_equal(parts[name], whole[name]) for name in whole)
+    # Where the text overflowed nothing is known of errors.
+    unknown = ends.round_rows(mx.array(weight), np.full((64, 64), np.nan), form)
+    nearest = form.nearest(mx.array(weight))
+    assert all(mx.array_equal(unknown[name], nearest[name]) for name in nearest)
