@@ -143,6 +143,8 @@ def find_writers(
             continue
         alone, recorder = silence(block, behind, h), Called(inner)
         out = network.run(layer, h, tokens, replace_at(alone, group[0], recorder))
+        if not _is_stream(recorder.y, h):  # tokens flat, for instance
+            continue
         # As large as the stream, beside which an output may be as small as its rounding errors.
         size = mx.abs(h).mean(-1, keepdims=True) + mx.abs(recorder.y).mean(-1, keepdims=True)
         shift = size * mx.random.normal(h.shape, key=mx.random.key(layer))
