@@ -112,14 +112,8 @@ def solve(*problem: Any) -> np.ndarray:
     return list_fits(*problem)[0][1]
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_each_fit_is_the_least_squares(
-    bias: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first layer's queries and its experts' gates, computed again from the definition."""
-    kind = "gpt_oss" if bias else MOE
-    zoo.make_model(tmp_path, kind, **({} if bias else {"mlp_only_layers": []}))
-    tokens, source = draw_tokens(tmp_path, 3, 48), open_model(tmp_path)
+def remember_fits(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
+    """What is rounded with feedback from now on, (in, out) each."""
     fitted: list[np.ndarray] = []
     feedback = Format.with_feedback
 
@@ -128,6 +122,18 @@ def test_each_fit_is_the_least_squares(
         return feedback(form, weight, gram)
 
     monkeypatch.setattr(Format, "with_feedback", remember)
+    return fitted
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_each_fit_is_the_least_squares(
+    bias: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first layer's queries and its experts' gates, computed again from the definition."""
+    kind = "gpt_oss" if bias else MOE
+    zoo.make_model(tmp_path, kind, **({} if bias else {"mlp_only_layers": []}))
+    tokens, source = draw_tokens(tmp_path, 3, 48), open_model(tmp_path)
+    fitted = remember_fits(monkeypatch)
     packed, _ = quantize_nearest(open_model(tmp_path), Quantization(4, 32))
     network = StockNetwork(lambda: open_model(tmp_path), mx.float32)
     fits = CalibratedModules(network, packed, mx.float32, tokens)
@@ -206,18 +212,11 @@ def test_what_writes_the_stream_makes_up_for_its_errors(
     """The first layer's o_proj and down_proj, from the streams of mlx-lm's own blocks."""
     zoo.make_model(tmp_path, kind)
     tokens, source = draw_tokens(tmp_path, 3, 48), open_model(tmp_path)
-    fitted: list[np.ndarray] = []
-    feedback = Format.with_feedback
-
-    def remember(form: Format, weight: np.ndarray, gram: np.ndarray) -> Any:
-        fitted.append(weight.T)
-        return feedback(form, weight, gram)
-
     packed, _ = quantize_nearest(open_model(tmp_path), Quantization(4, 32))
     network = StockNetwork(lambda: open_model(tmp_path), mx.float32)
     fits = CalibratedModules(network, packed, mx.float32, tokens)
     fits.embedding()
-    monkeypatch.setattr(Format, "with_feedback", remember)
+    fitted = remember_fits(monkeypatch)
     fits.layer(0)
     scale, mask = (0.5 if kind == "granite" else 1.0), create_attention_mask(tokens, None)
     streams = []
