@@ -299,7 +299,7 @@ def has_ties(weights: dict[str, np.ndarray]) -> bool:
     return any(len(np.unique(rows, axis=0)) < len(rows) for rows in routers)
 
 
-@cases(40)
+@cases(60)
 @given(SOURCES, OPTIONS, RANDOM)
 def test_spoiled_values(name: str, options: dict[str, Any], rng: random.Random) -> None:
     weights = dict(source(name).weights)
