@@ -5,8 +5,8 @@
 All see the same calibration text. KL and loss are measured against the model in float32 on another
 text. DIR keeps every result, so a run that stopped goes on; --only NAME … takes some of the rows.
 
-mlx-lm's own commands run as they are, but for what a CPU needs: the model that they read
-is in float32, as is DWQ's training, and products of packed matrices are computed with the matrices
+mlx-lm's own commands run as they are, but for what a CPU needs: the model that they read is in
+float32, as is DWQ's training, and products of packed matrices are computed with the matrices
 unpacked. Scales and whatever else is not packed are stored in bfloat16 afterwards, as of a model in
 bfloat16.
 """

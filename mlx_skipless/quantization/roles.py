@@ -63,7 +63,7 @@ class Readers:
 
     groups: Sequence[Sequence[str]]
     routed: frozenset[str] = frozenset()
-    writers: Mapping[str, "Writer"] = field(default_factory=dict)
+    writers: Mapping[str, Writer] = field(default_factory=dict)
 
     @property
     def paths(self) -> list[str]:

@@ -17,7 +17,6 @@ from mlx.utils import tree_map
 from ..network.driver import (
     HELD_OUT,
     Driver,
-    Recorder,
     StreamedNetwork,
     Streams,
     find_ends,
@@ -38,6 +37,7 @@ from .calibration import CalibratedParts
 from .ends import round_rows, round_tied
 from .formats import Format
 from .layout import Layout
+from .roles import Called, find_readers, is_expert
 
 STREAMS_BYTES = 1 << 30  # of all changed copies together
 MEASURED_TOKENS = 1024  # at most
@@ -351,7 +351,9 @@ class _Comparison:
             prefix = f"{self._network.paths[layer]}.".removeprefix(".")
             there = {f"{prefix}{name}": array for name, array in tensors_of(block).items()}
             changed = {name: name for name in self._rounded if self._find(name, there)}
-            grams = weighed.advance(layer, block, [*there])
+            grams = weighed.advance(
+                layer, block, [path for name in changed for path in self._rounded[name]]
+            )
 
             def make(
                 name: str,
@@ -431,24 +433,28 @@ class _Weighing:
         mx.eval(self._streams)
 
     def advance(
-        self, layer: int, block: nn.Module, tensors: Sequence[str]
+        self, layer: int, block: nn.Module, matrices: Sequence[str]
     ) -> dict[str, np.ndarray]:
-        """Pass a layer; return X^T X (in, in) by the name of the tensor that reads X."""
+        """Pass a layer; return X^T X (in, in) by the name of the tensor that reads X.
+
+        The matrices that a fit would leave out, and experts, are not weighed.
+        """
         if not self._batches:
             return {}
-        prefix = f"{self._network.paths[layer]}."
-        recorders = {
-            path: Recorder(module)
-            for path, module in block.named_modules()
-            if isinstance(module, nn.Linear) and f"{prefix}{path}.weight" in tensors
-        }
-        for path, recorder in recorders.items():
-            block = replace_at(block, path, recorder)
-        moments = {path: Moments() for path in recorders}
-        for i, tokens in enumerate(self._batches):
-            self._streams[i] = self._network.run(layer, self._streams[i], tokens, block)
-            for path, recorder in recorders.items():
-                if "x" in recorder:  # it was called
-                    moments[path].add(recorder.x, {})
-            mx.eval(self._streams[i])
-        return {f"{prefix}{p}.weight": found.gram for p, found in moments.items() if found.count}
+        network, streams, batches = self._network, self._streams, self._batches
+        prefix = f"{network.paths[layer]}."
+        paths = [path.removeprefix(prefix) for path in matrices]
+        readers = find_readers(network, layer, block, streams[0], batches[0], paths)
+        modules: dict[str, Any] = dict(block.named_modules())
+        groups = [group for group in readers.groups if not is_expert(modules[group[0]])]
+        recorders = [Called(modules[group[0]]) for group in groups]
+        for group, recorder in zip(groups, recorders, strict=True):
+            block = replace_at(block, group[0], recorder)
+        moments = [Moments() for _ in groups]
+        for i, tokens in enumerate(batches):
+            streams[i] = network.run(layer, streams[i], tokens, block)
+            for found, recorder in zip(moments, recorders, strict=True):
+                found.add(recorder.x, {})
+            mx.eval(streams[i])
+        grams = zip(groups, moments, strict=True)
+        return {f"{prefix}{path}.weight": m.gram for group, m in grams for path in group}
