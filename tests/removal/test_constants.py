@@ -139,7 +139,7 @@ def test_experts_of_any_kind(
 ) -> None:
     """With a bias for each or without a gate; the source itself loads, too."""
     config = make_config(gated=gated, block=block, norm=norm, embedding_scale=2.0, **EXPERTS)
-    source = config, make_weights(config, MATRICES if biased else (), 0)
+    source = config, make_weights(config, MATRICES if biased else (), 1)
     write_network(tmp_path / "s", *source)
     report = convert(tmp_path / "s", tmp_path / "o", remove=remove)
     check = report.verification
