@@ -89,10 +89,10 @@ def test_text_makes_quantization_better(kind: str, tmp_path: Path) -> None:
     assert packed == {name.removesuffix(".scales") for name in stored if name.endswith(".scales")}
 
 
-def list_fits(
+def solve(
     x: np.ndarray, y: np.ndarray, held: np.ndarray, prior: np.ndarray, form: Format
-) -> list[tuple[float, np.ndarray]]:
-    """All ridge regressions, each as ordinary least squares of a longer problem, by their error."""
+) -> np.ndarray:
+    """The best of all ridge regressions, each as ordinary least squares of a longer problem."""
 
     def error(weight: np.ndarray) -> float:
         parts = form.nearest(mx.array(np.ascontiguousarray(weight.T, dtype=np.float32)))
@@ -104,12 +104,7 @@ def list_fits(
         for towards in (0 * prior, prior):
             longer = np.vstack([x[~held], root]), np.vstack([y[~held], root @ towards])
             found.append(np.linalg.lstsq(*longer, rcond=None)[0])
-    return sorted(((error(weight), weight) for weight in found), key=lambda one: one[0])
-
-
-def solve(*problem: Any) -> np.ndarray:
-    """The best of all ridge regressions."""
-    return list_fits(*problem)[0][1]
+    return min(found, key=error)
 
 
 def remember_fits(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
@@ -210,6 +205,7 @@ def test_what_writes_the_stream_makes_up_for_its_errors(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first layer's o_proj and down_proj, from the streams of mlx-lm's own blocks."""
+    monkeypatch.setattr(fitting, "RIDGES", (0.1,))  # of more, some are equally good
     zoo.make_model(tmp_path, kind)
     tokens, source = draw_tokens(tmp_path, 3, 48), open_model(tmp_path)
     packed, _ = quantize_nearest(open_model(tmp_path), Quantization(4, 32))
@@ -248,9 +244,7 @@ def test_what_writes_the_stream_makes_up_for_its_errors(
             for a in (x, y / scale)
         ]
         prior = np.array(linear.weight).astype(np.float64).T
-        fits_by_error = list_fits(*flat, np.array(rows), prior, form)
-        close = (w for error, w in fits_by_error if error < 1.01 * fits_by_error[0][0])
-        assert min(np.abs(fitted[at] - weight).max() for weight in close) < 1e-3
+        assert np.abs(fitted[at] - solve(*flat, np.array(rows), prior, form)).max() < 1e-3
 
 
 @pytest.mark.parametrize("kind", only((MOE,), (MOE, HYBRID, "gemma4_text")))
