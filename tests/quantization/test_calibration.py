@@ -237,6 +237,18 @@ def test_overflow_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "o").exists()
 
 
+def check_text_helps(folder: Path, source: Any, **options: Any) -> tuple[Path, Path]:
+    """A text makes quantization of ``folder / "s"`` better; return the results without and with."""
+    (folder / "text.txt").write_text(prose(2500, seed=1))
+    tokens = tokens_of(prose(300, seed=2), folder / "s")
+    outs, options = (folder / "nearest", folder / "fitted"), {"quantize": True} | options
+    mlx_skipless.convert(folder / "s", outs[0], **options)
+    mlx_skipless.convert(folder / "s", outs[1], calibration=folder / "text.txt", **options)
+    nearest, fitted = (kl_of(out, source, tokens) for out in outs)
+    assert fitted < 0.8 * nearest
+    return outs
+
+
 @pytest.mark.parametrize(
     ("family", "mode"),
     thin([*itertools.product(["llama", "mistral"], ["affine", "mxfp4"])], lambda case: case),
@@ -245,37 +257,16 @@ def test_a_pretrained_model_is_calibrated_too(family: str, mode: str, tmp_path: 
     """With nothing removed, a text makes quantization better; the result stays plain mlx-lm."""
     config, weights = make_llama(tmp_path / "s", model_type=family, **SIZES)
     source = reference.llama_config(config), weights
-    (tmp_path / "text.txt").write_text(prose(2500, seed=1))
-    tokens = tokens_of(prose(300, seed=2), tmp_path / "s")
-    kls = []
-    for calibration in (None, tmp_path / "text.txt"):
-        out = tmp_path / f"out{len(kls)}"
-        mlx_skipless.convert(
-            tmp_path / "s", out, quantize=True, q_mode=mode, calibration=calibration
-        )
+    for out in check_text_helps(tmp_path, source, q_mode=mode):
         assert not (out / "model.py").exists()
-        kls.append(kl_of(out, source, tokens))
-    assert kls[1] < 0.8 * kls[0]
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_table_is_calibrated_too(tied: bool, tmp_path: Path) -> None:
     """It stands in the embedding's place, and a tied head becomes one of its own."""
     config, weights = make_llama(tmp_path / "s", tie_word_embeddings=tied, **SIZES)
-    (tmp_path / "text.txt").write_text(prose(2500, seed=1))
-    tokens = tokens_of(prose(300, seed=2), tmp_path / "s")
-    kls = []
-    for calibration in (None, tmp_path / "text.txt"):
-        out = tmp_path / f"out{len(kls)}"
-        mlx_skipless.convert(
-            tmp_path / "s",
-            out,
-            quantize=True,
-            precompute_first_layer="force",
-            calibration=calibration,
-        )
-        kls.append(kl_of(out, (reference.llama_config(config), weights), tokens))
-    assert kls[1] < 0.8 * kls[0]
+    source = reference.llama_config(config), weights
+    check_text_helps(tmp_path, source, precompute_first_layer="force")
 
 
 def rounded_kl(folder: Path, layout: Layout, source: Any, tokens: np.ndarray) -> float:
