@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -17,6 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from .. import __version__
 from ..errors import UserError
@@ -25,6 +27,7 @@ from ..memory import device_memory_bytes, machine_memory_bytes
 from ..progress import Progress, Steps
 from ..quantization.layout import Layout
 from ..quantization.settings import Quantization
+from ..removal.products import multiply
 from .benchmark import describe_device
 from .effort import Effort, Pace, describe_cuts, list_efforts
 from .exactness import Exactness, measure_exactness
@@ -49,8 +52,8 @@ FORMATS: dict[str, Quantization | None] = {
 PROBE_LAYERS = 2
 FIRST_RUN_SHARE = 0.1  # of the time: a first run that takes longer counts
 PROBE_SECONDS, PROBE_TOKENS = 0.3, 1024  # a prompt grows until it takes so long or is so long
-WIDTHS = (4, 2, 1)  # divisors of the shape's, from the fastest conversion on
-GROWTH = 8  # times as long as at half the width a conversion takes
+WIDTHS = (4, 2, 1)  # divisors of the shape's
+SAFETY = 2  # times as long as its products take a conversion's layers at most
 CONVERTED_LAYERS = 2
 
 
@@ -217,42 +220,63 @@ def _describe_system() -> str:
 def _time_conversions(
     convert: Callable[..., Any], whole: Shape, folder: Path, seconds: float, progress: Steps
 ) -> ConversionReport:
-    """Convert networks of growing width, as far as the time goes; return the last one's figures."""
-    found = None
-    for done, divisor in enumerate(WIDTHS):
-        started = time.perf_counter()
-        progress(done, len(WIDTHS))
-        try:
-            found = _time_conversion(convert, whole, divisor, folder / str(divisor))
-        except UserError:  # no room on the disk or in memory
-            if found is None:
-                raise
+    """Convert a narrow network, then the widest that the time allows; return its figures.
+
+    What a conversion takes whatever it converts, and then its products, are the time to expect.
+    """
+    least, *wider = sorted(WIDTHS, reverse=True)
+    progress(0, 2)
+    started = time.perf_counter()
+    found = _time_conversion(convert, whole, _narrow(whole, least), folder / str(least))
+    always = time.perf_counter() - started
+    speed = _time_products(whole.args.hidden_size)
+    progress(1, 2)
+    for divisor in reversed(wider):
+        shape = _narrow(whole, divisor)
+        if 2 * always + SAFETY * _count_operations(shape) / speed > seconds:
+            continue
+        with suppress(UserError):  # no room on the disk or in memory
+            found = _time_conversion(convert, whole, shape, folder / str(divisor))
             break
-        seconds -= time.perf_counter() - started
-        if GROWTH * (time.perf_counter() - started) > seconds:
-            break
-    progress(len(WIDTHS), len(WIDTHS))
-    assert found is not None
+    progress(2, 2)
     return found
 
 
-def _time_conversion(
-    convert: Callable[..., Any], whole: Shape, divisor: int, folder: Path
-) -> ConversionReport:
-    sizes = ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads",
-             "num_key_value_heads")  # fmt: skip
+def _narrow(whole: Shape, divisor: int) -> Shape:
+    """A few layers of a shape, narrower than its own, with a small vocabulary."""
+    sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
     narrow = {key: max(1, getattr(whole.args, key) // divisor) for key in sizes}
+    narrow["vocab_size"] = max(1, whole.args.vocab_size // max(WIDTHS))
     narrow |= {"num_hidden_layers": CONVERTED_LAYERS, "head_dim": whole.args.head_dim}
-    small = Shape(whole.name, {**whole.config, **narrow})
-    layout, full = (Layout(one.args, whole.dtype) for one in (small, whole))
+    return Shape(whole.name, {**whole.config, **narrow})
+
+
+def _count_operations(shape: Shape) -> int:
+    """Count a conversion's operations: it multiplies matrices by ones as wide as the stream."""
+    return 2 * shape.args.hidden_size * Layout(shape.args, shape.dtype).count()
+
+
+def _time_products(width: int) -> float:
+    """Measure how many operations a second a float32 product of that width does."""
+    matrix = np.ones((width, width), dtype=np.float32)
+    multiply(matrix, matrix)  # warms up
+    started = time.perf_counter()
+    multiply(matrix, matrix)
+    return 2 * width**3 / (time.perf_counter() - started)
+
+
+def _time_conversion(
+    convert: Callable[..., Any], whole: Shape, shape: Shape, folder: Path
+) -> ConversionReport:
+    """Convert a random network of a shape; say what another would take by that."""
     folder.mkdir()
-    write_checkpoint(small, whole.dtype, folder / "source")
+    write_checkpoint(shape, whole.dtype, folder / "source")
     report = convert(folder / "source", folder / "result", skipless=True, remove="qp")
     shutil.rmtree(folder)
-    width = whole.args.hidden_size / small.args.hidden_size
+    share = _count_operations(whole) / _count_operations(shape)
     return ConversionReport(
-        CONVERTED_LAYERS, small.args.hidden_size, layout.count(), report.seconds,
-        report.peak_memory_bytes, report.seconds * width * full.count() / layout.count(),
+        CONVERTED_LAYERS, shape.args.hidden_size, Layout(shape.args, shape.dtype).count(),
+        report.seconds, report.peak_memory_bytes, report.seconds * share,
     )  # fmt: skip
 
 

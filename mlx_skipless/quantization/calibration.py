@@ -32,9 +32,10 @@ from ..network.parts import ChangedParts, Merged, Parts
 from ..progress import Steps, tell_part
 from ..removal.moments import Moments
 from .ends import read_head, record, round_rows, weigh_entering, weigh_head, weigh_rows
+from .fitting import fit_matrices
 from .formats import Packed
 from .layout import Layout
-from .passage import OVERFLOWS, Passage, fit_layer, fit_matrix
+from .passage import OVERFLOWS, Passage, fit_layer
 from .roles import find_readers, find_writers
 
 NO_NORMS = (
@@ -159,8 +160,8 @@ class CalibratedParts:
             moments[is_held_out(i)].add(read.x, {HEAD: y})
         form = self._layout.format_of(HEAD)
         assert form is not None
-        packed = fit_matrix(*moments, HEAD, out.pop(f"{HEAD}.weight"), form)
-        return out | _name_parts(HEAD, packed)
+        packed = fit_matrices(*moments, {HEAD: out.pop(f"{HEAD}.weight")}, {HEAD: form})
+        return out | _name_parts(HEAD, packed[HEAD])
 
     def _weigh_embedding(self, embedding: mx.array) -> np.ndarray | None:
         """Measure how much errors in the result's embedding matter, as a gram (hidden, hidden).

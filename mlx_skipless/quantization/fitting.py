@@ -4,16 +4,20 @@ A matrix here is (in, out), as ``x @ W`` reads it. Two streams of numbers are en
 second moments of its inputs and their products with the outputs that are wanted.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 
 from ..network.driver import BATCH_TOKENS
 from ..network.model import ModelArgs
-from ..removal.moments import RIDGES, WIDE, Moments, add_to_diagonal
-from .formats import Format
+from ..removal.moments import RIDGES, WIDE, Moments, add_to_diagonal, to_float64
+from .formats import Format, Packed
 
 TEXT_TOKENS = 1 << 14  # that calibrate, at most
 JUDGED = 128  # outputs, spread over all, that choose the ridge
+STACKED = 1 << 22  # weights of a matrix that is rounded together with others, at most
 
 
 def estimate_memory(args: ModelArgs) -> int:
@@ -30,10 +34,44 @@ def estimate_moments(widest: int, hidden: int) -> int:
     return moments * (8 if widest <= WIDE else 4) + 8 * 4 * BATCH_TOKENS * widest + held
 
 
-def fit_weight(
-    seen: Moments, judge: Moments, name: str, prior: np.ndarray, form: Format
-) -> np.ndarray:
-    """Fit the weight that gives the wanted outputs best once it is rounded.
+def fit_matrices(
+    seen: Moments, judge: Moments, priors: Mapping[str, mx.array], forms: Mapping[str, Format]
+) -> dict[str, Packed]:
+    """Fit matrices that read the same, and round them with error feedback.
+
+    Args:
+        seen: what the fits see.
+        judge: what chooses among them.
+        priors: what is known of the matrices, (out, in) each, by their names in both.
+        forms: how each is rounded, by name.
+    """
+    weights = fit_weights(seen, judge, priors, forms)
+    return round_together(weights, seen.gram + judge.gram, forms)
+
+
+def round_together(
+    weights: Mapping[str, np.ndarray], gram: np.ndarray, forms: Mapping[str, Format]
+) -> dict[str, Packed]:
+    """Round matrices (out, in), by name, whose inputs have the same X^T X, with error feedback."""
+    stacks: dict[Any, list[str]] = {}
+    for name, weight in weights.items():
+        # A row's rounding does not depend on others: small matrices go one below the other.
+        alone = name if weight.size > STACKED else None
+        stacks.setdefault((forms[name], alone), []).append(name)
+    packed: dict[str, Packed] = {}
+    for (form, _), names in stacks.items():
+        parts = form.with_feedback(np.concatenate([weights[name] for name in names]), gram)
+        ends = np.cumsum([len(weights[name]) for name in names]).tolist()
+        for part, array in parts.items():
+            for name, rows in zip(names, mx.split(array, ends[:-1]), strict=True):
+                packed.setdefault(name, {})[part] = rows
+    return {name: packed[name] for name in weights}
+
+
+def fit_weights(
+    seen: Moments, judge: Moments, priors: Mapping[str, mx.array], forms: Mapping[str, Format]
+) -> dict[str, np.ndarray]:
+    """Fit the weights that give the wanted outputs best once they are rounded.
 
     Ridge regressions are tried with several ridges r, towards zero and towards a prior W0:
 
@@ -44,34 +82,64 @@ def fit_weight(
 
     Args:
         seen: what the regressions fit.
-        judge: what chooses among them.
-        name: of the matrix in both.
-        prior: W0, (in, out).
-        form: how the matrix will be rounded.
+        judge: what chooses among them, for each matrix alone.
+        priors: W0^T of each matrix, (out, in), by its name in both; all read the same X.
+        forms: how each will be rounded, by name.
 
     Returns:
-        The weight (in, out), not rounded yet.
+        W^T (out, in) by name, in float32, not rounded yet.
     """
-    gram, cross = seen.gram, seen.cross[name]
+    gram = seen.gram
     size = np.mean(np.diag(gram))
-    # Some of the outputs choose: each is a regression of its own, with the same X^T X.
-    some = np.unique(np.linspace(0, prior.shape[1] - 1, JUDGED).astype(int))
-    best, least = None, judge.error(name, _round(prior[:, some], form), some)
+    searches = {name: _Search(judge, name, prior, forms[name]) for name, prior in priors.items()}
     for ridge in RIDGES if size else ():
         added = ridge * size
-        # One solve for both: the second regression is the first plus (X^T X + r I)^-1 r W0.
-        pulled = (added * prior[:, some]).astype(gram.dtype)
-        both = np.linalg.solve(add_to_diagonal(gram, added), np.hstack([cross[:, some], pulled]))
-        to_zero, share = np.hsplit(both, 2)
-        for candidate, pull in ((to_zero, 0.0), (to_zero + share, added)):
-            error = judge.error(name, _round(candidate, form), some)
-            if error < least:
-                best, least = (added, pull), error
-    if best is None:
-        return prior
-    added, pull = best
-    wanted = cross + (pull * prior).astype(gram.dtype)
-    return np.linalg.solve(add_to_diagonal(gram, added), wanted)
+        # One solve for all: the second regression is the first plus (X^T X + r I)^-1 r W0.
+        sides = [
+            side
+            for name, search in searches.items()
+            for side in (seen.cross[name][:, search.some], added * search.prior)
+        ]
+        solved = np.linalg.solve(add_to_diagonal(gram, added), np.hstack(sides).astype(gram.dtype))
+        found = iter(np.split(solved, np.cumsum([side.shape[1] for side in sides])[:-1], axis=1))
+        for search, to_zero, share in zip(searches.values(), found, found, strict=True):
+            search.judge(to_zero, added, 0.0)
+            search.judge(to_zero + share, added, added)
+    weights = {}
+    for name, prior in priors.items():
+        weight = to_float64(prior).T
+        if (best := searches[name].best) is not None:
+            added, pull = best
+            wanted = seen.cross[name] + (pull * weight).astype(gram.dtype)
+            weight = np.linalg.solve(add_to_diagonal(gram, added), wanted)
+        weights[name] = weight.T.astype(np.float32)
+    return weights
+
+
+class _Search:
+    """The search for one matrix's ridge.
+
+    Attributes:
+        some: the outputs that choose: each is a regression of its own, with the same X^T X.
+        prior: what is known of these, (in, some outputs).
+        best: what is added to the diagonal, and how much the prior pulls; None: the prior itself.
+    """
+
+    def __init__(self, judge: Moments, name: str, prior: mx.array, form: Format):
+        self._judge, self._name, self._form = judge, name, form
+        self.some = np.unique(np.linspace(0, len(prior) - 1, JUDGED).astype(int))
+        self.prior = to_float64(prior[mx.array(self.some)]).T
+        self.best: tuple[float, float] | None = None
+        self._least = self._measure(self.prior)
+
+    def judge(self, weight: np.ndarray, added: float, pull: float) -> None:
+        """Take a candidate (in, some outputs) if it errs less than all before."""
+        error = self._measure(weight)
+        if error < self._least:
+            self.best, self._least = (added, pull), error
+
+    def _measure(self, weight: np.ndarray) -> float:
+        return self._judge.error(self._name, _round(weight, self._form), self.some)
 
 
 def _round(weight: np.ndarray, form: Format) -> np.ndarray:

@@ -18,8 +18,9 @@ from ..network.parts import replace_at
 from ..progress import Steps, tell_part
 from ..removal.moments import Moments
 from .ends import record, round_tied
+from .fitting import fit_matrices
 from .formats import Format, Packed
-from .passage import STEPS, Passage, fit_layer, fit_matrix
+from .passage import STEPS, Passage, fit_layer
 from .roles import Readers, find_readers, find_writers
 
 
@@ -176,9 +177,8 @@ class CalibratedModules:
                 y = record(self._source, path, wanted).y - bias
                 x = record(self._network, path, self._streams[i], self._ends).x
                 moments[is_held_out(i)].add(x, {path: y})
-            prior = modules[path]["weight"]
-            parts = fit_matrix(*moments, path, prior, self._forms[path])
-            self._modules[path].update(parts)
+            found = fit_matrices(*moments, {path: modules[path]["weight"]}, self._forms)
+            self._modules[path].update(found[path])
         count = STEPS * (2 + len(self._network.paths))
         self._progress(count, count)
 

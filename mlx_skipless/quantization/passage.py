@@ -22,8 +22,8 @@ from ..network.driver import Driver, is_held_out
 from ..network.model import Stream, take_stream
 from ..network.parts import replace_at
 from ..progress import Steps
-from ..removal.moments import Moments, to_float64, weigh_tokens
-from .fitting import fit_weight
+from ..removal.moments import Moments, weigh_tokens
+from .fitting import fit_matrices, round_together
 from .formats import Format, Packed
 from .roles import Called, Given, Readers, Routed, is_expert, silence
 
@@ -263,16 +263,8 @@ def _fit_shared(
         targets = {path: weights * y for path, y in targets.items()}
         moments[read.held_out].add(weights * read.x, targets)
     _check_finite(*moments)
-    return {
-        path: fit_matrix(*moments, path, module["weight"], forms[path])
-        for path, module in modules.items()
-    }
-
-
-def fit_matrix(seen: Moments, judge: Moments, name: str, prior: mx.array, form: Format) -> Packed:
-    """Fit one matrix, of which ``prior`` (out, in) is what is known, and round it with feedback."""
-    weight = fit_weight(seen, judge, name, to_float64(prior).T, form)
-    return form.with_feedback(weight.T, seen.gram + judge.gram)
+    priors = {path: module["weight"] for path, module in modules.items()}
+    return fit_matrices(*moments, priors, forms)
 
 
 def _fit_experts(
@@ -293,9 +285,9 @@ def _fit_experts(
                 pick = mx.array(mine)
                 moments[held_out].add(x[pick], {path: y[pick] for path, y in targets.items()})
         _check_finite(*moments)
-        for path, module in modules.items():
-            weight = module["weight"][expert]
-            packed[path].append(_fit_expert(*moments, path, weight, forms[path]))
+        weights = {path: module["weight"][expert] for path, module in modules.items()}
+        for path, parts in _fit_expert(*moments, weights, forms).items():
+            packed[path].append(parts)
     return {
         path: {name: mx.stack([one[name] for one in parts]) for name in parts[0]}
         for path, parts in packed.items()
@@ -316,14 +308,20 @@ def _list_rows(
     return read.held_out, x, targets, np.array(indices).reshape(-1)
 
 
-def _fit_expert(seen: Moments, judge: Moments, name: str, weight: mx.array, form: Format) -> Packed:
-    enough = -(-weight.shape[1] // SPARSE)
+def _fit_expert(
+    seen: Moments, judge: Moments, weights: Mapping[str, mx.array], forms: Mapping[str, Format]
+) -> dict[str, Packed]:
+    enough = max(-(-weight.shape[1] // SPARSE) for weight in weights.values())
     if seen.count + judge.count < enough:
-        return form.nearest(weight)
+        return {path: forms[path].nearest(weight) for path, weight in weights.items()}
     if seen.count >= enough and judge.count:
-        return fit_matrix(seen, judge, name, weight, form)
+        return fit_matrices(seen, judge, weights, forms)
     gram = sum(found.gram for found in (seen, judge) if found.count)
-    return form.with_feedback(np.array(weight.astype(mx.float32)), gram)  # type: ignore[arg-type]
+    return round_together(
+        {path: np.array(weight.astype(mx.float32)) for path, weight in weights.items()},
+        gram,  # type: ignore[arg-type]
+        forms,
+    )
 
 
 def _check_finite(*moments: Moments) -> None:

@@ -18,11 +18,12 @@ from grids import only
 import mlx_skipless
 from mlx_skipless.cli.main import main
 from mlx_skipless.cli.report_tables import write_report
+from mlx_skipless.errors import UserError
 from mlx_skipless.evaluation import device_report, effort, exactness, timing
 from mlx_skipless.evaluation.device_report import DeviceReport, report_device
 from mlx_skipless.evaluation.effort import CONTEXTS, Pace, describe_cuts, list_efforts
 from mlx_skipless.evaluation.exactness import Exactness, compute_logits, measure_exactness
-from mlx_skipless.evaluation.synthetic import Shape
+from mlx_skipless.evaluation.synthetic import Shape, write_checkpoint
 from mlx_skipless.evaluation.timing import Case, Timing
 from mlx_skipless.evaluation.variants import (
     PLAIN,
@@ -34,6 +35,7 @@ from mlx_skipless.evaluation.variants import (
 from mlx_skipless.inference.sizes import count_bytes_read, count_cache_bytes
 from mlx_skipless.memory import weight_bytes
 from mlx_skipless.network.parts import tensors_of
+from mlx_skipless.quantization.layout import Layout
 from mlx_skipless.quantization.settings import Quantization
 
 HIDDEN, INNER, VOCAB, KV_WIDTH = 128, 192, 264, 64
@@ -232,6 +234,35 @@ def test_the_command(quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("speed", "refused", "expected"),
+    [(1e30, (), 128), (1e30, (128,), 64), (1e-30, (), 32), (1e30, (64, 128), 32)],
+)
+def test_the_widest_conversion_that_there_is_time_and_room_for(
+    speed: float, refused: tuple[int, ...], expected: int, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    def write(shape: Shape, dtype: mx.Dtype, folder: Path) -> None:
+        assert (shape.args.num_hidden_layers, shape.args.vocab_size) == (2, VOCAB // 4)
+        if shape.args.hidden_size in refused:
+            raise UserError("no room")
+        write_checkpoint(shape, dtype, folder)
+
+    monkeypatch.setattr(device_report, "_time_products", lambda width: speed)
+    monkeypatch.setattr(device_report, "write_checkpoint", write)
+    convert = mlx_skipless.convert
+    found = device_report._time_conversions(convert, shape(5), tmp_path, 1e6, lambda *_: None)
+    assert found.hidden_size == expected
+    assert found.whole_seconds > found.seconds
+    # All of the shape's weights, each multiplied by a matrix as wide as its stream.
+    narrow = device_report._narrow(shape(5), HIDDEN // expected)
+    whole, part = (
+        width * Layout(one.args, mx.bfloat16).count()
+        for width, one in ((HIDDEN, shape(5)), (expected, narrow))
+    )
+    assert found.whole_seconds / found.seconds == pytest.approx(whole / part)
+
+
 def count(layers: int) -> int:
     return sum(array.size for array in tensors_of(make_plain(shape(layers), mx.bfloat16)).values())
 
@@ -315,38 +346,6 @@ def test_an_interruption_leaves_nothing(
     assert capsys.readouterr().err == "error: interrupted\n"
     assert {one.name for one in quick.iterdir()} == {"config.json", "scratch"}
     assert [*(quick / "scratch").iterdir()] == []
-
-
-def test_wider_conversions_are_tried_while_there_is_time(
-    quick: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each is expected to take eight times as long; one that cannot be done is left out."""
-    tried: list[int] = []
-    now = 0.0
-
-    def measure(seconds: float, refused: int = 0) -> Any:
-        tried.clear()
-
-        def convert(convert: Any, whole: Shape, divisor: int, folder: Path) -> int:
-            nonlocal now
-            tried.append(divisor)
-            now += {4: 1, 2: 8, 1: 64}[divisor]
-            if divisor == refused:
-                raise mlx_skipless.UserError("no room")
-            return divisor
-
-        monkeypatch.setattr(device_report, "_time_conversion", convert)
-        return device_report._time_conversions(
-            mlx_skipless.convert, shape(2), quick, seconds, lambda done, total: None
-        )
-
-    monkeypatch.setattr(device_report, "WIDTHS", (4, 2, 1))
-    monkeypatch.setattr(device_report.time, "perf_counter", lambda: now)
-    for seconds, last in ((0, 4), (8.9, 4), (9.1, 2), (72.9, 2), (73.1, 1)):
-        assert measure(seconds) == last == tried[-1] and tried == [4, 2, 1][: len(tried)]
-    assert measure(100, refused=1) == 2 and tried == [4, 2, 1]
-    with pytest.raises(mlx_skipless.UserError, match="no room"):
-        measure(100, refused=4)
 
 
 @pytest.mark.parametrize(

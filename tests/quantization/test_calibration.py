@@ -17,8 +17,8 @@ from mlx_skipless.checkpoints.checkpoint import open_checkpoint
 from mlx_skipless.network.driver import StreamedNetwork
 from mlx_skipless.network.model import Model
 from mlx_skipless.quantization import bits as budget
+from mlx_skipless.quantization import fitting
 from mlx_skipless.quantization.calibration import CalibratedParts
-from mlx_skipless.quantization.fitting import fit_weight
 from mlx_skipless.quantization.formats import Format
 from mlx_skipless.quantization.layout import Layout, Quantization
 from mlx_skipless.removal.merger import Merger
@@ -59,6 +59,15 @@ def less_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samples, "LONG_CHECK", (8, 32))
 
 
+FORM = Format(8, 32, "affine")
+
+
+def fit(seen: Moments, judge: Moments, prior: np.ndarray, form: Format = FORM) -> np.ndarray:
+    """The fitted weight, (in, out) as the prior is."""
+    known = {"m": mx.array(np.ascontiguousarray(prior.T, dtype=np.float32))}
+    return fitting.fit_weights(seen, judge, known, {"m": form})["m"].T
+
+
 def moments(x: np.ndarray, y: np.ndarray) -> Moments:
     found = Moments()
     for a, b in zip(np.array_split(x, 3), np.array_split(y, 3), strict=True):
@@ -82,8 +91,7 @@ def test_fit_finds_the_matrix(noise: float) -> None:
     inputs = x + noise * 0.05 * rng.standard_normal(x.shape)
     half = len(x) // 2
     seen, judge = moments(inputs[:half], x[:half] @ w), moments(inputs[half:], x[half:] @ w)
-    form = Format(8, 32, "affine")
-    got = fit_weight(seen, judge, "m", 5 * rng.standard_normal(w.shape), form)
+    got = fit(seen, judge, 5 * rng.standard_normal(w.shape))
     if not noise:
         assert judge.error("m", got) < 1e-4
     assert judge.error("m", got) < judge.error("m", w) + 1e-5
@@ -95,9 +103,8 @@ def test_fit_finds_the_matrix(noise: float) -> None:
 def test_fit_keeps_the_prior_where_nothing_was_seen() -> None:
     prior = np.random.default_rng(2).standard_normal((32, 8))
     nothing = np.zeros((10, 32))
-    form = Format(4, 32, "affine")
     seen, judge = moments(nothing, np.zeros((10, 8))), moments(nothing, np.ones((10, 8)))
-    assert fit_weight(seen, judge, "m", prior, form) is prior
+    assert np.array_equal(fit(seen, judge, prior, Format(4, 32, "affine")), np.float32(prior))
 
 
 def test_fit_keeps_the_prior_where_the_judge_says_so() -> None:
@@ -106,7 +113,39 @@ def test_fit_keeps_the_prior_where_the_judge_says_so() -> None:
     prior = rng.standard_normal((32, 8))
     x = rng.standard_normal((40, 32))
     seen, judge = moments(x, 9 * rng.standard_normal((40, 8))), moments(x, x @ prior)
-    assert fit_weight(seen, judge, "m", prior, Format(8, 32, "affine")) is prior
+    assert np.array_equal(fit(seen, judge, prior), np.float32(prior))
+
+
+@pytest.mark.parametrize("stacked", [0, 1 << 22])
+def test_matrices_that_read_the_same_are_fitted_as_each_alone(
+    stacked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three of other sizes, two of which are rounded alike, one below the other or not."""
+    monkeypatch.setattr(fitting, "STACKED", stacked)
+    rng = np.random.default_rng(4)
+    x = rng.standard_normal((600, 64)) @ rng.standard_normal((64, 64))
+    forms = {
+        "q": Format(4, 32, "affine"),
+        "k": Format(3, 32, "affine"),
+        "v": Format(4, 32, "affine"),
+    }
+    known = {
+        name: mx.array(rng.standard_normal((rows, 64)).astype(np.float32))
+        for name, rows in (("q", 160), ("k", 24), ("v", 32))
+    }
+    noise = 0.1 * rng.standard_normal(x.shape)
+    sums = Moments(), Moments()
+    for found, part in zip(sums, (slice(0, 500), slice(500, None)), strict=True):
+        targets = {name: mx.array(x[part].astype(np.float32)) @ w.T for name, w in known.items()}
+        found.add(mx.array((x + noise)[part].astype(np.float32)), targets)
+    together = fitting.fit_matrices(*sums, known, forms)
+    assert [*together] == [*known]
+    for name, form in forms.items():
+        alone = fitting.fit_matrices(*sums, {name: known[name]}, forms)[name]
+        assert together[name].keys() == alone.keys()
+        got, expected = (np.array(form.dense(parts)) for parts in (together[name], alone))
+        # Sums in another order can move a weight to its neighbour.
+        assert np.mean(np.abs(got - expected) > 1e-4 * np.abs(expected).max()) < 0.01, name
 
 
 def ill_conditioned(folder: Path, spread: float = 2.5, **config: Any):
