@@ -13,8 +13,8 @@ import numpy as np
 from ..errors import UserError
 from ..inference.context import check_windows, find_context
 from ..inference.loading import load
-from ..network.driver import widen
 from ..network.metrics import measure_nll
+from ..network.widening import widen
 from ..text import corpus
 
 CONTEXT = 512  # for models that say nothing, or allow more

@@ -23,13 +23,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map, tree_unflatten
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from ..progress import Steps
 from .magnitudes import Watch
 from .model import Block, Model, ModelArgs, Stream, take_stream
 from .names import EMBEDDING, FINAL_NORM, HEAD, SUBLAYERS
-from .parts import Arrays, Parts, replace_at, unpack
+from .parts import Arrays, Parts, replace_at
+from .widening import widen
 
 RESIDENT_BYTES = 2 << 30  # of float32 weights that may stay in memory
 BATCH_TOKENS = 2048
@@ -398,81 +398,6 @@ def quantize_as(
 
     mode = settings.get("mode", "affine")
     nn.quantize(module, settings["group_size"], settings["bits"], mode=mode, class_predicate=choose)
-
-
-class _WideLinear(nn.Linear):
-    """A matrix of 16 bits that multiplies in float32, as a GPU's kernels add up."""
-
-    def __call__(self, x: mx.array) -> mx.array:
-        y = x.astype(mx.float32) @ self.weight.astype(mx.float32).T
-        y = y + self["bias"] if "bias" in self else y
-        return y.astype(mx.result_type(x, self.weight))
-
-
-class _WideEmbedding(nn.Embedding):
-    """An embedding of 16 bits whose tied head multiplies in float32."""
-
-    def as_linear(self, x: mx.array) -> mx.array:
-        y = x.astype(mx.float32) @ self.weight.astype(mx.float32).T
-        return y.astype(mx.result_type(x, self.weight))
-
-
-class _UnpackedLinear(nn.QuantizedLinear):
-    """A quantized matrix that multiplies in float32, unpacked, as a GPU's kernels add up."""
-
-    def __call__(self, x: mx.array) -> mx.array:
-        y = (x.astype(mx.float32) @ _unpack(self).T).astype(x.dtype)
-        return y + self["bias"] if "bias" in self else y
-
-
-class _UnpackedEmbedding(nn.QuantizedEmbedding):
-    """A quantized embedding whose tied head multiplies in float32."""
-
-    def as_linear(self, x: mx.array) -> mx.array:
-        return (x.astype(mx.float32) @ _unpack(self).T).astype(x.dtype)
-
-
-class _UnpackedExperts(QuantizedSwitchLinear):
-    """Experts' quantized matrices that multiply in float32."""
-
-    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        weight = _unpack(self).swapaxes(-1, -2)
-        y = mx.gather_mm(
-            x.astype(mx.float32), weight, rhs_indices=indices, sorted_indices=sorted_indices
-        ).astype(x.dtype)
-        return y + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else y
-
-
-NARROW = (mx.float16, mx.bfloat16)
-WIDE: dict[Any, Any] = {nn.Linear: _WideLinear, nn.Embedding: _WideEmbedding}
-UNPACKED: dict[Any, Any] = {
-    nn.QuantizedLinear: _UnpackedLinear,
-    nn.QuantizedEmbedding: _UnpackedEmbedding,
-    QuantizedSwitchLinear: _UnpackedExperts,
-}
-
-
-def _unpack(module: Any) -> mx.array:
-    settings = module.group_size, module.bits, module.mode
-    return unpack(module.weight, module.scales, module.get("biases"), *settings)
-
-
-def widen(module: nn.Module) -> nn.Module:
-    """Make a module multiply in float32, in place, where MLX multiplies others badly: on a CPU.
-
-    It has no product of dense experts in 16 bits. Its products in 16 bits take ten times as long as
-    in float32. Those of packed matrices take 20 to 200 times as long as unpacked ones, and add up
-    in 16 bits where the numbers have these. The numbers stay the same.
-    """
-    if mx.default_device() == mx.cpu:
-        for part in module.modules():
-            if isinstance(part, SwitchLinear) and part.weight.dtype in NARROW:
-                part.weight = part.weight.astype(mx.float32)
-            elif type(part) in UNPACKED:
-                part.__class__ = UNPACKED[type(part)]
-            elif type(part) in WIDE and part.weight.dtype in NARROW:
-                part.__class__ = WIDE[type(part)]
-    return module
 
 
 class Recorder(nn.Module):

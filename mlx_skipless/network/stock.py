@@ -16,10 +16,11 @@ from mlx.utils import tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import get_total_parameters
 
-from .driver import Changes, Driver, _Reached, widen
+from .driver import Changes, Driver, _Reached
 from .magnitudes import Watch
 from .model import Stream, take_stream
 from .trial import KINDS, Sublayers, Trial, drop_sublayer, find_part
+from .widening import widen
 
 StandIns = Mapping[tuple[str, int], nn.Linear]  # by "attention" or "ffn" and layer
 
