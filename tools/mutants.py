@@ -488,7 +488,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
         "- np.vdot(weight, cross)",
         f"{CALIBRATION} moments",
     ),
-    ("quantization", "if error < least:", "if error > least:", f"{CALIBRATION} fit"),
+    ("quantization", "if error < self._least:", "if error > self._least:", f"{CALIBRATION} fit"),
     (
         "quantization",
         'targets[path] - modules[path]["bias"]\n',

@@ -100,6 +100,25 @@ def test_fit_finds_the_matrix(noise: float) -> None:
     assert judge.error("m", got) < 1.2 * judge.error("m", best) + 1e-4
 
 
+@pytest.mark.parametrize("rows", [24, 48])
+def test_fit_moves_the_prior_where_little_was_seen(rows: int) -> None:
+    """Better than the prior and than any regression without one, if there are fewer tokens."""
+    rng = np.random.default_rng(5)
+    true = rng.standard_normal((64, 16))
+    prior = true + 0.3 * rng.standard_normal(true.shape)
+    x, held = rng.standard_normal((rows, 64)), rng.standard_normal((400, 64))
+    seen, judge = moments(x, x @ true), moments(held, held @ true)
+    got = judge.error("m", fit(seen, judge, prior))
+    without = [
+        judge.error("m", np.linalg.solve(x.T @ x + ridge * rows * np.eye(64), x.T @ x @ true))
+        for ridge in np.logspace(-6, 0, 13)
+    ]
+    # As much of the prior's error is left as lies in directions that no token has.
+    left = 1 - rows / 64
+    assert got == pytest.approx(left * judge.error("m", prior), rel=0.25)
+    assert got < 0.5 * min(without)
+
+
 def test_fit_keeps_the_prior_where_nothing_was_seen() -> None:
     prior = np.random.default_rng(2).standard_normal((32, 8))
     nothing = np.zeros((10, 32))
