@@ -66,6 +66,21 @@ def expand_path(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def parse_texts(options: Any) -> None:
+    """Parse, in place, text that a frozen options dataclass holds as its flags would: "1.6MB".
+
+    Raises:
+        UserError: for text that stands for no value of its field.
+    """
+    for one in dataclasses.fields(options):
+        parse, value = one.metadata.get("parse"), getattr(options, one.name)
+        if parse is not None and isinstance(value, str):
+            try:
+                object.__setattr__(options, one.name, parse(value))
+            except UserError as error:
+                raise UserError(f"{flag_name(one.name)}: {error}") from None
+
+
 def check_choices(options: Any) -> None:
     """Check each field of an options dataclass that has choices.
 

@@ -13,7 +13,15 @@ from typing import Any
 
 from ..constants import FLOAT_NAMES, HUB_ID, MODES, REMOVALS
 from ..errors import UserError
-from ..options import check_seed, option, parse_bytes, parse_count, parse_ratio, parse_share
+from ..options import (
+    check_seed,
+    option,
+    parse_bytes,
+    parse_count,
+    parse_ratio,
+    parse_share,
+    parse_texts,
+)
 from ..quantization.settings import Quantization, make_quantization
 
 DEFAULT_LOSS = 0.01  # share by which "auto" drops may raise the loss
@@ -199,6 +207,7 @@ class Options(Removals):
     seed: int = checking(0, "of the sampled text", metavar="SEED")
 
     def __post_init__(self) -> None:
+        parse_texts(self)
         _check_target(self)
         _check_allowed(self)
         _check_quantization(self)

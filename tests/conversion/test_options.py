@@ -65,6 +65,21 @@ def test_what_flags_say(monkeypatch: pytest.MonkeyPatch) -> None:
         assert taken.pop() == Options(**fields)
 
 
+@pytest.mark.parametrize(
+    ("field", "text", "value"),
+    [
+        ("target_bytes", "1.5MB", 1_500_000), ("target_speed", "3x", 3.0),
+        ("max_loss", "2%", 0.02), ("drop_block", "2", 2), ("replace_ffn", "auto", "auto"),
+    ],
+)  # fmt: skip
+def test_python_may_say_what_flags_say(field: str, text: str, value: object) -> None:
+    others = {"drop_ffn": "auto"} if field == "max_loss" else {}
+    assert getattr(Options(**others, **{field: text}), field) == value  # type: ignore[arg-type]
+    flag = f"--{field.replace('_', '-')}"
+    with pytest.raises(UserError, match=f"{flag}: 'much' is n"):
+        Options(**others, **{field: "much"})  # type: ignore[arg-type]
+
+
 def test_options_as_one(tmp_path: Path) -> None:
     """Keywords go before the fields of the options that are given."""
     make_checkpoint(tmp_path / "s", norm="qkv", **SIZES)
