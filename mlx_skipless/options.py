@@ -67,14 +67,17 @@ def expand_path(path: str | Path) -> Path:
 
 
 def parse_texts(options: Any) -> None:
-    """Parse, in place, text that a frozen options dataclass holds as its flags would: "1.6MB".
+    """Parse, in place, text that a frozen options dataclass holds for numbers, such as "1.6MB".
+
+    Fields that may be text keep it.
 
     Raises:
         UserError: for text that stands for no value of its field.
     """
     for one in dataclasses.fields(options):
-        parse, value = one.metadata.get("parse"), getattr(options, one.name)
-        if parse is not None and isinstance(value, str):
+        parse, value = one.metadata["parse"], getattr(options, one.name)
+        number = parse is not None and str not in typing.get_args(one.type)
+        if number and isinstance(value, str):
             try:
                 object.__setattr__(options, one.name, parse(value))
             except UserError as error:

@@ -69,7 +69,7 @@ def test_what_flags_say(monkeypatch: pytest.MonkeyPatch) -> None:
     ("field", "text", "value"),
     [
         ("target_bytes", "1.5MB", 1_500_000), ("target_speed", "3x", 3.0),
-        ("max_loss", "2%", 0.02), ("drop_block", "2", 2), ("replace_ffn", "auto", "auto"),
+        ("max_loss", "2%", 0.02), ("target_bytes", "900", 900),
     ],
 )  # fmt: skip
 def test_python_may_say_what_flags_say(field: str, text: str, value: object) -> None:
