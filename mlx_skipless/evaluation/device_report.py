@@ -53,7 +53,7 @@ PROBE_LAYERS = 2
 FIRST_RUN_SHARE = 0.1  # of the time: a first run that takes longer counts
 PROBE_SECONDS, PROBE_TOKENS = 0.3, 1024  # a prompt grows until it takes so long or is so long
 WIDTHS = (4, 2, 1)  # divisors of the shape's
-SAFETY = 2  # times as long as its products take a conversion's layers at most
+SAFETY = 2  # a conversion's layers take at most so many times as long as their products
 CONVERTED_LAYERS = 2
 
 

@@ -234,10 +234,24 @@ def test_the_command(quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
+def count_operations(width: int) -> int:
+    """Of a conversion of two layers: each weight times a row of a matrix as wide as the stream."""
+    narrow = device_report._narrow(shape(5), HIDDEN // width)
+    return 2 * width * Layout(narrow.args, mx.bfloat16).count()
+
+
+SECONDS = 1e6
+# At which the products of the widest of these conversions take longer than that, with SAFETY.
+WIDE_SPEED = 1.5 * count_operations(128) / SECONDS
+
+
 @pytest.mark.parametrize(
     ("speed", "refused", "expected"),
-    [(1e30, (), 128), (1e30, (128,), 64), (1e-30, (), 32), (1e30, (64, 128), 32)],
-)
+    [
+        (1e30, (), 128), (WIDE_SPEED, (), 64), (1e30, (128,), 64), (1e-30, (), 32),
+        (1e30, (64, 128), 32),
+    ],
+)  # fmt: skip
 def test_the_widest_conversion_that_there_is_time_and_room_for(
     speed: float, refused: tuple[int, ...], expected: int, monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -251,16 +265,26 @@ def test_the_widest_conversion_that_there_is_time_and_room_for(
     monkeypatch.setattr(device_report, "_time_products", lambda width: speed)
     monkeypatch.setattr(device_report, "write_checkpoint", write)
     convert = mlx_skipless.convert
-    found = device_report._time_conversions(convert, shape(5), tmp_path, 1e6, lambda *_: None)
+    found = device_report._time_conversions(convert, shape(5), tmp_path, SECONDS, lambda *_: None)
     assert found.hidden_size == expected
     assert found.whole_seconds > found.seconds
     # All of the shape's weights, each multiplied by a matrix as wide as its stream.
-    narrow = device_report._narrow(shape(5), HIDDEN // expected)
-    whole, part = (
-        width * Layout(one.args, mx.bfloat16).count()
-        for width, one in ((HIDDEN, shape(5)), (expected, narrow))
-    )
-    assert found.whole_seconds / found.seconds == pytest.approx(whole / part)
+    whole = 2 * HIDDEN * Layout(shape(5).args, mx.bfloat16).count()
+    share = whole / count_operations(expected)
+    assert found.whole_seconds / found.seconds == pytest.approx(share)
+
+
+def test_the_narrowest_conversion_must_be_possible(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def write(*given: Any) -> None:
+        raise UserError("no room")
+
+    monkeypatch.setattr(device_report, "write_checkpoint", write)
+    with pytest.raises(UserError, match="no room"):
+        device_report._time_conversions(
+            mlx_skipless.convert, shape(5), tmp_path, SECONDS, lambda *_: None
+        )
 
 
 def count(layers: int) -> int:
