@@ -2,8 +2,10 @@
 
 A block marked `sh` is given to bash as it stands; one marked `sh background` runs until the end.
 The plain block behind one is all that it prints, but that "…" stands for any part of a line or any
-lines, and a number with a decimal point for any such number. Lines that begin with "> " are typed,
-in a terminal. Only the port is another, for that of the page may be taken.
+lines, and a number with a decimal point for any such number. In a block marked `tale` lines without
+a figure are the model's words, which another processor rounds into others: any line or lines will
+do. Lines that begin with "> " are typed, in a terminal. Only the port is another, for that of the
+page may be taken.
 """
 
 import contextlib
@@ -30,6 +32,7 @@ PAGE = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
 PORT = "8080"
 PATIENCE = 300  # seconds for a command
 DECIMAL = r"\d[\d,]*\.\d+(?:e[+-]\d+)?"
+WORDS = "what the model says"
 
 
 @dataclass
@@ -47,9 +50,19 @@ def steps(page: str) -> list[Step]:
         if mark.startswith("sh"):
             found.append(Step(block, background=mark == "sh background"))
         else:
-            assert mark == "" and found[-1].printed is None, block
-            found[-1].printed = lines(block)
+            assert mark in ("", "tale") and found[-1].printed is None, block
+            found[-1].printed = lines(block) if not mark else hide_words(lines(block))
     return found
+
+
+def hide_words(block: list[str]) -> list[str]:
+    """Put WORDS in the place of each run of lines that the model says."""
+    hidden: list[str] = []
+    for line in block:
+        own = not re.match(r"> |=+$|…$", line) and not re.search(r"\d", line)
+        if not own or hidden[-1:] != [WORDS]:
+            hidden.append(WORDS if own else line)
+    return hidden
 
 
 def lines(text: str) -> list[str]:
@@ -63,8 +76,9 @@ def says(printed: Sequence[str], expected: Sequence[str]) -> bool:
     if not expected:
         return not printed
     first, *rest = expected
-    if first == "…":
-        return any(says(printed[i:], rest) for i in range(len(printed) + 1))
+    if first in ("…", WORDS):
+        least = 1 if first == WORDS else 0
+        return any(says(printed[i:], rest) for i in range(least, len(printed) + 1))
     return bool(printed) and same(printed[0], first) and says(printed[1:], rest)
 
 
@@ -230,6 +244,9 @@ PRINTED = ["3,414 weights, 13.7 MB", "a line", "wrote mlx_model; 0.5 s, memory 1
         (PRINTED[:2], False),
         ([PRINTED[1], PRINTED[0], PRINTED[2]], False),
         (["…", "a lin", "…"], False),
+        ([PRINTED[0], WORDS, PRINTED[2]], True),
+        ([WORDS], True),
+        ([*PRINTED, WORDS], False),
     ],
 )
 def test_what_is_printed_is_held_against_the_page(expected: list[str], right: bool) -> None:
@@ -241,3 +258,8 @@ def test_blocks_of_a_page() -> None:
         "Text\n\n```sh\na <<E\n```\n\n```\nb  c\n\x1b[1m> d\x1b[0m\n```\n```sh background\nf\n```\n"
     )
     assert steps(page) == [Step("a <<E\n", False, ["b c", "> d"]), Step("f\n", True)]
+
+
+def test_what_the_model_says_may_be_other_words() -> None:
+    page = "```sh\na\n```\n```tale\n…\nOnce upon\na time\n2 turns\n> go on\nto the end\n====\n```\n"
+    assert steps(page)[0].printed == ["…", WORDS, "2 turns", "> go on", WORDS, "===="]
