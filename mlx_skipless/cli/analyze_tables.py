@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from ..evaluation.analysis import Analysis
+from ..evaluation.findings import Analysis
 from ..memory import format_bytes
 from ..network.wiring import LETTERS
 from .tables import Grid

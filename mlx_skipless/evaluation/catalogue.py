@@ -17,7 +17,8 @@ from ..network.model import ModelArgs
 from ..quantization.layout import Layout, compare_sizes
 from ..removal import table as first_layer
 from ..removal.plan import make_plan
-from .analysis import Removal, measure_removal
+from .analysis import measure_removal
+from .findings import Removal
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from .analysis import Analysis
     from .benchmark import Benchmark
+    from .findings import Analysis
     from .timing import Result, Spread
 
 DPI = 120  # of a PNG of the usual size; a narrower one, for print, has more

@@ -14,8 +14,8 @@ from matplotlib.text import Text
 from mlx_skipless import UserError, cli
 from mlx_skipless.cli.figures import open_figure, parse_width
 from mlx_skipless.evaluation import plots
-from mlx_skipless.evaluation.analysis import Analysis, Dropped, Layer
 from mlx_skipless.evaluation.benchmark import Benchmark, Subject
+from mlx_skipless.evaluation.findings import Analysis, Dropped, Layer
 from mlx_skipless.evaluation.plots import Look, plot_analysis, plot_benchmark, plot_losses
 from mlx_skipless.evaluation.timing import Case, Result, Spread
 

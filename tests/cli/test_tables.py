@@ -16,9 +16,10 @@ from mlx_skipless.cli.architectures import tabulate_entries
 from mlx_skipless.cli.bench_tables import tabulate_benchmark
 from mlx_skipless.cli.convert import tabulate_plan
 from mlx_skipless.cli.tables import Grid, format_count, join_layers
-from mlx_skipless.evaluation.analysis import Dropped, analyze
+from mlx_skipless.evaluation.analysis import analyze
 from mlx_skipless.evaluation.benchmark import Benchmark, Subject
 from mlx_skipless.evaluation.catalogue import list_entries
+from mlx_skipless.evaluation.findings import Dropped
 from mlx_skipless.evaluation.timing import Case, Result, Spread
 from mlx_skipless.removal.choices import RemovalCost
 

@@ -22,8 +22,8 @@ from mlx_skipless.cli.analyze_tables import describe_analysis
 from mlx_skipless.cli.main import main
 from mlx_skipless.cli.tables import Grid
 from mlx_skipless.constants import REMOVALS
-from mlx_skipless.evaluation import analysis
-from mlx_skipless.evaluation.analysis import Analysis, Dropped, Layer, Removal
+from mlx_skipless.evaluation import analysis, sublayer_worth
+from mlx_skipless.evaluation.findings import Analysis, Dropped, Layer, Removal
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
 MATRICES = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "p": "o_proj"}
@@ -32,7 +32,7 @@ TALE = "once upon a time there was a king who had three sons and a goose. " * 6
 
 @pytest.fixture(autouse=True)
 def less_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(analysis, "TEXT", (8, 64))
+    monkeypatch.setattr(sublayer_worth, "TEXT", (8, 64))
 
 
 def made(folder: Path, **config: Any) -> tuple[Config, Weights]:
@@ -316,7 +316,7 @@ def test_a_quantized_source(tmp_path: Path) -> None:
 
 def test_sampled_text_is_the_models_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a file it is measured on what the model says, by the seed."""
-    monkeypatch.setattr(analysis, "TEXT", (4, 64))
+    monkeypatch.setattr(sublayer_worth, "TEXT", (4, 64))
     made(tmp_path / "s")
     found = [analysis.analyze(tmp_path / "s", seed=seed) for seed in (0, 0, 1)]
     assert found[0] == found[1] and found[0].drops != found[2].drops

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from zoo import make_model
 
 from mlx_skipless.cli.main import main
-from mlx_skipless.evaluation import analysis
+from mlx_skipless.evaluation import analysis, sublayer_worth
 from mlx_skipless.evaluation.perplexity import measure_perplexity
 from mlx_skipless.network import reduced
 
@@ -84,7 +84,7 @@ def make_reduced(source: Path, folder: Path, part: str, layer: int) -> None:
 
 @pytest.fixture(autouse=True)
 def less_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(analysis, "TEXT", (8, LENGTH))
+    monkeypatch.setattr(sublayer_worth, "TEXT", (8, LENGTH))
 
 
 @pytest.mark.parametrize("model_type", only(("gemma3_text",), KINDS))
