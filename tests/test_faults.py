@@ -10,16 +10,16 @@ import pytest
 
 SCRIPT = Path(__file__).parents[1] / "tools/faults.py"
 TRIES = {
-    "SIGINT": 24,
-    "SIGTERM": 18,
-    "SIGKILL": 24,
-    "disk-full": 18,
-    "file-too-large": 18,
-    "source-cut-short": 18,
-    "three-at-once": 6,
-    "other-file-system": 12,
-    "training-killed": 6,
-    "training-hung-up": 6,
+    "SIGINT": 12,
+    "SIGTERM": 9,
+    "SIGKILL": 12,
+    "disk-full": 9,
+    "file-too-large": 9,
+    "source-cut-short": 9,
+    "three-at-once": 3,
+    "other-file-system": 6,
+    "training-killed": 3,
+    "training-hung-up": 3,
 }
 
 
