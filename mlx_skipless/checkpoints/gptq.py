@@ -1,5 +1,6 @@
 """Matrices as AutoAWQ and GPTQ pack them: whole numbers in 32-bit words, along either axis."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -73,7 +74,7 @@ class GPTQScheme(Scheme):
     def _layout(self, path: str, shapes: Shapes) -> tuple[Shape, dict[str, Shape]]:
         words, n_out = shapes[f"{path}.qweight"]
         groups, _ = shapes[f"{path}.scales"]
-        if words % self.bits or n_out % 32:
+        if words % self.bits or n_out % 32 or not groups:
             raise ValueError(n_out)
         n_in = words // self.bits * 32
         expected: dict[str, Shape] = {
@@ -82,7 +83,31 @@ class GPTQScheme(Scheme):
         }
         if f"{path}.g_idx" in shapes:
             expected[".g_idx"] = (n_in,)
+        else:
+            self._find_group_size(path, n_in, groups)
         return (n_out, n_in), expected
+
+    def _find_group_size(self, path: str, n_in: int, groups: int) -> int:
+        """Find how many inputs share a scale where no ``g_idx`` says it.
+
+        The last group may be shorter than the size that the config names. Without one all are
+        alike.
+
+        Raises:
+            UserError: if the groups are others than the config says, or cannot be alike.
+        """
+        named = self.group_size
+        if isinstance(named, str) and re.fullmatch(r"-?\d+", named):
+            named = int(named)
+        told = type(named) is int
+        size = named if told and named > 0 else n_in // groups
+        fits = -(-n_in // size) == groups if told else size * groups == n_in
+        if not fits or (told and named <= 0 and groups != 1):
+            raise UserError(
+                f"{path} has {groups} groups of its {n_in} inputs, "
+                f'"group_size" is {self.group_size!r}: {AGAIN}'
+            )
+        return size
 
     def unpack(self, path: str, arrays: Arrays) -> mx.array:
         scales = arrays[f"{path}.scales"].astype(mx.float32)  # (groups, out)
@@ -92,8 +117,7 @@ class GPTQScheme(Scheme):
         n_in = values.shape[0]
         group = arrays.get(f"{path}.g_idx")
         if group is None:
-            size = self.group_size if type(self.group_size) is int else -1
-            group = mx.arange(n_in) // (size if size > 0 else n_in)
+            group = mx.arange(n_in) // self._find_group_size(path, n_in, scales.shape[0])
         if mx.any((group < 0) | (group >= scales.shape[0])).item():
             raise UserError(f"{path} has inputs in groups that do not exist: {AGAIN}")
         return ((values - zeros[group]) * scales[group]).T

@@ -117,6 +117,32 @@ def test_the_last_group_may_be_short(tmp_path: Path):
     assert_reads_as(tmp_path, write(tmp_path, settings, pack))
 
 
+@pytest.mark.parametrize("named", [None, "32", 32, ...])
+def test_gptq_groups_that_only_the_scales_tell(tmp_path: Path, named: Any):
+    settings, pack = gptq(4, g_idx=False)
+    settings["quantization_config"] |= {"group_size": named}
+    if named is ...:
+        del settings["quantization_config"]["group_size"]
+    assert_reads_as(tmp_path, write(tmp_path, settings, pack))
+
+
+@pytest.mark.parametrize(("size", "named"), [(32, 64), (32, -1), (32, 0), (64, "128"), (-1, 32)])
+def test_gptq_groups_of_another_size_are_refused(tmp_path: Path, size: int, named: Any):
+    settings, pack = gptq(4, group_size=size, g_idx=False)
+    settings["quantization_config"] |= {"group_size": named}
+    write(tmp_path, settings, pack)
+    with pytest.raises(UserError, match='groups of its .* inputs, "group_size" is '):
+        open_checkpoint(tmp_path)
+
+
+def test_gptq_groups_that_nothing_tells_are_refused(tmp_path: Path):
+    settings, pack = gptq(4, group_size=56, g_idx=False)  # 128 inputs: 56, 56 and 16
+    settings["quantization_config"]["group_size"] = None
+    write(tmp_path, settings, pack)
+    with pytest.raises(UserError, match='3 groups of its 128 inputs, "group_size" is None'):
+        open_checkpoint(tmp_path)
+
+
 def test_gptq_biases_of_zeros_are_dropped_and_others_kept(tmp_path: Path):
     settings, pack = gptq(4)
     meant = write(tmp_path, settings, pack)
