@@ -28,7 +28,7 @@ from ..architectures.tensors import (
 from ..architectures.wrappers import describe_left_out, take_text_model
 from ..errors import UserError
 from ..network.model import Model, ModelArgs
-from ..network.names import CHANNEL_PATHS, LINEAR_PATHS
+from ..network.names import CHANNEL_PATHS, EMBEDDING, HEAD, LINEAR_PATHS
 from ..network.parts import tensors_of
 from . import files, hub
 from .files import read_config, read_json
@@ -177,7 +177,7 @@ class Checkpoint(Blueprint):
                     "config.json describes another model"
                 )
         for name, place in self._places.items():
-            tied_head = self.args.tie_word_embeddings and name == "lm_head.weight"
+            tied_head = self.args.tie_word_embeddings and name == f"{HEAD}.weight"
             ignored = place.names[0].endswith(self.family.ignored)
             if (needed := _find_needed(name)) and name not in expected:
                 raise UserError(
@@ -188,6 +188,9 @@ class Checkpoint(Blueprint):
                     f"{self.name} has a tensor {place.names[0]} that a {self.config['model_type']} "
                     "of this config does not use: config.json describes another model"
                 )
+        head, embedding = (self._places.get(f"{one}.weight") for one in (HEAD, EMBEDDING))
+        if self.args.tie_word_embeddings and head is not None and embedding is not None:
+            check_tied_head(self.name, self.store, head.names[0], embedding.names[0])
 
     @cached_property
     def _expected(self) -> dict[str, Shape]:
@@ -217,6 +220,29 @@ class Checkpoint(Blueprint):
                 f"{_describe(place, name)} in {self.name} has a number type that is not read; "
                 f"known: {', '.join(FLOATS)}"
             )
+
+
+def check_tied_head(name: str, store: Store, head: str, embedding: str) -> None:
+    """Check that a head beside the embedding to which config.json ties it is the same matrix.
+
+    transformers keeps another one and mlx-lm leaves it out, so a choice would be silent.
+
+    Args:
+        name: what the user called the model.
+        store: its tensors.
+        head: the head's name there.
+        embedding: the embedding's.
+
+    Raises:
+        UserError: if it is another.
+    """
+    first, second = (store.read([one])[one] for one in (head, embedding))
+    alike = first.shape == second.shape and mx.array_equal(first, second, equal_nan=True).item()
+    if not alike:
+        raise UserError(
+            f"{head} in {name} is not {embedding}, to which config.json ties it: set "
+            '"tie_word_embeddings" to false to keep this head, or take the tensor out'
+        )
 
 
 def _list_dtypes(checkpoint: Checkpoint) -> dict[str, mx.Dtype | None]:

@@ -68,7 +68,7 @@ class GPTQScheme(Scheme):
                 "Use another export"
             )
         self.zero_shift = 0 if layout == "gptq_v2" else 1
-        self.group_size = config.get("group_size")
+        self.group_size: Any = config.get("group_size")
         self.name = f"GPTQ {self.bits}-bit"
 
     def _layout(self, path: str, shapes: Shapes) -> tuple[Shape, dict[str, Shape]]:
@@ -96,13 +96,16 @@ class GPTQScheme(Scheme):
         Raises:
             UserError: if the groups are others than the config says, or cannot be alike.
         """
-        named = self.group_size
-        if isinstance(named, str) and re.fullmatch(r"-?\d+", named):
-            named = int(named)
-        told = type(named) is int
-        size = named if told and named > 0 else n_in // groups
-        fits = -(-n_in // size) == groups if told else size * groups == n_in
-        if not fits or (told and named <= 0 and groups != 1):
+        named = None
+        if re.fullmatch(r"-?\d+", str(self.group_size)):
+            named = int(self.group_size)
+        if named is None:
+            size = n_in // groups
+            fits = size * groups == n_in
+        else:
+            size = named if named > 0 else n_in
+            fits = -(-n_in // size) == groups
+        if not fits:
             raise UserError(
                 f"{path} has {groups} groups of its {n_in} inputs, "
                 f'"group_size" is {self.group_size!r}: {AGAIN}'

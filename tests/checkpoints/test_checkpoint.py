@@ -1,12 +1,16 @@
 """What opening a model gives: a blueprint where there are no weights, else a checkpoint."""
 
+import contextlib
+import json
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 from factory import make_llama
+from zoo import make_model
 
 from mlx_skipless.checkpoints.checkpoint import Blueprint, Checkpoint, open_checkpoint
+from mlx_skipless.conversion.convert import convert
 from mlx_skipless.errors import UserError
 
 
@@ -30,3 +34,21 @@ def test_without_leave_a_config_alone_is_refused(tmp_path: Path) -> None:
 def test_weights_that_are_there_are_opened_with_the_config(tmp_path: Path) -> None:
     make_llama(tmp_path)
     assert isinstance(open_checkpoint(tmp_path, config_only=True), Checkpoint)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+def test_a_tied_head_of_its_own_is_not_left_out_in_silence(tmp_path: Path, kind: str) -> None:
+    make_model(tmp_path / "model", kind)
+    config = json.loads((file := tmp_path / "model/config.json").read_text())
+    file.write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    weights = mx.load(str(path := tmp_path / "model/model.safetensors"))
+    embedding = weights["model.embed_tokens.weight"]
+    other = embedding.at[3, 5].add(0.5)
+    for head, message in (
+        (other, "lm_head.weight .* is not model.embed_tokens"),
+        (embedding, None),
+    ):
+        mx.save_safetensors(str(path), weights | {"lm_head.weight": head})
+        with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+            convert(tmp_path / "model", tmp_path / "out", verify=False)
+    assert (tmp_path / "out").exists()

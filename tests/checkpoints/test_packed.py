@@ -131,7 +131,7 @@ def test_gptq_groups_of_another_size_are_refused(tmp_path: Path, size: int, name
     settings, pack = gptq(4, group_size=size, g_idx=False)
     settings["quantization_config"] |= {"group_size": named}
     write(tmp_path, settings, pack)
-    with pytest.raises(UserError, match='groups of its .* inputs, "group_size" is '):
+    with pytest.raises(UserError, match=r'groups of its .* inputs, "group_size" is '):
         open_checkpoint(tmp_path)
 
 
