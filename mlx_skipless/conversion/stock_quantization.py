@@ -48,6 +48,8 @@ def write(
             for sub-layers that are gone.
     """
     writer.discard_weights()
+    if job.options.quantization is not None:
+        _check_dense(job, network)
     model, config = job.build_result(network)
     write_config(writer, config)
     tokens = None if passages is None else passages.calibration
@@ -79,6 +81,20 @@ def write(
     tell(len(layers) + 1, len(layers) + 1)
     if job.options.distill and tokens is not None:
         _distill(job, network, writer, tokens, progress)
+
+
+def _check_dense(job: StockJob, network: StockNetwork) -> None:
+    """Check the weights that are going to be rounded, which makes numbers of NaN.
+
+    Raises:
+        UserError: if one is NaN or infinite.
+    """
+    model, _ = job.build_dense(network)
+    layers: list[nn.Module] = [*model.layers]
+    for path, layer in zip(network.paths, layers, strict=False):  # sub-layers may be gone
+        check_finite({f"{path}.{name}": array for name, array in tensors_of(layer).items()})
+        layer.clear()
+    check_finite(tensors_of(model))
 
 
 def _open_fits(

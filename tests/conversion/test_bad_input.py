@@ -21,6 +21,7 @@ import pytest
 import safetensors.numpy
 from factory import make_checkpoint, make_llama
 from grids import only, product, thorough
+from zoo import make_model
 
 from mlx_skipless import UserError, convert
 from mlx_skipless.checkpoints import files
@@ -996,6 +997,24 @@ def test_not_a_number_in_a_pretrained_model(
     shutil.copytree(made(make_llama, attention_bias=True), tmp_path / "model")
     spoil(tmp_path / "model", name, np.nan)
     assert f"{name} holds NaN or infinity" in refused(*flags.split())
+
+
+@pytest.mark.parametrize(
+    ("value", "name", "flags"),
+    product(
+        [np.nan, np.inf],
+        ["embed_tokens.weight", "layers.1.self_attn.q_proj.weight", "up_"],
+        ["-q", "--target-bytes 150KB"],
+    ),
+)
+def test_rounding_hides_no_number_that_is_none(
+    refused: Refused, tmp_path: Path, name: str, value: float, flags: str
+):
+    make_model(tmp_path / "model", "olmoe")
+    tensors = safetensors.numpy.load_file(tmp_path / "model/model.safetensors")
+    name = next(one for one in tensors if name in one)
+    spoil(tmp_path / "model", name, value)
+    assert "holds NaN or infinity" in refused(*flags.split(), "--q-group-size", "32", "--no-verify")
 
 
 @pytest.mark.parametrize("removal", ["qp", "none"])
