@@ -243,7 +243,7 @@ def _read_format(own: Config) -> ModelArgs:
         if value is None:
             value = default(read) if callable(default) else default
         read[key] = check(key, value)
-    theta, scaling = read_rope(own)
+    theta, scaling = read_rope(own, read["max_position_embeddings"])
     try:
         args = ModelArgs(model_type="skipless", rope_theta=theta, rope=scaling, **read)
     except ValueError as error:

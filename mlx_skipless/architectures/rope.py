@@ -12,13 +12,20 @@ from ..errors import UserError
 from ..network.model import ModelArgs
 from .family import Config, check_real
 
+FROM_A_LENGTH = ("llama3", "yarn", "longrope")  # scalings from a length that a model had once
+ORIGINAL = "original_max_position_embeddings"
+
 
 class OtherRope(UserError):
     """A RoPE scaling that mlx-lm computes, and otherwise than transformers does."""
 
 
-def read_rope(config: Config) -> tuple[float, Config | None]:
+def read_rope(config: Config, longest: int) -> tuple[float, Config | None]:
     """Read base and scaling, from our own key, Hugging Face's old ones or ``rope_parameters``.
+
+    Args:
+        config: in the format's keys.
+        longest: the length of the texts that the model is for, in tokens.
 
     Raises:
         UserError: if one of them is malformed, or is not one for all layers.
@@ -29,8 +36,9 @@ def read_rope(config: Config) -> tuple[float, Config | None]:
                 f"the RoPE scaling in config.json is {config[key]!r}; it must be an object"
             )
     new = config.get("rope_parameters") or {}
-    theta = {**config, **new}.get("rope_theta")
     scaling = next((config[k] for k in ("rope", "rope_scaling") if config.get(k)), new)
+    given = (one.get("rope_theta") for one in (new, scaling, config))
+    theta = next((one for one in given if one is not None), None)
     scaling = {k: v for k, v in scaling.items() if k != "rope_theta" and v is not None}
     rest = {k: v for k, v in scaling.items() if k not in ("rope_type", "type")}
     kind = scaling.get("rope_type") or scaling.get("type")
@@ -40,7 +48,11 @@ def read_rope(config: Config) -> tuple[float, Config | None]:
             f'the RoPE scaling in config.json is {scaling!r}; it needs a "rope_type", one for all '
             "layers"
         )
-    return theta, None if kind in (None, "default") else {**rest, "rope_type": kind}
+    if kind in (None, "default"):
+        return theta, None
+    if kind in FROM_A_LENGTH and not config.get("rope"):
+        rest = {ORIGINAL: longest, **rest}  # transformers' default; mlx-lm has numbers of its own
+    return theta, {**rest, "rope_type": kind}
 
 
 def check_rope(args: ModelArgs) -> None:
@@ -95,7 +107,7 @@ def _find_attention_factors(args: ModelArgs) -> tuple[float, float]:
         found = count(mscale) / count(of_all)
         usual = found if rope.get("mscale") and of_all else count(1)
     elif rope.get("rope_type") == "longrope":
-        original = rope["original_max_position_embeddings"]
+        original = rope[ORIGINAL]
         longer = max(args.max_position_embeddings / original, 1.0)
         usual = found = math.sqrt(1 + math.log(longer) / math.log(original))
     else:

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from architectures import ARCHITECTURES
+from transformers import LlamaConfig
 
 from mlx_skipless import UserError
 from mlx_skipless.architectures.config import read_model_args
@@ -366,3 +367,29 @@ def test_more_numbers_to_rotate_than_a_head_has() -> None:
     config = ARCHITECTURES["gptj"].config | {"model_type": "gptj", "rotary_dim": 18}
     with pytest.raises(UserError, match="more than a head has, 16"):
         read_model_args(config)
+
+
+SILENT = [{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+          {"type": "yarn", "factor": 4.0}]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("scaling", [*SILENT, {"rope_type": "linear", "factor": 2.0}, YARN])
+@pytest.mark.parametrize("inner", [{}, {"rope_theta": 5e5}])
+@pytest.mark.parametrize("outer", [{}, {"rope_theta": 3e4, "max_position_embeddings": 512}])
+def test_rope_is_read_as_transformers_reads_it(
+    key: str, scaling: dict[str, Any], inner: dict[str, Any], outer: dict[str, Any]
+) -> None:
+    config = {**outer, key: {**scaling, **inner}}
+    args = read_model_args(of("llama", rope_theta=None, max_position_embeddings=None) | config)
+    wanted = LlamaConfig(**json.loads(json.dumps(config))).rope_parameters
+    assert args.rope_theta == wanted.pop("rope_theta")
+    wanted.pop("type", None)
+    assert args.rope == wanted
+
+
+def test_a_base_that_is_null_inside_is_the_outer_one() -> None:
+    config = of(
+        "llama", rope_theta=5e5, rope_parameters={"rope_type": "default", "rope_theta": None}
+    )
+    assert read_model_args(config).rope_theta == 5e5
