@@ -6,6 +6,7 @@ Imports no library, so that a command's help does not wait for MLX.
 import contextlib
 import dataclasses
 import math
+import numbers
 import os
 import re
 import reprlib
@@ -17,6 +18,13 @@ from typing import Any, TypeVar
 from .errors import UserError
 
 Kind = TypeVar("Kind")
+WORDS: Mapping[type, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+    bool: "true or false",
+}
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
@@ -82,6 +90,30 @@ def parse_texts(options: Any) -> None:
                 object.__setattr__(options, one.name, parse(value))
             except UserError as error:
                 raise UserError(f"{flag_name(one.name)}: {error}") from None
+
+
+def check_types(options: Any) -> None:
+    """Check that the fields of an options dataclass hold what their types say.
+
+    Raises:
+        UserError: if one does not, or holds a number that is none.
+    """
+    for one in dataclasses.fields(options):
+        value, accepted = getattr(options, one.name), typing.get_args(one.type) or (one.type,)
+        if not is_of(value, *accepted):
+            names = " or ".join(WORDS[kind] for kind in accepted if kind in WORDS)
+            raise UserError(f"{flag_name(one.name)} {reprlib.repr(value)}: must be {names}")
+
+
+def is_of(value: Any, *accepted: type) -> bool:
+    """Tell whether a value is of one of the types; true and false are no numbers, NaN neither."""
+    if isinstance(value, bool):
+        return bool in accepted
+    if isinstance(value, numbers.Integral):
+        return int in accepted or float in accepted
+    if isinstance(value, numbers.Real):
+        return float in accepted and not math.isnan(value)
+    return isinstance(value, accepted)
 
 
 def check_choices(options: Any) -> None:

@@ -1,5 +1,6 @@
 """How checkpoints pack their matrices: what all ways have in common, and MLX's own."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,9 +70,12 @@ class Scheme:
         return dense
 
     def find_dtype(self, path: str, types: Kinds) -> mx.Dtype:
-        """The number type of the dense matrix at ``path``."""
+        """The number type of the dense matrix at ``path``: its scales', or else most tensors'."""
         scales = types[f"{path}.scales"]
-        return scales if isinstance(scales, mx.Dtype) and is_float(scales) else mx.bfloat16
+        if isinstance(scales, mx.Dtype) and is_float(scales):
+            return scales
+        floats = Counter(x for x in types.values() if isinstance(x, mx.Dtype) and is_float(x))
+        return floats.most_common(1)[0][0] if floats else mx.bfloat16
 
     def _layout(self, path: str, shapes: Shapes) -> tuple[Shape, dict[str, Shape]]:
         """The dense matrix's shape, and the shapes that its parts must have for that."""

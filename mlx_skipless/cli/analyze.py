@@ -1,12 +1,11 @@
 """analyze: measure what a model could do without."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from .figures import add_figure_arguments, open_figure
-from .shared import add_output_arguments, open_output
+from .shared import add_output_arguments, check_files_differ, open_output
 from .tables import Grid
 
 EXAMPLES = (
@@ -47,9 +46,7 @@ def run(options: dict[str, Any]) -> None:
     from .analyze_tables import describe_analysis
 
     figure, width, style = map(options.pop, ("plot", "figure_size", "figure_style"))
-    numbers = options["json"]
-    if figure is not None and numbers is not None and Path(figure) == Path(numbers):
-        raise UserError(f"--plot and --json both name {figure}: give two files")
+    check_files_differ(plot=figure, json=options["json"])
     with open_output(options) as shown, open_figure("--plot", figure, width, style) as draw:
         with shown.progress() as progress:
             found = analyze(**options, progress=progress)

@@ -1,13 +1,18 @@
 """bench: measure models side by side, against plain mlx-lm."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from ..constants import REMOVALS
 from ..errors import UserError
 from .figures import add_figure_arguments, open_figure
-from .shared import add_output_arguments, add_quantization_arguments, open_output, open_output_file
+from .shared import (
+    add_output_arguments,
+    add_quantization_arguments,
+    check_files_differ,
+    open_output,
+    open_output_file,
+)
 
 REPORT = "mlx-skipless-report.md"
 EXAMPLES = (
@@ -96,6 +101,7 @@ def _report(file: str, options: dict[str, Any]) -> None:
     defaults = vars(parser.parse_args([]))
     if any(options[name] != defaults[name] for name in options.keys() - {"json", "quiet"}):
         raise UserError("--report measures a fixed set: give it alone, or with --json")
+    check_files_differ(report=file, json=options["json"])
     with open_output(options) as shown, open_output_file("--report", file) as write:
         with shown.progress() as progress:
             found = report_device(convert, progress=progress)
@@ -111,11 +117,9 @@ def _compare(options: dict[str, Any]) -> None:
     from ..evaluation.plots import plot_benchmark
     from .bench_tables import describe_measurement, tabulate_benchmark, write_markdown
 
-    figure, text, numbers = (*map(options.pop, ("plot", "markdown")), options["json"])
+    figure, text = map(options.pop, ("plot", "markdown"))
     width, style = options.pop("figure_size"), options.pop("figure_style")
-    given = [Path(name) for name in (figure, text, numbers) if name is not None]
-    if len({*given}) < len(given):
-        raise UserError("--plot, --markdown and --json name one file: give one each")
+    check_files_differ(plot=figure, markdown=text, json=options["json"])
     if figure is not None and not options["prompt_lengths"] and not options["contexts"]:
         raise UserError("--plot draws speeds: give --prompt-lengths or --contexts")
     with (

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 from ..conversion.options import CHECK, Options
 from ..errors import UserError
 from .figures import add_figure_arguments, open_figure
-from .shared import Output, add_fields, add_output_arguments, open_output, take_fields
+from .shared import (
+    Output,
+    add_fields,
+    add_output_arguments,
+    check_files_differ,
+    open_output,
+    take_fields,
+)
 from .tables import Grid, format_count, join_layers
 
 if TYPE_CHECKING:
@@ -54,6 +61,7 @@ def run(options: dict[str, Any]) -> None:
     plot, out = options["plot"], None if wanted.dry_run else str(wanted.mlx_path)
     if plot is not None and (wanted.allow is None or wanted.dry_run):
         raise UserError("--plot draws what --allow could choose: add --allow, without --dry-run")
+    check_files_differ(plot=plot, json=options["json"])
     figure = plot, options["figure_size"], options["figure_style"]
     with open_output(options, out) as shown, open_figure("--plot", *figure) as draw:
         with shown.progress() as progress:

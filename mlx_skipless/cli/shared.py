@@ -24,6 +24,22 @@ DEFAULT_MODEL = "mlx_model"
 SPEED_SECONDS = 600  # of work that tell how long the rest takes; a step may take minutes
 
 
+def check_files_differ(**files: str | None) -> None:
+    """Check that no two flags, given by their options' names, name one file to write.
+
+    Raises:
+        UserError: if two do.
+    """
+    seen: dict[str, str] = {}
+    for name, file in files.items():
+        if file is None or file == "-":
+            continue
+        path, flag = os.path.realpath(expand_path(file)), flag_name(name)
+        if path in seen:
+            raise UserError(f"{seen[path]} and {flag} both name {file}: give two files")
+        seen[path] = flag
+
+
 @contextlib.contextmanager
 def open_output_file(flag: str, name: str | None, out: str | None = None) -> Iterator[Any]:
     """A function that has another write a file; an impossible path is refused before the work.

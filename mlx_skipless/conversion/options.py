@@ -15,6 +15,7 @@ from ..constants import FLOAT_NAMES, HUB_ID, MODES, REMOVALS
 from ..errors import UserError
 from ..options import (
     check_seed,
+    check_types,
     option,
     parse_bytes,
     parse_count,
@@ -208,6 +209,7 @@ class Options(Removals):
 
     def __post_init__(self) -> None:
         parse_texts(self)
+        check_types(self)
         _check_target(self)
         _check_allowed(self)
         _check_quantization(self)
@@ -244,6 +246,8 @@ def _check_target(options: Options) -> None:
     if not options.mixes_bits:
         return
     kl, speed, flags = options.target_kl, options.target_speed, options.targets
+    if options.target_bytes is not None and options.target_bytes < 1:
+        raise UserError(f"--target-bytes {options.target_bytes}: must be at least 1")
     if len(flags) > 1:
         raise UserError(f"{' and '.join(flags)} are ends of one trade: drop all but one")
     if options.q_bits is not None or options.q_mode != "affine":

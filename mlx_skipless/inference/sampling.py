@@ -11,6 +11,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from ..checkpoints.files import is_there, read_json
 from ..checkpoints.tokenizer import GENERATION_CONFIG
 from ..errors import UserError
+from ..options import flag_name, is_of
 
 # Options by the names that generation_config.json has for them.
 NAMES = {
@@ -20,6 +21,7 @@ NAMES = {
     "top_k": "top_k",
     "repetition_penalty": "repetition_penalty",
 }
+COLDEST = 1e-4  # logits that differ by a thousandth are e^-10 apart
 WITHOUT_EFFECT = {"top_p": 1.0, "min_p": 0.0, "top_k": 0, "repetition_penalty": 1.0}
 
 
@@ -34,6 +36,13 @@ def check_options(
     seed: int | None = None,
 ) -> None:
     """Raise UserError for options of a sampled answer that cannot be."""
+    whole = {"max_tokens": max_tokens, "top_k": top_k, "seed": seed}
+    real = {"temp": temp, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty}
+    for found, kind, what in ((whole, int, "a whole number"), (real, float, "a number")):
+        for name, value in found.items():
+            optional = name in ("seed", "repetition_penalty") and value is None
+            if not optional and not is_of(value, kind):
+                raise UserError(f"{flag_name(name)} {value!r}: must be {what}")
     if max_tokens < 1:
         raise UserError(f"--max-tokens {max_tokens}: must be at least 1")
     if not (math.isfinite(temp) and temp >= 0):
@@ -64,12 +73,16 @@ def make_samplers(
 
     They mean what they mean to ``make_sampler`` and ``make_logits_processors`` of
     ``mlx_lm.sample_utils``; a ``top_p`` of 1 and a ``top_k`` of the vocabulary's size are off, too.
+    Half precision holds no log-probability divided by a low temperature, so float32 is sampled
+    from, and below ``COLDEST`` the likeliest token is taken.
     """
+    temp = temp if temp >= COLDEST else 0.0
     whole = make_sampler(temp, top_p, min_p)
     top = make_sampler(temp, top_p, min_p, top_k=top_k) if top_k else whole
 
     def sample(logprobs: mx.array) -> mx.array:
-        return (top if top_k < logprobs.shape[-1] else whole)(logprobs)  # mlx-lm's refuses all
+        chosen = top if top_k < logprobs.shape[-1] else whole  # mlx-lm's refuses all
+        return chosen(logprobs.astype(mx.float32))
 
     penalty = None if repetition_penalty == 1 else repetition_penalty
     return {

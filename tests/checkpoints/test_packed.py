@@ -193,7 +193,7 @@ def test_mlx_floats(tmp_path: Path, mode: str, group_size: int, bits: int):
     meant = write(tmp_path, *mlx(mode, group_size, bits), names=EVERY)
     assert_reads_as(tmp_path, meant)
     checkpoint = open_checkpoint(tmp_path)
-    assert checkpoint.packing == f"MLX {mode} {bits}-bit" and checkpoint.dtype == mx.bfloat16
+    assert checkpoint.packing == f"MLX {mode} {bits}-bit" and checkpoint.dtype == mx.float16
 
 
 def test_mlx_settings_of_single_matrices(tmp_path: Path):
@@ -395,3 +395,14 @@ def test_a_group_that_does_not_exist_is_refused(tmp_path: Path):
     checkpoint = open_checkpoint(tmp_path)
     with pytest.raises(UserError, match="up_proj has inputs in groups that do not exist"):
         checkpoint.read([f"{name}.weight"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_result_in_a_float_mode_keeps_its_type_when_it_is_converted_again(
+    tmp_path: Path, dtype: str
+):
+    """Its scales are bytes: the norms tell the type in which mlx-lm runs it."""
+    make_llama(tmp_path / "source", head_dim=32, dtype=dtype)
+    convert(tmp_path / "source", tmp_path / "once", quantize=True, q_mode="mxfp4", verify=False)
+    again = convert(tmp_path / "once", tmp_path / "again", remove="none", verify=False)
+    assert again.dtype == dtype

@@ -1,16 +1,21 @@
 """What can be asked of a conversion: the same in Python and on the command line."""
 
 import dataclasses
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import mlx.core as mx
+import numpy as np
 import pytest
 from factory import make_checkpoint
 
 import mlx_skipless
 from mlx_skipless import UserError, cli
+from mlx_skipless.cli.main import main
 from mlx_skipless.conversion.options import Options
 
 GROUPS = ["options", "source and result", "exact", "approximate", "quantize", "check and report"]
@@ -118,3 +123,38 @@ def test_the_card_tells_no_folder(tmp_path: Path) -> None:
     assert any(str(tmp_path) in note for note in report.notes)
     card = (tmp_path / "out/README.md").read_text()
     assert "tokens (tale.txt)" in card and "from `s`" in card and str(tmp_path) not in card
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "wanted"),
+    [
+        ("distill", "5", "a whole number"), ("heal", 1.5, "a whole number"),
+        ("seed", None, "a whole number"), ("seed", "1", "a whole number"),
+        ("q_bits", 4.0, "a whole number"), ("allow", ["drop"], "text"),
+        ("dtype", mx.float16, "text"), ("target_bytes", math.nan, "a whole number"),
+        ("target_kl", math.nan, "a number"), ("drop_attention", True, "a whole number or text"),
+        ("quantize", 1, "true or false"), ("model", 3, "text or a path"),
+    ],
+)  # fmt: skip
+def test_python_may_say_nothing_else(field: str, value: Any, wanted: str) -> None:
+    with pytest.raises(UserError, match=f"--{field.replace('_', '-')} .*: must be {wanted}$"):
+        Options(**{field: value})
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_size_is_more_than_nothing(size: int) -> None:
+    with pytest.raises(UserError, match=f"--target-bytes {size}: must be at least 1"):
+        Options(target_bytes=size)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    options = Options(q_bits=np.int64(4), quantize=True, max_loss=np.float32(0.5), drop_ffn="auto")  # type: ignore[arg-type]
+    assert (options.q_bits, options.max_loss) == (4, 0.5)
+
+
+def test_one_file_is_not_written_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = f"{tmp_path}/a.png"
+    flags = f"--target-bytes 1MB --allow drop --plot {name} --json {tmp_path}/./a.png"
+    assert main(["convert", "--mlx-path", str(tmp_path / "out"), *flags.split()]) == 1
+    assert "--plot and --json both name" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]

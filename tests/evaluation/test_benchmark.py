@@ -482,7 +482,7 @@ def test_a_window_that_mlx_lm_does_not_have_is_told() -> None:
         (["--synthetic", "@/config.json", "--save", "@/l"], "give another --save"),
         (["--synthetic", "@/config.json", "--save", "@/no/l"], "create it first"),
         (["@/l", "--plot", "@/a.jpg"], "ends in .png"),
-        (["@/l", "--plot", "@/a.png", "--json", "@/a.png"], "name one file"),
+        (["@/l", "--plot", "@/a.png", "--json", "@/./a.png"], "both name"),
         (["@/l", "--plot", "@/a.png", "--prompt-lengths"], "--plot draws speeds"),
         (["@/l", "--markdown", "@/no/a.md"], "--markdown"),
     ],

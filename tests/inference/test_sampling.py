@@ -54,6 +54,22 @@ def test_top_k_of_everything_changes_nothing(llama: Loaded) -> None:
     assert tokens(llama, temp=2.0, seed=1, top_k=1) == tokens(llama) != free
 
 
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+@pytest.mark.parametrize("temp", [1e-45, 1e-9, 1e-5, 1e-4])
+def test_a_low_temperature_takes_the_likeliest(dtype: mx.Dtype, temp: float) -> None:
+    """Though half precision holds no log-probability divided by it."""
+    logits = mx.random.normal((1, 300), key=mx.random.key(3)).astype(dtype) * 4
+    scores = logits - mx.logsumexp(logits, keepdims=True)
+    sampler = sampling.make_samplers(temp=temp)["sampler"]
+    assert {sampler(scores).item() for _ in range(20)} == {mx.argmax(scores).item()}
+
+
+def test_a_high_temperature_draws_from_the_top_alone() -> None:
+    scores = mx.array([[-0.1, -3.0, -5.0]], dtype=mx.float16)
+    sampler = sampling.make_samplers(temp=1e30, top_k=1)["sampler"]
+    assert {sampler(scores).item() for _ in range(20)} == {0}
+
+
 def test_a_repetition_penalty(llama: Loaded) -> None:
     """The last 20 tokens, the prompt's too, are divided or multiplied by it; 1 is off."""
     assert tokens(llama, repetition_penalty=1.0) == tokens(llama)
@@ -79,6 +95,11 @@ def test_a_draft_is_sampled_so_too(llama: Loaded) -> None:
         ({"repetition_penalty": -1.0}, "--repetition-penalty -1.0"),
         ({"repetition_penalty": float("inf")}, "--repetition-penalty inf"),
         ({"repetition_penalty": float("nan")}, "--repetition-penalty nan"),
+        ({"max_tokens": 2.5}, "--max-tokens 2.5: must be a whole number"),
+        ({"top_k": 2.5}, "--top-k 2.5: must be a whole number"),
+        ({"temp": "1"}, "--temp '1': must be a number"),
+        ({"top_p": True}, "--top-p True: must be a number"),
+        ({"seed": 1.5}, "--seed 1.5: must be a whole number"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options: dict[str, Any], says: str) -> None:
