@@ -121,10 +121,11 @@ def run(options: dict[str, Any]) -> None:
         if other is not None:
             second = load(other, trust_remote_code=trust)
             result = comparison.compare([(model, tokenizer), second], prompt, **options)
-            asked = len(encode_prompt(tokenizer, prompt))
-            told = describe_overflow(model, asked, max_kv_size=options.get("max_kv_size"))
-            if told is not None:
-                shown.warn(told)
+            bound = options.get("max_kv_size")
+            for which, (network, own) in ((name, (model, tokenizer)), (other, second)):
+                asked = len(encode_prompt(own, prompt))
+                if (told := describe_overflow(network, asked, max_kv_size=bound)) is not None:
+                    shown.warn(f"{which}: {told}")
             _tabulate(result, name, other).show(shown.console)
             shown.write_json(result.as_dict())
             return

@@ -54,6 +54,7 @@ from .report import (
     add_calibration,
     add_check,
     add_healing,
+    add_target,
     add_tokenizer,
     add_wishes,
     explain_difference,
@@ -110,7 +111,9 @@ def convert(
     else:
         job = StockJob(options, stock, text, notes=stock.notes)
         report = _convert_stock(job, watch, trainer)
-    if options.upload_repo is not None and not options.dry_run:
+    if options.dry_run:
+        report = add_target(report, options)
+    elif options.upload_repo is not None:
         watch("uploading", 0, 1)
         hub.upload(Path(options.mlx_path), options.upload_repo)
         watch("uploading", 1, 1)

@@ -23,6 +23,7 @@ from .check import Verification
 from .decisions import describe_decisions
 from .healing import Healing
 from .job import Job
+from .options import Options
 from .planning import advise, list_wishes
 
 NOTABLE_ERROR = 1e-3  # relative logit error; a well-conditioned merge in float32 stays below
@@ -207,6 +208,17 @@ def add_wishes(report: Report, job: Job) -> Report:
         return report
     count = partial(count_weights, job.checkpoint.args)
     note = describe_wishes(count, list_wishes(job.options.drops))
+    return replace(report, notes=(*report.notes, note))
+
+
+def add_target(report: Report, options: Options) -> Report:
+    """Add to a plan's report that the bits of a target are not chosen yet."""
+    if not options.mixes_bits or options.allow:
+        return report
+    note = (
+        "the bits of each matrix are measured when converting: sizes are those of the same bits in "
+        f"all of them, not what {options.targets[0]} makes"
+    )
     return replace(report, notes=(*report.notes, note))
 
 

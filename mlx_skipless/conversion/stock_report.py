@@ -121,9 +121,11 @@ def _describe_origin(job: StockJob) -> Iterator[str]:
             yield file.packed.describe()
     if job.found is not None:
         gone = sum(reason.way is not None for reason in job.found.reasons.values())
+        why = ", because their bytes save more as bits of other matrices" if gone else ""
+        tried = len(job.found.tried)
         yield (
-            f"of {len(job.found.reasons)} sub-layers {gone} went, because their bytes save more as "
-            f"bits of other matrices; {len(job.found.tried)} results were measured"
+            f"of {len(job.found.reasons)} sub-layers {gone or 'none'} went{why}; "
+            f"{tried} result{' was' if tried == 1 else 's were'} measured"
         )
     if job.path:
         steps = ", ".join(map(str, job.path))

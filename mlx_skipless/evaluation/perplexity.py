@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..checkpoints.files import is_there
 from ..errors import UserError
 from ..inference.context import check_windows, find_context
 from ..inference.loading import load
@@ -70,6 +71,9 @@ def measure_perplexity(
         raise UserError(f"--context {context}: must be at least 1")
     if batch_size < 1:
         raise UserError(f"--batch-size {batch_size}: must be at least 1")
+    for file in data if validation else ():
+        if not is_there(Path(file)):
+            raise UserError(f"{file} cannot be read: there is no such file")
     texts = corpus.read_texts(
         [Path(file) for file in data if not validation],
         [Path(file) for file in validation],

@@ -192,7 +192,7 @@ def find_stock(
     if not _is_known(config):
         return None
     source = StockSource(name, path, add_old_keys(config), trust_remote_code, gguf)
-    if find_text_type(config) is None:
+    if find_text_type(config) is None or reduced.DROPPED in config:  # or lacks sub-layers
         _check_tied_head(source)
         return source
     if lacking := _find_lacking(config):

@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +159,15 @@ def test_one_file_is_not_written_twice(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["convert", "--mlx-path", str(tmp_path / "out"), *flags.split()]) == 1
     assert "--plot and --json both name" in capsys.readouterr().err
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    "target", [{"target_bytes": "40KB"}, {"target_kl": 0.1}, {"target_speed": 3}]
+)
+def test_a_plan_says_that_bits_are_not_chosen_yet(tmp_path: Path, target: dict[str, Any]) -> None:
+    make_checkpoint(tmp_path / "s", norm="qkv", **SIZES)
+    plan = partial(mlx_skipless.convert, tmp_path / "s", dry_run=True, q_group_size=32)
+    flag = f"--{next(iter(target)).replace('_', '-')}"
+    said = f"the bits of each matrix are measured when converting: .* not what {flag} makes"
+    assert [note for note in plan(**target).notes if re.match(said, note)]
+    assert not [note for note in plan(quantize=True).notes if "measured when" in note]

@@ -106,6 +106,7 @@ def test_the_command_is_the_function(tmp_path: Path, capsys: pytest.CaptureFixtu
         ({"context": 10**6}, "too few for a context of 1,000,000"),
         ({"model": "@/none"}, "none"),
         ({"validation": ["@/none.txt"]}, r"none\.txt cannot be read"),
+        ({"data": ["@/none.txt"]}, r"none\.txt cannot be read"),
         ({"validation": [], "data": ["@/text.txt"], "validation_share": 1.0}, "--validation-share"),
     ],
 )

@@ -454,6 +454,19 @@ def test_an_answer_never_steers_the_terminal(
     assert json.loads(out)["second"]["text"].startswith(STEERING)
 
 
+@pytest.mark.parametrize("short", [0, 1])
+def test_each_model_that_sees_less_of_the_prompt_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], short: int
+):
+    names = [str(tmp_path / name) for name in "ab"]
+    for i, name in enumerate(names):
+        make_llama(Path(name), max_position_embeddings=16 if i == short else 512)
+    command = f"generate --model {names[0]} --compare {names[1]} --max-tokens 2 --prompt".split()
+    assert cli.main([*command, "once upon a time there was a miller"]) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "context of 16" in line]
+    assert len(warnings) == 1 and f"{names[short]}: the prompt has" in warnings[0]
+
+
 @pytest.mark.parametrize("error", [IndexError, ValueError, KeyError, TypeError, RuntimeError])
 @pytest.mark.parametrize("where", ["detokenizer", "sampler"])
 def test_an_answer_that_breaks_off_says_so_in_a_line(

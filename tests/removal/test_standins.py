@@ -335,3 +335,24 @@ def test_what_cannot_be(name: str, asked: dict[str, Any], said: str, tmp_path: P
     with pytest.raises(UserError, match=said):
         convert(tmp_path / "s", tmp_path / "o", **asked)
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("kind", [*only(["qwen3"], ["llama", "qwen3", "olmo2"])])
+def test_a_result_with_stand_ins_is_a_source(tmp_path: Path, kind: str) -> None:
+    """As it is, and quantized as mlx-lm quantizes what runs it."""
+    make_model(tmp_path / "whole", kind)
+    (text := tmp_path / "text").write_text("The quick brown fox jumps over the lazy dog. " * 300)
+    once = tmp_path / "once"
+    convert(tmp_path / "whole", once, calibration=text, replace_ffn=1, verify=False)
+    tokens = mx.array(TEXT[:2])
+
+    def run(folder: Path, *, rounded: bool = False) -> np.ndarray:
+        model, _ = load_model(folder, model_config={}, trust_remote_code=True)
+        if rounded:
+            nn.quantize(model, group_size=32, bits=4)
+        return np.array(model(tokens).astype(mx.float32))
+
+    convert(once, tmp_path / "again", remove="none", verify=False)
+    np.testing.assert_array_equal(run(tmp_path / "again"), run(once))
+    convert(once, tmp_path / "packed", quantize=True, q_group_size=32, verify=False)
+    np.testing.assert_allclose(run(tmp_path / "packed"), run(once, rounded=True), atol=1e-4)
