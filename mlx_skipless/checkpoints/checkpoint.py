@@ -5,7 +5,7 @@ caller keeps them. Every name and shape is checked before any weight is read. No
 checkpoint is run, and nothing is unpickled.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -188,9 +188,6 @@ class Checkpoint(Blueprint):
                     f"{self.name} has a tensor {place.names[0]} that a {self.config['model_type']} "
                     "of this config does not use: config.json describes another model"
                 )
-        head, embedding = (self._places.get(f"{one}.weight") for one in (HEAD, EMBEDDING))
-        if self.args.tie_word_embeddings and head is not None and embedding is not None:
-            check_tied_head(self.name, self.store, head.names[0], embedding.names[0])
 
     @cached_property
     def _expected(self) -> dict[str, Shape]:
@@ -222,26 +219,21 @@ class Checkpoint(Blueprint):
             )
 
 
-def check_tied_head(name: str, store: Store, head: str, embedding: str) -> None:
-    """Check that a head beside the embedding to which config.json ties it is the same matrix.
+def _explain_head(checkpoint: Checkpoint) -> Iterator[str]:
+    """Say so where a head beside the embedding to which config.json ties it is another matrix.
 
-    transformers keeps another one and mlx-lm leaves it out, so a choice would be silent.
-
-    Args:
-        name: what the user called the model.
-        store: its tensors.
-        head: the head's name there.
-        embedding: the embedding's.
-
-    Raises:
-        UserError: if it is another.
+    mlx-lm leaves such a head out, and so does a result; transformers 5 keeps it.
     """
-    first, second = (store.read([one])[one] for one in (head, embedding))
-    alike = first.shape == second.shape and mx.array_equal(first, second, equal_nan=True).item()
-    if not alike:
-        raise UserError(
-            f"{head} in {name} is not {embedding}, to which config.json ties it: set "
-            '"tie_word_embeddings" to false to keep this head, or take the tensor out'
+    names = f"{HEAD}.weight", f"{EMBEDDING}.weight"
+    found = checkpoint.read(names) if checkpoint.args.tie_word_embeddings else {}
+    if len(found) < len(names):
+        return
+    head, embedding = (found[name] for name in names)
+    if head.shape != embedding.shape or not mx.array_equal(head, embedding).item():
+        own = checkpoint._places[names[0]].names[0]
+        yield (
+            f"config.json ties the head to the embedding, so {own}, which is another matrix, is "
+            'left out, as mlx-lm does: set "tie_word_embeddings" to false to keep it'
         )
 
 
@@ -341,7 +333,7 @@ def open_checkpoint(
     if store is not None:
         checkpoint = Checkpoint(str(source), config, family, args, path, store, notes=tuple(notes))
         checkpoint.validate()
-        return checkpoint
+        return replace(checkpoint, notes=(*notes, *_explain_head(checkpoint)))
     if not config_only:
         raise UserError(f"{source} is a config without weights: add --dry-run, or give the model")
     return Blueprint(str(source), config, family, args, notes=tuple(notes))

@@ -19,7 +19,6 @@ from ..architectures.config import LIMITS, check_sizes, read_dtype, read_model_a
 from ..architectures.rope import OtherRope
 from ..architectures.wrappers import find_text_type, name_type, take_text_model
 from ..checkpoints import files, hub
-from ..checkpoints.checkpoint import check_tied_head
 from ..checkpoints.gguf_file import GGUFStore
 from ..checkpoints.packed import find_scheme, is_packed
 from ..checkpoints.safetensors import SafetensorsStore, Store, find_usual_dtype
@@ -30,8 +29,6 @@ from ..network.parts import dtype_name, tensors_of
 from ..network.stock import StockNetwork
 from .loading import load_network, tell_mlx_lm, try_forward
 from .old_keys import add_old_keys, find_classes, list_settings
-
-HEAD_AND_EMBEDDING = ("lm_head.weight", "embed_tokens.weight")  # ends of names
 
 
 @dataclass(frozen=True)
@@ -193,7 +190,6 @@ def find_stock(
         return None
     source = StockSource(name, path, add_old_keys(config), trust_remote_code, gguf)
     if find_text_type(config) is None or reduced.DROPPED in config:  # or lacks sub-layers
-        _check_tied_head(source)
         return source
     if lacking := _find_lacking(config):
         return replace(source, lacking=lacking)
@@ -208,21 +204,6 @@ def _is_known(config: Mapping[str, Any]) -> bool:
     """Whether mlx-lm has a network for a config, and no other code is needed."""
     brings_code = config.get("model_file") and reduced.DROPPED not in config
     return not brings_code and find_classes(config) is not None
-
-
-def _check_tied_head(source: StockSource) -> None:
-    """Check that a head which mlx-lm leaves out is the embedding.
-
-    Raises:
-        UserError: if it is another matrix.
-    """
-    store, config = source.store, source.config
-    tied = [one.get("tie_word_embeddings") for one in (config, config.get("text_config") or {})]
-    if store is None or True not in tied or is_packed(store):
-        return
-    names = [[n for n in store.shapes if n.endswith(end)] for end in HEAD_AND_EMBEDDING]
-    if len(names[0]) == len(names[1]) == 1:
-        check_tied_head(source.name, store, names[0][0], names[1][0])
 
 
 def _find_lacking(config: Mapping[str, Any]) -> dict[str, str]:

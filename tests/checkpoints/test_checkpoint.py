@@ -1,8 +1,8 @@
 """What opening a model gives: a blueprint where there are no weights, else a checkpoint."""
 
-import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -36,19 +36,18 @@ def test_weights_that_are_there_are_opened_with_the_config(tmp_path: Path) -> No
     assert isinstance(open_checkpoint(tmp_path, config_only=True), Checkpoint)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
-def test_a_tied_head_of_its_own_is_not_left_out_in_silence(tmp_path: Path, kind: str) -> None:
-    make_model(tmp_path / "model", kind)
+def test_a_tied_head_of_its_own_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    make_model(tmp_path / "model", "llama")
     config = json.loads((file := tmp_path / "model/config.json").read_text())
     file.write_text(json.dumps(config | {"tie_word_embeddings": True}))
-    weights = mx.load(str(path := tmp_path / "model/model.safetensors"))
+    loaded: Any = mx.load(str(path := tmp_path / "model/model.safetensors"))
+    weights: dict[str, mx.array] = dict(loaded)
     embedding = weights["model.embed_tokens.weight"]
-    other = embedding.at[3, 5].add(0.5)
-    for head, message in (
-        (other, "lm_head.weight .* is not model.embed_tokens"),
-        (embedding, None),
+    for head, other in (
+        (embedding.at[3, 5].add(0.5), True),
+        (embedding[:-1], True),
+        (embedding, False),
     ):
         mx.save_safetensors(str(path), weights | {"lm_head.weight": head})
-        with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
-            convert(tmp_path / "model", tmp_path / "out", verify=False)
-    assert (tmp_path / "out").exists()
+        report = convert(tmp_path / "model", dry_run=True)
+        assert any("lm_head.weight, which is another" in note for note in report.notes) == other
