@@ -84,7 +84,8 @@ class Family:
     read: Callable[[Config], Config] = lambda config: {}
     unsupported: tuple[str, ...] = ()
     also: Mapping[str, str] = field(default_factory=dict)
-    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)  # of old exporters
+    # Of old exporters, and of a KV cache that another program quantizes.
+    ignored: tuple[str, ...] = ("rotary_emb.inv_freq", ".self_attn.k_scale", ".self_attn.v_scale")
     others: tuple[str, ...] = ()
     keys: Mapping[str, str] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)

@@ -935,6 +935,17 @@ def test_a_number_type_that_mlx_does_not_read(refused: Refused, place: Path):
     assert Q in error and "number type" in error
 
 
+def test_scales_of_a_quantized_cache_are_passed_over(
+    made: Callable[..., Path], tmp_path: Path
+) -> None:
+    shutil.copytree(made(make_llama), tmp_path / "model")
+    whole = convert(tmp_path / "model", tmp_path / "whole")
+    for part in ("k", "v"):
+        name = f"model.layers.1.self_attn.{part}_scale"
+        edit_tensors(tmp_path / "model", lambda tensors, n=name: tensors.update({n: mx.ones(1)}))
+    assert convert(tmp_path / "model", tmp_path / "out").params_after == whole.params_after
+
+
 def test_a_tensor_that_is_ignored_may_be_of_a_type_that_mlx_has_not(place: Path):
     file = place / "model" / "model.safetensors"
     tensors = safetensors.numpy.load_file(file)
