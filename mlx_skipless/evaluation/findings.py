@@ -119,4 +119,5 @@ class Analysis:
 
 
 def find_perplexity(loss: float) -> float:
+    """Find the perplexity of a loss in nats per token; infinite beyond what a float holds."""
     return math.exp(loss) if loss < LARGEST_LOSS else math.inf

@@ -94,6 +94,7 @@ def take_rows(network: Driver, text: TextChoice, tokenizer: Any, progress: Progr
 
 
 def name_text(text: TextChoice) -> str:
+    """Name what was measured on: the user's text, or the model's own."""
     return OWN_TEXT if text.content is None else text.name
 
 
