@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..inference.context import check_windows, find_context
 from ..inference.loading import load
 from ..network.metrics import measure_nll
-from ..network.widening import widen
+from ..network.widening import attend_in_float32, widen
 from ..text import corpus
 
 CONTEXT = 512  # for models that say nothing, or allow more
@@ -86,9 +86,10 @@ def measure_perplexity(
     tokens = corpus.encode(texts.validation, tokenizer)
     check_length(tokens, length)
     network = widen(network)
-    return score_tokens(
-        lambda batch: sum_nll(network, batch), tokens, tokenizer._tokenizer, length, batch_size
-    )
+    with attend_in_float32():
+        return score_tokens(
+            lambda batch: sum_nll(network, batch), tokens, tokenizer._tokenizer, length, batch_size
+        )
 
 
 def check_length(tokens: np.ndarray, length: int) -> None:

@@ -29,7 +29,7 @@ from .magnitudes import Watch
 from .model import Block, Model, ModelArgs, Stream, take_stream
 from .names import EMBEDDING, FINAL_NORM, HEAD, SUBLAYERS
 from .parts import Arrays, Parts, replace_at
-from .widening import widen
+from .widening import attend_in_float32, widen
 
 RESIDENT_BYTES = 2 << 30  # of float32 weights that may stay in memory
 BATCH_TOKENS = 2048
@@ -263,7 +263,8 @@ class Driver(Network):
             model = replace_at(model, path, value)
         self._hook.visit = visit
         try:
-            return model(tokens, **options)
+            with attend_in_float32():
+                return model(tokens, **options)
         except _Reached as reached:
             return reached.value
         finally:

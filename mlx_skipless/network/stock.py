@@ -20,7 +20,7 @@ from .driver import Changes, Driver, _Reached
 from .magnitudes import Watch
 from .model import Stream, take_stream
 from .trial import KINDS, Sublayers, Trial, drop_sublayer, find_part
-from .widening import widen
+from .widening import attend_in_float32, widen
 
 StandIns = Mapping[tuple[str, int], nn.Linear]  # by "attention" or "ffn" and layer
 
@@ -214,7 +214,8 @@ class WholeNetwork(Driver):
     ) -> Stream:
         """Return float32 logits (batch, length, vocabulary) of tokens (batch, length)."""
         running: Any = self.model if module is None else module
-        logits: mx.array = running(tokens, cache=make_prompt_cache(self.model))
+        with attend_in_float32():
+            logits: mx.array = running(tokens, cache=make_prompt_cache(self.model))
         return logits.astype(mx.float32)
 
     def logits(self, h: Stream, changes: Changes | None = None) -> mx.array:

@@ -1,5 +1,7 @@
 """Runs modules on a CPU in the types in which MLX multiplies well there: float32, unpacked."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -82,3 +84,27 @@ def widen(module: nn.Module) -> nn.Module:
             elif type(part) in WIDE and part.weight.dtype in NARROW:
                 part.__class__ = WIDE[type(part)]
     return module
+
+
+@contextlib.contextmanager
+def attend_in_float32() -> Iterator[None]:
+    """Let the attention of any network that is called within multiply in float32, on a CPU.
+
+    A network asks MLX for it, not one of its modules, and MLX takes six times as long in 16 bits.
+    What it gives keeps its type.
+    """
+    attend: Any = mx.fast.scaled_dot_product_attention
+
+    def attend_widely(
+        q: mx.array, k: mx.array, v: mx.array, *, sinks: mx.array | None = None, **options: Any
+    ) -> mx.array:
+        wide = [x.astype(mx.float32) for x in (q, k, v)]
+        sinks = None if sinks is None else sinks.astype(mx.float32)
+        return attend(*wide, sinks=sinks, **options).astype(mx.result_type(q, k, v))
+
+    if mx.default_device() == mx.cpu:
+        mx.fast.scaled_dot_product_attention = attend_widely
+    try:
+        yield
+    finally:
+        mx.fast.scaled_dot_product_attention = attend

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlx_skipless.network.parts import unpack
-from mlx_skipless.network.widening import widen
+from mlx_skipless.network.widening import attend_in_float32, widen
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
@@ -69,6 +69,42 @@ def test_matrices_of_16_bits_are_multiplied_well(dtype: mx.Dtype, read: mx.Dtype
         rounding = {mx.float32: 0, mx.bfloat16: 2.0**-9, mx.float16: 2.0**-12}[got.dtype]
         errors = np.abs(np.array(got.astype(mx.float32)) - exact)
         assert (errors <= 2 * rounding * np.abs(exact) + 1e-5 * np.abs(exact).max()).all(), kind
+
+
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("mask", [None, "causal", "added"])
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
+def test_attention_is_multiplied_well(dtype: mx.Dtype, mask: str | None, with_sinks: bool) -> None:
+    """As float64 does, rounded once; MLX's own function is back afterwards, whatever happened."""
+    rng = np.random.default_rng(0)
+    shapes = {"q": (2, 4, 7, 64), "k": (2, 2, 9, 64), "v": (2, 2, 9, 64), "sinks": (4,)}
+    given = {name: mx.array(rng.standard_normal(n)).astype(dtype) for name, n in shapes.items()}
+    added = mx.array(rng.standard_normal((7, 9))).astype(dtype)
+    q, k, v, sinks = (
+        np.array(array.astype(mx.float32)).astype(np.float64) for array in given.values()
+    )
+    k, v = (np.repeat(x, 2, axis=1) for x in (k, v))
+    scores = q @ k.swapaxes(-1, -2) / 8
+    if mask == "causal":
+        scores = np.where(np.tri(7, 9, 2, dtype=bool), scores, -np.inf)
+    elif mask == "added":
+        scores = scores + np.array(added.astype(mx.float32))
+    shares = np.exp(scores)
+    whole = shares.sum(-1, keepdims=True)
+    exact = shares @ v / (whole + np.exp(sinks)[:, None, None] if with_sinks else whole)
+    options = {"scale": 1 / 8, "mask": added if mask == "added" else mask}
+    if with_sinks:
+        options["sinks"] = given["sinks"]
+    before = mx.fast.scaled_dot_product_attention
+    with attend_in_float32():
+        got = mx.fast.scaled_dot_product_attention(given["q"], given["k"], given["v"], **options)
+    assert got.dtype == dtype
+    rounding = {mx.float32: 0, mx.bfloat16: 2.0**-9, mx.float16: 2.0**-12}[dtype]
+    errors = np.abs(np.array(got.astype(mx.float32)) - exact)
+    assert (errors <= 2 * rounding * np.abs(exact) + 1e-5 * np.abs(exact).max()).all()
+    with pytest.raises(ZeroDivisionError), attend_in_float32():
+        _ = 1 / 0
+    assert mx.fast.scaled_dot_product_attention is before
 
 
 def unpack_module(module: Any) -> mx.array:
