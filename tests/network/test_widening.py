@@ -73,7 +73,7 @@ def test_matrices_of_16_bits_are_multiplied_well(dtype: mx.Dtype, read: mx.Dtype
 
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("mask", [None, "causal", "added"])
-@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
 def test_attention_is_multiplied_well(dtype: mx.Dtype, mask: str | None, with_sinks: bool) -> None:
     """As float64 does, rounded once; MLX's own function is back afterwards, whatever happened."""
     rng = np.random.default_rng(0)
@@ -99,7 +99,7 @@ def test_attention_is_multiplied_well(dtype: mx.Dtype, mask: str | None, with_si
     with attend_in_float32():
         got = mx.fast.scaled_dot_product_attention(given["q"], given["k"], given["v"], **options)
     assert got.dtype == dtype
-    rounding = {mx.float32: 0, mx.bfloat16: 2.0**-9, mx.float16: 2.0**-12}[dtype]
+    rounding = {mx.float32: 0, mx.bfloat16: 2.0**-9}[dtype]
     errors = np.abs(np.array(got.astype(mx.float32)) - exact)
     assert (errors <= 2 * rounding * np.abs(exact) + 1e-5 * np.abs(exact).max()).all()
     with pytest.raises(ZeroDivisionError), attend_in_float32():
