@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend."""
+"""The exceptions for what a user can mend."""
 
 LONGEST = 2000  # characters of a message, which may quote a checkpoint's names and values
 
@@ -15,6 +15,13 @@ class UserError(Exception):
         if len(line) > LONGEST:
             line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
         super().__init__(line)
+
+
+class BadArgument(UserError):
+    """An argument that is wrong whatever the files hold, or several that exclude each other.
+
+    Commands exit with 2 then.
+    """
 
 
 def first_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .errors import UserError
+from .errors import BadArgument, UserError
 
 Kind = TypeVar("Kind")
 WORDS: Mapping[type, str] = {
@@ -89,7 +89,7 @@ def parse_texts(options: Any) -> None:
             try:
                 object.__setattr__(options, one.name, parse(value))
             except UserError as error:
-                raise UserError(f"{flag_name(one.name)}: {error}") from None
+                raise BadArgument(f"{flag_name(one.name)}: {error}") from None
 
 
 def check_types(options: Any) -> None:
@@ -102,7 +102,7 @@ def check_types(options: Any) -> None:
         value, accepted = getattr(options, one.name), typing.get_args(one.type) or (one.type,)
         if not is_of(value, *accepted):
             names = " or ".join(WORDS[kind] for kind in accepted if kind in WORDS)
-            raise UserError(f"{flag_name(one.name)} {reprlib.repr(value)}: must be {names}")
+            raise BadArgument(f"{flag_name(one.name)} {reprlib.repr(value)}: must be {names}")
 
 
 def is_of(value: Any, *accepted: type) -> bool:
@@ -134,7 +134,7 @@ def check_choice(flag: str, value: Any, choices: Sequence[str]) -> None:
         UserError: if it is not.
     """
     if value not in choices:
-        raise UserError(f"{flag} {value!r}: choose one of {', '.join(filter(None, choices))}")
+        raise BadArgument(f"{flag} {value!r}: choose one of {', '.join(filter(None, choices))}")
 
 
 def check_above_zero(flag: str, value: float | None) -> None:
@@ -144,7 +144,7 @@ def check_above_zero(flag: str, value: float | None) -> None:
         UserError: if it is not.
     """
     if value is not None and not 0 < value < math.inf:
-        raise UserError(f"{flag} {value}: must be above 0")
+        raise BadArgument(f"{flag} {value}: must be above 0")
 
 
 def check_seed(seed: int | None) -> None:
@@ -154,7 +154,7 @@ def check_seed(seed: int | None) -> None:
         UserError: if it does not.
     """
     if seed is not None and not 0 <= seed < 2**64:
-        raise UserError(f"--seed {seed}: must be at least 0 and fit 64 bits")
+        raise BadArgument(f"--seed {seed}: must be at least 0 and fit 64 bits")
 
 
 def parse_bytes(text: str) -> int:
@@ -166,7 +166,7 @@ def parse_bytes(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?b)?", text.strip().lower())
     value = round(float(found[1]) * UNITS[found[2] if found[2] in UNITS else ""]) if found else 0
     if value < 1:
-        raise UserError(f"{text!r} is no size: give bytes, or for instance 1.6MB or 4GB")
+        raise BadArgument(f"{text!r} is no size: give bytes, or for instance 1.6MB or 4GB")
     return value
 
 
@@ -179,7 +179,7 @@ def parse_share(text: str) -> float:
     try:
         return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:
-        raise UserError(f"{text!r} is no share: give for instance 1% or 0.01") from None
+        raise BadArgument(f"{text!r} is no share: give for instance 1% or 0.01") from None
 
 
 def parse_ratio(text: str) -> float:
@@ -191,7 +191,7 @@ def parse_ratio(text: str) -> float:
     try:
         return float(text.lower().removesuffix("x"))
     except ValueError:
-        raise UserError(f"{text!r} is no ratio: give for instance 1.3x") from None
+        raise BadArgument(f"{text!r} is no ratio: give for instance 1.3x") from None
 
 
 def parse_count(text: str) -> int | str:
@@ -203,7 +203,7 @@ def parse_count(text: str) -> int | str:
     try:
         return text if text == "auto" else int(text)
     except ValueError:
-        raise UserError(f"{text!r} is neither a whole number nor auto") from None
+        raise BadArgument(f"{text!r} is neither a whole number nor auto") from None
 
 
 def _fits(value: Any) -> bool:

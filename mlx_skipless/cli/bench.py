@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from ..constants import REMOVALS
-from ..errors import UserError
+from ..errors import BadArgument
 from .figures import add_figure_arguments, open_figure
 from .shared import (
     add_output_arguments,
@@ -100,7 +100,7 @@ def _report(file: str, options: dict[str, Any]) -> None:
     add_arguments(parser)
     defaults = vars(parser.parse_args([]))
     if any(options[name] != defaults[name] for name in options.keys() - {"json", "quiet"}):
-        raise UserError("--report measures a fixed set: give it alone, or with --json")
+        raise BadArgument("--report measures a fixed set: give it alone, or with --json")
     check_files_differ(report=file, json=options["json"])
     with open_output(options) as shown, open_output_file("--report", file) as write:
         with shown.progress() as progress:
@@ -121,7 +121,7 @@ def _compare(options: dict[str, Any]) -> None:
     width, style = options.pop("figure_size"), options.pop("figure_style")
     check_files_differ(plot=figure, markdown=text, json=options["json"])
     if figure is not None and not options["prompt_lengths"] and not options["contexts"]:
-        raise UserError("--plot draws speeds: give --prompt-lengths or --contexts")
+        raise BadArgument("--plot draws speeds: give --prompt-lengths or --contexts")
     with (
         open_output(options) as shown,
         open_output_file("--markdown", text) as write,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..conversion.options import CHECK, Options
-from ..errors import UserError
+from ..errors import BadArgument
 from .figures import add_figure_arguments, open_figure
 from .shared import (
     Output,
@@ -60,7 +60,7 @@ def run(options: dict[str, Any]) -> None:
     wanted = Options(**asked)
     plot, out = options["plot"], None if wanted.dry_run else str(wanted.mlx_path)
     if plot is not None and (wanted.allow is None or wanted.dry_run):
-        raise UserError("--plot draws what --allow could choose: add --allow, without --dry-run")
+        raise BadArgument("--plot draws what --allow could choose: add --allow, without --dry-run")
     check_files_differ(plot=plot, json=options["json"])
     figure = plot, options["figure_size"], options["figure_style"]
     with open_output(options, out) as shown, open_figure("--plot", *figure) as draw:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import BadArgument
 from .shared import open_output_file
 
 FORMATS = ("png", "pdf", "svg")
@@ -56,7 +56,7 @@ def check_suffix(flag: str, name: str) -> str:
     """
     form = Path(name).suffix.lower().removeprefix(".")
     if form not in FORMATS:
-        raise UserError(f"{flag} {name}: give a name that ends in .png, .pdf or .svg")
+        raise BadArgument(f"{flag} {name}: give a name that ends in .png, .pdf or .svg")
     return form
 
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import BadArgument
 from ..terminal import make_visible
 from .parser import read_text
 from .shared import DEFAULT_MODEL, Output, add_output_arguments, open_output
@@ -115,7 +115,7 @@ def run(options: dict[str, Any]) -> None:
             return
         if tale:
             if system is not None:
-                raise UserError("--system-prompt needs a --prompt here, or a terminal to chat in")
+                raise BadArgument("--system-prompt needs a --prompt here, or a terminal to chat in")
             prompt = encode_prompt(tokenizer, generation.TALE, chat=False)
             _speak(generation.TALE, shown)
         if other is not None:
@@ -182,13 +182,13 @@ def _check_flags(
 ) -> None:
     """Refuse flags that do not go together, before any work."""
     if prompt is None and (other or cache_file or draft):
-        raise UserError("--compare, --prompt-cache-file and --draft-model need a --prompt")
+        raise BadArgument("--compare, --prompt-cache-file and --draft-model need a --prompt")
     if other is not None and cache_file is not None:
-        raise UserError("--compare runs two models and --prompt-cache-file is one's: drop one")
+        raise BadArgument("--compare runs two models and --prompt-cache-file is one's: drop one")
     if draft is not None and (other or cache_file):
-        raise UserError("--draft-model goes with neither --compare nor --prompt-cache-file")
+        raise BadArgument("--draft-model goes with neither --compare nor --prompt-cache-file")
     if system is not None and (other or cache_file):
-        raise UserError("--system-prompt goes with neither --compare nor --prompt-cache-file")
+        raise BadArgument("--system-prompt goes with neither --compare nor --prompt-cache-file")
 
 
 def _choose_sampling(

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from ..errors import UserError
+from ..errors import BadArgument
 from ..options import read_options
 from ..training.recipe import Pace, Treatment
 from .shared import add_fields, add_held_out_arguments, add_run_arguments, open_output, take_fields
@@ -38,9 +38,9 @@ def run(options: dict[str, Any]) -> None:
     steps = treatment.get("steps") if resume else None
     other = [options[name] for name in ("model", "teacher", "data", "validation")]
     if resume and (pace or set(treatment) - {"steps"} or any(other)):
-        raise UserError("--resume goes on with the run's own treatment: only --steps may change")
+        raise BadArgument("--resume goes on with the run's own treatment: only --steps may change")
     if options["validation"] and not options["data"]:
-        raise UserError("--validation is for --data: the original's own text is held out in part")
+        raise BadArgument("--validation is for --data: the original's own text is held out in part")
     with open_output(options, None if resume else options["mlx_path"]) as shown:
         with shown.progress() as progress:
             result = heal(

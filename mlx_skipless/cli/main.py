@@ -16,9 +16,9 @@ from typing import Any
 from rich.text import Text
 
 from .. import __version__
-from ..errors import UserError, first_line
+from ..errors import BadArgument, UserError, first_line
 from .overwriting import check_overwriting
-from .parser import BadArguments, Parser, suggest
+from .parser import Parser, suggest
 from .shared import make_stderr
 from .streams import Stream, hold_streams
 
@@ -99,10 +99,10 @@ def _check_command(name: str) -> None:
     if name in HELP or any(flag.startswith(name) for flag in ("-h", "--help", "--version")):
         return
     if name.startswith("-"):
-        raise BadArguments(f"{name}: the command comes first; mlx-skipless --help lists them")
+        raise BadArgument(f"{name}: the command comes first; mlx-skipless --help lists them")
     meant = suggest(name, [*HELP])
     hint = f"did you mean {meant}?" if meant else f"choose one of {', '.join(HELP)}"
-    raise BadArguments(f"no command {name!r}: {hint}")
+    raise BadArgument(f"no command {name!r}: {hint}")
 
 
 def _explain(parser: argparse.ArgumentParser, name: str) -> None:
@@ -135,7 +135,7 @@ def _exit_code(parse: Callable[[], Options]) -> int:
             return _run(parse, out)
         except UserError as error:
             _complain(error)
-            if isinstance(error, BadArguments):
+            if isinstance(error, BadArgument):
                 sys.exit(2)  # as argparse does
         except KeyboardInterrupt:
             with contextlib.suppress(KeyboardInterrupt):  # of those who press Ctrl-C twice

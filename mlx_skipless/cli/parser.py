@@ -6,15 +6,11 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
-from ..errors import UserError
-
-
-class BadArguments(UserError):
-    """Arguments that no command has or that say nothing to it: exit code 2."""
+from ..errors import BadArgument
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, whose errors are ``BadArguments``."""
+    """argparse's parser, whose errors are each a ``BadArgument``."""
 
     def __init__(self, **options: Any):
         super().__init__(**options)
@@ -22,7 +18,7 @@ class Parser(argparse.ArgumentParser):
         self.register("type", float, read_number)
 
     def error(self, message: str) -> NoReturn:
-        raise BadArguments(f"{message} ({self.prog} --help explains)")
+        raise BadArgument(f"{message} ({self.prog} --help explains)")
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from ..checkpoints.output import check_output, replace_file
 from ..constants import MODES
-from ..errors import UserError
+from ..errors import BadArgument, UserError
 from ..options import expand_path, flag_name
 from ..progress import Progress
 
@@ -36,7 +36,7 @@ def check_files_differ(**files: str | None) -> None:
             continue
         path, flag = os.path.realpath(expand_path(file)), flag_name(name)
         if path in seen:
-            raise UserError(f"{seen[path]} and {flag} both name {file}: give two files")
+            raise BadArgument(f"{seen[path]} and {flag} both name {file}: give two files")
         seen[path] = flag
 
 
@@ -52,7 +52,7 @@ def open_output_file(flag: str, name: str | None, out: str | None = None) -> Ite
     path = expand_path(name)
     made = None if out is None else Path(os.path.realpath(expand_path(out)))
     if made is not None and Path(os.path.realpath(path)).is_relative_to(made):
-        raise UserError(f"{flag} {name}: --mlx-path {made} is made there, give another file")
+        raise BadArgument(f"{flag} {name}: --mlx-path {made} is made there, give another file")
 
     def attempt(do: Callable[[], Any], remedy: Callable[[], str]) -> None:
         try:

@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from ..errors import UserError, first_line
+from ..errors import BadArgument, UserError, first_line
 from ..options import expand_path, read_options
 from ..training.recipe import Recipe, TrainingPace
 from .shared import add_fields, add_held_out_arguments, add_run_arguments, open_output, take_fields
@@ -43,7 +43,7 @@ def run(options: dict[str, Any]) -> None:
     resume = options["resume"]
     steps = recipe.get("steps") if resume else None
     if resume and (config or pace or set(recipe) - {"steps"}):
-        raise UserError("--resume goes on with the run's own recipe: only --steps may change")
+        raise BadArgument("--resume goes on with the run's own recipe: only --steps may change")
     with open_output(options, None if resume else options["mlx_path"]) as shown:
         with shown.progress() as bars:
 

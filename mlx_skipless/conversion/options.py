@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..constants import FLOAT_NAMES, HUB_ID, MODES, REMOVALS
-from ..errors import UserError
+from ..errors import BadArgument
 from ..options import (
     check_seed,
     check_types,
@@ -247,25 +247,27 @@ def _check_target(options: Options) -> None:
         return
     kl, speed, flags = options.target_kl, options.target_speed, options.targets
     if options.target_bytes is not None and options.target_bytes < 1:
-        raise UserError(f"--target-bytes {options.target_bytes}: must be at least 1")
+        raise BadArgument(f"--target-bytes {options.target_bytes}: must be at least 1")
     if len(flags) > 1:
-        raise UserError(f"{' and '.join(flags)} are ends of one trade: drop all but one")
+        raise BadArgument(f"{' and '.join(flags)} are ends of one trade: drop all but one")
     if options.q_bits is not None or options.q_mode != "affine":
-        raise UserError(f"{flags[0]} chooses the bits, of affine mode: drop --q-bits and --q-mode")
+        raise BadArgument(
+            f"{flags[0]} chooses the bits, of affine mode: drop --q-bits and --q-mode"
+        )
     if speed is not None and not 1 < speed < math.inf:
-        raise UserError(f"--target-speed {speed:g}: must be a ratio above 1, for instance 3x")
+        raise BadArgument(f"--target-speed {speed:g}: must be a ratio above 1, for instance 3x")
     if kl is not None and not 0 < kl < math.inf:
-        raise UserError(f"--target-kl {kl}: must be a positive number of nats per token")
+        raise BadArgument(f"--target-kl {kl}: must be a positive number of nats per token")
     if kl is not None and not options.verify:
-        raise UserError("--target-kl measures the result: drop --no-verify")
+        raise BadArgument("--target-kl measures the result: drop --no-verify")
 
 
 def _check_quantization(options: Options) -> None:
     quantization = options.quantization  # refused here, if MLX does not have it
     if options.distill < 0:
-        raise UserError(f"--distill {options.distill}: must be a number of steps, 0 or more")
+        raise BadArgument(f"--distill {options.distill}: must be a number of steps, 0 or more")
     if options.distill and (quantization is None or quantization.mode != "affine"):
-        raise UserError("--distill trains scales and biases: it needs -q in affine mode")
+        raise BadArgument("--distill trains scales and biases: it needs -q in affine mode")
 
 
 def _check_allowed(options: Options) -> None:
@@ -273,16 +275,16 @@ def _check_allowed(options: Options) -> None:
         return
     ways = options.allowed
     if not ways or {*ways} - {*ALLOWED} or len({*ways}) < len(ways):
-        raise UserError(f"--allow {options.allow}: give drop, replace or drop,replace")
+        raise BadArgument(f"--allow {options.allow}: give drop, replace or drop,replace")
     if not options.mixes_bits:
-        raise UserError(
+        raise BadArgument(
             "--allow is for a target: add --target-bytes, --target-kl or --target-speed, or use "
             "--drop-attention and its like"
         )
     if options.drops or options.replacements:
         asked = [f"--drop-{kind}" for kind in options.drops]
         asked += [f"--replace-{kind}" for kind in options.replacements]
-        raise UserError(f"--allow chooses what goes by itself: drop {' and '.join(asked)}")
+        raise BadArgument(f"--allow chooses what goes by itself: drop {' and '.join(asked)}")
 
 
 def _check_drops(options: Options) -> None:
@@ -290,28 +292,28 @@ def _check_drops(options: Options) -> None:
     asked |= {f"--replace-{kind}": count for kind, count in options.replacements.items()}
     for flag, count in asked.items():
         if count != "auto" and not isinstance(count, int):
-            raise UserError(f"{flag} {count}: give a number of layers, or auto")
+            raise BadArgument(f"{flag} {count}: give a number of layers, or auto")
     share = options.max_loss
     if share is not None and "auto" not in asked.values():
-        raise UserError(
+        raise BadArgument(
             "--max-loss is for auto, of --drop-attention, --drop-ffn, --drop-block, "
             "--replace-attention and --replace-ffn"
         )
     if share is not None and not 0 < share < math.inf:
-        raise UserError(f"--max-loss {share}: must be a positive share, for instance 1%")
+        raise BadArgument(f"--max-loss {share}: must be a positive share, for instance 1%")
     if options.greedy and not asked:
-        raise UserError(
+        raise BadArgument(
             "--greedy is for --drop-attention, --drop-ffn, --drop-block, --replace-attention and "
             "--replace-ffn"
         )
     if options.skipless and (asked or options.allow):
-        raise UserError("--skipless drops every skip connection: drop it to drop sub-layers")
+        raise BadArgument("--skipless drops every skip connection: drop it to drop sub-layers")
     if options.heal < 0:
-        raise UserError(f"--heal {options.heal}: must be a number of steps, 0 or more")
+        raise BadArgument(f"--heal {options.heal}: must be a number of steps, 0 or more")
     if options.heal and options.skipless:
-        raise UserError("--heal is no training from nothing, which --skipless needs: drop one")
+        raise BadArgument("--heal is no training from nothing, which --skipless needs: drop one")
     if options.heal and not (asked or options.quantization is not None):
-        raise UserError(
+        raise BadArgument(
             "--heal makes up for what is lost, and nothing that is asked for loses anything: drop "
             "it"
         )
@@ -319,13 +321,13 @@ def _check_drops(options: Options) -> None:
 
 def _check_values(options: Options) -> None:
     if options.precompute_first_layer not in (None, "auto", "force"):
-        raise UserError(
+        raise BadArgument(
             f"--precompute-first-layer {options.precompute_first_layer}: give nothing or force"
         )
     if options.remove not in REMOVALS:
-        raise UserError(f"--remove {options.remove}: choose one of {', '.join(REMOVALS)}")
+        raise BadArgument(f"--remove {options.remove}: choose one of {', '.join(REMOVALS)}")
     if options.dtype not in (None, *FLOAT_NAMES):
-        raise UserError(f"--dtype {options.dtype}: choose one of {', '.join(FLOAT_NAMES)}")
+        raise BadArgument(f"--dtype {options.dtype}: choose one of {', '.join(FLOAT_NAMES)}")
     check_seed(options.seed)
     if options.upload_repo is not None and not HUB_ID.fullmatch(options.upload_repo):
-        raise UserError(f"--upload-repo {options.upload_repo}: a repository is called owner/name")
+        raise BadArgument(f"--upload-repo {options.upload_repo}: a repository is called owner/name")

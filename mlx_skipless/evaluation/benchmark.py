@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..constants import FLOAT_NAMES, REMOVALS
-from ..errors import UserError
+from ..errors import BadArgument, UserError
 from ..inference.context import check_windows
 from ..inference.loading import load_network
 from ..inference.sizes import count_bytes_read, count_cache_bytes
@@ -185,7 +185,7 @@ def benchmark(
 def _check_positive(flag: str, *numbers: int) -> None:
     for number in numbers:
         if number < 1:
-            raise UserError(f"{flag} {number}: must be at least 1")
+            raise BadArgument(f"{flag} {number}: must be at least 1")
 
 
 def _list_cases(
@@ -203,9 +203,9 @@ def _find_pair(
 ) -> _RandomPair | None:
     """Find what ``--synthetic`` asks for; None without it."""
     if remove not in REMOVALS:
-        raise UserError(f"--remove {remove}: choose one of {', '.join(REMOVALS)}")
+        raise BadArgument(f"--remove {remove}: choose one of {', '.join(REMOVALS)}")
     if dtype is not None and dtype not in FLOAT_NAMES:
-        raise UserError(f"--dtype {dtype}: choose one of {', '.join(FLOAT_NAMES)}")
+        raise BadArgument(f"--dtype {dtype}: choose one of {', '.join(FLOAT_NAMES)}")
     if synthetic is None:
         return None
     shape = find_shape(synthetic)
@@ -215,9 +215,9 @@ def _find_pair(
 def _check_models_alone(models: Sequence[str | Path], remove: str, *options: Any) -> None:
     """Refuse options of ``--synthetic`` without it, and nothing to measure."""
     if not models:
-        raise UserError("nothing to measure: give models, or --synthetic with a shape")
+        raise BadArgument("nothing to measure: give models, or --synthetic with a shape")
     if remove != "auto" or any(options):
-        raise UserError(
+        raise BadArgument(
             "--remove, --dtype, -q and --save are for --synthetic; a model is measured as it "
             "is: convert.py makes others of it"
         )

@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..checkpoints.files import is_there
-from ..errors import UserError
+from ..errors import BadArgument, UserError
 from ..inference.context import check_windows, find_context
 from ..inference.loading import load
 from ..network.metrics import measure_nll
@@ -68,9 +68,9 @@ def measure_perplexity(
         UserError: for a model or text that cannot be used.
     """
     if context is not None and context < 1:
-        raise UserError(f"--context {context}: must be at least 1")
+        raise BadArgument(f"--context {context}: must be at least 1")
     if batch_size < 1:
-        raise UserError(f"--batch-size {batch_size}: must be at least 1")
+        raise BadArgument(f"--batch-size {batch_size}: must be at least 1")
     for file in data if validation else ():
         if not is_there(Path(file)):
             raise UserError(f"{file} cannot be read: there is no such file")

@@ -19,7 +19,7 @@ from ..architectures.wrappers import take_text_model
 from ..checkpoints.files import read_json
 from ..checkpoints.writer import Writer
 from ..constants import FLOAT_NAMES
-from ..errors import UserError, first_line
+from ..errors import BadArgument, UserError, first_line
 from ..network.model import Model, ModelArgs
 from ..network.names import EMBEDDING, FINAL_NORM, HEAD
 from ..network.parts import dtype_name
@@ -97,7 +97,7 @@ def find_shape(name: str) -> Shape:
         config = MODELS[title]
     if layers:
         if int(layers) < 1:
-            raise UserError(f"--synthetic {name}: must have at least 1 layer")
+            raise BadArgument(f"--synthetic {name}: must have at least 1 layer")
         config = _set_layers(config, int(layers))
         title += f", {layers} layers"
     shape = Shape(title, config)
@@ -115,7 +115,7 @@ def _find_model(name: str) -> str:
     if len(versions) == 1:
         return found[-1]
     which = "could be each of" if found else "is no file and none of"
-    raise UserError(f"--synthetic {name} {which} {', '.join(found or MODELS)}: give one of them")
+    raise BadArgument(f"--synthetic {name} {which} {', '.join(found or MODELS)}: give one of them")
 
 
 def _set_layers(config: Config, layers: int) -> Config:

@@ -11,7 +11,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, first_line
+from ..errors import BadArgument, UserError, first_line
 from ..inference.loading import load
 from ..inference.prompts import has_turns
 from ..options import expand_path
@@ -91,7 +91,7 @@ def evaluate(
         ("num-shots", num_shots, 0), ("limit", limit, 1), ("batch-size", batch_size, 1)
     ):  # fmt: skip
         if value is not None and value < least:
-            raise UserError(f"--{name} {value}: must be at least {least}")
+            raise BadArgument(f"--{name} {value}: must be at least {least}")
     folder = None if include_path is None else expand_path(include_path)
     if folder is not None and not folder.is_dir():
         raise UserError(f"--include-path {include_path}: no such folder")

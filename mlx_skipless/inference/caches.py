@@ -21,7 +21,7 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
-from ..errors import UserError, first_line
+from ..errors import BadArgument, UserError, first_line
 from ..options import expand_path
 from .context import find_context, has_position_table
 
@@ -56,9 +56,9 @@ def make_cache(
         cache = [_bound(c, max_kv_size) for c in cache]
     if kv_bits is not None:
         if kv_bits not in KV_BITS:
-            raise UserError(f"--kv-bits {kv_bits}: must be one of {', '.join(map(str, KV_BITS))}")
+            raise BadArgument(f"--kv-bits {kv_bits}: must be one of {', '.join(map(str, KV_BITS))}")
         if max_kv_size is not None:
-            raise UserError(
+            raise BadArgument(
                 "--kv-bits with --max-kv-size: mlx-lm cannot quantize a bounded cache; drop one"
             )
         cache = [_quantize(c, kv_bits) for c in cache]

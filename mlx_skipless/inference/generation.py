@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse, stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..errors import UserError, first_line
+from ..errors import BadArgument, UserError, first_line
 from ..memory import format_bytes
 from ..network.parts import dtype_name
 from .caches import cut_prompt, make_cache, make_draft_caches, make_sliding_cache
@@ -191,14 +191,16 @@ def stream(
     if draft_model is None:
         cache, ids = _choose_cache(model, ids, prompt_cache, tokens, max_kv_size, kv_bits)
     elif max_kv_size is not None or prompt_cache is not None:
-        raise UserError(
+        raise BadArgument(
             "--draft-model takes back tokens from caches of its own: drop --max-kv-size and a "
             "cache to go on from"
         )
     elif choice.get("repetition_penalty") not in (None, 1):
-        raise UserError("--draft-model: mlx-lm penalizes no prompt then; drop --repetition-penalty")
+        raise BadArgument(
+            "--draft-model: mlx-lm penalizes no prompt then; drop --repetition-penalty"
+        )
     elif num_draft_tokens < 1:
-        raise UserError(f"--num-draft-tokens {num_draft_tokens}: must be at least 1")
+        raise BadArgument(f"--num-draft-tokens {num_draft_tokens}: must be at least 1")
     else:
         cache = make_draft_caches(model, draft_model, tokens, kv_bits)
     most = limit_answer(model, cache, len(ids), max_tokens)

@@ -7,7 +7,7 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoints.tokenizer import count_embeddings
-from ..errors import UserError, first_line
+from ..errors import BadArgument, UserError, first_line
 from ..text.corpus import PLAIN_TEMPLATE
 
 
@@ -101,7 +101,7 @@ def open_conversation(tokenizer: TokenizerWrapper, system: str | None) -> list[d
             "the prompt; drop it"
         )
     if not system.strip():
-        raise UserError("--system-prompt is empty: give some text, or drop it")
+        raise BadArgument("--system-prompt is empty: give some text, or drop it")
     check_text(system)
     opening = {"role": "system", "content": system}
     first = {"role": "user", "content": "Hello"}

@@ -10,7 +10,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from ..checkpoints.files import is_there, read_json
 from ..checkpoints.tokenizer import GENERATION_CONFIG
-from ..errors import UserError
+from ..errors import BadArgument, UserError
 from ..options import flag_name, is_of
 
 # Options by the names that generation_config.json has for them.
@@ -42,23 +42,23 @@ def check_options(
         for name, value in found.items():
             optional = name in ("seed", "repetition_penalty") and value is None
             if not optional and not is_of(value, kind):
-                raise UserError(f"{flag_name(name)} {value!r}: must be {what}")
+                raise BadArgument(f"{flag_name(name)} {value!r}: must be {what}")
     if max_tokens < 1:
-        raise UserError(f"--max-tokens {max_tokens}: must be at least 1")
+        raise BadArgument(f"--max-tokens {max_tokens}: must be at least 1")
     if not (math.isfinite(temp) and temp >= 0):
-        raise UserError(f"--temp {temp}: must be at least 0 (0 takes the likeliest token)")
+        raise BadArgument(f"--temp {temp}: must be at least 0 (0 takes the likeliest token)")
     if not 0 <= top_p <= 1:
-        raise UserError(f"--top-p {top_p}: must lie between 0 and 1 (0 or 1 turns it off)")
+        raise BadArgument(f"--top-p {top_p}: must lie between 0 and 1 (0 or 1 turns it off)")
     if not 0 <= min_p <= 1:
-        raise UserError(f"--min-p {min_p}: must lie between 0 and 1 (0 turns it off)")
+        raise BadArgument(f"--min-p {min_p}: must lie between 0 and 1 (0 turns it off)")
     if top_k < 0:
-        raise UserError(f"--top-k {top_k}: must be at least 0 (0 turns it off)")
+        raise BadArgument(f"--top-k {top_k}: must be at least 0 (0 turns it off)")
     if repetition_penalty is not None and not 0 < repetition_penalty < math.inf:
-        raise UserError(
+        raise BadArgument(
             f"--repetition-penalty {repetition_penalty}: must exceed 0 (1 turns it off)"
         )
     if seed is not None and not 0 <= seed < 2**64:
-        raise UserError(f"--seed {seed}: must be at least 0 and fit 64 bits")
+        raise BadArgument(f"--seed {seed}: must be at least 0 and fit 64 bits")
 
 
 def make_samplers(

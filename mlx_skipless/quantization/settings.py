@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..constants import MODES
-from ..errors import UserError
+from ..errors import BadArgument
 
 LEAST_BITS = 2  # MLX packs 1 bit too, which no model survives
 
@@ -54,14 +54,14 @@ def make_quantization(
     """
     if not quantize:
         if bits is not None or group_size is not None or mode != "affine":
-            raise UserError("--q-bits, --q-group-size and --q-mode need -q")
+            raise BadArgument("--q-bits, --q-group-size and --q-mode need -q")
         return None
     if mode not in MODES:
         *others, last = MODES
-        raise UserError(f"--q-mode {mode}: choose {', '.join(others)} or {last}")
+        raise BadArgument(f"--q-mode {mode}: choose {', '.join(others)} or {last}")
     known_bits, known_sizes = list_bits(mode), sorted(MODES[mode][0])
     if bits not in (None, *known_bits) or group_size not in (None, *known_sizes):
-        raise UserError(
+        raise BadArgument(
             f"--q-mode {mode} has --q-bits {', '.join(map(str, known_bits))} and --q-group-size "
             f"{', '.join(map(str, known_sizes))}"
         )

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ..checkpoints.files import POINTED, POINTER
 from ..checkpoints.guarded import explain_panics
-from ..errors import UserError, first_line
+from ..errors import BadArgument, UserError, first_line
 from ..options import expand_path
 
 BATCH_CHARACTERS = 1_000_000  # or a document more are encoded at a time
@@ -67,7 +67,7 @@ def read_texts(
         UserError: for a file that is missing, not UTF-8, malformed or empty.
     """
     if not 0 <= share < 1:
-        raise UserError(f"--validation-share {share}: must be at least 0 and below 1")
+        raise BadArgument(f"--validation-share {share}: must be at least 0 and below 1")
     train: list[str] = []
     held_out: list[str] = []
     chat = False

@@ -28,7 +28,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from ..checkpoints import hub
 from ..checkpoints.files import check_links, read_json
 from ..checkpoints.output import hide_paths, replace_file
-from ..errors import UserError, first_line
+from ..errors import BadArgument, UserError, first_line
 from ..evaluation import perplexity
 from ..inference.loading import load
 from ..network.metrics import measure_kl, measure_nll
@@ -128,7 +128,7 @@ def heal(
             settings = dataclasses.replace(settings, treatment=treatment)
     else:
         if model is None or teacher is None:
-            raise UserError("give the reduced --model and its original, --teacher")
+            raise BadArgument("give the reduced --model and its original, --teacher")
         folder.check_free()
         paths, held_out = list_paths(data or ()), list_paths(validation)
         pair_paths = _make_absolute(model), _make_absolute(teacher)

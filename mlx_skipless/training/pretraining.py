@@ -19,7 +19,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoints.output import hide_paths, replace_file, write_json
 from ..checkpoints.tokenizer import NO_MODEL_TYPE, fetch_tokenizer
-from ..errors import UserError
+from ..errors import BadArgument, UserError
 from ..evaluation import perplexity
 from ..inference.generation import generate
 from ..memory import format_bytes
@@ -137,8 +137,9 @@ def train(
         source = None if tokenizer is None else str(tokenizer)
         text = TrainingText(paths, held_out, validation_share, source)
         settings = Settings(recipe or Recipe(), pace or TrainingPace(), text, dtype)
+        make_model_args(settings.recipe)  # sizes that make no network, before the text is read
     else:
-        raise UserError("--data is missing: name text files to train on")
+        raise BadArgument("--data is missing: name text files to train on")
     if resume and steps is not None:
         longer = dataclasses.replace(settings.recipe, steps=steps)
         settings = dataclasses.replace(settings, recipe=longer)
@@ -198,7 +199,7 @@ def _announce(what: str, documents: Sequence[str], progress: Progress) -> Iterat
 
 def _choose_dtype(dtype: str) -> str:
     if dtype not in ("auto", "float32", "bfloat16"):
-        raise UserError(f"--dtype {dtype}: choose auto, float32 or bfloat16")
+        raise BadArgument(f"--dtype {dtype}: choose auto, float32 or bfloat16")
     if dtype == "auto":
         return "bfloat16" if mx.default_device().type == mx.DeviceType.gpu else "float32"
     return dtype

@@ -8,7 +8,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from ..errors import UserError
+from ..errors import BadArgument
 from ..options import (
     check_above_zero,
     check_choice,
@@ -125,20 +125,21 @@ class Recipe:
     def __post_init__(self) -> None:
         check_choices(self)
         _check_sizes(self)
+        sizes = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "vocab_size")
+        for name in (*sizes, "steps", "batch_size", "context"):
+            if getattr(self, name) < 1:
+                raise BadArgument(f"{flag_name(name)} {getattr(self, name)}: must be at least 1")
         if self.layers > MOST_LAYERS:
-            raise UserError(f"--layers {self.layers}: must be at most {MOST_LAYERS:,}")
+            raise BadArgument(f"--layers {self.layers}: must be at most {MOST_LAYERS:,}")
         for name in ("adam_learning_rate", "clip", "temperature", "embedding_scale"):
             if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"{flag_name(name)} {getattr(self, name)}: must be above 0")
+                raise BadArgument(f"{flag_name(name)} {getattr(self, name)}: must be above 0")
         check_above_zero("--learning-rate", self.learning_rate)
         for norm in self.norms.split(","):
             check_choice("--norms", norm, PROJECTION_NORMS)
-        for name in ("steps", "batch_size", "context"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{flag_name(name)} {getattr(self, name)}: must be at least 1")
         check_seed(self.seed)
         if self.warmup < 0 or not 0 <= self.decay <= 1 or not 0 <= self.orthogonal_q <= 1:
-            raise UserError("--warmup must be at least 0, --decay and --orthogonal-q from 0 to 1")
+            raise BadArgument("--warmup must be at least 0, --decay and --orthogonal-q from 0 to 1")
 
     @property
     def peak(self) -> float:
@@ -202,13 +203,13 @@ class Treatment:
         _check_sizes(self)
         for name in ("rank", "steps", "batch_size", "context", "sampled_tokens"):
             if getattr(self, name) < 1:
-                raise UserError(f"{flag_name(name)} {getattr(self, name)}: must be at least 1")
+                raise BadArgument(f"{flag_name(name)} {getattr(self, name)}: must be at least 1")
         for name, value in (("learning_rate", self.peak), ("clip", self.clip)):
             if not 0 < value < math.inf:
-                raise UserError(f"{flag_name(name)} {value}: must be above 0")
+                raise BadArgument(f"{flag_name(name)} {value}: must be above 0")
         check_seed(self.seed)
         if self.warmup < 0:
-            raise UserError(f"--warmup {self.warmup}: must be at least 0")
+            raise BadArgument(f"--warmup {self.warmup}: must be at least 0")
 
     @property
     def peak(self) -> float:
@@ -222,9 +223,9 @@ def _check_sizes(options: Recipe | Treatment) -> None:
     for one in dataclasses.fields(options):
         value = getattr(options, one.name)
         if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{flag_name(one.name)} {value}: must be a finite number")
+            raise BadArgument(f"{flag_name(one.name)} {value}: must be a finite number")
         if isinstance(value, int) and value >= LARGEST and one.name != "seed":
-            raise UserError(f"{flag_name(one.name)} {value}: must be below {LARGEST:,}")
+            raise BadArgument(f"{flag_name(one.name)} {value}: must be below {LARGEST:,}")
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,7 @@ class Pace:
     def __post_init__(self) -> None:
         for one in dataclasses.fields(self):
             if getattr(self, one.name) < 0:
-                raise UserError(f"{flag_name(one.name)}: must be at least 0")
+                raise BadArgument(f"{flag_name(one.name)}: must be at least 0")
 
 
 @dataclass(frozen=True)

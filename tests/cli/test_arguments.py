@@ -45,6 +45,52 @@ def misspell(name: str) -> Iterator[str]:
     yield name[:middle] + "x" + name[middle:]
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "convert --target-bytes big",
+        "convert --target-kl -1",
+        "convert --target-bytes 1MB --target-kl 0.1",
+        "convert -q --q-group-size 7",
+        "convert --q-bits 4",
+        "convert --seed -1",
+        "convert --greedy",
+        "convert --allow nothing --target-kl 1",
+        "convert --heal -1",
+        "convert --upload-repo a",
+        "train --layers 0 --data nowhere",
+        "train --kv-heads 0 --data nowhere",
+        "train --norms x --data nowhere",
+        "train --decay 2 --data nowhere",
+        "train --validation-share 1 --data README.md",
+        "train",
+        "heal --steps 0",
+        "heal --learning-rate 0",
+        "generate --max-tokens 0 --prompt a",
+        "generate --temp -1 --prompt a",
+        "generate --top-p 2 --prompt a",
+        "generate --kv-bits 7 --prompt a",
+        "generate --compare A",
+        "bench",
+        "bench --synthetic nothing",
+        "bench --repeats 0 A",
+        "perplexity --context 0 --data README.md",
+        "perplexity",
+        "evaluate --tasks a --limit 0 A B",
+        "curves A --output a.txt",
+        "analyze A --plot a.txt",
+    ],
+)
+def test_values_that_no_file_makes_right(
+    arguments: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wrong arguments are told from what fails, whoever looks at them first."""
+    command, *flags = arguments.split()
+    error = refused(capsys, command, *flags)
+    named = {flag for flag in flags if flag.startswith("--")}
+    assert any(flag in error for flag in named or {"give", "--data"}), error
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_a_mistyped_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     for wrong in misspell(name):
