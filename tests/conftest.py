@@ -1,6 +1,7 @@
 """Options and fixtures that several files of tests share."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +39,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run the exhaustive grids too, and tests of random examples with many times as many",
     )
+    parser.addoption(
+        "--every", type=int, default=1, metavar="N", help="of each exhaustive grid every Nth case"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -51,11 +55,15 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Begin with tests of the whole product, the longest; leave out what is thorough."""
     items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
-    if config.getoption("--thorough"):
-        return
-    kept, left = [], []
+    thorough, every = config.getoption("--thorough"), config.getoption("--every")
+    kept, left, seen = [], [], Counter[str]()
     for item in items:
-        (left if item.get_closest_marker("thorough") else kept).append(item)
+        test = item.nodeid.partition("[")[0]
+        if item.get_closest_marker("thorough"):
+            (kept if thorough and seen[test] % every == 0 else left).append(item)
+            seen[test] += 1
+        else:
+            kept.append(item)
     config.hook.pytest_deselected(items=left)
     items[:] = kept
 
