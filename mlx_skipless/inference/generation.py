@@ -196,9 +196,7 @@ def stream(
             "cache to go on from"
         )
     elif choice.get("repetition_penalty") not in (None, 1):
-        raise BadArgument(
-            "--draft-model: mlx-lm penalizes no prompt then; drop --repetition-penalty"
-        )
+        raise BadArgument("--draft-model: no prompt is penalized then; drop --repetition-penalty")
     elif num_draft_tokens < 1:
         raise BadArgument(f"--num-draft-tokens {num_draft_tokens}: must be at least 1")
     else:

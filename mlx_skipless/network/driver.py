@@ -224,9 +224,8 @@ class Driver(Network):
         self.load_embedding()
 
         def visit(at: int, x: mx.array, *args: Any, **options: Any) -> Any:
-            layer: Any = self.layer(at)
-            if watch is not None:
-                layer = partial(watch.run, self.paths[at], layer)
+            own: Any = self.layer(at)
+            layer = own if watch is None else partial(watch.run, self.paths[at], own)
             out = layer(x, *args, **options)
             mx.eval(out)
             if at == len(self.paths) - 1:
