@@ -136,7 +136,7 @@ def _exit_code(parse: Callable[[], Options]) -> int:
         except UserError as error:
             _complain(error)
             if isinstance(error, BadArgument):
-                sys.exit(2)  # as argparse does
+                return 2  # as argparse does
         except KeyboardInterrupt:
             with contextlib.suppress(KeyboardInterrupt):  # of those who press Ctrl-C twice
                 _complain(UserError("interrupted"))

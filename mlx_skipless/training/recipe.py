@@ -14,6 +14,7 @@ from ..options import (
     check_choice,
     check_choices,
     check_seed,
+    check_types,
     flag_name,
     option,
 )
@@ -123,6 +124,7 @@ class Recipe:
     seed: int = option(0, "of the starting weights and the order of the text")
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_choices(self)
         _check_sizes(self)
         sizes = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "vocab_size")
@@ -199,6 +201,7 @@ class Treatment:
     seed: int = option(0, "of that text, its order and the low-rank changes")
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_choices(self)
         _check_sizes(self)
         for name in ("rank", "steps", "batch_size", "context", "sampled_tokens"):
@@ -241,6 +244,7 @@ class Pace:
     eval_tokens: int = option(4096, "held-out tokens of an evaluation on the way")
 
     def __post_init__(self) -> None:
+        check_types(self)
         for one in dataclasses.fields(self):
             if getattr(self, one.name) < 0:
                 raise BadArgument(f"{flag_name(one.name)}: must be at least 0")

@@ -78,7 +78,7 @@ def run(line: str, encoding: str = "utf-8", error: int | None = None) -> tuple[i
         patch.setattr("signal.signal", lambda *ignored: None)
         try:
             code = cli.main(line.split())
-        except SystemExit as end:
+        except SystemExit as end:  # of --help
             code = int(end.code or 0)
     device.error = None
     out.flush()

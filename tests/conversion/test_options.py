@@ -156,7 +156,7 @@ def test_numbers_of_numpy_are_numbers() -> None:
 def test_one_file_is_not_written_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = f"{tmp_path}/a.png"
     flags = f"--target-bytes 1MB --allow drop --plot {name} --json {tmp_path}/./a.png"
-    assert main(["convert", "--mlx-path", str(tmp_path / "out"), *flags.split()]) == 1
+    assert main(["convert", "--mlx-path", str(tmp_path / "out"), *flags.split()]) == 2
     assert "--plot and --json both name" in capsys.readouterr().err
     assert not [*tmp_path.iterdir()]
 

@@ -127,5 +127,5 @@ def test_what_cannot_be_scored(tmp_path: Path, options: dict[str, Any], says: st
 
 
 def test_the_command_without_text(capsys: pytest.CaptureFixture[str]):
-    assert cli.main(["perplexity", "--model", "none"]) == 1
+    assert cli.main(["perplexity", "--model", "none"]) == 2
     assert "no text: give --data" in capsys.readouterr().err
