@@ -72,8 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a faster model of the same tokens, which proposes what --model then checks",
     )  # fmt: skip
     parser.add_argument(
-        "--num-draft-tokens", type=int, default=3,
-        help="tokens that it proposes at a time (default: %(default)s)",
+        "--num-draft-tokens", type=int,
+        help="tokens that it proposes at a time (default: 3)",
     )  # fmt: skip
     parser.add_argument("--compare", metavar="OTHER", help="run this model too and print the ratio")
     parser.add_argument(
@@ -94,6 +94,8 @@ def run(options: dict[str, Any]) -> None:
     trust, cache_file = options.pop("trust_remote_code"), options.pop("prompt_cache_file")
     draft, drafts = options.pop("draft_model"), options.pop("num_draft_tokens")
     adapters = options.pop("adapter_path")
+    if drafts is not None and draft is None:
+        raise BadArgument("--num-draft-tokens is for --draft-model: add that, or drop it")
     _check_flags(prompt, other, cache_file, draft, system)
     with open_output(options) as shown:
         if name == DEFAULT_MODEL and not Path(name).exists():
@@ -133,7 +135,7 @@ def run(options: dict[str, Any]) -> None:
             options["draft_model"] = generation.load_draft(
                 draft, tokenizer, trust_remote_code=trust
             )
-            options["num_draft_tokens"] = drafts
+            options |= {} if drafts is None else {"num_draft_tokens": drafts}
         if cache_file is not None:
             options["prompt_cache"] = load_cache(cache_file, model)
         if not tale:

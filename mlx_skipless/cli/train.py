@@ -72,7 +72,9 @@ def _read_yaml(name: str | None) -> dict[str, Any]:
         return {}
     try:
         content = yaml.safe_load(expand_path(name).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise UserError(f"--config {name}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"--config {name}: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {name}: must map the recipe's keys to values")

@@ -70,6 +70,7 @@ def misspell(name: str) -> Iterator[str]:
         "generate --top-p 2 --prompt a",
         "generate --kv-bits 7 --prompt a",
         "generate --compare A",
+        "generate --num-draft-tokens 2 --prompt a",
         "bench",
         "bench --synthetic nothing",
         "bench --repeats 0 A",

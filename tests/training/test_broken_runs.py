@@ -217,7 +217,10 @@ def test_what_no_machine_can_train(
 ) -> None:
     small = ["--vocab-size", "270", "--context", "16", "--validation-share", "0.3"]
     out = ["--mlx-path", str(tmp_path / "out")]
-    assert cli.main(["train", "--data", str(finished.parent / "text"), *out, *small, *flags]) in (1, 2)
+    assert cli.main(["train", "--data", str(finished.parent / "text"), *out, *small, *flags]) in (
+        1,
+        2,
+    )
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1
     assert not any(tmp_path.iterdir())
