@@ -3,6 +3,7 @@
 import argparse
 import select
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,14 +90,12 @@ def run(options: dict[str, Any]) -> None:
     from ..inference.loading import load
     from ..inference.prompts import encode_prompt, has_turns
 
+    _check_flags(options)
     json_name, other = options["json"], options.pop("compare")
     name, prompt, system = (options.pop(key) for key in ("model", "prompt", "system_prompt"))
     trust, cache_file = options.pop("trust_remote_code"), options.pop("prompt_cache_file")
     draft, drafts = options.pop("draft_model"), options.pop("num_draft_tokens")
     adapters = options.pop("adapter_path")
-    if drafts is not None and draft is None:
-        raise BadArgument("--num-draft-tokens is for --draft-model: add that, or drop it")
-    _check_flags(prompt, other, cache_file, draft, system)
     with open_output(options) as shown:
         if name == DEFAULT_MODEL and not Path(name).exists():
             _convert_bundled(name, shown)
@@ -175,22 +174,23 @@ def _answer(
     return answer
 
 
-def _check_flags(
-    prompt: str | None,
-    other: str | None,
-    cache_file: str | None,
-    draft: str | None,
-    system: str | None,
-) -> None:
+def _check_flags(options: Mapping[str, Any]) -> None:
     """Refuse flags that do not go together, before any work."""
-    if prompt is None and (other or cache_file or draft):
+    given = {name for name, value in options.items() if value is not None}
+    other, cache_file = "compare" in given, "prompt_cache_file" in given
+    draft, system = "draft_model" in given, "system_prompt" in given
+    if "prompt" not in given and (other or cache_file or draft):
         raise BadArgument("--compare, --prompt-cache-file and --draft-model need a --prompt")
-    if other is not None and cache_file is not None:
+    if other and cache_file:
         raise BadArgument("--compare runs two models and --prompt-cache-file is one's: drop one")
-    if draft is not None and (other or cache_file):
+    if draft and (other or cache_file):
         raise BadArgument("--draft-model goes with neither --compare nor --prompt-cache-file")
-    if system is not None and (other or cache_file):
+    if system and (other or cache_file):
         raise BadArgument("--system-prompt goes with neither --compare nor --prompt-cache-file")
+    if cache_file and given & {"max_kv_size", "kv_bits"}:
+        raise BadArgument("--prompt-cache-file is as it was made: drop --max-kv-size and --kv-bits")
+    if "num_draft_tokens" in given and not draft:
+        raise BadArgument("--num-draft-tokens is for --draft-model: add that, or drop it")
 
 
 def _choose_sampling(

@@ -50,7 +50,7 @@ def make_cache(
     cache = make_prompt_cache(model)
     if max_kv_size is not None:
         if max_kv_size <= KEEP:
-            raise UserError(
+            raise BadArgument(
                 f"--max-kv-size {max_kv_size}: must exceed {KEEP}, as the first {KEEP} tokens stay"
             )
         cache = [_bound(c, max_kv_size) for c in cache]

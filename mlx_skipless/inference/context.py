@@ -90,8 +90,8 @@ def describe_overflow(
         return None
     seen = min(max_kv_size or context, tokens)
     return (
-        f"{what} {tokens:,} tokens, more than the model's context of {context:,}: it sees only the "
-        f"last {seen:,} at a time"
+        f"{what} {tokens:,} tokens, more than the model's context of {context:,}: it sees "
+        f"{seen:,} of them at a time, the first few and the last"
     )
 
 

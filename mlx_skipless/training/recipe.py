@@ -128,9 +128,7 @@ class Recipe:
         check_choices(self)
         _check_sizes(self)
         sizes = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "vocab_size")
-        for name in (*sizes, "steps", "batch_size", "context"):
-            if getattr(self, name) < 1:
-                raise BadArgument(f"{flag_name(name)} {getattr(self, name)}: must be at least 1")
+        _check_counts(self, *sizes, "steps", "batch_size", "context")
         if self.layers > MOST_LAYERS:
             raise BadArgument(f"--layers {self.layers}: must be at most {MOST_LAYERS:,}")
         for name in ("adam_learning_rate", "clip", "temperature", "embedding_scale"):
@@ -204,9 +202,7 @@ class Treatment:
         check_types(self)
         check_choices(self)
         _check_sizes(self)
-        for name in ("rank", "steps", "batch_size", "context", "sampled_tokens"):
-            if getattr(self, name) < 1:
-                raise BadArgument(f"{flag_name(name)} {getattr(self, name)}: must be at least 1")
+        _check_counts(self, "rank", "steps", "batch_size", "context", "sampled_tokens")
         for name, value in (("learning_rate", self.peak), ("clip", self.clip)):
             if not 0 < value < math.inf:
                 raise BadArgument(f"{flag_name(name)} {value}: must be above 0")
@@ -219,6 +215,12 @@ class Treatment:
         """The highest learning rate."""
         rate = self.learning_rate
         return HEALING_RATES[self.fine_tune_type] if rate is None else rate
+
+
+def _check_counts(options: Recipe | Treatment, *names: str) -> None:
+    for name in names:
+        if (count := getattr(options, name)) < 1:
+            raise BadArgument(f"{flag_name(name)} {count}: must be at least 1")
 
 
 def _check_sizes(options: Recipe | Treatment) -> None:
