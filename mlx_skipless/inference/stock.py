@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.utils import _get_classes, get_total_parameters
+from mlx_lm.utils import _decode_tagged_floats, _get_classes, get_total_parameters
 
 from ..architectures.config import LIMITS, check_sizes, read_dtype, read_model_args
 from ..architectures.rope import OtherRope
@@ -84,7 +84,7 @@ class StockSource:
         Raises:
             UserError: if mlx-lm makes no network of the config.
         """
-        config = forget_quantization(self.config)
+        config = _decode_tagged_floats(forget_quantization(self.config))
         check_sizes(config, LIMITS["num_hidden_layers"])
         kind, kind_args = _get_classes(config)
         if reduced.DROPPED in config:

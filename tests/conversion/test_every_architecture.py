@@ -84,6 +84,21 @@ def test_a_config_that_describes_no_network(
         mlx_skipless.convert(tmp_path, dry_run=True)
 
 
+def test_infinities_as_transformers_writes_them(tmp_path: Path) -> None:
+    """A plan and a result of a config with a tagged number, which is JSON where Infinity is not."""
+    tagged = [0.0, {"__float__": "Infinity"}]
+    make_model(tmp_path / "s", "mamba2", time_step_limit=tagged)
+    (tmp_path / "plan").mkdir()
+    config = (tmp_path / "s/config.json").read_text()
+    (tmp_path / "plan/config.json").write_text(config)
+    assert mlx_skipless.convert(tmp_path / "plan", dry_run=True).stock
+    mlx_skipless.convert(tmp_path / "s", tmp_path / "o", quantize=True, q_group_size=32)
+    assert json.loads((tmp_path / "o/config.json").read_text())["time_step_limit"] == tagged
+    tokens = mx.array([[3, 1, 4]])
+    got = load(str(tmp_path / "o"))[0](tokens)  # type: ignore[operator]
+    assert bool(mx.isfinite(got).all())
+
+
 @pytest.mark.parametrize(
     ("layers", "drops", "said"),
     [
