@@ -44,7 +44,7 @@ from .check import (
     compare_networks,
     compare_with_rounding,
 )
-from .decisions import decide, measure_mixtures, search_bits
+from .decisions import check_size, decide, measure_mixtures, search_bits
 from .healing import Healing, Trainer, Ward, open_ward
 from .job import Job
 from .options import Options
@@ -72,6 +72,7 @@ from .stock import check as check_stock
 from .stock import check_memory as check_stock_memory
 from .stock import decide as decide_stock
 from .stock_healing import heal_reduced
+from .stock_quantization import check_size as check_stock_size
 from .stock_quantization import write as write_stock
 from .stock_report import add_wishes as add_stock_wishes
 from .stock_report import make_report as make_stock_report
@@ -126,6 +127,8 @@ def convert(
 def _convert(job: Job, watch: Stopwatch, trainer: Trainer | None) -> Report:
     """Convert a network that this package knows."""
     options, job = job.options, plan(job, watch)
+    if not options.drops:  # which of the sub-layers go has to be known first
+        check_size(job)
     if options.dry_run:
         return add_wishes(make_report(job), job)
     _check_memory(job)
@@ -185,6 +188,8 @@ def _convert_folder(job: StockJob, watch: Stopwatch, trainer: Trainer | None) ->
     options, source, network = job.options, job.source, open_network(job.source)
     check_job(job, network)
     model, config = job.build_result(network)
+    if not (options.drops or options.replacements or options.allowed):
+        check_stock_size(job, network, model, config)
     report = make_stock_report(job, network, model, config, model)
     if options.dry_run:
         check_ways(job, network)

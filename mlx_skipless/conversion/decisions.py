@@ -157,19 +157,44 @@ def _choose_removals(job: Job, tokens: mx.array, progress: Progress) -> Job:
 
 
 def measure_mixtures(job: Job, tokens: mx.array, progress: Progress) -> bits.Raises:
-    """Measure on the text what rounding each matrix costs, which orders the mixtures of bits."""
-    layout, whole = job.layout, job.whole_layout
-    assert layout.quantization is not None
-    free = [path for path in layout.find_adjustable() if whole.format_of(path) is not None]
+    """Measure on the text what rounding each matrix costs, which orders the mixtures of bits.
+
+    Raises:
+        UserError: if a size is out of reach; before anything is measured.
+    """
+    check_size(job)
     costs = sensitivity.measure_rounding(
         job.source_network(),
-        free,
-        whole.format_of,
+        _list_free(job),
+        job.whole_layout.format_of,
         tokens,
         lambda done, total: progress("measuring matrices", done, total),
     )
-    usual = layout.quantization.usual_bits
-    return make_raises(layout.network, costs, usual, by_speed=job.options.target_speed is not None)
+    return _order(job, costs)
+
+
+def check_size(job: Job) -> None:
+    """Check that few enough bits reach the size that is asked for, if one is.
+
+    Removals that are still to be measured count as done.
+
+    Raises:
+        UserError: if it is out of reach.
+    """
+    if (size := find_limit(job.options, lambda: job.source_bytes_read)) is not None:
+        _order(job, dict.fromkeys(_list_free(job), 0.0)).check_reach(size, job.options.target_speed)
+
+
+def _list_free(job: Job) -> list[str]:
+    """The matrices whose bits can be chosen."""
+    whole = job.whole_layout
+    return [path for path in job.layout.find_adjustable() if whole.format_of(path) is not None]
+
+
+def _order(job: Job, costs: Mapping[str, float]) -> bits.Raises:
+    layout, by_speed = job.layout, job.options.target_speed is not None
+    assert layout.quantization is not None
+    return make_raises(layout.network, costs, layout.quantization.usual_bits, by_speed=by_speed)
 
 
 def make_raises(

@@ -1,5 +1,6 @@
 """How the weights of a network of mlx-lm's own are quantized and written."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..quantization.distillation import distill
 from ..quantization.modules import CalibratedModules, read_formats
 from ..removal.products import check_finite
 from ..text.samples import Passages
-from .decisions import make_raises
+from .decisions import find_limit, make_raises
 from .stock import StockJob, write_config
 
 ROUTER_BITS = 8  # at least: an error sends tokens to other experts
@@ -119,21 +120,62 @@ def _open_fits(
 def measure_mixtures(
     job: StockJob, network: StockNetwork, tokens: mx.array, progress: Progress
 ) -> bits.Raises:
-    """Measure on the text what rounding each matrix costs, which orders the mixtures of bits."""
+    """Measure on the text what rounding each matrix costs, which orders the mixtures of bits.
+
+    Raises:
+        UserError: if no bits reach a size, and sub-layers that go cannot help; before anything is
+            measured.
+    """
     model, config = job.build_result(network)
-    forms, entry = read_formats(model, job.dtype), config["quantization"]
-    free = [path for path in forms if not isinstance(entry.get(path), dict)]
+    if not job.options.allowed:
+        check_size(job, network, model, config)
+    forms = read_formats(model, job.dtype)
     costs = sensitivity.measure_rounding(
         open_dense(job, network),
-        free,
+        _list_free(forms, config),
         forms.get,
         tokens,
         partial(progress, "measuring matrices"),
     )
+    return _order(job, network, model, config, costs)
+
+
+def check_size(
+    job: StockJob, network: StockNetwork, model: nn.Module, config: Mapping[str, Any]
+) -> None:
+    """Check that few enough bits reach the size that is asked for, if one is.
+
+    Args:
+        job: whose result it is.
+        network: the source's.
+        model: the result as ``job.build_result`` gives it.
+        config: of that.
+
+    Raises:
+        UserError: if it is out of reach.
+    """
+    if (size := find_limit(job.options, lambda: job.bytes_read)) is not None:
+        free = _list_free(read_formats(model, job.dtype), config)
+        raises = _order(job, network, model, config, dict.fromkeys(free, 0.0))
+        raises.check_reach(size, job.options.target_speed)
+
+
+def _list_free(forms: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """The matrices whose bits can be chosen, of all that have a format."""
+    return [path for path in forms if not isinstance(config["quantization"].get(path), dict)]
+
+
+def _order(
+    job: StockJob,
+    network: StockNetwork,
+    model: nn.Module,
+    config: Mapping[str, Any],
+    costs: Mapping[str, float],
+) -> bits.Raises:
     return make_raises(
         model,
         costs,
-        entry["bits"],
+        config["quantization"]["bits"],
         by_speed=job.options.target_speed is not None,
         floors=find_floors(job, network, model),
     )

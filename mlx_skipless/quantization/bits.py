@@ -90,10 +90,8 @@ class Raises:
             sum(found for _, found in self.least.values()),
         )
 
-    def mixtures(self, limit: float = math.inf, speed: float | None = None) -> list[Mixture]:
-        """The mixtures within a limit on the way, from the smallest to the largest.
-
-        A raise that does not fit stops its matrix there, and others go on.
+    def check_reach(self, limit: float, speed: float | None = None) -> None:
+        """Check that there is a mixture within a limit; what rounding costs does not matter.
 
         Args:
             limit: bytes, of all weights or of those that a token reads.
@@ -110,6 +108,20 @@ class Raises:
                 f"{asked} is out of reach: at {self._fewest} in every matrix "
                 f"that can be quantized {takes} {self._least.nbytes:,} bytes{most}"
             )
+
+    def mixtures(self, limit: float = math.inf, speed: float | None = None) -> list[Mixture]:
+        """The mixtures within a limit on the way, from the smallest to the largest.
+
+        A raise that does not fit stops its matrix there, and others go on.
+
+        Args:
+            limit: bytes, of all weights or of those that a token reads.
+            speed: the ratio as which a user asked for the latter.
+
+        Raises:
+            UserError: if there is none.
+        """
+        self.check_reach(limit, speed)
         found, stopped = [self._least], set()
         for where, high, gain, more in self.steps:
             last = found[-1]

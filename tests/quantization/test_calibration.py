@@ -1,6 +1,7 @@
 """Calibrated quantization: fits against least squares, conversions against references."""
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -474,3 +475,32 @@ def test_targets_that_cannot_be(options: dict[str, Any], said: str, tmp_path: Pa
     with pytest.raises(mlx_skipless.UserError, match=said):
         mlx_skipless.convert(tmp_path / "s", tmp_path / "o", **options)
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+@pytest.mark.parametrize("make", [make_checkpoint, make_llama], ids=["own", "stock"])
+def test_a_size_out_of_reach_is_told_before_anything_is_measured(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a plan too; what is named as the smallest size can be had."""
+    make(tmp_path / "s", num_hidden_layers=2, **SIZES)
+    where = tmp_path / "s", tmp_path / "o"
+
+    def refuse(target: dict[str, Any]) -> int:
+        said = set()
+        for dry_run in (False, True):
+            with monkeypatch.context() as patch, pytest.raises(mlx_skipless.UserError) as refusal:
+                patch.setattr(samples, "take_passages", pytest.fail)
+                mlx_skipless.convert(*where, dry_run=dry_run, **target)
+            said.add(str(refusal.value))
+        (only_one,) = said
+        assert "is out of reach: at 2 bits" in only_one
+        found = re.search(r"(?:takes|reads) ([\d,]+) bytes", only_one)
+        assert found is not None
+        return int(found[1].replace(",", ""))
+
+    read = refuse({"target_speed": 1000})
+    least = refuse({"target_bytes": 1000})
+    assert 1000 < read <= least
+    assert refuse({"target_bytes": least - 1}) == least
+    mlx_skipless.convert(*where, dry_run=True, target_bytes=least)
+    assert mlx_skipless.convert(*where, target_bytes=least).bytes_after == least
