@@ -95,6 +95,8 @@ def parse_texts(options: Any) -> None:
 def check_types(options: Any) -> None:
     """Check that the fields of an options dataclass hold what their types say.
 
+    Other libraries' numbers become Python's, in place.
+
     Raises:
         UserError: if one does not, or holds a number that is none.
     """
@@ -103,6 +105,9 @@ def check_types(options: Any) -> None:
         if not is_of(value, *accepted):
             names = " or ".join(WORDS[kind] for kind in accepted if kind in WORDS)
             raise BadArgument(f"{flag_name(one.name)} {reprlib.repr(value)}: must be {names}")
+        if isinstance(value, numbers.Real) and not isinstance(value, int | float):
+            own = int(value) if isinstance(value, numbers.Integral) else float(value)
+            object.__setattr__(options, one.name, own)
 
 
 def is_of(value: Any, *accepted: type) -> bool:

@@ -55,7 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Begin with tests of the whole product, the longest; leave out what is thorough."""
     items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
-    thorough, every = config.getoption("--thorough"), config.getoption("--every")
+    thorough, every = config.getoption("--thorough"), max(1, config.getoption("--every"))
     kept, left, seen = [], [], Counter[str]()
     for item in items:
         test = item.nodeid.partition("[")[0]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadArgument
+from ..options import flag_name
 from ..terminal import make_visible
 from .parser import read_text
 from .shared import DEFAULT_MODEL, Output, add_output_arguments, open_output
@@ -24,6 +25,7 @@ EXAMPLES = (
     ("--model OUT --prompt - --quiet < question.txt", "a pipe: the answer and nothing else"),
     ('--model OUT --prompt "Hello" --draft-model SMALL', "let a smaller model propose tokens"),
 )
+SAMPLING = ("max_tokens", "temp", "top_p", "min_p", "top_k", "repetition_penalty", "seed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,13 +86,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: dict[str, Any]) -> None:
+    _check_flags(options)
     from ..inference import chat, comparison, generation
     from ..inference.caches import load_cache
     from ..inference.context import describe_overflow
     from ..inference.loading import load
     from ..inference.prompts import encode_prompt, has_turns
 
-    _check_flags(options)
     json_name, other = options["json"], options.pop("compare")
     name, prompt, system = (options.pop(key) for key in ("model", "prompt", "system_prompt"))
     trust, cache_file = options.pop("trust_remote_code"), options.pop("prompt_cache_file")
@@ -175,8 +177,11 @@ def _answer(
 
 
 def _check_flags(options: Mapping[str, Any]) -> None:
-    """Refuse flags that do not go together, before any work."""
+    """Refuse flags that do not go together and values that cannot be, before any work."""
     given = {name for name, value in options.items() if value is not None}
+    for name in ("prompt", "system_prompt"):
+        if name in given and not options[name].strip():
+            raise BadArgument(f"{flag_name(name)} is empty: give some text")
     other, cache_file = "compare" in given, "prompt_cache_file" in given
     draft, system = "draft_model" in given, "system_prompt" in given
     if "prompt" not in given and (other or cache_file or draft):
@@ -191,6 +196,12 @@ def _check_flags(options: Mapping[str, Any]) -> None:
         raise BadArgument("--prompt-cache-file is as it was made: drop --max-kv-size and --kv-bits")
     if "num_draft_tokens" in given and not draft:
         raise BadArgument("--num-draft-tokens is for --draft-model: add that, or drop it")
+
+    from ..inference.caches import check_shape
+    from ..inference.sampling import check_options
+
+    check_shape(options["max_kv_size"], options["kv_bits"])
+    check_options(**{name: options[name] for name in SAMPLING if name in given})
 
 
 def _choose_sampling(
@@ -210,7 +221,7 @@ def _choose_sampling(
     if given.get("temp") == 0:  # the likeliest token, whatever narrows the choice
         found = {key: found[key] for key in found.keys() & {"repetition_penalty"}}
     taken = {key: value for key, value in found.items() if key not in given}
-    lines = [f"--{key.replace('_', '-')} {value:g}" for key, value in taken.items()]
+    lines = [f"{flag_name(key)} {value:g}" for key, value in taken.items()]
     remarks = [f"As generation_config.json recommends: {' '.join(lines)}"] if lines else []
     return {"temp": TALE_TEMP if tale else 0.0} | taken | given, remarks
 

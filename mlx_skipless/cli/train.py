@@ -1,6 +1,7 @@
 """train: a model of the user's own, skipless unless told otherwise."""
 
 import argparse
+import dataclasses
 import sys
 from typing import Any
 
@@ -53,7 +54,7 @@ def run(options: dict[str, Any]) -> None:
                 bars(stage, done, total)
 
             result = train(
-                recipe=read_options(Recipe, "recipe", {**_read_yaml(config), **recipe}),
+                recipe=dataclasses.replace(_read_yaml(config), **recipe),
                 pace=TrainingPace(**pace),
                 steps=steps,
                 report=lambda event: shown.say(events.describe_event(event)),
@@ -65,17 +66,15 @@ def run(options: dict[str, Any]) -> None:
         shown.write_json(result.as_dict())
 
 
-def _read_yaml(name: str | None) -> dict[str, Any]:
+def _read_yaml(name: str | None) -> Recipe:
     import yaml
 
     if name is None:
-        return {}
+        return Recipe()
     try:
         content = yaml.safe_load(expand_path(name).read_text(encoding="utf-8"))
+        return read_options(Recipe, "recipe", content)
     except OSError as error:
         raise UserError(f"--config {name}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
+    except (UserError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"--config {name}: {first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"--config {name}: must map the recipe's keys to values")
-    return content

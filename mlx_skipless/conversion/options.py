@@ -293,6 +293,8 @@ def _check_drops(options: Options) -> None:
     for flag, count in asked.items():
         if count != "auto" and not isinstance(count, int):
             raise BadArgument(f"{flag} {count}: give a number of layers, or auto")
+        if isinstance(count, int) and count < 1:
+            raise BadArgument(f"{flag} {count}: must be at least 1")
     share = options.max_loss
     if share is not None and "auto" not in asked.values():
         raise BadArgument(

@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchLinear
-from mlx_lm.utils import dequantize_model, get_total_parameters
+from mlx_lm.utils import _encode_tagged_floats, dequantize_model, get_total_parameters
 
 from ..architectures.families import FAMILIES
 from ..architectures.wrappers import drop_other_parts
@@ -24,7 +24,7 @@ from ..checkpoints.guarded import GuardedTokenizer
 from ..checkpoints.tokenizer import carry_tokenizer, load_tokenizer, tell_transformers
 from ..checkpoints.writer import SHARD_BYTES, Writer
 from ..constants import BUNDLED
-from ..errors import UserError
+from ..errors import BadArgument, UserError
 from ..inference.loading import QUANTIZATION_KEYS, load_network
 from ..inference.stock import StockSource, find_stock, forget_quantization
 from ..memory import machine_memory_bytes
@@ -256,7 +256,7 @@ def check_job(job: StockJob, network: StockNetwork) -> None:
     }
     for flag, asked in exact.items():
         if asked and (options.replacements or options.allow):
-            raise UserError(
+            raise BadArgument(
                 f"{flag} and {list_flags(options)}: matrices are put in the place of sub-layers of "
                 "mlx-lm's own network alone; drop one"
             )
@@ -486,7 +486,7 @@ def write_beside(
 
 def write_config(writer: Writer, config: Mapping[str, Any]) -> None:
     """Write a result's config.json, and the code that the config names."""
-    writer.write_json("config.json", config)
+    writer.write_json("config.json", _encode_tagged_floats(dict(config)))
     if reduced.DROPPED in config:
         code = Path(str(reduced.__file__)).read_text(encoding="utf-8")
         writer.write_text(MODEL_FILE, code)

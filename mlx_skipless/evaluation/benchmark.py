@@ -263,7 +263,7 @@ def _load_models(models: Sequence[str | Path]) -> dict[str, nn.Module]:
     for name, model in zip(names, models, strict=True):
         label = name if names.count(name) == 1 else str(model)
         if label in found:
-            raise UserError(f"{model} is given twice: give it once")
+            raise BadArgument(f"{model} is given twice: give it once")
         found[label] = load_network(model, lazy=True)[0]
     return found
 

@@ -29,6 +29,24 @@ KV_BITS = (2, 3, 4, 6, 8)
 KEEP = 4  # a rotating cache never drops the first tokens: attention leans on them
 
 
+def check_shape(max_kv_size: int | None, kv_bits: int | None) -> None:
+    """Check what ``make_cache`` takes, whatever the model.
+
+    Raises:
+        UserError: for sizes that cannot be, and for both at once.
+    """
+    if max_kv_size is not None and max_kv_size <= KEEP:
+        raise BadArgument(
+            f"--max-kv-size {max_kv_size}: must exceed {KEEP}, as the first {KEEP} tokens stay"
+        )
+    if kv_bits is not None and kv_bits not in KV_BITS:
+        raise BadArgument(f"--kv-bits {kv_bits}: must be one of {', '.join(map(str, KV_BITS))}")
+    if kv_bits is not None and max_kv_size is not None:
+        raise BadArgument(
+            "--kv-bits with --max-kv-size: mlx-lm cannot quantize a bounded cache; drop one"
+        )
+
+
 def make_cache(
     model: nn.Module, *, max_kv_size: int | None = None, kv_bits: int | None = None
 ) -> list[Any]:
@@ -47,20 +65,11 @@ def make_cache(
     Raises:
         UserError: for sizes that cannot be, for both at once, and for layers that cannot have them.
     """
+    check_shape(max_kv_size, kv_bits)
     cache = make_prompt_cache(model)
     if max_kv_size is not None:
-        if max_kv_size <= KEEP:
-            raise BadArgument(
-                f"--max-kv-size {max_kv_size}: must exceed {KEEP}, as the first {KEEP} tokens stay"
-            )
         cache = [_bound(c, max_kv_size) for c in cache]
     if kv_bits is not None:
-        if kv_bits not in KV_BITS:
-            raise BadArgument(f"--kv-bits {kv_bits}: must be one of {', '.join(map(str, KV_BITS))}")
-        if max_kv_size is not None:
-            raise BadArgument(
-                "--kv-bits with --max-kv-size: mlx-lm cannot quantize a bounded cache; drop one"
-            )
         cache = [_quantize(c, kv_bits) for c in cache]
         group_size = _find_group_size(model)
         for one in cache:

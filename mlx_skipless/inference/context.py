@@ -89,10 +89,10 @@ def describe_overflow(
     if context is None or tokens <= context:
         return None
     seen = min(max_kv_size or context, tokens)
-    return (
-        f"{what} {tokens:,} tokens, more than the model's context of {context:,}: it sees "
-        f"{seen:,} of them at a time, the first few and the last"
-    )
+    told = f"{what} {tokens:,} tokens, more than the model's context of {context:,}"
+    if seen == tokens:
+        return told
+    return f"{told}: it sees {seen:,} of them at a time, the first few and the last"
 
 
 def check_windows(model: nn.Module, lengths: Sequence[int], what: str) -> str | None:

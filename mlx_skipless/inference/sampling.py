@@ -11,7 +11,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from ..checkpoints.files import is_there, read_json
 from ..checkpoints.tokenizer import GENERATION_CONFIG
 from ..errors import BadArgument, UserError
-from ..options import flag_name, is_of
+from ..options import check_seed, flag_name, is_of
 
 # Options by the names that generation_config.json has for them.
 NAMES = {
@@ -57,8 +57,7 @@ def check_options(
         raise BadArgument(
             f"--repetition-penalty {repetition_penalty}: must exceed 0 (1 turns it off)"
         )
-    if seed is not None and not 0 <= seed < 2**64:
-        raise BadArgument(f"--seed {seed}: must be at least 0 and fit 64 bits")
+    check_seed(seed)
 
 
 def make_samplers(

@@ -4,6 +4,7 @@ What such a network computes only mlx-lm's own code says. So a source here is a 
 build its network anew, with lazy weights; ``network/stock.py`` runs it a layer at a time.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -84,7 +85,7 @@ class StockSource:
         Raises:
             UserError: if mlx-lm makes no network of the config.
         """
-        config = _decode_tagged_floats(forget_quantization(self.config))
+        config = forget_quantization(self.config)
         check_sizes(config, LIMITS["num_hidden_layers"])
         kind, kind_args = _get_classes(config)
         if reduced.DROPPED in config:
@@ -186,6 +187,8 @@ def find_stock(
         config = gguf.config | {"torch_dtype": dtype}
     else:
         return None
+    with contextlib.suppress(TypeError):  # a tag that is none
+        config = _decode_tagged_floats(config)
     if not _is_known(config):
         return None
     source = StockSource(name, path, add_old_keys(config), trust_remote_code, gguf)

@@ -1,6 +1,7 @@
 """Runs modules on a CPU in the types in which MLX multiplies well there: float32, unpacked."""
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -86,6 +87,10 @@ def widen(module: nn.Module) -> nn.Module:
     return module
 
 
+_ATTEND: Any = mx.fast.scaled_dot_product_attention
+_lock, _callers = threading.Lock(), 0  # of what ``attend_in_float32`` surrounds
+
+
 @contextlib.contextmanager
 def attend_in_float32() -> Iterator[None]:
     """On a CPU, let bfloat16 attention of any network called within multiply in float32.
@@ -93,19 +98,26 @@ def attend_in_float32() -> Iterator[None]:
     A network asks MLX for it, not one of its modules, and MLX takes four times as long in 16 bits.
     What it gives keeps its type. In float16 scores can overflow, and a check has to see that.
     """
-    attend: Any = mx.fast.scaled_dot_product_attention
-
-    def attend_widely(
-        q: mx.array, k: mx.array, v: mx.array, *, sinks: mx.array | None = None, **options: Any
-    ) -> mx.array:
-        if (dtype := mx.result_type(q, k, v)) == mx.bfloat16:
-            q, k, v = (x.astype(mx.float32) for x in (q, k, v))
-            sinks = None if sinks is None else sinks.astype(mx.float32)
-        return attend(q, k, v, sinks=sinks, **options).astype(dtype)
-
-    if mx.default_device() == mx.cpu:
-        mx.fast.scaled_dot_product_attention = attend_widely
+    global _callers
+    with _lock:
+        _callers += 1
+        if mx.default_device() == mx.cpu:
+            mx.fast.scaled_dot_product_attention = _attend_widely
     try:
         yield
     finally:
-        mx.fast.scaled_dot_product_attention = attend
+        with _lock:
+            _callers -= 1
+            if not _callers:
+                mx.fast.scaled_dot_product_attention = _ATTEND
+
+
+def _attend_widely(
+    q: mx.array, k: mx.array, v: mx.array, *, mask: Any = None, sinks: Any = None, **options: Any
+) -> mx.array:
+    arrays = (x for x in (q, k, v, mask, sinks) if isinstance(x, mx.array) and x.dtype != mx.bool_)
+    if any(x.dtype != mx.bfloat16 for x in arrays):  # MLX's own, which refuses some of them
+        return _ATTEND(q, k, v, mask=mask, sinks=sinks, **options)
+    wide = [x.astype(mx.float32) for x in (q, k, v)]
+    sinks = None if sinks is None else sinks.astype(mx.float32)
+    return _ATTEND(*wide, mask=mask, sinks=sinks, **options).astype(mx.bfloat16)

@@ -149,7 +149,7 @@ def make_tokenizer(documents: Sequence[str], vocab_size: int, *, chat: bool) -> 
     special = [END, TURN_START, TURN_END]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size < len(alphabet) + len(special):
-        raise UserError(
+        raise BadArgument(
             f"--vocab-size {vocab_size}: must be at least {len(alphabet) + len(special)}, "
             "one for each byte and the special tokens"
         )

@@ -6,7 +6,7 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from ..architectures.config import read_model_args
-from ..errors import BadArgument, UserError
+from ..errors import UserError
 from ..network.model import Model, ModelArgs
 from ..network.names import NORMS
 from ..network.parts import tensors_of
@@ -60,7 +60,7 @@ def make_model_args(recipe: Recipe) -> ModelArgs:
     try:
         return read_model_args(config)
     except UserError as error:
-        raise BadArgument(f"these sizes make no network: {error}") from error
+        raise UserError(f"these sizes make no network: {error}") from error
 
 
 def initialize(model: Model, recipe: Recipe) -> None:

@@ -72,8 +72,10 @@ class Settings:
 
 
 def _read_settings(run: Mapping[str, Any]) -> Settings:
+    recipe = read_whole(Recipe, "recipe", run["recipe"])
+    make_model_args(recipe)
     return Settings(
-        read_whole(Recipe, "recipe", run["recipe"]),
+        recipe,
         read_whole(TrainingPace, "pace", run["pace"]),
         read_sources(TrainingText, run["text"]),
         _choose_dtype(run["dtype"]),
@@ -137,7 +139,7 @@ def train(
         source = None if tokenizer is None else str(tokenizer)
         text = TrainingText(paths, held_out, validation_share, source)
         settings = Settings(recipe or Recipe(), pace or TrainingPace(), text, dtype)
-        make_model_args(settings.recipe)  # sizes that make no network, before the text is read
+        _check_sizes(settings.recipe)
     else:
         raise BadArgument("--data is missing: name text files to train on")
     if resume and steps is not None:
@@ -146,6 +148,14 @@ def train(
     settings, tokens = make_tokens(settings, folder.path if resume else None, progress)
     steps_done = partial(progress, "steps")
     return carry_out(folder, resume, lambda: Run(folder, settings, tokens), report, steps_done)
+
+
+def _check_sizes(recipe: Recipe) -> None:
+    """Check, before the text is read, that the sizes make a network."""
+    try:
+        make_model_args(recipe)
+    except UserError as error:
+        raise BadArgument(str(error)) from error
 
 
 def make_tokens(

@@ -132,8 +132,7 @@ class Recipe:
         if self.layers > MOST_LAYERS:
             raise BadArgument(f"--layers {self.layers}: must be at most {MOST_LAYERS:,}")
         for name in ("adam_learning_rate", "clip", "temperature", "embedding_scale"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise BadArgument(f"{flag_name(name)} {getattr(self, name)}: must be above 0")
+            check_above_zero(flag_name(name), getattr(self, name))
         check_above_zero("--learning-rate", self.learning_rate)
         for norm in self.norms.split(","):
             check_choice("--norms", norm, PROJECTION_NORMS)
@@ -203,9 +202,8 @@ class Treatment:
         check_choices(self)
         _check_sizes(self)
         _check_counts(self, "rank", "steps", "batch_size", "context", "sampled_tokens")
-        for name, value in (("learning_rate", self.peak), ("clip", self.clip)):
-            if not 0 < value < math.inf:
-                raise BadArgument(f"{flag_name(name)} {value}: must be above 0")
+        check_above_zero("--learning-rate", self.peak)
+        check_above_zero("--clip", self.clip)
         check_seed(self.seed)
         if self.warmup < 0:
             raise BadArgument(f"--warmup {self.warmup}: must be at least 0")
@@ -229,7 +227,7 @@ def _check_sizes(options: Recipe | Treatment) -> None:
         value = getattr(options, one.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise BadArgument(f"{flag_name(one.name)} {value}: must be a finite number")
-        if isinstance(value, int) and value >= LARGEST and one.name != "seed":
+        if isinstance(value, int) and abs(value) >= LARGEST and one.name != "seed":
             raise BadArgument(f"{flag_name(one.name)} {value}: must be below {LARGEST:,}")
 
 

@@ -48,7 +48,7 @@ def read_sources(kind: type[Sources], given: Mapping[str, Any]) -> Sources:
         if one.name in ("data", "validation"):
             fits = isinstance(value, list) and all(isinstance(file, str) for file in value)
         elif one.name == "validation_share":
-            fits = isinstance(value, int | float)
+            fits = isinstance(value, int | float) and 0 <= value < 1
         else:
             fits = isinstance(value, str) or (value is None and one.name == "tokenizer")
         if not fits:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,10 @@ def test_a_config_that_describes_no_network(
 def test_infinities_as_transformers_writes_them(tmp_path: Path) -> None:
     """A plan and a result of a config with a tagged number, which is JSON where Infinity is not."""
     tagged = [0.0, {"__float__": "Infinity"}]
+    make_model(tmp_path / "s", "mamba2", time_step_limit=[0.0, {"__float__": []}])
+    with pytest.raises(mlx_skipless.UserError, match="cannot be loaded"):
+        mlx_skipless.convert(tmp_path / "s", dry_run=True)
+    shutil.rmtree(tmp_path / "s")
     make_model(tmp_path / "s", "mamba2", time_step_limit=tagged)
     (tmp_path / "plan").mkdir()
     config = (tmp_path / "s/config.json").read_text()

@@ -765,20 +765,20 @@ def test_a_piped_file_is_a_prompt(command: Command, tmp_path: Path):
 @pytest.mark.parametrize(("prompt", "stdin"), [("", b"text"), (" ", b"text"), ("-", b"")])
 def test_an_empty_prompt_that_was_asked_is_no_tale(command: Command, prompt: str, stdin: bytes):
     code, out, err = command("--prompt", prompt, stdin=stdin)
-    assert (code, out) == (1, "") and "the prompt is empty" in err
+    assert (code, out) == (1 if prompt == "-" else 2, "") and "prompt is empty" in err
 
 
 @pytest.mark.parametrize("flag", ["--compare", "--prompt-cache-file"])
 def test_a_system_prompt_is_one_answers(command: Command, flag: str):
     code, out, err = command("--prompt", "Hi", "--system-prompt", "Be brief.", flag, "other")
-    assert (code, out) == (1, "") and err.startswith("error: --system-prompt goes with neither")
+    assert (code, out) == (2, "") and err.startswith("error: --system-prompt goes with neither")
 
 
 def test_a_system_prompt_of_a_tale_or_of_nothing(command: Command):
     for arguments in (["--system-prompt", "Hush."], ["--system-prompt", " ", "--prompt", "Hi"]):
         code, out, err = command(*arguments)
         last = err.splitlines()[-1]
-        assert (code, out) == (1, "") and last.startswith("error: ")
+        assert (code, out) == (2, "") and last.startswith("error: ")
         assert "--system-prompt" in last
 
 
@@ -787,7 +787,7 @@ def test_flags_that_need_a_prompt_say_so_before_any_work(
     command: Command, tmp_path: Path, flag: str
 ):
     code, out, err = command(flag, "other")
-    assert (code, out) == (1, "") and err.startswith("error: --compare") and "--prompt" in err
+    assert (code, out) == (2, "") and err.startswith("error: --compare") and "--prompt" in err
     assert not list(tmp_path.iterdir())
 
 

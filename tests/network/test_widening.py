@@ -107,6 +107,21 @@ def test_attention_is_multiplied_well(dtype: mx.Dtype, mask: str | None, with_si
     assert mx.fast.scaled_dot_product_attention is before
 
 
+def test_attention_refuses_what_mlx_refuses() -> None:
+    """Also where two threads come and go, the first one first."""
+    before = mx.fast.scaled_dot_product_attention
+    heads = mx.ones((1, 1, 4, 64), mx.bfloat16)
+    first, second = attend_in_float32(), attend_in_float32()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert mx.fast.scaled_dot_product_attention is not before
+    with pytest.raises(ValueError, match="promote"):  # a mask of float32
+        mx.fast.scaled_dot_product_attention(heads, heads, heads, scale=1.0, mask=mx.zeros((4, 4)))
+    second.__exit__(None, None, None)
+    assert mx.fast.scaled_dot_product_attention is before
+
+
 def unpack_module(module: Any) -> mx.array:
     """What a packed module stands for."""
     parts = module.weight, module.scales, module.get("biases")

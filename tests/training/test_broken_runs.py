@@ -23,7 +23,22 @@ SMALL = Recipe(
 ABSENT = ...  # prints the same in every process
 ENDLESS = 10**400
 DEEP = "[" * 100_000
-WRONG = ["x", [], {}, [{}], None, -1, 10**12, ENDLESS, math.nan, math.inf, True, 1.5, ABSENT]
+WRONG = [
+    "x",
+    [],
+    {},
+    [{}],
+    None,
+    -1,
+    10**12,
+    ENDLESS,
+    -ENDLESS,
+    math.nan,
+    math.inf,
+    True,
+    1.5,
+    ABSENT,
+]
 
 
 def lists(data: Any) -> list[tuple[str, ...]]:
@@ -59,6 +74,7 @@ def refuse(run: Path, says: str | None = None) -> None:
     before = state.read_bytes() if state.is_file() else None
     with pytest.raises(UserError, match=says) as refusal:
         pretraining.train(None, run, resume=True)
+    assert type(refusal.value) is UserError  # the arguments are right
     assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 2100
     assert before is None or state.read_bytes() == before
 
@@ -84,7 +100,9 @@ def change(settings: Any, path: tuple[str, ...], value: Any) -> str:
         ("recipe.tie", 1), ("pace", None), ("pace.seven", 1),
         ("pace.log_every", ABSENT), ("pace.log_every", "x"), ("pace.eval_every", True),
         ("text.data", "x"), ("text.data", [1]), ("text.data", ["\0"]), ("text.data", ["/dev/zero"]),
-        ("text.validation_share", math.nan), ("dtype", {}), ("fingerprint", ""), ("more", 1),
+        ("text.validation_share", math.nan), ("text.validation_share", 5), ("recipe.kv_heads", 3),
+        ("recipe.hidden_size", 18), ("recipe.query_skip", -ENDLESS),
+        ("dtype", {}), ("fingerprint", ""), ("more", 1),
     ],
     ids=str,
 )  # fmt: skip

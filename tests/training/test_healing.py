@@ -431,7 +431,7 @@ def test_what_cannot_be_healed(
 def test_a_resumed_run_keeps_its_treatment(
     more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["heal", "--resume", "--mlx-path", str(tmp_path / "h"), *more]) == 1
+    assert main(["heal", "--resume", "--mlx-path", str(tmp_path / "h"), *more]) == 2
     assert "only --steps may change" in capsys.readouterr().err
 
 

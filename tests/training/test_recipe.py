@@ -591,6 +591,8 @@ def test_a_recipe_goes_through_json():
     assert read_recipe(json.loads(json.dumps(dataclasses.asdict(recipe)))) == recipe
     assert read_recipe({}) == Recipe()
     assert read_recipe({"learning_rate": 1, "final_norm": None}).learning_rate == 1
+    drawn = Recipe(layers=np.int64(4), clip=np.float32(0.5))  # type: ignore[arg-type]
+    assert json.loads(json.dumps(dataclasses.asdict(drawn)))["layers"] == 4
     assert read_recipe({"learning_rate": "2e-2"}).learning_rate == 0.02  # as YAML reads 2e-2
 
 
