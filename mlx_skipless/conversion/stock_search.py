@@ -15,7 +15,7 @@ from ..network.parts import tensors_of
 from ..network.stock import StandIns, StockNetwork
 from ..progress import Progress
 from ..quantization.bits import Raises
-from ..quantization.sensitivity import DROP, MEASURED_TOKENS, REPLACE, Choice, measure_distances
+from ..quantization.sensitivity import CHOOSING_TOKENS, DROP, REPLACE, Choice, measure_distances
 from ..quantization.together import Found, Frontier, Part, Search, Sublayer, Target, Trust
 from ..removal.standins import fit_alone
 from ..text.samples import Passages
@@ -226,7 +226,7 @@ def open_search(
     for (kind, layer), there in ways.items():
         if REPLACE in there:
             wanted.setdefault(kind, []).append(layer)
-    rows = max(1, MEASURED_TOKENS // tokens.shape[1])
+    rows = max(1, CHOOSING_TOKENS // tokens.shape[1])
     step = max(2, tokens.shape[0] // rows)
     fitted = [row for row in range(tokens.shape[0]) if row % step] or [0]
     stand_ins: StandIns = {}

@@ -41,6 +41,7 @@ from .roles import Called, find_readers, is_expert
 
 STREAMS_BYTES = 1 << 30  # of all changed copies together
 MEASURED_TOKENS = 1024  # at most
+CHOOSING_TOKENS = 512  # at most, that bits and sub-layers are chosen on: more choose no better
 WEIGHING = 2  # times as much text as is measured on weighs errors there, at least
 TRIAL_TOKENS = 8  # for each input of the widest matrix: as many tokens calibrate a trial
 FormatOf = Callable[[str], Format | None]
@@ -149,12 +150,13 @@ def measure_rounding(
         its stream nor read it are left out: what they cost cannot be seen there.
     """
     alone = {where: (where,) for where in matrices}
+    rows = tokens[: max(1, CHOOSING_TOKENS // tokens.shape[1])]
     if isinstance(network, StreamedNetwork):
-        rows = limit_tokens(tokens, len(alone), network.args)
+        rows = limit_tokens(rows, len(alone), network.args)
     elif network.is_chain:
-        rows = _limit(tokens, len(alone), network.embed(tokens[:1, :1]).shape[-1])
+        rows = _limit(rows, len(alone), network.embed(tokens[:1, :1]).shape[-1])
     else:  # every copy's logits are held
-        rows = _limit(tokens, len(alone), network.vocabulary)
+        rows = _limit(rows, len(alone), network.vocabulary)
     comparison = _Comparison(network, rows, alone, format_of)
     comparison.round_tied(split_batches(tokens))
     others = tokens[len(rows) :]
@@ -176,7 +178,7 @@ def measure_distances(
 
     Args:
         network: the whole one, in float32.
-        tokens: (sequences, length) of text, of which ``MEASURED_TOKENS`` are used.
+        tokens: (sequences, length) of text, of which ``CHOOSING_TOKENS`` are used.
         choices: what happens to which sub-layers.
         stand_ins: for those that are replaced.
         progress: called with (steps done, all).
@@ -184,7 +186,7 @@ def measure_distances(
     Returns:
         Nats per token.
     """
-    rows = tokens[: max(1, MEASURED_TOKENS // tokens.shape[1])]
+    rows = tokens[: max(1, CHOOSING_TOKENS // tokens.shape[1])]
     if not network.is_chain:
         return [*_measure_wholes(network, rows, choices, progress)]
     width = network.embed(rows[:1, :1])

@@ -283,7 +283,7 @@ def test_rounding_is_weighed_by_other_text(
 ) -> None:
     """Matrices of layers are rounded with feedback, by what they read behind the measured rows."""
     zoo.make_model(tmp_path, kind)
-    monkeypatch.setattr(sensitivity, "MEASURED_TOKENS", 64)
+    monkeypatch.setattr(sensitivity, "CHOOSING_TOKENS", 64)
     tokens, source = draw_tokens(tmp_path, 0, 14), open_model(tmp_path)
     packed, _ = quantize_nearest(open_model(tmp_path), Quantization(3, 32))
     forms, modules = read_formats(packed, mx.float32), dict(source.named_modules())
