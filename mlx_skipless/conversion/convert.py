@@ -177,8 +177,10 @@ def _convert_stock(job: StockJob, watch: Stopwatch, trainer: Trainer | None) -> 
         return _convert_folder(job, watch, trainer)
     dtype: mx.Dtype | None = getattr(mx, options.dtype) if options.dtype else None
     where, packed = Path(options.mlx_path), not job.requantized
-    if source.gguf is not None:
-        check_job(job, open_network(source))  # before what takes long
+    if source.gguf is not None:  # before what takes long
+        network = open_network(source)
+        check_job(job, network)
+        check_stock_size(job, network, *job.build_result(network))
     with unpack(source, where, dtype=dtype, packed=packed, progress=watch) as folder:
         return _convert_folder(replace(job, source=folder), watch, trainer)
 
@@ -188,8 +190,7 @@ def _convert_folder(job: StockJob, watch: Stopwatch, trainer: Trainer | None) ->
     options, source, network = job.options, job.source, open_network(job.source)
     check_job(job, network)
     model, config = job.build_result(network)
-    if not (options.drops or options.replacements or options.allowed):
-        check_stock_size(job, network, model, config)
+    check_stock_size(job, network, model, config)
     report = make_stock_report(job, network, model, config, model)
     if options.dry_run:
         check_ways(job, network)

@@ -123,12 +123,10 @@ def measure_mixtures(
     """Measure on the text what rounding each matrix costs, which orders the mixtures of bits.
 
     Raises:
-        UserError: if no bits reach a size, and sub-layers that go cannot help; before anything is
-            measured.
+        UserError: as ``check_size`` does, before anything is measured.
     """
     model, config = job.build_result(network)
-    if not job.options.allowed:
-        check_size(job, network, model, config)
+    check_size(job, network, model, config)
     forms = read_formats(model, job.dtype)
     costs = sensitivity.measure_rounding(
         open_dense(job, network),
@@ -145,6 +143,8 @@ def check_size(
 ) -> None:
     """Check that few enough bits reach the size that is asked for, if one is.
 
+    Where it is not known yet which sub-layers go, nothing is checked.
+
     Args:
         job: whose result it is.
         network: the source's.
@@ -154,10 +154,13 @@ def check_size(
     Raises:
         UserError: if it is out of reach.
     """
-    if (size := find_limit(job.options, lambda: job.bytes_read)) is not None:
+    options, chosen = job.options, job.dropped or job.stand_ins
+    if options.allowed or ((options.drops or options.replacements) and not chosen):
+        return
+    if (size := find_limit(options, lambda: job.bytes_read)) is not None:
         free = _list_free(read_formats(model, job.dtype), config)
         raises = _order(job, network, model, config, dict.fromkeys(free, 0.0))
-        raises.check_reach(size, job.options.target_speed)
+        raises.check_reach(size, options.target_speed)
 
 
 def _list_free(forms: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
