@@ -29,6 +29,11 @@ TAKEN = ("mlx_skipless", "tests", "tools", "docs", "*.py", "*.toml", "README.md"
 
 EXACT = "tests/removal/test_exactness.py -k test_removal"
 CONSTANTS = "tests/removal/test_constants.py"
+WIDENING = "tests/network/test_widening.py"
+ARGUMENTS = "tests/cli/test_arguments.py -k no_file_makes_right"
+YAML = "tests/training/test_pretraining.py -k yaml_that_is_no_recipe"
+SETTINGS = "tests/training/test_broken_runs.py -k settings_that_are_none"
+INFINITIES = "tests/conversion/test_every_architecture.py -k infinities"
 STOCK = "tests/network/test_stock.py"
 REFUSAL = "tests/conversion/test_refusal.py"
 PLAN = (
@@ -66,6 +71,24 @@ TEKKEN = "tests/checkpoints/test_tokenizer.py -k tekken"
 # A station, the text that is there exactly once in the package (or once in the file that is named
 # behind "@@"), what takes its place, and pytest's arguments.
 MUTANTS: list[tuple[str, str, str, str]] = [
+    # Attention on a CPU, wrong arguments, sizes out of reach, tagged infinities.
+    ("widening", "mx.fast.scaled_dot_product_attention = _attend_widely", "pass", WIDENING),
+    ("widening", "if any(x.dtype != mx.bfloat16 for x in arrays)", "if False", WIDENING),
+    ("widening", "if not _callers:", "if True:", WIDENING),
+    ("cli.main", "return 2  # as argparse does", "return 1", ARGUMENTS),
+    ("cli.train", "except (UserError, ValueError,", "except (ValueError,", YAML),
+    ("training.tokens", "and 0 <= value < 1", "", SETTINGS),
+    ("pretraining", "make_model_args(recipe)\n    return Settings(", "return Settings(", SETTINGS),
+    ("recipe", "abs(value) >= LARGEST", "value >= LARGEST", SETTINGS),
+    (
+        "conversion.convert",
+        "if not options.drops:  #",
+        "if False:  #",
+        f"{CALIBRATION} out_of_reach",
+    ),
+    ("bits", "if self._least.nbytes > limit:", "if False:", f"{CALIBRATION} out_of_reach"),
+    ("inference.stock", "config = _decode_tagged_floats(config)", "pass", INFINITIES),
+    ("conversion.stock", "_encode_tagged_floats(dict(config))", "config", INFINITIES),
     # Networks of mlx-lm's own without sub-layers.
     ("reduced", "if state is None:", "if False:", STOCK),
     ("reduced", "sanitize({**gone, **weights})", "sanitize(weights)", STOCK),

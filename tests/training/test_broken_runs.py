@@ -112,7 +112,9 @@ def test_settings_that_are_none(run: Path, path: str, value: Any) -> None:
     if path == "more":
         path = "text.more"
     file.write_text(change(settings, tuple(path.split(".")), value))
-    refuse(run)
+    too_large = path == "recipe.batch_size"  # for this machine: the file is in order
+    named = path.startswith(("recipe.", "text.validation")) and not too_large
+    refuse(run, r"training/run\.json" if named else None)
 
 
 @pytest.mark.thorough
