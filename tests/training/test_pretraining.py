@@ -1076,7 +1076,7 @@ def test_a_recipe_from_yaml_and_flags_that_come_first(text: Path, tmp_path: Path
                 b"%c: &%c [%s]\n" % (i + 1, i + 1, b", ".join([b"*%c" % i] * 9))
                 for i in range(97, 113)
             ),
-            "must be of type int",
+            "must be a whole number",
         ),
     ],
 )
