@@ -1071,11 +1071,11 @@ def test_a_recipe_from_yaml_and_flags_that_come_first(text: Path, tmp_path: Path
             "'a' is no part of a recipe",
         ),
         (
-            b"steps: &a [x]\n"
+            b"steps: [&a [x]"
             + b"".join(
-                b"%c: &%c [%s]\n" % (i + 1, i + 1, b", ".join([b"*%c" % i] * 9))
-                for i in range(97, 113)
-            ),
+                b", &%c [%s]" % (i + 1, b", ".join([b"*%c" % i] * 9)) for i in range(97, 113)
+            )
+            + b"]",
             "must be a whole number",
         ),
     ],
