@@ -221,7 +221,7 @@ def _check_counts(options: Recipe | Treatment, *names: str) -> None:
             raise BadArgument(f"{flag_name(name)} {count}: must be at least 1")
 
 
-def _check_sizes(options: Recipe | Treatment) -> None:
+def _check_sizes(options: "Recipe | Treatment | Pace") -> None:
     """Check that MLX can take each whole number but the seed, and that other numbers are finite."""
     for one in dataclasses.fields(options):
         value = getattr(options, one.name)
@@ -245,6 +245,7 @@ class Pace:
 
     def __post_init__(self) -> None:
         check_types(self)
+        _check_sizes(self)
         for one in dataclasses.fields(self):
             if getattr(self, one.name) < 0:
                 raise BadArgument(f"{flag_name(one.name)}: must be at least 0")

@@ -98,7 +98,7 @@ def change(settings: Any, path: tuple[str, ...], value: Any) -> str:
         ("recipe.hidden_size", 1 << 20), ("recipe.batch_size", 10**9), ("recipe.context", -1),
         ("recipe.steps", math.nan), ("recipe.rope_theta", ENDLESS), ("recipe.clip", math.inf),
         ("recipe.tie", 1), ("pace", None), ("pace.seven", 1),
-        ("pace.log_every", ABSENT), ("pace.log_every", "x"), ("pace.eval_every", True),
+        ("pace.log_every", ABSENT), ("pace.log_every", "x"), ("pace.log_every", ENDLESS), ("pace.eval_every", True),
         ("text.data", "x"), ("text.data", [1]), ("text.data", ["\0"]), ("text.data", ["/dev/zero"]),
         ("text.validation_share", math.nan), ("text.validation_share", 5), ("recipe.kv_heads", 3),
         ("recipe.hidden_size", 18), ("recipe.query_skip", -ENDLESS),
