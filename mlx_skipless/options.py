@@ -152,6 +152,16 @@ def check_above_zero(flag: str, value: float | None) -> None:
         raise BadArgument(f"{flag} {value}: must be above 0")
 
 
+def check_least(flag: str, value: int | None, least: int = 1) -> None:
+    """Check that a flag's value is not too small; None, a flag not given, passes.
+
+    Raises:
+        UserError: if it is.
+    """
+    if value is not None and value < least:
+        raise BadArgument(f"{flag} {value}: must be at least {least}")
+
+
 def check_seed(seed: int | None) -> None:
     """Check that ``--seed`` fits MLX's 64 bits; None, a flag not given, passes.
 

@@ -14,6 +14,7 @@ from typing import Any
 from ..constants import FLOAT_NAMES, HUB_ID, MODES, REMOVALS
 from ..errors import BadArgument
 from ..options import (
+    check_least,
     check_seed,
     check_types,
     option,
@@ -246,8 +247,7 @@ def _check_target(options: Options) -> None:
     if not options.mixes_bits:
         return
     kl, speed, flags = options.target_kl, options.target_speed, options.targets
-    if options.target_bytes is not None and options.target_bytes < 1:
-        raise BadArgument(f"--target-bytes {options.target_bytes}: must be at least 1")
+    check_least("--target-bytes", options.target_bytes)
     if len(flags) > 1:
         raise BadArgument(f"{' and '.join(flags)} are ends of one trade: drop all but one")
     if options.q_bits is not None or options.q_mode != "affine":
@@ -293,8 +293,8 @@ def _check_drops(options: Options) -> None:
     for flag, count in asked.items():
         if count != "auto" and not isinstance(count, int):
             raise BadArgument(f"{flag} {count}: give a number of layers, or auto")
-        if isinstance(count, int) and count < 1:
-            raise BadArgument(f"{flag} {count}: must be at least 1")
+        if isinstance(count, int):
+            check_least(flag, count)
     share = options.max_loss
     if share is not None and "auto" not in asked.values():
         raise BadArgument(

@@ -24,6 +24,7 @@ from ..memory import device_memory_bytes, format_bytes, weight_bytes
 from ..network.model import Model
 from ..network.parts import dtype_name, tensors_of
 from ..network.wiring import LETTERS
+from ..options import check_least
 from ..progress import Progress
 from ..quantization.settings import Quantization, make_quantization
 from .synthetic import (
@@ -166,8 +167,8 @@ def benchmark(
     Raises:
         UserError: for anything the user can mend.
     """
-    _check_positive("--decode-tokens", decode_tokens)
-    _check_positive("--repeats", repeats)
+    check_least("--decode-tokens", decode_tokens)
+    check_least("--repeats", repeats)
     cases = _list_cases(prompt_lengths, contexts, batch_sizes)
     quantization = make_quantization(quantize, q_bits, q_group_size, q_mode)
     pair = _find_pair(synthetic, remove, dtype, quantization)
@@ -182,18 +183,13 @@ def benchmark(
     return _measure_models(found, notes, cases, decode_tokens, repeats, progress)
 
 
-def _check_positive(flag: str, *numbers: int) -> None:
-    for number in numbers:
-        if number < 1:
-            raise BadArgument(f"{flag} {number}: must be at least 1")
-
-
 def _list_cases(
     prompt_lengths: Sequence[int], contexts: Sequence[int], batch_sizes: Sequence[int]
 ) -> list[Case]:
-    _check_positive("--prompt-lengths", *prompt_lengths)
-    _check_positive("--contexts", *contexts)
-    _check_positive("--batch-sizes", *batch_sizes)
+    sizes = {"prompt-lengths": prompt_lengths, "contexts": contexts, "batch-sizes": batch_sizes}
+    for name, numbers in sizes.items():
+        for number in numbers:
+            check_least(f"--{name}", number)
     cases = [Case(length, n) for length in prompt_lengths for n in batch_sizes]
     return cases + [Case(length, n, decode_only=True) for length in contexts for n in batch_sizes]
 

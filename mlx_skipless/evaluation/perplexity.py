@@ -11,11 +11,12 @@ import mlx.nn as nn
 import numpy as np
 
 from ..checkpoints.files import is_there
-from ..errors import BadArgument, UserError
+from ..errors import UserError
 from ..inference.context import check_windows, find_context
 from ..inference.loading import load
 from ..network.metrics import measure_nll
 from ..network.widening import attend_in_float32, widen
+from ..options import check_least
 from ..text import corpus
 
 CONTEXT = 512  # for models that say nothing, or allow more
@@ -67,10 +68,8 @@ def measure_perplexity(
     Raises:
         UserError: for a model or text that cannot be used.
     """
-    if context is not None and context < 1:
-        raise BadArgument(f"--context {context}: must be at least 1")
-    if batch_size < 1:
-        raise BadArgument(f"--batch-size {batch_size}: must be at least 1")
+    check_least("--context", context)
+    check_least("--batch-size", batch_size)
     for file in data if validation else ():
         if not is_there(Path(file)):
             raise UserError(f"{file} cannot be read: there is no such file")

@@ -11,10 +11,10 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadArgument, UserError, first_line
+from ..errors import UserError, first_line
 from ..inference.loading import load
 from ..inference.prompts import has_turns
-from ..options import expand_path
+from ..options import check_least, expand_path
 
 Results = Mapping[str, Any]  # what lm_eval.simple_evaluate returns
 SEED = 123  # mlx_lm.evaluate's
@@ -90,8 +90,7 @@ def evaluate(
     for name, value, least in (
         ("num-shots", num_shots, 0), ("limit", limit, 1), ("batch-size", batch_size, 1)
     ):  # fmt: skip
-        if value is not None and value < least:
-            raise BadArgument(f"--{name} {value}: must be at least {least}")
+        check_least(f"--{name}", value, least)
     folder = None if include_path is None else expand_path(include_path)
     if folder is not None and not folder.is_dir():
         raise UserError(f"--include-path {include_path}: no such folder")

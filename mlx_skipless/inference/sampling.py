@@ -11,7 +11,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from ..checkpoints.files import is_there, read_json
 from ..checkpoints.tokenizer import GENERATION_CONFIG
 from ..errors import BadArgument, UserError
-from ..options import check_seed, flag_name, is_of
+from ..options import check_least, check_seed, flag_name, is_of
 
 # Options by the names that generation_config.json has for them.
 NAMES = {
@@ -43,8 +43,7 @@ def check_options(
             optional = name in ("seed", "repetition_penalty") and value is None
             if not optional and not is_of(value, kind):
                 raise BadArgument(f"{flag_name(name)} {value!r}: must be {what}")
-    if max_tokens < 1:
-        raise BadArgument(f"--max-tokens {max_tokens}: must be at least 1")
+    check_least("--max-tokens", max_tokens)
     if not (math.isfinite(temp) and temp >= 0):
         raise BadArgument(f"--temp {temp}: must be at least 0 (0 takes the likeliest token)")
     if not 0 <= top_p <= 1:

@@ -13,6 +13,7 @@ from ..options import (
     check_above_zero,
     check_choice,
     check_choices,
+    check_least,
     check_seed,
     check_types,
     flag_name,
@@ -205,8 +206,7 @@ class Treatment:
         check_above_zero("--learning-rate", self.peak)
         check_above_zero("--clip", self.clip)
         check_seed(self.seed)
-        if self.warmup < 0:
-            raise BadArgument(f"--warmup {self.warmup}: must be at least 0")
+        check_least("--warmup", self.warmup, 0)
 
     @property
     def peak(self) -> float:
@@ -217,8 +217,7 @@ class Treatment:
 
 def _check_counts(options: Recipe | Treatment, *names: str) -> None:
     for name in names:
-        if (count := getattr(options, name)) < 1:
-            raise BadArgument(f"{flag_name(name)} {count}: must be at least 1")
+        check_least(flag_name(name), getattr(options, name))
 
 
 def _check_sizes(options: "Recipe | Treatment | Pace") -> None:
