@@ -198,10 +198,14 @@ def _check_flags(options: Mapping[str, Any]) -> None:
         raise BadArgument("--num-draft-tokens is for --draft-model: add that, or drop it")
 
     from ..inference.caches import check_shape
+    from ..inference.generation import check_drafting
     from ..inference.sampling import check_options
 
     check_shape(options["max_kv_size"], options["kv_bits"])
     check_options(**{name: options[name] for name in SAMPLING if name in given})
+    if draft:
+        named = ("num_draft_tokens", "max_kv_size", "repetition_penalty")
+        check_drafting(**{name: options[name] for name in named})
 
 
 def _choose_sampling(

@@ -14,6 +14,7 @@ from typing import Any
 from ..constants import FLOAT_NAMES, HUB_ID, MODES, REMOVALS
 from ..errors import BadArgument
 from ..options import (
+    check_choice,
     check_least,
     check_seed,
     check_types,
@@ -326,10 +327,9 @@ def _check_values(options: Options) -> None:
         raise BadArgument(
             f"--precompute-first-layer {options.precompute_first_layer}: give nothing or force"
         )
-    if options.remove not in REMOVALS:
-        raise BadArgument(f"--remove {options.remove}: choose one of {', '.join(REMOVALS)}")
-    if options.dtype not in (None, *FLOAT_NAMES):
-        raise BadArgument(f"--dtype {options.dtype}: choose one of {', '.join(FLOAT_NAMES)}")
+    check_choice("--remove", options.remove, REMOVALS)
+    if options.dtype is not None:
+        check_choice("--dtype", options.dtype, FLOAT_NAMES)
     check_seed(options.seed)
     if options.upload_repo is not None and not HUB_ID.fullmatch(options.upload_repo):
         raise BadArgument(f"--upload-repo {options.upload_repo}: a repository is called owner/name")

@@ -24,7 +24,7 @@ from ..memory import device_memory_bytes, format_bytes, weight_bytes
 from ..network.model import Model
 from ..network.parts import dtype_name, tensors_of
 from ..network.wiring import LETTERS
-from ..options import check_least
+from ..options import check_choice, check_least
 from ..progress import Progress
 from ..quantization.settings import Quantization, make_quantization
 from .synthetic import (
@@ -198,10 +198,9 @@ def _find_pair(
     synthetic: str | None, remove: str, dtype: str | None, quantization: Quantization | None
 ) -> _RandomPair | None:
     """Find what ``--synthetic`` asks for; None without it."""
-    if remove not in REMOVALS:
-        raise BadArgument(f"--remove {remove}: choose one of {', '.join(REMOVALS)}")
-    if dtype is not None and dtype not in FLOAT_NAMES:
-        raise BadArgument(f"--dtype {dtype}: choose one of {', '.join(FLOAT_NAMES)}")
+    check_choice("--remove", remove, REMOVALS)
+    if dtype is not None:
+        check_choice("--dtype", dtype, FLOAT_NAMES)
     if synthetic is None:
         return None
     shape = find_shape(synthetic)

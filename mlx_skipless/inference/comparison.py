@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..errors import UserError
+from ..errors import BadArgument
 from ..memory import weight_bytes
 from .generation import Answer, generate
 from .loading import load
@@ -53,10 +53,10 @@ def compare(
         UserError: if they are not two, and for options and prompts that cannot be.
     """
     if len(models) != 2:
-        raise UserError(f"a comparison takes two models, not {len(models)}")
+        raise BadArgument(f"a comparison takes two models, not {len(models)}")
     pair = [source if isinstance(source, tuple) else load(source) for source in models]
     if pair[0][0] is pair[1][0]:
-        raise UserError("a comparison takes two models, not one twice: load it twice instead")
+        raise BadArgument("a comparison takes two models, not one twice: load it twice instead")
     few = options | {"max_tokens": min(8, options.get("max_tokens", 8))}
     for model, tokenizer in pair:
         generate(model, tokenizer, prompt, **few)

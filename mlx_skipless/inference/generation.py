@@ -18,6 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..errors import BadArgument, UserError, first_line
 from ..memory import format_bytes
 from ..network.parts import dtype_name
+from ..options import check_least
 from .caches import cut_prompt, make_cache, make_draft_caches, make_sliding_cache
 from .context import find_context, limit_answer
 from .loading import load
@@ -190,16 +191,9 @@ def stream(
     tokens = len(ids) + max_tokens
     if draft_model is None:
         cache, ids = _choose_cache(model, ids, prompt_cache, tokens, max_kv_size, kv_bits)
-    elif max_kv_size is not None or prompt_cache is not None:
-        raise BadArgument(
-            "--draft-model takes back tokens from caches of its own: drop --max-kv-size and a "
-            "cache to go on from"
-        )
-    elif choice.get("repetition_penalty") not in (None, 1):
-        raise BadArgument("--draft-model: no prompt is penalized then; drop --repetition-penalty")
-    elif num_draft_tokens < 1:
-        raise BadArgument(f"--num-draft-tokens {num_draft_tokens}: must be at least 1")
     else:
+        penalty = choice.get("repetition_penalty")
+        check_drafting(num_draft_tokens, max_kv_size, prompt_cache, penalty)
         cache = make_draft_caches(model, draft_model, tokens, kv_bits)
     most = limit_answer(model, cache, len(ids), max_tokens)
     options: dict[str, Any] = {"max_tokens": most, "prompt_cache": cache}
@@ -208,6 +202,28 @@ def stream(
     drafts = 0 if draft_model is None else num_draft_tokens
     cut = "--max-tokens" if most == max_tokens else "the end of the model's context"
     return Stream(responses, drafts=drafts, max_tokens=most, cut=cut)
+
+
+def check_drafting(
+    num_draft_tokens: int | None = None,
+    max_kv_size: int | None = None,
+    prompt_cache: list[Any] | None = None,
+    repetition_penalty: float | None = None,
+) -> None:
+    """Check the options of an answer that a draft model helps with.
+
+    Raises:
+        BadArgument: for those that do not go with it, and for fewer drafts than one.
+    """
+    if max_kv_size is not None or prompt_cache is not None:
+        raise BadArgument(
+            "--draft-model takes back tokens from caches of its own: drop --max-kv-size and a "
+            "cache to go on from"
+        )
+    if repetition_penalty not in (None, 1):
+        raise BadArgument("--draft-model: no prompt is penalized then; drop --repetition-penalty")
+    if num_draft_tokens is not None:
+        check_least("--num-draft-tokens", num_draft_tokens)
 
 
 def _choose_cache(
@@ -225,7 +241,7 @@ def _choose_cache(
     """
     if given is not None:
         if max_kv_size is not None or kv_bits is not None:
-            raise UserError("max_kv_size and kv_bits shape a new cache: give them to make_cache")
+            raise BadArgument("max_kv_size and kv_bits shape a new cache: give them to make_cache")
         return given, ids
     if max_kv_size is None and kv_bits is None and tokens > (find_context(model) or tokens):
         cache = make_sliding_cache(model)
@@ -288,7 +304,7 @@ def generate(
         model, own = load(model)
         tokenizer = tokenizer or own
     if tokenizer is None:
-        raise UserError("a loaded model needs its tokenizer: give both, or the model's folder")
+        raise BadArgument("a loaded model needs its tokenizer: give both, or the model's folder")
     pieces = stream(model, tokenizer, prompt, **options)
     for _ in pieces:
         pass
