@@ -111,8 +111,8 @@ class Recipe:
     batch_size: int = option(8, "windows a step")
     learning_rate: float | None = option(
         None,
-        "Muon's, for matrices, at its highest; none: 0.02, with a head skip 0.01 at 12 layers and "
-        "less the deeper, with a query skip alone half of that",
+        "Muon's, for matrices, at its highest; none: 0.02, with a head skip 0.01 at 12 layers "
+        "(0.02 without Q and P) and less the deeper, with a query skip alone 0.005",
     )
     adam_learning_rate: float = option(3e-3, "AdamW's, for all else, at its highest")
     warmup: int = option(20, "steps of rising rates")
@@ -145,15 +145,17 @@ class Recipe:
     def peak(self) -> float:
         """The highest learning rate of the matrices.
 
-        With a head skip it falls with depth as measured at 6, 12, 24 and 32 layers
-        (``docs/training.md``); with skips on the stream one rate serves all.
+        With a head skip it falls with depth as measured at 6, 12, 24 and 32 layers, and is twice as
+        high without Q and P, measured at 12 (``docs/training.md``): of two matrices in a row both
+        move. With skips on the stream one rate serves all.
         """
         if self.learning_rate is not None:
             return self.learning_rate
         own = self.resolve()
         if own.query_skip is None and own.head_skip is None:
             return 0.02
-        return (0.005 if own.head_skip is None else 0.01) * (12 / own.layers) ** 0.6
+        middle = 0.01 if {*"qp"} - {*own.without} else 0.02
+        return (0.005 if own.head_skip is None else middle) * (12 / own.layers) ** 0.6
 
     def resolve(self) -> "Recipe":
         """Return the recipe with what other settings imply written out.

@@ -488,6 +488,8 @@ def test_stacked_matrices_move_as_mlx_moves_each(options: dict[str, Any]):
 @pytest.mark.parametrize(
     ("options", "peak"),
     [({"layers": 12}, 0.01), ({"layers": 24}, 0.0066), ({"layers": 6}, 0.0152),
+     ({"layers": 12, "without": "qp"}, 0.02), ({"layers": 24, "without": "p"}, 0.0066),
+     ({"layers": 12, "head_skip": None, "without": "qp"}, 0.005),
      ({"layers": 12, "head_skip": None}, 0.005), ({"layers": 24, "learning_rate": 0.3}, 0.3),
      ({"layers": 24, **FORMER}, 0.02), ({"layers": 24, "block": "sas"}, 0.02)],
 )  # fmt: skip
