@@ -154,8 +154,10 @@ class Recipe:
         own = self.resolve()
         if own.query_skip is None and own.head_skip is None:
             return 0.02
-        middle = 0.01 if {*"qp"} - {*own.without} else 0.02
-        return (0.005 if own.head_skip is None else middle) * (12 / own.layers) ** 0.6
+        at_12_layers = 0.02 if {*"qp"} <= {*own.without} else 0.01
+        if own.head_skip is None:
+            at_12_layers = 0.005
+        return at_12_layers * (12 / own.layers) ** 0.6
 
     def resolve(self) -> "Recipe":
         """Return the recipe with what other settings imply written out.
