@@ -1272,8 +1272,8 @@ def test_flags_that_do_not_parse(place: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"remove": "pq"}, "--remove pq"),
-        ({"dtype": "int8"}, "--dtype int8"),
+        ({"remove": "pq"}, "--remove 'pq'"),
+        ({"dtype": "int8"}, "--dtype 'int8'"),
         ({"quantize": True, "q_mode": "ternary"}, "--q-mode ternary"),
     ],
 )

@@ -13,7 +13,7 @@ import reference
 from factory import make_checkpoint
 
 import mlx_skipless
-from mlx_skipless import UserError, cli, evaluate
+from mlx_skipless import UserError, cli, evaluate, evaluation
 from mlx_skipless.evaluation.tasks import Results, pair_scores
 
 ANSWERS = ["yes", "no", "none of these", "both"]
@@ -111,7 +111,7 @@ def test_without_lm_eval_one_line_says_how_to_get_it(
 ) -> None:
     for name in ("mlx_skipless.evaluation.harness", "mlx_lm.evaluate"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.delattr(mlx_skipless, "harness", raising=False)
+    monkeypatch.delattr(evaluation, "harness", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert cli.main(["evaluate", "a", "b", "--tasks", "arc_easy"]) == 1
     out, error = capsys.readouterr()
