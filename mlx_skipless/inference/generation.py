@@ -222,8 +222,7 @@ def check_drafting(
         )
     if repetition_penalty not in (None, 1):
         raise BadArgument("--draft-model: no prompt is penalized then; drop --repetition-penalty")
-    if num_draft_tokens is not None:
-        check_least("--num-draft-tokens", num_draft_tokens)
+    check_least("--num-draft-tokens", num_draft_tokens)
 
 
 def _choose_cache(

@@ -154,9 +154,10 @@ class Recipe:
         own = self.resolve()
         if own.query_skip is None and own.head_skip is None:
             return 0.02
-        at_12_layers = 0.02 if {*"qp"} <= {*own.without} else 0.01
         if own.head_skip is None:
             at_12_layers = 0.005
+        else:
+            at_12_layers = 0.02 if {*"qp"} <= {*own.without} else 0.01
         return at_12_layers * (12 / own.layers) ** 0.6
 
     def resolve(self) -> "Recipe":
