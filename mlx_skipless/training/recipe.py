@@ -7,6 +7,7 @@ quick.
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import BadArgument
 from ..options import (
@@ -23,6 +24,18 @@ from ..options import (
 # As network.model has them, which cannot be imported without MLX.
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu")
 PROJECTION_NORMS = ("q", "k", "v", "heads", "hidden")
+_NO_V_AND_P: dict[str, Any] = {
+    "norm": "pre",
+    "without": "vp",
+    "shaped_attention": True,
+    "query_skip": None,
+    "head_skip": None,
+    "output_skip": None,
+}
+SIMPLIFIED = {
+    "sas": {"block": "serial", "skip": "ffn", **_NO_V_AND_P},
+    "sas-p": {"block": "parallel", "skip": "none", **_NO_V_AND_P},
+}
 HEALING_RATES = {"lora": 1e-3, "full": 5e-5}
 MOST_LAYERS = 10_000
 LARGEST = 1 << 31  # MLX's sizes along an axis and numbers of steps are 32-bit
@@ -165,23 +178,9 @@ class Recipe:
 
         These are ``block`` "sas" or "sas-p", and the lack of a head skip.
         """
-        if self.block not in ("sas", "sas-p"):
-            return (
-                self if self.head_skip is not None else dataclasses.replace(self, output_skip=None)
-            )
-        serial = self.block == "sas"
-        return dataclasses.replace(
-            self,
-            block="serial" if serial else "parallel",
-            skip="ffn" if serial else "none",
-            norm="pre",
-            without="vp",
-            shaped_attention=True,
-            kv_heads=self.heads,
-            query_skip=None,
-            head_skip=None,
-            output_skip=None,
-        )
+        if self.block in SIMPLIFIED:
+            return dataclasses.replace(self, kv_heads=self.heads, **SIMPLIFIED[self.block])
+        return self if self.head_skip is not None else dataclasses.replace(self, output_skip=None)
 
 
 @dataclass(frozen=True)
