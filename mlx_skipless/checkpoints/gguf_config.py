@@ -119,6 +119,11 @@ def make_config(
         else next(iter(ends), None),  # as most configs have it
     }
     _check_sizes(metadata, config)
+    if config["rms_norm_eps"] is None:
+        raise UserError(
+            f"{metadata.source} does not say {metadata.architecture}."
+            "attention.layer_norm_rms_epsilon, which its norms need: download it again"
+        )
     scaling = _read_rope_scaling(metadata, config, tables)
     if scaling and not architecture.scales_rope:
         metadata.refuse("rope.scaling.factor")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from ..constants import MODES
 from ..errors import BadArgument
+from ..options import check_choice
 
 LEAST_BITS = 2  # MLX packs 1 bit too, which no model survives
 
@@ -56,9 +57,7 @@ def make_quantization(
         if bits is not None or group_size is not None or mode != "affine":
             raise BadArgument("--q-bits, --q-group-size and --q-mode need -q")
         return None
-    if mode not in MODES:
-        *others, last = MODES
-        raise BadArgument(f"--q-mode {mode}: choose {', '.join(others)} or {last}")
+    check_choice("--q-mode", mode, [*MODES])
     known_bits, known_sizes = list_bits(mode), sorted(MODES[mode][0])
     if bits not in (None, *known_bits) or group_size not in (None, *known_sizes):
         raise BadArgument(

@@ -40,7 +40,7 @@ from .card import write_healing_card
 from .folder import Event, RunFolder, load_arrays, read_log, read_whole
 from .loop import ResumableRun, carry_out
 from .optimizer import make_healing_schedule
-from .recipe import Pace, Treatment
+from .recipe import Pace, Treatment, fix_rate
 from .results import Distance, HealingResult
 from .tokens import TextFiles, Tokens, encode_texts, list_paths, read_sources
 
@@ -133,7 +133,7 @@ def heal(
         paths, held_out = list_paths(data or ()), list_paths(validation)
         pair_paths = _make_absolute(model), _make_absolute(teacher)
         sources = Sources(paths, held_out, validation_share, *pair_paths)
-        settings = Settings(treatment or Treatment(), pace or Pace(), sources)
+        settings = Settings(fix_rate(treatment or Treatment()), pace or Pace(), sources)
     pair = load_pair(settings.sources, trust_remote_code)
 
     def make_run() -> Run:

@@ -33,7 +33,7 @@ from .folder import Event, RunFolder, read_whole
 from .initialization import initialize, make_model_args
 from .loop import ResumableRun, carry_out, is_due
 from .optimizer import make_optimizer, make_schedule, pull_queries
-from .recipe import Recipe, TrainingPace
+from .recipe import Recipe, TrainingPace, fix_rate
 from .results import TrainingResult
 from .tokens import TextFiles, Tokens, encode_texts, list_paths, read_sources
 
@@ -138,7 +138,7 @@ def train(
         folder.check_free()
         source = None if tokenizer is None else str(tokenizer)
         text = TrainingText(paths, held_out, validation_share, source)
-        settings = Settings(recipe or Recipe(), pace or TrainingPace(), text, dtype)
+        settings = Settings(fix_rate(recipe or Recipe()), pace or TrainingPace(), text, dtype)
         _check_sizes(settings.recipe)
     else:
         raise BadArgument("--data is missing: name text files to train on")

@@ -7,7 +7,7 @@ quick.
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import BadArgument
 from ..options import (
@@ -217,6 +217,14 @@ class Treatment:
         """The highest learning rate."""
         rate = self.learning_rate
         return HEALING_RATES[self.fine_tune_type] if rate is None else rate
+
+
+Options = TypeVar("Options", Recipe, Treatment)
+
+
+def fix_rate(options: Options) -> Options:
+    """Write a default rate out: whatever version resumes the run, it goes on at the same rate."""
+    return dataclasses.replace(options, learning_rate=options.peak)
 
 
 def _check_counts(options: Recipe | Treatment, *names: str) -> None:

@@ -285,6 +285,15 @@ def test_a_key_that_changes_the_network_is_refused_and_not_where_it_does_not(
     assert checkpoint.args == open_checkpoint(small[0]).args
 
 
+def test_norms_without_an_epsilon_are_refused(tmp_path: Path, small):
+    """Each family's config has another default."""
+    _, config, weights = small
+    key = "llama.attention.layer_norm_rms_epsilon"
+    write_gguf(tmp_path / "m.gguf", config, weights, describe=lambda w: w.kv_data[0].pop(key))
+    with pytest.raises(UserError, match=rf"m\.gguf does not say {key}"):
+        open_checkpoint(tmp_path / "m.gguf")
+
+
 @pytest.mark.parametrize(
     ("kind", "complaint"), [("adapter", "'adapter'"), ("mmproj", "'mmproj'"), ("imatrix", "type")]
 )

@@ -200,7 +200,8 @@ def test_what_is_not_known_of_an_architecture_is_said_before_it_is_unpacked(
 @pytest.mark.parametrize(("name", "layers"), [("gemma2", 46), ("gemma3", 62)])
 def test_the_largest_gemmas_scale_queries_by_the_share_of_a_head(name: str, layers: int) -> None:
     """What llama.cpp knows by the number of layers: the file has no key for it."""
-    own = {"embedding_length": 64, "attention.head_count": 4, "attention.key_length": 32}
+    own = {"embedding_length": 64, "attention.head_count": 4, "attention.key_length": 32,
+           "attention.layer_norm_rms_epsilon": 1e-6}  # fmt: skip
     for count, scalar in ((layers, 16), (layers - 1, 32)):
         fields: dict[str, Any] = {f"{name}.{key}": value for key, value in own.items()}
         fields |= {"general.architecture": name, f"{name}.block_count": count}

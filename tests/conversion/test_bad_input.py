@@ -1274,7 +1274,7 @@ def test_flags_that_do_not_parse(place: Path, capsys: pytest.CaptureFixture[str]
     [
         ({"remove": "pq"}, "--remove 'pq'"),
         ({"dtype": "int8"}, "--dtype 'int8'"),
-        ({"quantize": True, "q_mode": "ternary"}, "--q-mode ternary"),
+        ({"quantize": True, "q_mode": "ternary"}, "--q-mode 'ternary'"),
     ],
 )
 def test_options_that_only_python_can_give(place: Path, options: dict[str, Any], said: str):

@@ -128,7 +128,7 @@ def test_a_run_says_what_it_was(
     whole: tuple[Treatment, Path, Result], pair: tuple[Path, Config, Weights]
 ) -> None:
     """Both distances, by NumPy from the folders; and it got better."""
-    _, out, result = whole
+    treatment, out, result = whole
     _, config, weights = pair
     rows = held_out(out)
     wanted = reference.logits(config, weights, rows[:, :-1])
@@ -145,7 +145,9 @@ def test_a_run_says_what_it_was(
     assert [e["step"] for e in events if "loss" in e] == [2, 4, 6, 8]
     assert result.tokens == 8 * 2 * 24 and result.text == "sampled"
     card = (out / "README.md").read_text()
-    assert f"{result.after.kl:.4f}" in card and "learning_rate" in card
+    assert f"{result.after.kl:.4f}" in card and f"learning_rate: {treatment.peak}" in card
+    run = json.loads((out / "training/run.json").read_text())
+    assert run["treatment"]["learning_rate"] == treatment.peak
 
 
 def test_the_first_step_follows_the_gradient_of_kl(

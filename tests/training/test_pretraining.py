@@ -278,6 +278,13 @@ def test_the_card_names_text_recipe_and_figures(finished: tuple[Path, Result], t
         assert figure in card
 
 
+def test_a_run_keeps_the_rate_that_was_the_default_when_it_began(text: Path, tmp_path: Path):
+    recipe = dataclasses.replace(SMALL, learning_rate=None, without="qp", steps=1)
+    run(text, tmp_path / "run", recipe, pace=Pace(0, 0, 0, 0))
+    kept = json.loads((tmp_path / "run/training/run.json").read_text())["recipe"]
+    assert kept["learning_rate"] == recipe.peak
+
+
 def test_nothing_held_out(text: Path, tmp_path: Path):
     result = run(text, tmp_path / "run", validation_share=0.0)
     assert result.validation_loss is None and result.bits_per_character is None
