@@ -32,6 +32,8 @@ settings.register_profile("busy", deadline=None)  # a loaded machine is no failu
 for name in ("thorough", "endless"):  # test_fuzz.py: many times as many
     settings.register_profile(name, deadline=None)
 
+SHARE = 4
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -52,18 +54,30 @@ def pytest_configure(config: pytest.Config) -> None:
         settings.load_profile("thorough" if config.getoption("--thorough") else "busy")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Begin with tests of the whole product, the longest; leave out what is thorough."""
+    """Begin with tests of the whole product, the longest; leave out what is thorough.
+
+    Of each test's usual cases one in ``SHARE`` is not, and all are not where the command line names
+    files or tests.
+    """
     items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
     thorough, every = config.getoption("--thorough"), max(1, config.getoption("--every"))
-    kept, left, seen = [], [], Counter[str]()
+    named = {*map(os.path.abspath, config.args)} != {str(Path(__file__).parent)}
+    named = named or config.getoption("keyword")
+    kept, left, seen, usual = [], [], Counter[str](), Counter[str]()
     for item in items:
         test = item.nodeid.partition("[")[0]
         if item.get_closest_marker("thorough"):
             (kept if thorough and seen[test] % every == 0 else left).append(item)
             seen[test] += 1
-        else:
+            continue
+        if usual[test] % SHARE == 0 or named:
             kept.append(item)
+        else:
+            item.add_marker("thorough")
+            (kept if thorough else left).append(item)
+        usual[test] += 1
     config.hook.pytest_deselected(items=left)
     items[:] = kept
 

@@ -462,6 +462,7 @@ def test_formats_subsets_and_splits_of_a_data_set(read: Callable[..., list[Any]]
     assert found == ["\n\n".join(rows) for rows in expected.values()]
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("data_sets")
 def test_what_is_wrong_with_a_data_set_is_told(
     hub: HubServer, read: Callable[..., list[Any]], tmp_path: Path

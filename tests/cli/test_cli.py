@@ -144,6 +144,7 @@ def in_a_terminal(*arguments: str, **environment: str) -> bytes:
     return shown
 
 
+@pytest.mark.thorough
 def test_errors_are_red_on_a_terminal_that_wants_it(tmp_path: Path) -> None:
     command = ("convert", "--model", "/nowhere", "--mlx-path", str(tmp_path / "o"))
     coloured = in_a_terminal(*command)

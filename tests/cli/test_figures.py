@@ -168,6 +168,7 @@ def shine(colour: Any) -> float:
     return sum(x * w for x, w in zip(parts, (0.2126, 0.7152, 0.0722), strict=True))
 
 
+@pytest.mark.thorough
 def test_the_same_figure_is_the_same_file_and_a_pdf_has_its_fonts(tmp_path: Path) -> None:
     for form in ("svg", "pdf", "png"):
         files = [tmp_path / f"{i}.{form}" for i in range(2)]

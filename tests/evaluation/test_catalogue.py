@@ -97,6 +97,7 @@ def test_the_table_of_precomputing_the_first_layer(
     assert table.growth + table.vectors == growth
 
 
+@pytest.mark.thorough
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The document has the table that it prints, and its JSON says the same."""
     assert main(["architectures", "--json", str(tmp_path / "a.json")]) == 0

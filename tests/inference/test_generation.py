@@ -871,6 +871,7 @@ def test_a_chat_samples_as_the_model_recommends(
     os.close(ours)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "bundled", [False, pytest.param(True, marks=pytest.mark.thorough)], indirect=True
 )
@@ -887,6 +888,7 @@ def test_a_silent_pipe_is_not_waited_for(bundled: Path, tmp_path: Path):
     assert run.stdout.startswith("Once upon a time") and "Traceback" not in run.stderr
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("bundled", [False], indirect=True)
 def test_a_closed_standard_input(bundled: Path, tmp_path: Path):
     """The next file opened is descriptor 0 then."""

@@ -343,6 +343,7 @@ def rounded_kl(folder: Path, layout: Layout, source: Any, tokens: np.ndarray) ->
     return reference.softmax_kl(reference.logits(*source, tokens), got)
 
 
+@pytest.mark.thorough
 def test_auto_keeps_a_matrix_whose_removal_costs_more(tmp_path: Path) -> None:
     """Where Q keeps little of the stream K and V would lose the rest; and a table says why."""
     _, weights = make_checkpoint(tmp_path / "s", norm="qkv", **SIZES)
@@ -444,6 +445,7 @@ def test_what_a_target_kl_chose_is_what_is_written(
     assert mx.isfinite(model(mx.array([[1, 2, 3]]))).all().item()
 
 
+@pytest.mark.thorough
 def test_a_pretrained_model_keeps_its_architecture_under_a_target(tmp_path: Path) -> None:
     make_llama(tmp_path / "s", num_hidden_layers=2, **SIZES)
     plain = mlx_skipless.convert(tmp_path / "s", tmp_path / "plain", quantize=True)

@@ -164,6 +164,7 @@ def test_greedy_takes_what_costs_least_each_time(kind: str, tmp_path: Path) -> N
     assert taken == [(None, None), *((kind, layer) for layer in dropped)]
 
 
+@pytest.mark.thorough
 def test_greedy_weighs_what_a_drop_costs_by_what_goes(tmp_path: Path) -> None:
     """What costs least here is an FFN, which is a quarter of an attention."""
     source = made(tmp_path, intermediate_size=16, seed=1)
@@ -201,6 +202,7 @@ def test_auto_stops_before_the_limit(max_loss: float, tmp_path: Path) -> None:
         assert all(loss(source, {"attention": [*dropped, i]}, tokens) > limit for i in left)
 
 
+@pytest.mark.thorough
 def test_the_limit_is_of_the_whole_loss(tmp_path: Path) -> None:
     """Not of each drop's share of it."""
     made(tmp_path)

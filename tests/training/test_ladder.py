@@ -41,6 +41,7 @@ def carry_out_here(jobs: list[ladder.Job], settings: Any, count: int, deadline: 
             ladder.carry_out(job, time.time() + 600)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "tokenizer",
     [pytest.param(False, id="made"), pytest.param(True, id="given", marks=pytest.mark.thorough)],

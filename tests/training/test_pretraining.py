@@ -132,6 +132,7 @@ def flags(recipe: Recipe = SMALL, pace: Pace = PACE) -> list[str]:
 # What is learnt and written
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("compiled")
 def test_a_run_learns(text: Path, tmp_path: Path):
     """It ends below the entropy of single tokens, which takes knowing what follows what."""
@@ -292,6 +293,7 @@ def test_nothing_held_out(text: Path, tmp_path: Path):
     assert "held-out" not in (tmp_path / "run/README.md").read_text()
 
 
+@pytest.mark.thorough
 def test_held_out_files(text: Path, tmp_path: Path):
     result = run(text, tmp_path / "run", validation=[text])
     tail = run(text, tmp_path / "tail", validation_share=0.9)
@@ -473,6 +475,7 @@ def stop_at(step: int, *signals: int) -> Callable[[Event], None]:
     return report
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("compiled")
 def test_a_run_of_compiled_steps_goes_on_as_if_nothing_had_been(text: Path, tmp_path: Path):
     """Nothing of a run's state is a constant of its step."""
@@ -652,6 +655,7 @@ def test_a_second_signal_ends_at_once(
     assert state[1]["step"] == "4"
 
 
+@pytest.mark.thorough
 def test_other_steps_are_obeyed(text: Path, tmp_path: Path):
     """Rates that never fall do not depend on the end, so that six and six are twelve."""
     recipe = dataclasses.replace(SMALL, decay=0.0)
@@ -700,6 +704,7 @@ def test_a_run_interrupted_at_its_last_step_ends_whole(
     assert (out / "README.md").exists()
 
 
+@pytest.mark.thorough
 def test_bfloat16_goes_on_in_bfloat16(text: Path, tmp_path: Path):
     """The type of the arithmetic is the run's own; on a CPU "auto" would be float32."""
     run(text, tmp_path / "whole", dtype="bfloat16")
@@ -968,6 +973,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.thorough
 def test_a_full_disk(finished: tuple[Path, Result], text: Path, tmp_path: Path):
     out = tmp_path / "run"
     arguments = ["train", "--data", text, "--mlx-path", out, *flags()]
