@@ -484,7 +484,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
         "removal",
         "best.loss > whole.loss * (1 + self._max_loss)",
         "best.loss > steps[-1].loss * (1 + self._max_loss)",
-        "tests/removal/test_sublayers.py -k limit",
+        "tests/removal/test_sublayers.py -k limit --thorough",
     ),
     (
         "removal",
