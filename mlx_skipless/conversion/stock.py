@@ -24,8 +24,9 @@ from ..checkpoints.guarded import GuardedTokenizer
 from ..checkpoints.tokenizer import carry_tokenizer, load_tokenizer, tell_transformers
 from ..checkpoints.writer import SHARD_BYTES, Writer
 from ..constants import BUNDLED
-from ..errors import BadArgument, UserError
+from ..errors import BadArgument, UserError, first_line
 from ..inference.loading import QUANTIZATION_KEYS, load_network
+from ..inference.old_keys import find_classes
 from ..inference.stock import StockSource, find_stock, forget_quantization
 from ..memory import machine_memory_bytes
 from ..network import reduced
@@ -89,6 +90,18 @@ def find_source(options: Options) -> StockSource | None:
             "that it was made from"
         )
     return source
+
+
+def _check_free(config: Mapping[str, Any]) -> None:
+    """Raise a UserError if a config's network runs in a packing of its own alone."""
+    classes: Any = find_classes(config)
+    try:
+        classes[1].from_dict(config)
+    except ValueError as error:
+        raise UserError(
+            f"mlx-lm's network of a {config['model_type']} runs in the packing of this source alone "
+            f"({first_line(error)}): it cannot be quantized otherwise"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -168,6 +181,8 @@ class StockJob:
                 kind = self.source.config["model_type"]
                 raise UserError(f"-q: mlx-lm cannot quantize a {kind}: {error}") from error
             config["quantization"] = config["quantization_config"] = entry
+        if self.source.is_packed and self.requantized:
+            _check_free(config)
         return model, dict(sorted(config.items()))
 
     def build_dense(self, network: StockNetwork) -> tuple[nn.Module, dict[str, Any]]:
@@ -499,13 +514,17 @@ def check(
     passages: Passages | None,
     progress: Progress,
 ) -> Verification | None:
-    """Compare a written result with its source on text; None if that is not wanted."""
+    """Compare a written result with its source on text; None if that is not wanted.
+
+    A quantized result is compared with the source quantized alone, to nearest, too.
+    """
     if not job.options.verify or passages is None:
         return None
     results = [StockNetwork(lambda: load_network(folder, lazy=True)[0])]
-    if job.calibrated:  # beside the source quantized alone, to nearest
+    quantized = job.options.quantization is not None
+    if quantized and (job.calibrated or job.dropped or job.stand_ins or job.healed):
         alone = StockJob(job.options, job.source)
         results.append(StockNetwork(lambda: alone.build_result(network)[0]))
     tell = partial(progress, "checking")
     found, *others = compare_networks(network, results, passages.check, passages.origin, tell)
-    return found.beside(*others) if others else found
+    return found.beside(*(others or [found])) if quantized else found

@@ -18,7 +18,7 @@ from ..architectures.config import check_sizes, read_model_args
 from ..architectures.families import FAMILIES, find_family
 from ..architectures.family import DROP_LISTS, Family, read_dropped
 from ..architectures.tensors import find_places, list_shapes
-from ..architectures.wrappers import is_wrapper, take_text_model
+from ..architectures.wrappers import TIED, is_wrapper, take_text_model
 from ..checkpoints import files, hub
 from ..checkpoints.files import ADAPTER_CONFIG, ADAPTERS, PEFT_ADAPTERS, read_config
 from ..checkpoints.packed import is_packed
@@ -27,6 +27,7 @@ from ..checkpoints.tokenizer import load_tokenizer
 from ..errors import UserError
 from ..network import reduced
 from ..network.model import Model, ModelArgs
+from ..network.names import HEAD
 from ..network.parts import dtype_name
 from ..options import expand_path
 from .context import read_context
@@ -172,7 +173,7 @@ def _find_overrides(
         tensors = list_shapes(find_places(find_family(config), store.shapes), store.shapes)
         overrides |= asdict(read_model_args(config, tensors))
     else:
-        overrides |= tell_mlx_lm(config, None if packed else store, name)
+        overrides |= tell_mlx_lm(config, store, name)
     if not packed:  # a declaration may be left over; mlx-lm would believe it
         overrides |= dict.fromkeys(QUANTIZATION_KEYS)
     return overrides
@@ -186,7 +187,8 @@ def tell_mlx_lm(config: dict[str, Any], store: Store | None, name: str | Path) -
 
     Args:
         config: the config.json of a model that mlx-lm runs.
-        store: its tensors, which know its biases; None if they are packed.
+        store: its tensors, which know its biases and whether it has a head; of packed ones only
+            the head is believed. None where there are none.
         name: what the user called the model.
 
     Raises:
@@ -204,7 +206,7 @@ def tell_mlx_lm(config: dict[str, Any], store: Store | None, name: str | Path) -
             f"{config['model_type']} ignores: {way_out}"
         )
     old = add_old_keys(config)
-    settings = {key: value for key, value in old.items() if config.get(key) != value}
+    settings = {key: old[key] for key in old if key not in config or config[key] != old[key]}
     if family is not None:
         settings |= _tell_family(text, family, store, name)
     return {"text_config": text | settings} if is_wrapper(config) else settings
@@ -223,6 +225,10 @@ def _tell_family(
         shapes = None
         if store is not None:
             shapes = list_shapes(find_places(family, store.shapes), store.shapes)
+            if is_packed(store):
+                if family.to_own_keys(config).get(TIED) is None:
+                    config = config | {TIED: not any(n.startswith(f"{HEAD}.") for n in shapes)}
+                shapes = None
         args = read_model_args(config, shapes)
     except UserError:
         return {}

@@ -4,7 +4,7 @@ RoPE's base, scaling and share of a head went into ``rope_parameters``, and some
 mlx-lm network that does not find its keys takes defaults of its own without a word.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from inspect import signature
 from typing import Any
 
@@ -26,23 +26,40 @@ def find_classes(config: Mapping[str, Any]) -> tuple[type, type] | None:
         return None
 
 
-def list_settings(config: Mapping[str, Any]) -> Collection[str]:
-    """List the keys that mlx-lm's network reads of a config; none if it has no network for it."""
+def list_settings(config: Mapping[str, Any]) -> Mapping[str, bool]:
+    """List the keys that mlx-lm's network reads of a config, and whether it needs them.
+
+    There are none if mlx-lm has no network for it.
+    """
     classes = find_classes(config)
-    return [] if classes is None else [*signature(classes[1]).parameters]
+    given = {} if classes is None else signature(classes[1]).parameters
+    return {name: one.default is one.empty for name, one in given.items()}
 
 
 def add_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config with the old keys that mlx-lm's network reads and that are not there."""
-    config = dict(config)
-    if isinstance(config.get("text_config"), Mapping):
-        config["text_config"] = add_old_keys(config["text_config"])
-    read = list_settings(config)
+    """Return a config with the old keys that mlx-lm's network reads and that are not there.
+
+    What reads a ``text_config``, or what might stand in one, is not known: it gets all of them.
+    """
+    read, inner = list_settings(config), config.get("text_config")
+    if not isinstance(inner, Mapping):
+        return _add_to(config, read, whole=not read or "text_config" in read)
+    return _add_to(
+        {**config, "text_config": _add_to(inner, list_settings(inner), whole=True)}, read
+    )
+
+
+def _add_to(
+    config: Mapping[str, Any], read: Mapping[str, bool], whole: bool = False
+) -> dict[str, Any]:
+    """Add the old keys that are read, or the whole of them."""
     found = {old: config.get(new) for old, new in NEW_NAMES.items()}
     if "rope_parameters" not in read:
         found |= _spell_rope(config.get("rope_parameters"))
-    missing = {k: v for k, v in found.items() if k in read and config.get(k) is None}
-    return config | {key: value for key, value in missing.items() if value is not None}
+    # Some networks want to be told that RoPE is not scaled.
+    told = {"rope_scaling"} if whole or read.get("rope_scaling") else set()
+    missing = [key for key in found if config.get(key) is None and (whole or key in read)]
+    return {**config, **{k: found[k] for k in missing if found[k] is not None or k in told}}
 
 
 def _spell_rope(rope: Any) -> dict[str, Any]:
@@ -56,6 +73,7 @@ def _spell_rope(rope: Any) -> dict[str, Any]:
         rope = rope["full_attention"]
     own = ("rope_theta", "partial_rotary_factor")
     scaling = {key: value for key, value in rope.items() if key not in own}
-    if (scaling.get("rope_type") or scaling.get("type") or "default") != "default":
-        found["rope_scaling"] = scaling
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    scaling |= {"type": kind}  # the older name, which some networks want
+    found["rope_scaling"] = None if kind == "default" else scaling
     return found | {key: rope.get(key) for key in own}

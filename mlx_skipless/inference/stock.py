@@ -198,8 +198,7 @@ def find_stock(
         return replace(source, lacking=lacking)
     if not any_family:
         return None
-    dense = None if source.store is None or is_packed(source.store) else source.store
-    told = {**config, **tell_mlx_lm(config, dense, name)}
+    told = {**config, **tell_mlx_lm(config, source.store, name)}
     return replace(source, config=add_old_keys(told), lacking=_find_window(config))
 
 

@@ -6,6 +6,7 @@ Nothing here knows an architecture: layers are run and watched.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, chain
 from typing import Any
 
 import mlx.core as mx
@@ -27,7 +28,8 @@ class Writer:
 
     Attributes:
         scale: by which the output is multiplied before.
-        before: the layer's children that run before the one with the matrix, or are that one.
+        before: the layer's parts, by their paths, that run before the one with the matrix, or are
+            that one.
         behind: those that run behind it.
     """
 
@@ -46,8 +48,9 @@ class Writer:
             h: what enters the layer.
         """
         block = silence(block, self.behind, h)
-        for name in self.before:
-            block = replace_at(block, name, Given(block[name], recorders[name].y))
+        modules = dict(block.named_modules())
+        for path in self.before:
+            block = replace_at(block, path, Given(modules[path], recorders[path].y))
         return block
 
 
@@ -111,7 +114,8 @@ def find_writers(
     """Find out which matrices' outputs are added to the stream, times a number.
 
     What is added to such an output, the layer gives, if nothing behind it reads the stream: the
-    layer's children behind the matrix give nothing for the time.
+    layer's parts behind the matrix give nothing for the time. A part is the outermost module around
+    a matrix that the layer calls.
 
     Args:
         network: runs the layer.
@@ -124,14 +128,10 @@ def find_writers(
     if not isinstance(h, mx.array) or not network.is_chain:
         return {}
     h, tokens = h[:1, :PROBED], tokens[:1, :PROBED]
-    names = [[path.partition(".")[0] for path in group] for group in readers.groups]
     modules: dict[str, Any] = dict(block.named_modules())
-    children = {name: Called(modules[name]) for some in names for name in some if name in modules}
-    whole = block
-    for name, child in children.items():
-        whole = replace_at(whole, name, child)
-    network.run(layer, h, tokens, whole)
-    silent = {name for name, child in children.items() if _is_stream(child.get("y"), h)}
+    parts, outputs = _call_parts(network, layer, block, h, tokens, readers.paths)
+    names = [{parts[path] for path in group} for group in readers.groups]
+    silent = {part for part, output in outputs.items() if _is_stream(output, h)}
     found = {}
     for at, group in enumerate(readers.groups):
         inner = modules[group[0]]
@@ -139,7 +139,7 @@ def find_writers(
             continue
         before = frozenset(name for some in names[: at + 1] for name in some)
         behind = frozenset(name for some in names[at + 1 :] for name in some) - before
-        if not (before <= children.keys() and behind <= silent):
+        if not behind <= silent:
             continue
         alone, recorder = silence(block, behind, h), Called(inner)
         out = network.run(layer, h, tokens, replace_at(alone, group[0], recorder))
@@ -157,10 +157,36 @@ def find_writers(
     return found
 
 
-def silence(block: nn.Module, children: frozenset[str], h: Stream) -> nn.Module:
-    """Return a copy of a layer, some children of which give zeros in the shape of the stream."""
-    for name in children:
-        block = replace_at(block, name, Given(block[name], mx.zeros_like(take_stream(h))))
+def _call_parts(
+    network: Driver,
+    layer: int,
+    block: nn.Module,
+    h: mx.array,
+    tokens: mx.array,
+    paths: Sequence[str],
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Run a layer, and find the outermost module around each matrix that it calls.
+
+    Returns:
+        these modules' paths, by the matrices', and what they gave.
+    """
+    names = {name for name, _ in block.named_modules()}
+    around = {path: [*accumulate(path.split("."), "{}.{}".format)] for path in paths}
+    recorders: dict[str, Called] = {}
+    for part in sorted({*chain(*around.values())} & names, key=lambda part: -part.count(".")):
+        recorders[part] = Called(dict(block.named_modules())[part])
+        block = replace_at(block, part, recorders[part])
+    network.run(layer, h, tokens, block)
+    outputs = {part: recorder.y for part, recorder in recorders.items() if "y" in recorder}
+    outermost = {path: next(p for p in some if p in outputs) for path, some in around.items()}
+    return outermost, outputs
+
+
+def silence(block: nn.Module, parts: frozenset[str], h: Stream) -> nn.Module:
+    """Return a copy of a layer, some parts of which give zeros in the shape of the stream."""
+    modules = dict(block.named_modules())
+    for path in parts:
+        block = replace_at(block, path, Given(modules[path], mx.zeros_like(take_stream(h))))
     return block
 
 

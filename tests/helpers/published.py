@@ -34,7 +34,7 @@ def write_today(config: Config) -> Config:
     if "rope_theta" not in new:
         return new
     rope = new.pop("rope_scaling", None) or {"rope_type": "default"}
-    rope = rope | {"rope_type": rope.get("rope_type") or rope.get("type")}
+    rope = rope | {"rope_type": rope.get("rope_type") or rope.pop("type")}
     moved = ("rope_theta", "partial_rotary_factor")
     rope = rope | {key: new.pop(key) for key in moved if key in new}
     if "rope_local_base_freq" in new or new["model_type"] == "olmo3":

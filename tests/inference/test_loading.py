@@ -12,16 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx_lm.utils
 import numpy as np
+import published
 import pytest
 import reference
 import safetensors.numpy
+import zoo
 from factory import make_checkpoint, make_gemma, make_llama
-from grids import product
+from grids import only, product
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import _get_classes
 from test_weight_files import SMALL, TOKENS, Tensors, read_file
 
+import mlx_skipless
 from mlx_skipless import UserError, load
 from mlx_skipless.checkpoints.safetensors import WHOLE
 from mlx_skipless.inference.loading import load_network
@@ -326,6 +330,58 @@ def test_the_stock_network_is_told_what_the_config_means(
     expected = reference.logits(reference.llama_config(config | told), weights, tokens)
     seen = np.array(load_network(tmp_path / "m")[0](mx.array(tokens)))
     assert np.abs(seen - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+MOVED = {
+    kind: config
+    for kind, config in zoo.CONFIGS.items()
+    if "rope_theta" in (text := config.get("text_config", config))
+    and "rope_parameters" not in text
+    and kind not in ("gpt_neox", "phi3small")  # another name for it; no number of its own
+}
+
+
+@pytest.mark.parametrize(
+    "kind", only(("phi3", "llama4", "gemma3n", "glm4_moe", "internlm2"), MOVED)
+)
+def test_rope_may_stand_where_transformers_5_writes_it(kind: str, tmp_path: Path) -> None:
+    """Without a word mlx-lm's network would take a base of its own."""
+    config, base = MOVED[kind], {"rope_theta": 777.0}
+    if "text_config" in config:
+        base = {"text_config": config["text_config"] | base}
+    config = zoo.make_model(tmp_path, kind, **base)
+    tokens = mx.arange(24)[None] * 7 % 250
+    expected = load_network(tmp_path)[0](tokens)
+    (tmp_path / "config.json").write_text(json.dumps(published.write_today(config)))
+    assert mx.array_equal(load_network(tmp_path)[0](tokens), expected).item()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_tensors_say_whether_a_packed_model_has_a_head(tied: bool, tmp_path: Path) -> None:
+    zoo.make_model(tmp_path / "m", "llama", tie_word_embeddings=tied)
+    source, packed = str(tmp_path / "m"), str(tmp_path / "q")
+    mlx_lm.convert(source, packed, quantize=True, q_group_size=32, q_bits=4)
+    expected = mlx_lm.utils.load_model(tmp_path / "q")[0](TOKENS)
+    config = json.loads((tmp_path / "q/config.json").read_text())
+    del config["tie_word_embeddings"]
+    (tmp_path / "q/config.json").write_text(json.dumps(config))
+    assert mx.array_equal(load_network(tmp_path / "q")[0](TOKENS), expected).item()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_text_model_of_a_type_that_mlx_lm_does_not_know(nested: bool, tmp_path: Path) -> None:
+    config = zoo.make_model(tmp_path / "m", "qwen2_vl", rope_theta=777.0)
+    tokens = mx.arange(24)[None] * 7 % 250
+    expected = load_network(tmp_path / "m")[0](tokens)
+    new = published.write_today(config)
+    if nested:
+        text = {**new, "model_type": "qwen2_vl_text"}
+        new = {"model_type": "qwen2_vl", "text_config": text, "torch_dtype": "float32"}
+    (tmp_path / "m/config.json").write_text(json.dumps(new))
+    assert mx.array_equal(load_network(tmp_path / "m")[0](tokens), expected).item()
+    mlx_skipless.convert(tmp_path / "m", tmp_path / "o", dtype="float32")
+    seen = mlx_lm.utils.load_model(tmp_path / "o")[0](tokens)
+    assert mx.allclose(seen, expected, rtol=1e-5, atol=1e-5).item()
 
 
 @pytest.mark.parametrize(

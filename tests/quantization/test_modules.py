@@ -17,6 +17,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_skipless
 from mlx_skipless.conversion.options import Options
+from mlx_skipless.conversion.report import ALARMING_KL
 from mlx_skipless.conversion.stock import StockJob, find_source
 from mlx_skipless.conversion.stock_quantization import find_floors
 from mlx_skipless.inference.stock import open_network
@@ -58,6 +59,23 @@ def make_text(folder: Path, letters: int = 8000) -> Path:
     file = folder / "text.txt"
     file.write_text(zoo.draw_text(1, letters))
     return file
+
+
+@pytest.mark.parametrize("drops", [{}, {"drop_ffn": 1}])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rounding_to_nearest_is_no_fault(dtype: str, drops: dict[str, Any], tmp_path: Path) -> None:
+    """Of the type of the numbers, or of this package; its price stands beside the result's."""
+    zoo.make_model(tmp_path / "s", "olmo2", dtype=dtype)
+    options = {"quantize": True, "q_group_size": 32, **drops}
+    report = mlx_skipless.convert(tmp_path / "s", tmp_path / "o", **options)
+    check = report.verification
+    assert check is not None and check.kl > ALARMING_KL and check.quantized_only is not None
+    tokens = draw_tokens(tmp_path / "s", 2, 8)
+    nearest, _ = mlx_lm.utils.quantize_model(open_model(tmp_path / "s"), {}, 32, 4)
+    alone = reference.softmax_kl(run(open_model(tmp_path / "s"), tokens), run(nearest, tokens))
+    assert alone / 2 < check.quantized_only.kl < 2 * alone  # of other text
+    assert (check.kl_ratio == 1) is not bool(drops)
+    assert not report.warnings and not any("nats per token" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("kind", only((DENSE, MOE, HYBRID), KINDS))

@@ -64,12 +64,13 @@ WRITERS: dict[str, dict[str, tuple[float, set[str]]]] = {
     "olmo2": {},  # a norm stands between
     "gemma2": {},
     "gemma4_text": {},
+    "exaone": {"attn.attention.out_proj": (1.0, {"mlp"}), "mlp.c_proj": (1.0, set())},
     "mamba2": {"mixer.out_proj": (1.0, set())},
     "dbrx": {"norm_attn_norm.attn.out_proj": (1.0, {"ffn"})},
 }
 
 
-@pytest.mark.parametrize("kind", only(("granite", "cohere", MOE, "gemma2"), WRITERS))
+@pytest.mark.parametrize("kind", only(("granite", "cohere", MOE, "gemma2", "exaone"), WRITERS))
 def test_what_writes_the_stream_is_found(kind: str, tmp_path: Path) -> None:
     _, found = find_roles(tmp_path, kind, 1 if kind == MOE else 0)
     assert found == WRITERS[kind]
