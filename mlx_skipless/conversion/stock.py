@@ -99,8 +99,8 @@ def _check_free(config: Mapping[str, Any]) -> None:
         classes[1].from_dict(config)
     except ValueError as error:
         raise UserError(
-            f"mlx-lm's network of a {config['model_type']} runs in the packing of this source alone "
-            f"({first_line(error)}): it cannot be quantized otherwise"
+            f"mlx-lm's network of a {config['model_type']} runs in the packing of this source "
+            f"alone ({first_line(error)}): it cannot be quantized otherwise"
         ) from error
 
 
