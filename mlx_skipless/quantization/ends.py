@@ -14,7 +14,7 @@ from ..network.driver import Driver, Recorder, Streams
 from ..network.model import ModelArgs, Stream, take_stream
 from ..network.names import module_path
 from ..removal.moments import to_float64
-from .formats import Format, Packed
+from .formats import Format, Packed, solve_feedback
 
 HEAD_TOKENS = 8  # for each number of the stream: as many tokens weigh a tied embedding
 ENTERING = 0.1  # weight of an error that enters a residual stream; at the head it has 1
@@ -133,8 +133,8 @@ def round_rows(weight: mx.array, gram: np.ndarray, form: Format) -> Packed:
     if not np.isfinite(gram).all():
         return form.nearest(weight)
     rows = max(1, ROWS_BYTES // (4 * weight.shape[1]))
-    parts = []
+    parts, feedback = [], solve_feedback(gram)
     for start in range(0, weight.shape[0], rows):
         some = np.array(weight[start : start + rows].astype(mx.float32))
-        parts.append(form.with_feedback(some, gram))
+        parts.append(form.with_feedback(some, feedback))
     return {name: mx.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -4,6 +4,7 @@ A matrix here is (in, out), as ``x @ W`` reads it. Two streams of numbers are en
 second moments of its inputs and their products with the outputs that are wanted.
 """
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +13,8 @@ import numpy as np
 
 from ..network.driver import BATCH_TOKENS
 from ..network.model import ModelArgs
-from ..removal.moments import RIDGES, WIDE, Moments, add_to_diagonal, to_float64
-from .formats import Format, Packed
+from ..removal.moments import MOST_WIDE, RIDGES, Moments, factor, ridged, solve_factored, to_float64
+from .formats import Format, Packed, solve_feedback
 
 TEXT_TOKENS = 1 << 14  # that calibrate, at most
 JUDGED = 128  # outputs, spread over all, that choose the ridge
@@ -29,9 +30,10 @@ def estimate_memory(args: ModelArgs) -> int:
 
 def estimate_moments(widest: int, hidden: int) -> int:
     """Estimate the same for a stream's width and the inputs of the widest matrix."""
-    moments = 6 * widest**2 + 20 * widest * hidden  # with a solver's and a rounding's copies
+    squares, products = (n * (8 if n <= MOST_WIDE else 4) for n in (widest**2, widest * hidden))
+    moments = 5 * squares + 20 * products  # with a factor's and a rounding's copies
     held = 4 * TEXT_TOKENS * (widest + 4 * hidden)  # what matrices read and give in one layer
-    return moments * (8 if widest <= WIDE else 4) + 8 * 4 * BATCH_TOKENS * widest + held
+    return moments + 8 * 4 * BATCH_TOKENS * widest + held
 
 
 def fit_matrices(
@@ -40,13 +42,14 @@ def fit_matrices(
     """Fit matrices that read the same, and round them with error feedback.
 
     Args:
-        seen: what the fits see.
-        judge: what chooses among them.
+        seen: what the fits see; all text afterwards.
+        judge: what chooses among them; empty afterwards.
         priors: what is known of the matrices, (out, in) each, by their names in both.
         forms: how each is rounded, by name.
     """
     weights = fit_weights(seen, judge, priors, forms)
-    return round_together(weights, seen.gram + judge.gram, forms)
+    seen.absorb(judge)
+    return round_together(weights, seen.gram, forms)
 
 
 def round_together(
@@ -59,8 +62,9 @@ def round_together(
         alone = name if weight.size > STACKED else None
         stacks.setdefault((forms[name], alone), []).append(name)
     packed: dict[str, Packed] = {}
+    feedback = solve_feedback(gram)
     for (form, _), names in stacks.items():
-        parts = form.with_feedback(np.concatenate([weights[name] for name in names]), gram)
+        parts = form.with_feedback(np.concatenate([weights[name] for name in names]), feedback)
         ends = np.cumsum([len(weights[name]) for name in names]).tolist()
         for part, array in parts.items():
             for name, rows in zip(names, mx.split(array, ends[:-1]), strict=True):
@@ -100,20 +104,30 @@ def fit_weights(
             for name, search in searches.items()
             for side in (seen.cross[name][:, search.some], added * search.prior)
         ]
-        solved = np.linalg.solve(add_to_diagonal(gram, added), np.hstack(sides).astype(gram.dtype))
+        if (lower := _factor(gram, added)) is None:
+            continue
+        solved = solve_factored(lower, np.hstack(sides))
+        del lower  # as large as the sums
         found = iter(np.split(solved, np.cumsum([side.shape[1] for side in sides])[:-1], axis=1))
         for search, to_zero, share in zip(searches.values(), found, found, strict=True):
             search.judge(to_zero, added, 0.0)
             search.judge(to_zero + share, added, added)
-    weights = {}
-    for name, prior in priors.items():
-        weight = to_float64(prior).T
-        if (best := searches[name].best) is not None:
-            added, pull = best
-            wanted = seen.cross[name] + (pull * weight).astype(gram.dtype)
-            weight = np.linalg.solve(add_to_diagonal(gram, added), wanted)
-        weights[name] = weight.T.astype(np.float32)
+    weights = {name: np.array(prior.astype(mx.float32)) for name, prior in priors.items()}
+    for added in {search.best[0] for search in searches.values() if search.best}:
+        lower = _factor(gram, added)
+        assert lower is not None
+        for name, search in searches.items():
+            if search.best and search.best[0] == added:
+                wanted = seen.cross[name] + search.best[1] * weights[name].T
+                weights[name] = solve_factored(lower, wanted).T.astype(np.float32)
     return weights
+
+
+def _factor(gram: np.ndarray, added: float) -> np.ndarray | None:
+    """Compute Cholesky's factor of X^T X + r I; None if rounding leaves it none."""
+    with contextlib.suppress(np.linalg.LinAlgError), ridged(gram, added) as whole:
+        return factor(whole)
+    return None
 
 
 class _Search:

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..network.parts import unpack
-from ..removal.moments import add_to_diagonal
+from ..removal.moments import factor, ridged
 from .scales import Search
 
 BLOCK = 128  # inputs that are rounded one by one before the rest learns of their errors
@@ -51,7 +51,7 @@ class Format:
             self.group_size, self.bits, self.mode,
         )  # fmt: skip
 
-    def with_feedback(self, weight: np.ndarray, gram: np.ndarray, damping: float = 0.01) -> Packed:
+    def with_feedback(self, weight: np.ndarray, feedback: "Feedback") -> Packed:
         """Round the matrix so that its outputs stay, rather than its weights.
 
         Inputs are rounded one after another. Each one's error is made up for by those that follow,
@@ -60,11 +60,10 @@ class Format:
 
         Args:
             weight: (out, in).
-            gram: (in, in), the inputs' X^T X.
-            damping: added to the diagonal, as a share of its mean.
+            feedback: of the inputs.
         """
         n_in = weight.shape[1]
-        follows, matters = _solve_feedback(gram, damping)
+        follows, matters = feedback.follows, feedback.costs
         target = np.ascontiguousarray(weight.T, dtype=np.float32)  # (in, out)
         error = np.zeros_like(target)
         codes = np.empty(target.shape, dtype=np.uint8)
@@ -73,8 +72,8 @@ class Format:
             end = min(start + max(BLOCK, self.group_size), n_in)
             # What this block's inputs have to make up for, due = F E (the paper's lazy batches,
             # step 2): here the errors of earlier blocks, in one product; then each new error.
-            due = follows[start:end, :start] @ error[:start]
-            within = follows[start:end, start:end]
+            rows = np.ascontiguousarray(follows[start:end, :end])  # which NumPy multiplies fast
+            due, within = rows[:, :start] @ error[:start], rows[:, start:]
             for i in range(start, end):
                 if (i - start) % self.group_size == 0:
                     # The scale is that of the weights the group is about to have: those that
@@ -157,25 +156,43 @@ class Format:
         return np.array(self.dense(packed))[:, 0]
 
 
-def _solve_feedback(gram: np.ndarray, damping: float) -> tuple[np.ndarray, np.ndarray]:
-    """Solve for what rounding with feedback needs of X^T X.
+@dataclass(frozen=True)
+class Feedback:
+    """What rounding with error feedback needs of X^T X.
 
-    How much each input (row) makes up for the error of each earlier one (column), F (in, in), and
-    what is left of an error of each input for which those behind it make up, as the cost of its
-    square (in,).
+    Attributes:
+        follows: how much each input (row) makes up for the error of each earlier one (column),
+            F (in, in).
+        costs: of the square of each input's error, what is left where those behind it make up for
+            it, (in,), as a share of the largest.
+    """
+
+    follows: np.ndarray
+    costs: np.ndarray
+
+
+def solve_feedback(gram: np.ndarray, damping: float = 0.01) -> Feedback:
+    """Solve for what rounding with feedback needs of X^T X (in, in).
 
     Errors D = W' - W (out, in) of the weights cost |D X^T|^2 = |D R|^2 for X^T X = R R^T with R
     upper triangular. Column j of D R is sum_{i <= j} d_i R_ij, the error of input j and of those
     before it. It vanishes if d_j = -sum_{i < j} d_i R_ij / R_jj, so F_ji = R_ij / R_jj. An error e
     by which d_j misses that costs e^2 R_jj^2. The paper finds the same numbers in the Cholesky
     factor of (X^T X)^-1 (section 3, step 3).
+
+    Args:
+        gram: (in, in), the inputs' X^T X.
+        damping: added to its diagonal, as a share of its mean.
     """
-    damped = add_to_diagonal(gram, damping * np.mean(np.diag(gram)) or 1.0)
-    # Cholesky's factor is lower triangular: of the reversed matrix it is R, reversed.
-    upper = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
-    own = np.diag(upper)
-    costs = np.square(own / own.max()).astype(np.float32)
-    return np.ascontiguousarray((upper / own).T, dtype=np.float32), costs
+    with ridged(gram, damping * np.mean(np.diag(gram)) or 1.0) as damped:
+        # Cholesky's factor is lower triangular: of the reversed matrix it is R, reversed.
+        try:
+            lower = factor(damped[::-1, ::-1])
+        except np.linalg.LinAlgError:  # of float32; in float64 it is positive definite
+            lower = np.linalg.cholesky(damped[::-1, ::-1])
+    own = np.diag(lower)
+    costs = np.square(own / own.max())[::-1].astype(np.float32)
+    return Feedback((lower / own).astype(np.float32, copy=False)[::-1, ::-1].T, costs)
 
 
 def _pack(codes: np.ndarray, bits: int) -> np.ndarray:

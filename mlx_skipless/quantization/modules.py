@@ -19,7 +19,7 @@ from ..progress import Steps, tell_part
 from ..removal.moments import Moments
 from .ends import record, round_tied
 from .fitting import fit_matrices
-from .formats import Format, Packed
+from .formats import Feedback, Format, Packed
 from .passage import STEPS, Passage, fit_layer
 from .roles import Readers, find_readers, find_writers
 
@@ -44,7 +44,7 @@ class Unrounded(Format):
         """Return a weight in the matrix's type."""
         return {"weight": weight.astype(self.dtype)}
 
-    def with_feedback(self, weight: np.ndarray, gram: np.ndarray, damping: float = 0.0) -> Packed:
+    def with_feedback(self, weight: np.ndarray, feedback: Feedback) -> Packed:
         """Return a weight (out, in) in the matrix's type."""
         return self.nearest(mx.array(weight.astype(np.float32)))
 

@@ -3,7 +3,8 @@
 A matrix here is (in, out), as ``x @ W`` reads it.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,8 @@ import numpy as np
 
 from .products import ignore_overflow
 
-WIDE = 4096  # inputs whose second moments are kept in float64
+MOST_WIDE = 1 << 25  # sums of a matrix that are kept in float64: beyond, they take gigabytes
+BLOCK = 256  # of a triangular matrix's rows
 SMALLEST = 1e-12  # mean square of a token's stream
 # Tried as the ridge, a share of the inputs' mean square.
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -37,14 +39,22 @@ class Moments:
     def add(self, x: mx.array, targets: Mapping[str, mx.array]) -> None:
         """Take in inputs (batch, length, in) and, by name, outputs (batch, length, out)."""
         x = x.reshape(-1, x.shape[-1]).astype(mx.float32)
-        self.count += x.shape[0]
-        # In float32 where float64 would take gigabytes; what comes of it is judged in any case.
-        kind = np.float64 if x.shape[-1] <= WIDE else np.float32
-        self.gram = self.gram + _multiply(x, x).astype(kind, copy=False)
+        self.gram = _add(self.gram if self.count else None, _multiply(x, x))
         for name, y in targets.items():
             y = y.reshape(-1, y.shape[-1])
-            self.cross[name] = self.cross.get(name, 0) + _multiply(x, y).astype(kind, copy=False)
+            self.cross[name] = _add(self.cross.get(name), _multiply(x, y))
             self.energy[name] = self.energy.get(name, 0) + to_float64(y.square().sum(0))
+        self.count += x.shape[0]
+
+    def absorb(self, other: "Moments") -> None:
+        """Take in all that another has seen, which forgets it."""
+        if other.count:
+            self.gram = _add(self.gram if self.count else None, other.gram)
+            for name, cross in other.cross.items():
+                self.cross[name] = _add(self.cross.get(name), cross)
+                self.energy[name] = self.energy.get(name, 0) + other.energy[name]
+            self.count += other.count
+        other.__init__()  # type: ignore[misc]
 
     def error(self, name: str, weight: np.ndarray, outputs: Any = slice(None)) -> float:
         """Return |X W - Y|^2 / |Y|^2 for a weight W (in, out), over all outputs or some.
@@ -80,11 +90,62 @@ def _multiply(x: mx.array, y: mx.array) -> np.ndarray:
     return np.asarray(x).T @ np.asarray(y)
 
 
-def add_to_diagonal(gram: np.ndarray, added: float) -> np.ndarray:
-    """Return a copy of a square matrix with a number added to its diagonal."""
-    out = gram.copy()
-    np.einsum("ii->i", out)[:] += added
-    return out
+def _add(sums: np.ndarray | None, others: np.ndarray) -> np.ndarray:
+    """Add to sums in place, or begin them.
+
+    In float64, but in float32 where that would take gigabytes; what comes of it is judged in any
+    case.
+    """
+    if sums is None:
+        return others.astype(np.float64 if others.size <= MOST_WIDE else np.float32, copy=False)
+    sums += others
+    return sums
+
+
+@contextlib.contextmanager
+def ridged(gram: np.ndarray, added: float) -> Iterator[np.ndarray]:
+    """Add a number to a square matrix's diagonal for the time, in place: a copy may be large."""
+    diagonal = np.einsum("ii->i", gram)
+    kept = diagonal.copy()
+    diagonal += added
+    try:
+        yield gram
+    finally:
+        diagonal[:] = kept
+
+
+def factor(gram: np.ndarray) -> np.ndarray:
+    """Compute Cholesky's factor L of a matrix, L L^T, in the matrix's own type.
+
+    MLX does where that is float32: NumPy would in float64, which takes three times the memory.
+
+    Raises:
+        np.linalg.LinAlgError: if the matrix is not positive definite, as far as its type tells.
+    """
+    if gram.dtype != np.float32:
+        return np.linalg.cholesky(gram)
+    lower = np.asarray(mx.linalg.cholesky(mx.array(np.ascontiguousarray(gram)), stream=mx.cpu))
+    if not (np.diag(lower) > 0).all():  # MLX does not say that it failed
+        raise np.linalg.LinAlgError("not positive definite")
+    return lower
+
+
+def solve_factored(lower: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Solve L L^T X = B for X, from Cholesky's factor L (in, in) and B (in, out).
+
+    The substitutions go by blocks, so that nearly all is products.
+    """
+    starts = range(0, len(lower), BLOCK)
+    x = right.astype(lower.dtype)
+    for start in starts:  # L Z = B, from above
+        own = slice(start, start + BLOCK)
+        x[own] -= lower[own, :start] @ x[:start]
+        x[own] = np.linalg.inv(lower[own, own]) @ x[own]
+    for start in reversed(starts):  # L^T X = Z, from below
+        own = slice(start, start + BLOCK)
+        x[own] -= lower[start + BLOCK :, own].T @ x[start + BLOCK :]
+        x[own] = np.linalg.inv(lower[own, own]).T @ x[own]
+    return x
 
 
 def to_float64(array: mx.array) -> np.ndarray:

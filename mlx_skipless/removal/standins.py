@@ -25,7 +25,7 @@ from ..network.parts import replace_at
 from ..network.stock import StandIns, StockNetwork
 from ..network.trial import KINDS, find_part
 from ..progress import Steps, tell_part
-from .moments import RIDGES, SMALLEST, Moments, add_to_diagonal, weigh_tokens
+from .moments import RIDGES, SMALLEST, Moments, ridged, weigh_tokens
 from .sublayers import Drops, Step, Wish, choose_drops
 
 ADDS = 1e-3  # by which a block's stream may differ from the sum of what its sub-layers give
@@ -249,15 +249,16 @@ def _solve(seen: Moments, judge: Moments, scale: float) -> Fit:
 
     def solve(moments: Moments, ridge: float) -> np.ndarray:
         size = np.mean(np.diag(moments.gram))
-        gram = add_to_diagonal(moments.gram, float(ridge * size) or 1.0)
-        return np.linalg.solve(gram, moments.cross[OUTPUT])
+        with ridged(moments.gram, float(ridge * size) or 1.0) as gram:
+            return np.linalg.solve(gram, moments.cross[OUTPUT])
 
     errors = {ridge: judge.error(OUTPUT, solve(seen, ridge)) for ridge in RIDGES}
     ridge = min(RIDGES, key=lambda one: errors[one])
-    whole = Moments(seen.gram + judge.gram, {OUTPUT: seen.cross[OUTPUT] + judge.cross[OUTPUT]})
-    weight = solve(whole, ridge).astype(np.float32)
+    energy, count = judge.energy[OUTPUT].sum(), judge.count
+    seen.absorb(judge)
+    weight = solve(seen, ridge).astype(np.float32)
     *_, width = weight.shape
     linear = nn.Linear(width, width)
     linear.update({"weight": mx.array(weight[:-1].T), "bias": mx.array(weight[-1])})
-    wrong = errors[ridge] * judge.energy[OUTPUT].sum() / (judge.count * width)
+    wrong = errors[ridge] * energy / (count * width)
     return Fit(linear, float(wrong * scale**2))

@@ -25,7 +25,7 @@ from mlx_skipless.network.driver import Recorder, is_held_out, split_batches
 from mlx_skipless.network.parts import replace_at
 from mlx_skipless.network.stock import StockNetwork, WholeNetwork
 from mlx_skipless.quantization import distillation, fitting, passage, sensitivity
-from mlx_skipless.quantization.formats import Format
+from mlx_skipless.quantization.formats import Format, solve_feedback
 from mlx_skipless.quantization.layout import quantize_nearest
 from mlx_skipless.quantization.modules import CalibratedModules, read_formats
 from mlx_skipless.quantization.settings import Quantization
@@ -323,7 +323,9 @@ def test_rounding_is_weighed_by_other_text(
         weight, x = module.weight, read.get(id(module))
         feedback = x is not None and ".layers." in path
         if feedback:
-            module.weight = form.dense(form.with_feedback(np.array(weight), x.T @ x))
+            module.weight = form.dense(
+                form.with_feedback(np.array(weight), solve_feedback(x.T @ x))
+            )
         else:
             module.weight = form.dense(form.nearest(weight))
         expected = reference.softmax_kl(exact, run(source, tokens[:2]))
