@@ -70,7 +70,13 @@ def flag_name(name: str) -> str:
 
 
 def expand_path(path: str | Path) -> Path:
-    """The path that a user means by ``~/model``, which a shell does not always expand."""
+    """The path that a user means by ``~/model``, which a shell does not always expand.
+
+    Raises:
+        BadArgument: for a path with a null byte, which no system has.
+    """
+    if "\0" in str(path):
+        raise BadArgument(f"{str(path)!r}: a path has no null byte")
     return Path(os.path.expanduser(path))
 
 
@@ -90,6 +96,8 @@ def parse_texts(options: Any) -> None:
                 object.__setattr__(options, one.name, parse(value))
             except UserError as error:
                 raise BadArgument(f"{flag_name(one.name)}: {error}") from None
+            except ValueError:
+                raise BadArgument(f"{flag_name(one.name)} {value!r}: must be a number") from None
 
 
 def check_types(options: Any) -> None:

@@ -22,7 +22,7 @@ from ..options import check_least
 from .caches import cut_prompt, make_cache, make_draft_caches, make_sliding_cache
 from .context import find_context, limit_answer
 from .loading import load
-from .prompts import check_ids, encode_prompt
+from .prompts import check_ids, encode_prompt, list_ids
 from .sampling import check_options, make_samplers
 
 DRAFTS = 3  # tokens that a draft model proposes at a time
@@ -160,7 +160,7 @@ def stream(
     max_kv_size: int | None = None,
     kv_bits: int | None = None,
     prompt_cache: list[Any] | None = None,
-    draft_model: nn.Module | None = None,
+    draft_model: nn.Module | str | Path | None = None,
     num_draft_tokens: int = DRAFTS,
     **choice: Any,
 ) -> Stream:
@@ -177,8 +177,9 @@ def stream(
         seed: of MLX's random state, set when the first piece is asked for.
         max_kv_size, kv_bits: as ``make_cache`` takes them.
         prompt_cache: a cache to go on from, which is extended in place.
-        draft_model: proposes ``num_draft_tokens`` at a time, which ``model`` checks at once: the
-            answer is ``model``'s (arXiv 2211.17192, as mlx-lm does it). Its tokens are the same.
+        draft_model: a loaded one, a folder or a Hub id; it proposes ``num_draft_tokens`` at a time,
+            which ``model`` checks at once: the answer is ``model``'s (arXiv 2211.17192, as mlx-lm
+            does it). Its tokens are the same.
         choice: ``temp``, ``top_p``, ``min_p``, ``top_k`` and ``repetition_penalty``, as
             ``sampling.make_samplers`` takes them.
 
@@ -186,8 +187,10 @@ def stream(
         UserError: for options and prompts that cannot be.
     """
     check_options(max_tokens=max_tokens, seed=seed, **choice)
-    ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
+    ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else list_ids(prompt)
     check_ids(model, ids)
+    if isinstance(draft_model, str | Path):
+        draft_model = load_draft(draft_model, tokenizer)
     tokens = len(ids) + max_tokens
     if draft_model is None:
         cache, ids = _choose_cache(model, ids, prompt_cache, tokens, max_kv_size, kv_bits)

@@ -1,5 +1,6 @@
 """From a user's words to token ids, through a model's chat template or plain."""
 
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,6 +60,19 @@ def encode_prompt(
     )
 
 
+def list_ids(prompt: Any) -> list[int]:
+    """List the token ids of a sequence or an array.
+
+    Raises:
+        BadArgument: for anything else, a text's bytes among it.
+    """
+    if hasattr(prompt, "tolist"):
+        prompt = prompt.tolist()
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
+        raise BadArgument(f"a prompt is text or token ids, no {type(prompt).__name__}")
+    return list(prompt)
+
+
 def check_ids(model: nn.Module, ids: Sequence[int]) -> None:
     """Raise a UserError for token ids that are none, or have no embedding in a model.
 
@@ -69,6 +83,8 @@ def check_ids(model: nn.Module, ids: Sequence[int]) -> None:
     args = getattr(model, "args", None)
     rows = count_embeddings(vars(args)) if hasattr(args, "__dict__") else None
     for token in ids:
+        if not isinstance(token, numbers.Integral):
+            raise UserError(f"{token!r} in the prompt is no token id")
         if token < 0 or (rows is not None and token >= rows):
             known = "" if rows is None else f" ({rows:,} tokens)"
             raise UserError(

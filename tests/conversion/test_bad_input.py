@@ -1284,6 +1284,22 @@ def test_options_that_only_python_can_give(place: Path, options: dict[str, Any],
     assert contents(place) == before
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"quantize": True, "q_bits": "x"}, "--q-bits 'x': must be a number"),
+        ({"quantize": True, "q_group_size": ""}, "--q-group-size '': must be a number"),
+        ({"mlx_path": "\0"}, "a path has no null byte"),
+        ({"model": "m\0"}, "a path has no null byte"),
+    ],
+)
+def test_text_that_python_would_not_take(place: Path, options: dict[str, Any], said: str):
+    before = contents(place)
+    with pytest.raises(UserError, match=said):
+        convert(**{"model": place / "model", "mlx_path": place / "out", **options})
+    assert contents(place) == before
+
+
 # Interruptions
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from commands import script
 from factory import EOS, make_checkpoint, make_llama
@@ -268,6 +269,26 @@ def test_options_that_cannot_be_are_refused(llama: Loaded, options: dict[str, An
 def test_an_empty_prompt_is_refused(llama: Loaded, prompt: str | list[int]):
     with pytest.raises(UserError, match="empty"):
         generation.stream(*llama, prompt)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        (None, "no NoneType"), (5, "no int"), (b"x", "no bytes"), ({"role": "user"}, "no dict"),
+        (["a"], "'a' in the prompt"), ([1.0], "1.0 in the prompt"), ([[1, 2]], "no token id"),
+    ],
+)  # fmt: skip
+def test_what_is_neither_text_nor_tokens_is_refused(llama: Loaded, prompt: Any, says: str):
+    with pytest.raises(UserError, match=re.escape(says)):
+        generation.stream(*llama, prompt)
+
+
+def test_tokens_may_come_in_an_array(llama: Loaded):
+    answers = [
+        generation.generate(*llama, prompt, max_tokens=3).text
+        for prompt in ([5, 6, 7], (5, 6, 7), np.array([5, 6, 7]), mx.array([5, 6, 7]))
+    ]
+    assert len({*answers}) == 1
 
 
 @pytest.mark.parametrize("token", [-1, -264, 264, 10**7])

@@ -139,6 +139,15 @@ def test_a_quantized_cache(folder: Path) -> None:
     assert (plain.accepted_tokens, plain.drafted_tokens) == (0, 0)
 
 
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_folder_serves_as_draft_model(kind: type, folder: Path) -> None:
+    model, tokenizer = load(folder / "other")
+    plain = generation.generate(model, tokenizer, PROMPT, max_tokens=12)
+    draft = kind(folder / "other")
+    answer = generation.generate(model, tokenizer, PROMPT, max_tokens=12, draft_model=draft)
+    assert answer.text == plain.text and answer.accepted_tokens == answer.drafted_tokens == 9
+
+
 def test_a_cache_for_fewer_layers_is_refused(folder: Path) -> None:
     """mlx-lm parts a given list by layers: a target without some attention takes the draft's."""
     model, tokenizer = load(folder / "no attention 1, 2")
