@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 REMOVALS = ("auto", "qp", "kp", "vp", "q", "k", "v", "p", "none")
+DRAFTS = 3  # tokens that a draft model proposes at a time
 FLOAT_NAMES = ("float16", "bfloat16", "float32")
 # MLX's quantization modes: group sizes and bits, its own choice first.
 MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {

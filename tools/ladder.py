@@ -17,6 +17,7 @@ import dataclasses
 import json
 import math
 import multiprocessing
+import multiprocessing.util
 import os
 import shutil
 import tempfile
@@ -145,6 +146,7 @@ def start_worker(settings: Settings, output: Path) -> None:
     """Read the tokens, and make a folder for compiled kernels: two processes may share none."""
     global SETTINGS, TOKENS
     os.environ["TMPDIR"] = own = tempfile.mkdtemp()
+    multiprocessing.util.Finalize(None, shutil.rmtree, (own, True), exitpriority=0)
     if compiled := os.environ.get("MLX_PTX_CACHE_DIR"):
         os.environ["MLX_PTX_CACHE_DIR"] = shutil.copytree(compiled, f"{own}/ptx")
     TOKENS = read_tokens(output)

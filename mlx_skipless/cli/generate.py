@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..constants import DRAFTS
 from ..errors import BadArgument
 from ..options import flag_name
 from ..terminal import make_visible
@@ -76,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--num-draft-tokens", type=int,
-        help="tokens that it proposes at a time (default: 3)",
+        help=f"tokens that it proposes at a time (default: {DRAFTS})",
     )  # fmt: skip
     parser.add_argument("--compare", metavar="OTHER", help="run this model too and print the ratio")
     parser.add_argument(

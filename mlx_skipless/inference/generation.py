@@ -15,6 +15,7 @@ import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse, stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..constants import DRAFTS
 from ..errors import BadArgument, UserError, first_line
 from ..memory import format_bytes
 from ..network.parts import dtype_name
@@ -25,7 +26,6 @@ from .loading import load
 from .prompts import check_ids, encode_prompt, list_ids
 from .sampling import check_options, make_samplers
 
-DRAFTS = 3  # tokens that a draft model proposes at a time
 TALE, TALE_TEMP = "Once upon a time", 0.8  # where nobody asks for anything
 CHECK_EVERY = 16  # tokens between two looks at whether the logits are numbers
 
