@@ -61,6 +61,8 @@ HUB = "tests/checkpoints/test_hub.py -k"
 TRAIN = "tests/training/test_pretraining.py -k"
 HEAL = "tests/training/test_healing.py -k"
 TOGETHER = "tests/quantization/test_together.py"
+LOADING = "tests/inference/test_loading.py -k 'transformers_5 or text_model_of or packed_model'"
+MOMENTS = "tests/removal/test_moments.py"
 ENDS, ROLES = "tests/quantization/test_ends.py", "tests/quantization/test_roles.py --thorough"
 MODULES = "tests/quantization/test_modules.py -k"
 MAKES_UP = f"{MODULES} makes_up"
@@ -126,8 +128,15 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("standins", "wrong * scale**2", "wrong", STAND_INS),
     ("standins", "off <= ADDS**2", "True", STAND_INS),
     # What transformers 5 writes elsewhere, and what mlx-lm alone knows of a known architecture.
-    ("config", "config.get(k) is None}@@old_keys", "False}", PUBLISHED),
-    ("config", 'found["rope_scaling"] = scaling', "pass", PUBLISHED),
+    ("old_keys", "config.get(key) is None and (whole or key in read)]", "False]", PUBLISHED),
+    ("old_keys", 'None if kind == "default" else scaling', "None", PUBLISHED),
+    ("old_keys", 'whole=not read or "text_config" in read', "whole=False", LOADING),
+    ("old_keys", 'if whole or read.get("rope_scaling") else set()', "if False else set()", LOADING),
+    ("loading", "if family.to_own_keys(config).get(TIED) is None:", "if False:", LOADING),
+    # Least squares of wide matrices.
+    ("moments", "if not (np.diag(lower) > 0).all():", "if False:", MOMENTS),
+    ("moments", "diagonal[:] = kept", "pass", MOMENTS),
+    ("moments", "lower[start + BLOCK :, own].T @ x[start + BLOCK :]", "0", MOMENTS),
     ("stock", "is True and key in read}", "is True}", "tests/architectures/test_families.py"),
     ("config", "rel_tol=1e-6)@@rope", "rel_tol=9.0)", "tests/architectures/test_families.py"),
     ("config", 'rope.get("truncate") is False', "False", "tests/architectures/test_families.py"),
