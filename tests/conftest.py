@@ -32,7 +32,7 @@ settings.register_profile("busy", deadline=None)  # a loaded machine is no failu
 for name in ("thorough", "endless"):  # test_fuzz.py: many times as many
     settings.register_profile(name, deadline=None)
 
-SHARE = 4
+SHARE = 4  # of a test's usual cases, of which the default run takes the first
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
