@@ -5,6 +5,7 @@
 The checkpoints and the float64 reference are those of the tests.
 """
 
+import argparse
 import contextlib
 import io
 import sys
@@ -54,6 +55,7 @@ def error(name: str, seed: int, options: dict[str, Any]) -> float | None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     print("| |", " | ".join(WAYS), "|")
     print("|---" * (len(WAYS) + 1) + "|")
     for name in ARCHITECTURES:

@@ -5,6 +5,7 @@
 Relative errors in the Frobenius norm, on random weights as a checkpoint holds them.
 """
 
+import argparse
 from collections.abc import Callable
 
 import mlx.core as mx
@@ -85,5 +86,6 @@ def solutions(rng: np.random.Generator) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     products(np.random.default_rng(0))
     solutions(np.random.default_rng(0))

@@ -5,6 +5,7 @@
 The models and the ways of running them are those of the tests.
 """
 
+import argparse
 import contextlib
 import io
 import itertools
@@ -52,7 +53,11 @@ def try_ways(case: Case, ways: tuple[str, ...]) -> str:
 def main() -> None:
     rows: dict[tuple[str, ...], list[str]] = {}
     works = 0
-    chosen = sys.argv[1:] or [*CONFIGS]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("types", nargs="*", metavar="MODEL_TYPE")
+    chosen = parser.parse_args().types or [*CONFIGS]
+    if unknown := {*chosen} - CONFIGS.keys():
+        parser.error(f"no small model of {', '.join(sorted(unknown))}")
     for name in chosen:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             case = open_case(Path(folder) / "model", name)

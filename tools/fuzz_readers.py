@@ -9,6 +9,7 @@ mutants that nothing guides.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import json
@@ -484,4 +485,7 @@ def main(target: str, *arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("target", choices=TARGETS)
+    parsed, rest = parser.parse_known_args()
+    main(parsed.target, *rest)

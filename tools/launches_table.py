@@ -5,6 +5,7 @@
 The networks and the counting are those of the tests.
 """
 
+import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ def list_removals(name: str) -> tuple[str, ...]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     print("| kernels of a layer |", " | ".join(CASES), "|")
     print("|---" + "|---:" * len(CASES) + "|")
     for name in NETWORKS:

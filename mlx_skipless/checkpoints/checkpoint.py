@@ -28,13 +28,21 @@ from ..architectures.tensors import (
 from ..architectures.wrappers import describe_left_out, take_text_model
 from ..errors import UserError
 from ..network.model import Model, ModelArgs
-from ..network.names import CHANNEL_PATHS, EMBEDDING, HEAD, LINEAR_PATHS
+from ..network.names import ATTENTION, CHANNEL_PATHS, EMBEDDING, EXPERTS, HEAD, LINEAR_PATHS
 from ..network.parts import tensors_of
 from . import files, hub
 from .files import read_config, read_json
 from .gguf_file import GGUFStore
 from .packed import UnpackedStore, find_scheme
-from .safetensors import FLOATS, SafetensorsStore, Shape, Store, find_usual_dtype, is_float
+from .safetensors import (
+    FLOATS,
+    SafetensorsStore,
+    Shape,
+    Store,
+    explain_second_model,
+    find_usual_dtype,
+    is_float,
+)
 
 
 @dataclass(frozen=True)
@@ -237,6 +245,18 @@ def _explain_head(checkpoint: Checkpoint) -> Iterator[str]:
         )
 
 
+def _explain_biases(checkpoint: Checkpoint) -> Iterator[str]:
+    """Say so where there are biases that config.json denies; a result has them."""
+    own = checkpoint.family.to_own_keys(checkpoint.config)
+    for key, matrices in (("attention_bias", ATTENTION), ("mlp_bias", EXPERTS)):
+        biased = [name for name in matrices if checkpoint.args.biases.get(name)]
+        if own.get(key) is False and biased:
+            yield (
+                f'"{key}" in config.json is false, but {" and ".join(biased)} have biases, which '
+                "are kept: transformers leaves them out"
+            )
+
+
 def _list_dtypes(checkpoint: Checkpoint) -> dict[str, mx.Dtype | None]:
     """The number types of a source's tensors that are read."""
     places = checkpoint._places.values()
@@ -333,7 +353,8 @@ def open_checkpoint(
     if store is not None:
         checkpoint = Checkpoint(str(source), config, family, args, path, store, notes=tuple(notes))
         checkpoint.validate()
-        return replace(checkpoint, notes=(*notes, *_explain_head(checkpoint)))
+        notes += [*_explain_head(checkpoint), *_explain_biases(checkpoint)]
+        return replace(checkpoint, notes=tuple(notes))
     if not config_only:
         raise UserError(f"{source} is a config without weights: add --dry-run, or give the model")
     return Blueprint(str(source), config, family, args, notes=tuple(notes))
@@ -378,5 +399,6 @@ def _open_folder(folder: Path, config_only: bool, notes: list[str]) -> Opened:
         find_scheme(config)
         notes.append(f"this is planned from config.json alone: {error}")
         return config, family, None
+    notes += explain_second_model(folder)
     scheme = find_scheme(config, store)
     return config, family, store if scheme is None else UnpackedStore(store, scheme)

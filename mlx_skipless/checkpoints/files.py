@@ -11,8 +11,8 @@ from typing import Any
 from ..errors import UserError
 
 SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")  # what is read besides weights
-# The largest files of these kinds on the Hub have a few tens of MB.
 NATIVE = "params.json"  # of Mistral and Meta, with weights that are called consolidated
+# The largest files of these kinds on the Hub have a few tens of MB.
 CONFIG_BYTES = 64 << 20
 TOKENIZER_BYTES = 256 << 20
 MOST_TOKENS = 1 << 23  # as a config may have embeddings

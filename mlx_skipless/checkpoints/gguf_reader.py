@@ -25,7 +25,7 @@ class _Reader(gguf.GGUFReader):
     the file, so only metadata is read through it, and only when the file is opened.
     """
 
-    _values = _keys = 0
+    _values = 0
 
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
         if offset + count > len(self.data):  # before a count overflows

@@ -38,7 +38,7 @@ PRIVATE = "(a private one needs `hf auth login`)"
 
 def is_id(source: str) -> bool:
     """Whether a source is a Hub id: it looks like one, and no such path exists."""
-    is_file = source.lower().endswith((".gguf", ".json"))
+    is_file = source.startswith(".") or source.lower().endswith((".gguf", ".json"))
     return (
         bool(HUB_ID.fullmatch(source)) and not is_file and not os.path.exists(expand_path(source))
     )

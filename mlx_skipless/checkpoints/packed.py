@@ -64,6 +64,11 @@ def find_scheme(config: Mapping[str, Any], store: Store | None = None) -> Scheme
         return GPTQScheme(declared)
     if isinstance(method, str) and method in READERS:
         return READERS[method](declared, read_dtype(config))
+    if method is None and "bits" in declared:
+        raise UserError(
+            'the "quantization_config" in config.json has no "quant_method": if MLX has quantized '
+            'the checkpoint, call it "quantization"'
+        )
     raise UserError(
         f"the checkpoint is quantized as {method!r}, which cannot be read; supported: MLX, AWQ, "
         "GPTQ, FP8, compressed-tensors, ModelOpt and GGUF. Use the unquantized model"

@@ -5,7 +5,7 @@ Every header is checked before any weight is read. Nothing is unpickled or mappe
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard
@@ -223,6 +223,16 @@ def find_weight_files(folder: Path) -> list[Path]:
             or f"no model*.safetensors in {folder}{why}: give a safetensors checkpoint"
         )
     return found
+
+
+def explain_second_model(folder: Path) -> Iterator[str]:
+    """Say so where a folder has a model.safetensors beside the files that its index names."""
+    there = (folder / INDEX).is_file() and (folder / WHOLE).is_file()
+    if there and folder / WHOLE not in find_weight_files(folder):
+        yield (
+            f"{INDEX} names other files than {WHOLE}, which is there too and is not read: "
+            "transformers reads it. Move one of the two models away"
+        )
 
 
 def _explain_missing(folder: Path, missing: list[str], named: int) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import mlx_lm.utils
 import transformers
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from ..errors import UserError, first_line
@@ -271,6 +272,11 @@ def _explain_errors(name: str | Path, remedy: str) -> Iterator[None]:
             yield
     except UserError:
         raise
+    except StrictDataclassFieldValidationError as error:  # transformers reads that file, too
+        *_, why = str(error).splitlines()
+        raise UserError(
+            f"config.json of {name} is malformed ({why.strip()}): correct it"
+        ) from error
     except Exception as error:
         raise UserError(
             f"the tokenizer of {name} cannot be read ({first_line(error)}): {remedy}"

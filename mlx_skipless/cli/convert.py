@@ -27,7 +27,7 @@ EXAMPLES = (
     ("--model mistralai/Mistral-7B-v0.1 --dry-run", "what could go, without writing anything"),
     (
         "--model SRC --mlx-path OUT -q",
-        "remove what pays, then quantize to 4 bits against the model's own text",
+        "remove what pays, and quantize to 4 bits",
     ),
     (
         "--model SRC --target-bytes 4GB --calibration notes.txt",

@@ -130,7 +130,7 @@ def _write_exactness(found: Exactness) -> list[str]:
     cells = [(what, f"{error:.1e}") for what, error in rows]
     same = "the same" if found.same_tokens else "**not all the same**"
     return [
-        f"A random skipless network with query and head skips, without {gone} layers. The next "
-        f"tokens that it prefers are {same} as in float64.",
+        "A random skipless network with query, head and output skips, without "
+        f"{gone} layers. The next tokens that it prefers are {same} as in float64.",
         Grid(("worst token's relative logit error", ""), cells).markdown(),
     ]

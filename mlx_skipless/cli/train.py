@@ -12,7 +12,7 @@ from .shared import add_fields, add_held_out_arguments, add_run_arguments, open_
 
 EXAMPLES = (
     ("--data tales/*.txt", "a skipless model of twelve layers whose Q and P can go"),
-    ("--data tales/*.txt -c recipes/tales.yaml", "the bundled model again"),
+    ("--data tales/*.txt -c recipes/tales.yaml", "a model like the bundled one"),
     ("--data tales/*.txt --steps 200 --mlx-path trial", "a shorter run"),
     ("--resume --mlx-path trial", "go on after a stop, bit for bit"),
 )
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add_run_arguments(parser, "trained_model", "the run")
     parser.add_argument(
-        "-c", "--config", metavar="YAML", help="file with the recipe below; flags come first"
+        "-c", "--config", metavar="YAML", help="file with the recipe below; flags override it"
     )
     parser.add_argument(
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16"],

@@ -178,7 +178,8 @@ def _describe_changes(report: Report) -> Iterator[str]:
     if report.folded:
         yield f"Gains of these norms folded into the matrices: {', '.join(report.folded)}."
     if report.packing:
-        yield f"The source was quantized ({report.packing}) and dequantized first."
+        done = "stays so where nothing was changed" if report.kept_packed else "dequantized first"
+        yield f"The source was quantized ({report.packing}) and {done}."
     if report.packings:
         formats = ", ".join(
             f"{one.matrices} matri{'x' if one.matrices == 1 else 'ces'} to {one.bits} bits "

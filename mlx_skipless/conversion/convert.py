@@ -31,6 +31,7 @@ from ..options import expand_path
 from ..progress import Progress, Stopwatch
 from ..quantization import bits
 from ..quantization.calibration import NearestParts
+from ..quantization.coverage import find_widest
 from ..quantization.distillation import LOGITS_BYTES
 from ..quantization.fitting import estimate_memory
 from ..quantization.layout import Layout
@@ -48,7 +49,7 @@ from .decisions import check_size, decide, measure_mixtures, search_bits
 from .healing import Healing, Trainer, Ward, open_ward
 from .job import Job
 from .options import Options
-from .planning import plan
+from .planning import plan, size_text
 from .report import (
     Report,
     add_calibration,
@@ -72,6 +73,7 @@ from .stock import check as check_stock
 from .stock import check_memory as check_stock_memory
 from .stock import decide as decide_stock
 from .stock_healing import heal_reduced
+from .stock_quantization import check_dense
 from .stock_quantization import check_size as check_stock_size
 from .stock_quantization import write as write_stock
 from .stock_report import add_wishes as add_stock_wishes
@@ -203,6 +205,7 @@ def _convert_folder(job: StockJob, watch: Stopwatch, trainer: Trainer | None) ->
         open_ward(options, trainer, source.path, job.text, watch) as ward,
     ):
         tokenizer = write_beside(job, writer, config)
+        check_dense(job, network)
         passages = take_text(job, network, tokenizer, watch)
         job = decide_stock(job, network, passages, watch)
 
@@ -225,7 +228,7 @@ def _convert_folder(job: StockJob, watch: Stopwatch, trainer: Trainer | None) ->
             job = job.learn(healing=healing)
             outcome = check_stock(job, network, writer.folder, passages, watch)
         model, config = job.build_result(network)
-        whole, _ = job.undropped.build_result(network)
+        whole, _ = job.restore(network).build_result(network)
         report = make_stock_report(job, network, model, config, whole)
         report = add_healing(add_tokenizer(report, tokenizer), job.healing)
         if job.calibrated and passages is not None:
@@ -340,20 +343,10 @@ def _write_beside(job: Job, writer: Writer) -> GuardedTokenizer | None:
 
 def _take_text(job: Job, tokenizer: GuardedTokenizer | None, progress: Progress) -> Passages | None:
     """The tokens that deciding, calibrating and checking need; None if nothing does."""
-    options = job.options
-    calibrating = job.calibrated or bool(options.drops)
-    if not (options.verify or calibrating):
+    options, args = job.options, job.plan.before
+    sizes = size_text(options, job.calibrated, job.layout.count(), find_widest(args))
+    if sizes is None:
         return None
-    # MLX's quantized products are slow on a CPU.
-    small = job.layout.count() <= samples.LONG_CHECK_WEIGHTS
-    long_check = calibrating and (small or mx.default_device().type != mx.cpu)
-    args = job.plan.before
-    widest = max(args.hidden_size, args.intermediate_size, args.num_attention_heads * args.head_dim)
-    # Choosing sub-layers, distilling and few bits take all the text that there is.
-    q = options.quantization
-    few = options.mixes_bits or (q is not None and q.usual_bits < 4)
-    fitted = None if options.drops or options.distill or few else widest
-    sizes: dict[str, Any] = {"calibrating": calibrating, "long_check": long_check, "fitted": fitted}
     return samples.take_passages(
         lambda: _load_source(job),
         tokenizer,

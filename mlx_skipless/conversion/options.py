@@ -197,7 +197,7 @@ class Options(Removals):
 
     verify: bool = checking(
         True,
-        "whether to compare source and result at the end (default); --no-verify leaves that out",
+        "check the result against its source at the end; --no-verify skips that",
         flags=("--no-verify",),
         const=False,
     )

@@ -5,6 +5,9 @@ Reads no text. Weights are read to measure condition numbers, where they are at 
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.gguf_file import GGUFStore
@@ -20,6 +23,7 @@ from ..removal.choices import NOISE_LIMIT
 from ..removal.products import UNIT_ROUNDOFF
 from ..removal.source import SourceReader
 from ..removal.table import explain_price, find_needed, find_obstacle
+from ..text.samples import LONG_CHECK_WEIGHTS
 from .job import Form, Job, find_inverses
 from .options import Options
 
@@ -72,12 +76,43 @@ def plan(job: Job, progress: Progress) -> Job:
     return replace(job, calibrated=calibrated)
 
 
-def list_wishes(asked: Mapping[str, int | str]) -> list[sublayers.Wish]:
+def list_wishes(asked: Mapping[str, int | str], verb: str = "drop") -> list[sublayers.Wish]:
     """How many sub-layers shall go, or be replaced, by kind."""
     return [
-        sublayers.Wish(kind, None if count == "auto" else int(count))
+        sublayers.Wish(kind, None if count == "auto" else int(count), verb)
         for kind, count in asked.items()
     ]
+
+
+def size_text(
+    options: Options, calibrated: bool, weights: int, widest: int
+) -> dict[str, Any] | None:
+    """Decide how much text a conversion needs.
+
+    Args:
+        options: of the conversion.
+        calibrated: whether matrices are quantized against text.
+        weights: of the result.
+        widest: the inputs of the widest matrix.
+
+    Returns:
+        What ``take_passages`` takes as ``sizes``; None where nothing needs text.
+    """
+    choosing = bool(options.drops or options.replacements or options.allow)
+    calibrating = calibrated or choosing
+    if not (options.verify or calibrating):
+        return None
+    # MLX's quantized products are slow on a CPU.
+    fast = weights <= LONG_CHECK_WEIGHTS or mx.default_device().type != mx.cpu
+    # Choosing sub-layers, distilling and few bits take all the text that there is.
+    q = options.quantization
+    few = options.mixes_bits or (q is not None and q.usual_bits < 4)
+    all_of_it = choosing or options.distill or few
+    return {
+        "calibrating": calibrating,
+        "long_check": calibrating and fast,
+        "fitted": None if all_of_it else widest,
+    }
 
 
 def _check_wishes(job: Job) -> None:

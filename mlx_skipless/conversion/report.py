@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from ..checkpoints.guarded import GuardedTokenizer
 from ..network.driver import count_weights
-from ..network.names import EMBEDDING, HEAD
+from ..network.names import EMBEDDING, FINAL_NORM, HEAD
 from ..network.parts import dtype_name
 from ..network.wiring import LETTERS
 from ..quantization.coverage import Packing, count_packings
@@ -168,6 +168,8 @@ def make_report(job: Job) -> Report:
     plan, layout = job.plan, job.layout
     source = Layout(plan.before, job.checkpoint.dtype)
     same_format = replace(layout, args=plan.before)
+    if (q := layout.quantization) is not None:
+        same_format = replace(same_format, quantization=replace(q, bits=q.typical_bits))
     skipless = plan.before != job.checkpoint.args
     return Report(
         source=job.checkpoint.name,
@@ -350,6 +352,7 @@ def _make_rows(job: Job, source: Layout) -> Iterator[LayerRow]:
     plan, layout, costs = job.plan, job.layout, job.measured.costs
     conditioning = job.measured.conditioning or {}
     names = [EMBEDDING, *(f"model.layers.{i}" for i in range(plan.before.num_hidden_layers))]
+    names += [FINAL_NORM] if source.count(FINAL_NORM) else []
     names += [] if plan.before.tie_word_embeddings else [HEAD]
     for name in names:
         prefix = f"{name}."

@@ -38,7 +38,13 @@ from ..quantization.fitting import estimate_moments
 from ..quantization.layout import quantize_nearest
 from ..quantization.sensitivity import REPLACE
 from ..quantization.together import Found
-from ..removal.renumbering import Layers, delete_layers, passes_stream, shorten_network
+from ..removal.renumbering import (
+    Layers,
+    delete_layers,
+    passes_stream,
+    rename_layer,
+    shorten_network,
+)
 from ..removal.standins import choose_stand_ins, fit_together
 from ..removal.sublayers import Drops, Step, check_sums, choose_drops
 from ..text import samples
@@ -46,7 +52,7 @@ from ..text.samples import Passages
 from .check import Verification, compare_networks
 from .healing import Healing
 from .options import Options
-from .planning import list_wishes
+from .planning import list_wishes, size_text
 from .writing import MODEL_FILE
 
 KINDS = ("attention", "ffn")
@@ -144,10 +150,20 @@ class StockJob:
         """Add to what was decided; ``found`` are fields."""
         return replace(self, **found)
 
-    @property
-    def undropped(self) -> "StockJob":
-        """The same with all sub-layers."""
-        return replace(self, dropped={}, stand_ins={}, layers=None, config={}, healed=None)
+    def restore(self, network: StockNetwork) -> "StockJob":
+        """The same with all sub-layers, whose matrices have about as many bits as others.
+
+        ``network`` is the source's.
+        """
+        bits, q = self.bits, self.options.quantization
+        if bits and q is not None:
+            others = replace(q, own=bits).typical_bits
+            names = dict.fromkeys(path for path, _ in self.source.model.named_modules())
+            if (layers := self.layers) is not None:
+                names = {path: rename_layer(path, layers, network.paths) for path in names}
+            bits = {path: bits.get(names[path] or path, others) for path in names}
+        whole: dict[str, Any] = {"dropped": {}, "stand_ins": {}, "layers": None, "config": {}}
+        return replace(self, bits=bits, healed=None, **whole)
 
     @property
     def calibrated(self) -> bool:
@@ -289,23 +305,22 @@ def check_job(job: StockJob, network: StockNetwork) -> None:
 def _check_wishes(options: Options, network: StockNetwork) -> None:
     """Check that as many sub-layers as are asked for can go, or be replaced."""
     spared, layers = find_spared(network), len(network.paths)
-    drops, replacements = map(list_wishes, (options.drops, options.replacements))
-    for verb, wish in (*(("drop", w) for w in drops), *(("replace", w) for w in replacements)):
+    wishes = [*list_wishes(options.drops), *list_wishes(options.replacements, "replace")]
+    for wish in wishes:
         kinds = KINDS if wish.kind == "block" else (wish.kind,)
         stay = {layer for kind in kinds for layer in spared[kind]}
         most = min(layers - 1, layers - len(stay))
-        flag = f"--{verb}-{wish.kind} {'auto' if wish.count is None else wish.count}"
         if most < 1 and not stay:
-            raise UserError(f"{flag}: this model has one layer, which has to keep its own")
+            raise UserError(f"{wish}: this model has one layer, which has to keep its own")
         if most < 1:
             obstacles = network.sublayers[min(stay)].obstacles
-            raise UserError(f"{flag}: {next(obstacles[k] for k in kinds if k in obstacles)}")
+            raise UserError(f"{wish}: {next(obstacles[k] for k in kinds if k in obstacles)}")
         if wish.count is not None and not 1 <= wish.count <= most:
-            raise UserError(f"{flag}: of this model's {layers} layers 1 to {most} can lose theirs")
+            raise UserError(f"{wish}: of this model's {layers} layers 1 to {most} can lose theirs")
         parts = max(len(network.sublayers[n].parts.get(wish.kind, ())) for n in range(layers))
-        if verb == "replace" and parts > 1:
-            raise UserError(f"{flag}: this model's blocks have {parts} of them, side by side")
-    check_sums([*drops, *replacements], {kind: layers - len(spared[kind]) for kind in KINDS})
+        if wish.verb == "replace" and parts > 1:
+            raise UserError(f"{wish}: this model's blocks have {parts} of them, side by side")
+    check_sums(wishes, {kind: layers - len(spared[kind]) for kind in KINDS})
 
 
 def find_spared(network: StockNetwork) -> dict[str, list[int]]:
@@ -376,21 +391,11 @@ def take_text(
     job: StockJob, network: StockNetwork, tokenizer: GuardedTokenizer | None, progress: Progress
 ) -> Passages | None:
     """Take the tokens that deciding and checking need; None if nothing does."""
-    options = job.options
-    choosing = bool(options.drops or options.replacements or options.allow)
-    calibrating = job.calibrated or choosing
-    if not (options.verify or calibrating):
+    options, model = job.options, job.source.model
+    widest = max(find_widths(model).values(), default=0)
+    sizes = size_text(options, job.calibrated, get_total_parameters(model), widest)
+    if sizes is None:
         return None
-    # Choosing sub-layers, distilling and few bits take all the text that there is.
-    q, weights = options.quantization, get_total_parameters(job.source.model)
-    few = options.mixes_bits or (q is not None and q.usual_bits < 4)
-    all_of_it = choosing or options.distill or few or not calibrating
-    small = weights <= samples.LONG_CHECK_WEIGHTS or mx.default_device().type != mx.cpu
-    sizes: dict[str, Any] = {
-        "calibrating": calibrating,
-        "long_check": job.calibrated and small,
-        "fitted": None if all_of_it else max(find_widths(job.source.model).values()),
-    }
     return samples.take_passages(
         lambda: network,
         tokenizer,
@@ -433,7 +438,7 @@ def decide(
         replaced, more = choose_stand_ins(
             left,
             tokens,
-            list_wishes(options.replacements),
+            list_wishes(options.replacements, "replace"),
             spared=find_spared(left),
             progress=partial(progress, "choosing what to replace"),
             **limits,

@@ -49,8 +49,6 @@ def write(
             for sub-layers that are gone.
     """
     writer.discard_weights()
-    if job.options.quantization is not None:
-        _check_dense(job, network)
     model, config = job.build_result(network)
     write_config(writer, config)
     tokens = None if passages is None else passages.calibration
@@ -81,15 +79,17 @@ def write(
     writer.finish_weights(weights)
     tell(len(layers) + 1, len(layers) + 1)
     if job.options.distill and tokens is not None:
-        _distill(job, network, writer, tokens, progress)
+        _distill(job, writer, tokens, progress)
 
 
-def _check_dense(job: StockJob, network: StockNetwork) -> None:
-    """Check the weights that are going to be rounded, which makes numbers of NaN.
+def check_dense(job: StockJob, network: StockNetwork) -> None:
+    """Check weights that are going to be rounded, if they are, which makes numbers of NaN.
 
     Raises:
         UserError: if one is NaN or infinite.
     """
+    if job.options.quantization is None:
+        return
     model, _ = job.build_dense(network)
     layers: list[nn.Module] = [*model.layers]
     for path, layer in zip(network.paths, layers, strict=False):  # sub-layers may be gone
@@ -229,7 +229,6 @@ def find_floors(job: StockJob, network: StockNetwork, model: nn.Module) -> dict[
 
 def _distill(
     job: StockJob,
-    network: StockNetwork,
     writer: Writer,
     tokens: mx.array,
     progress: Progress,

@@ -88,7 +88,7 @@ def make_report(
 
 def add_wishes(report: Report, job: StockJob, network: StockNetwork) -> Report:
     """Add to a plan's report what shall be dropped and is not chosen yet."""
-    asked = list_wishes(job.options.drops), list_wishes(job.options.replacements)
+    asked = list_wishes(job.options.drops), list_wishes(job.options.replacements, "replace")
     if job.options.allow:
         ways = find_ways(job.options, network)
         note = (
@@ -121,7 +121,7 @@ def _describe_origin(job: StockJob) -> Iterator[str]:
             yield file.packed.describe()
     if job.found is not None:
         gone = sum(reason.way is not None for reason in job.found.reasons.values())
-        why = ", because their bytes save more as bits of other matrices" if gone else ""
+        why = ", for the bytes that they free" if gone else ""
         tried = len(job.found.tried)
         yield (
             f"of {len(job.found.reasons)} sub-layers {gone or 'none'} went{why}; "

@@ -1,7 +1,7 @@
 """Whether a device computes what a removal promises: a random network against float64.
 
 The network has all that stands in a removal's way and must not matter: grouped queries, norms with
-weights on its projections, and skips of queries and heads. ``compute_logits`` is written after
+weights on its projections, and query, head and output skips. ``compute_logits`` is written after
 docs/checkpoint.md, in NumPy and in float64. It shares no code with what converts and runs networks.
 """
 

@@ -4,12 +4,20 @@ RoPE's base, scaling and share of a head went into ``rope_parameters``, and some
 mlx-lm network that does not find its keys takes defaults of its own without a word.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from inspect import signature
 from typing import Any
 
 from mlx_lm.utils import _get_classes
 
+NO_WINDOW = (
+    "mlx-lm's own network looks back on all tokens instead of {:,}: texts that are longer differ "
+    "from the source's"
+)
+PARTIAL = (
+    'mlx-lm\'s own network does not read "partial_rotary_factor" ({}) of config.json and rotates '
+    "whole heads: it may be another function than transformers computes"
+)
 NEW_NAMES = {"num_experts": "num_local_experts"}
 
 
@@ -34,6 +42,25 @@ def list_settings(config: Mapping[str, Any]) -> Mapping[str, bool]:
     classes = find_classes(config)
     given = {} if classes is None else signature(classes[1]).parameters
     return {name: one.default is one.empty for name, one in given.items()}
+
+
+def explain_unread(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence for each key that mlx-lm's network does not read and transformers obeys."""
+    inner = config.get("text_config")
+    text = inner if isinstance(inner, Mapping) else config
+    if not (read := list_settings(text)):
+        return
+    window, kinds = text.get("sliding_window"), text.get("layer_types")
+    slides = text.get("use_sliding_window", not str(text["model_type"]).startswith("qwen"))
+    slides = slides and (not isinstance(kinds, list) or "sliding_attention" in kinds)
+    longest = text.get("max_position_embeddings")
+    slides = slides and (not isinstance(longest, int) or window is None or window < longest)
+    if isinstance(window, int) and slides and not any("window" in name for name in read):
+        yield NO_WINDOW.format(window)
+    key = "partial_rotary_factor"
+    share = text.get(key) or _spell_rope(text.get("rope_parameters")).get(key)
+    if share not in (None, 1) and not read.keys() & {key, "rotary_dim", "rope_parameters"}:
+        yield PARTIAL.format(share)
 
 
 def add_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:

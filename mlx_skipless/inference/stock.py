@@ -22,14 +22,19 @@ from ..architectures.wrappers import find_text_type, name_type, take_text_model
 from ..checkpoints import files, hub
 from ..checkpoints.gguf_file import GGUFStore
 from ..checkpoints.packed import find_scheme, is_packed
-from ..checkpoints.safetensors import SafetensorsStore, Store, find_usual_dtype
+from ..checkpoints.safetensors import (
+    SafetensorsStore,
+    Store,
+    explain_second_model,
+    find_usual_dtype,
+)
 from ..errors import UserError, first_line
 from ..network import reduced
 from ..network.driver import RESIDENT_BYTES
 from ..network.parts import dtype_name, tensors_of
 from ..network.stock import StockNetwork
 from .loading import load_network, tell_mlx_lm, try_forward
-from .old_keys import add_old_keys, find_classes, list_settings
+from .old_keys import NO_WINDOW, add_old_keys, explain_unread, find_classes, list_settings
 
 
 @dataclass(frozen=True)
@@ -62,10 +67,13 @@ class StockSource:
     @property
     def notes(self) -> tuple[str, ...]:
         """What there is to know of it, a sentence each."""
-        if not self.lacking:
-            return ()
-        known = f"of a {self.kind} only mlx-lm's network is known: nothing exact is done to it"
-        return (known, *filter(None, self.lacking.values()))
+        notes = [] if self.gguf is not None else [*explain_second_model(self.path)]
+        if find_text_type({**self.config}) is None:
+            notes += explain_unread(self.config)
+        elif self.lacking:
+            known = f"of a {self.kind} only mlx-lm's network is known: nothing exact is done to it"
+            notes += [known, *filter(None, self.lacking.values())]
+        return tuple(notes)
 
     @cached_property
     def store(self) -> Store | None:
@@ -232,12 +240,7 @@ def _find_window(config: Mapping[str, Any]) -> dict[str, str]:
     args = read_model_args(text)
     if "sliding_attention" not in args.layer_types or family.expresses(args):
         return {}
-    return {
-        "sliding_window": (
-            f"mlx-lm's own network looks back on all tokens instead of {args.sliding_window:,}: "
-            "texts that are longer differ from the source's"
-        )
-    }
+    return {"sliding_window": NO_WINDOW.format(args.sliding_window)}
 
 
 def open_network(source: StockSource) -> StockNetwork:

@@ -92,7 +92,7 @@ class ModelArgs(BaseModelArgs):
     norms: List[str] = field(default_factory=list)
     final_norm: bool = False
     norm_type: str = "rms"  # kind of the norms on the stream, final one too: rms, layer (LayerNorm)
-    rms_norm_eps: float = 1e-5
+    rms_norm_eps: float = 1e-6
     shared_norm: bool = False  # a parallel block's FFN reads what its attention reads
     qk_norm: bool = False  # RMS norm of each head's q and k, with a weight that all heads share
     hidden_act: str = "silu"
@@ -107,7 +107,7 @@ class ModelArgs(BaseModelArgs):
     # With a growth behind RoPE: query * (1 + query_growth * log(1 + floor(position / query_step))).
     query_growth: float = 0.0
     query_step: int = 0
-    max_position_embeddings: Optional[int] = None
+    max_position_embeddings: int = 2048
     sliding_window: Optional[int] = None
     layer_types: List[str] = field(default_factory=list)  # full_attention or sliding_attention
     tie_word_embeddings: bool = False

@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from ..constants import MODES
 from ..errors import UserError
-from ..network.model import Model
+from ..network.model import Model, ModelArgs
 from ..network.parts import dtype_name
 from .layout import Layout
 from .settings import Quantization
@@ -40,6 +40,11 @@ def count_packings(layout: Layout) -> tuple[Packing, ...]:
         Packing(mode, bits, group_size, count)
         for (group_size, bits, mode), count in found.most_common()
     )
+
+
+def find_widest(args: ModelArgs) -> int:
+    """The inputs of the widest matrix of a network of ours."""
+    return max(args.hidden_size, args.intermediate_size, args.num_attention_heads * args.head_dim)
 
 
 def find_widths(model: nn.Module) -> dict[str, int]:

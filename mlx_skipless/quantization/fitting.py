@@ -4,7 +4,6 @@ A matrix here is (in, out), as ``x @ W`` reads it. Two streams of numbers are en
 second moments of its inputs and their products with the outputs that are wanted.
 """
 
-import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,19 +12,25 @@ import numpy as np
 
 from ..network.driver import BATCH_TOKENS
 from ..network.model import ModelArgs
-from ..removal.moments import MOST_WIDE, RIDGES, Moments, factor, ridged, solve_factored, to_float64
+from ..removal.moments import (
+    MOST_WIDE,
+    RIDGES,
+    Moments,
+    factor_ridged,
+    pick_outputs,
+    solve_factored,
+    to_float64,
+)
+from .coverage import find_widest
 from .formats import Format, Packed, solve_feedback
 
 TEXT_TOKENS = 1 << 14  # that calibrate, at most
-JUDGED = 128  # outputs, spread over all, that choose the ridge
 STACKED = 1 << 22  # weights of a matrix that is rounded together with others, at most
 
 
 def estimate_memory(args: ModelArgs) -> int:
     """Estimate the bytes that calibrating takes at most, beside a layer's weights."""
-    width = args.num_attention_heads * args.head_dim
-    widest = max(args.hidden_size, args.intermediate_size, width)
-    return estimate_moments(widest, args.hidden_size)
+    return estimate_moments(find_widest(args), args.hidden_size)
 
 
 def estimate_moments(widest: int, hidden: int) -> int:
@@ -104,7 +109,7 @@ def fit_weights(
             for name, search in searches.items()
             for side in (seen.cross[name][:, search.some], added * search.prior)
         ]
-        if (lower := _factor(gram, added)) is None:
+        if (lower := factor_ridged(gram, added)) is None:
             continue
         solved = solve_factored(lower, np.hstack(sides))
         del lower  # as large as the sums
@@ -114,7 +119,7 @@ def fit_weights(
             search.judge(to_zero + share, added, added)
     weights = {name: np.array(prior.astype(mx.float32)) for name, prior in priors.items()}
     for added in {search.best[0] for search in searches.values() if search.best}:
-        lower = _factor(gram, added)
+        lower = factor_ridged(gram, added)
         assert lower is not None
         for name, search in searches.items():
             if search.best and search.best[0] == added:
@@ -123,25 +128,18 @@ def fit_weights(
     return weights
 
 
-def _factor(gram: np.ndarray, added: float) -> np.ndarray | None:
-    """Compute Cholesky's factor of X^T X + r I; None if rounding leaves it none."""
-    with contextlib.suppress(np.linalg.LinAlgError), ridged(gram, added) as whole:
-        return factor(whole)
-    return None
-
-
 class _Search:
     """The search for one matrix's ridge.
 
     Attributes:
-        some: the outputs that choose: each is a regression of its own, with the same X^T X.
+        some: the outputs that choose.
         prior: what is known of these, (in, some outputs).
         best: what is added to the diagonal, and how much the prior pulls; None: the prior itself.
     """
 
     def __init__(self, judge: Moments, name: str, prior: mx.array, form: Format):
         self._judge, self._name, self._form = judge, name, form
-        self.some = np.unique(np.linspace(0, len(prior) - 1, JUDGED).astype(int))
+        self.some = pick_outputs(len(prior))
         self.prior = to_float64(prior[mx.array(self.some)]).T
         self.best: tuple[float, float] | None = None
         self._least = self._measure(self.prior)

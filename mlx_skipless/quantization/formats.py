@@ -20,6 +20,7 @@ ROWS = 1024  # of codes packed at a time
 # Codes of 1 in the floating formats: of a weight by its bits, of a scale by its mode.
 ONE = {4: 0x2, 8: 0x38}
 WIDE = 128  # inputs, a whole number of groups, that MLX unpacks in every mode
+EVEN = 32  # numbers, so many or twice as many and so on, that MLX quantizes in every mode on a CPU
 UNIT_SCALE = {"mxfp4": 127, "mxfp8": 127, "nvfp4": 0x38}
 
 Packed = dict[str, mx.array]  # "weight", "scales" and, in affine mode, "biases"
@@ -41,8 +42,13 @@ class Format:
 
     def nearest(self, weight: mx.array) -> Packed:
         """Round each weight of a matrix (out, in) to nearest, as ``mx.quantize`` does."""
-        parts = mx.quantize(weight.astype(self.dtype), self.group_size, self.bits, mode=self.mode)
-        return dict(zip(("weight", "scales", "biases"), parts, strict=False))
+        weight = weight.astype(self.dtype)
+        rows = len(weight)
+        if weight.size % EVEN:
+            weight = mx.concatenate([weight, weight[-1:]])
+        parts = mx.quantize(weight, self.group_size, self.bits, mode=self.mode)
+        cut = (part[:rows] for part in parts)
+        return dict(zip(("weight", "scales", "biases"), cut, strict=False))
 
     def dense(self, packed: Mapping[str, mx.array]) -> mx.array:
         """Return what a packed matrix stands for, (out, in), in float32."""

@@ -22,7 +22,7 @@ from ..network.driver import Driver, is_held_out
 from ..network.model import Stream, take_stream
 from ..network.parts import replace_at
 from ..progress import Steps
-from ..removal.moments import Moments, weigh_tokens
+from ..removal.moments import Moments
 from .fitting import fit_matrices, round_together
 from .formats import Format, Packed
 from .roles import Called, Given, Readers, Routed, is_expert, silence
@@ -172,8 +172,8 @@ class Passage:
             wanted, weights = {path: self._wanted[i].pop(path) for path in group}, None
             if writer is not None:  # its matrix is to make up for what the stream misses so far
                 middle = take_stream(self._middles[i].pop(group[0], self._ahead[i]))
-                wanted = {group[0]: reader.y + (middle - take_stream(out)) / writer.scale}
-                weights = weigh_tokens(middle)
+                aim, weights = writer.aim(reader.y, take_stream(out), middle)
+                wanted = {group[0]: aim}
             for part, recorder in recorders.items():
                 if "y" not in recorder:
                     continue

@@ -17,25 +17,52 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from ..network.driver import Driver, Recorder
 from ..network.model import Stream, take_stream
 from ..network.parts import replace_at
+from ..removal.moments import weigh_tokens
 
 PROBED = 8  # tokens on which writers are looked for
 TOLERANCE = 1e-2  # of a shift of the stream, by which a writer is known
+FLOOR = 0.1  # of the gains' mean square: a gain near zero asks its channel for no more
 
 
 @dataclass(frozen=True)
 class Writer:
-    """A matrix whose output is added to the stream.
+    """A matrix whose output is added to the stream, as it is or behind a norm.
 
     Attributes:
-        scale: by which the output is multiplied before.
+        scale: by which the output, or the norm's, is multiplied before.
         before: the layer's parts, by their paths, that run before the one with the matrix, or are
             that one.
         behind: those that run behind it.
+        gains: of the RMS norm between, (width,), if there is one.
     """
 
     scale: float
     before: frozenset[str]
     behind: frozenset[str]
+    gains: mx.array | None = None
+
+    def aim(self, y: mx.array, stream: mx.array, wanted: mx.array) -> tuple[mx.array, mx.array]:
+        """Find out what the matrix should give for the stream behind it to be another.
+
+        Behind a norm, g y / |y| up to a constant, the stream changes with y as far as y turns. So
+        a change c of the norm's output asks for c |y| / g, less its part along y.
+
+        Args:
+            y: what it gives now, (..., width).
+            stream: what the stream is with that.
+            wanted: what the stream should be.
+
+        Returns:
+            what it should give, and what an error of that counts for each token, (..., 1).
+        """
+        change, weights = (wanted - stream) / self.scale, weigh_tokens(wanted)
+        if self.gains is None:
+            return y + change, weights
+        square = self.gains.square()
+        inverse = weigh_tokens(y)  # of a root of a mean square
+        change = change * self.gains / (square + FLOOR * square.mean()) / inverse
+        along = (change * y).mean(-1, keepdims=True) * inverse.square()
+        return y + change - along * y, weights * inverse
 
     def stop_behind(
         self, block: nn.Module, recorders: Mapping[str, Recorder], h: Stream
@@ -115,7 +142,8 @@ def find_writers(
 
     What is added to such an output, the layer gives, if nothing behind it reads the stream: the
     layer's parts behind the matrix give nothing for the time. A part is the outermost module around
-    a matrix that the layer calls.
+    a matrix that the layer calls. An RMS norm may stand between (Gemma 2, OLMo 2): then that holds
+    of its output.
 
     Args:
         network: runs the layer.
@@ -130,6 +158,7 @@ def find_writers(
     h, tokens = h[:1, :PROBED], tokens[:1, :PROBED]
     modules: dict[str, Any] = dict(block.named_modules())
     parts, outputs = _call_parts(network, layer, block, h, tokens, readers.paths)
+    norms = _find_norms(network, layer, block, h, tokens, readers)
     names = [{parts[path] for path in group} for group in readers.groups]
     silent = {part for part, output in outputs.items() if _is_stream(output, h)}
     found = {}
@@ -141,19 +170,54 @@ def find_writers(
         behind = frozenset(name for some in names[at + 1 :] for name in some) - before
         if not behind <= silent:
             continue
-        alone, recorder = silence(block, behind, h), Called(inner)
-        out = network.run(layer, h, tokens, replace_at(alone, group[0], recorder))
-        if not _is_stream(recorder.y, h):  # tokens flat, for instance
+        alone = silence(block, behind, h)
+        last, gains = norms.get(group[0], (group[0], None))
+        scale = _measure_scale(network, layer, alone, h, tokens, last)
+        if scale is not None:
+            found[group[0]] = Writer(scale, before, behind, gains)
+    return found
+
+
+def _measure_scale(
+    network: Driver, layer: int, block: nn.Module, h: mx.array, tokens: mx.array, path: str
+) -> float | None:
+    """Find the number times which a module's output is added to the stream; None if it is not."""
+    inner = dict(block.named_modules())[path]
+    recorder = Called(inner)
+    out = network.run(layer, h, tokens, replace_at(block, path, recorder))
+    if not _is_stream(recorder.y, h):  # tokens flat, for instance
+        return None
+    # As large as the stream, beside which an output may be as small as its rounding errors.
+    size = mx.abs(h).mean(-1, keepdims=True) + mx.abs(recorder.y).mean(-1, keepdims=True)
+    shift = size * mx.random.normal(h.shape, key=mx.random.key(layer))
+    moved = network.run(layer, h, tokens, replace_at(block, path, Given(inner, recorder.y + shift)))
+    change, given = (np.array(a) for a in (take_stream(moved) - take_stream(out), shift))
+    scale = float(np.vdot(change, given) / np.vdot(given, given))
+    fits = np.abs(change - scale * given).max() < TOLERANCE * np.abs(scale * given).max()
+    return scale if fits else None
+
+
+def _find_norms(
+    network: Driver, layer: int, block: nn.Module, h: mx.array, tokens: mx.array, readers: Readers
+) -> dict[str, tuple[str, mx.array]]:
+    """Find the RMS norms that read what a matrix gives: their paths and gains, by the matrix's."""
+    modules = dict(block.named_modules())
+    vectors = [p for p, m in modules.items() if m.get("weight", h).shape == h.shape[-1:]]
+    matrices = [group[0] for group in readers.groups if len(group) == 1]
+    recorders = {path: Called(modules[path]) for path in (*matrices, *vectors)}
+    for path, recorder in recorders.items():
+        block = replace_at(block, path, recorder)
+    network.run(layer, h, tokens, block)
+    givers = {id(recorders[path].y): path for path in matrices if "y" in recorders[path]}
+    found = {}
+    for path in vectors:
+        if "y" not in (norm := recorders[path]) or (giver := givers.get(id(norm.x))) is None:
             continue
-        # As large as the stream, beside which an output may be as small as its rounding errors.
-        size = mx.abs(h).mean(-1, keepdims=True) + mx.abs(recorder.y).mean(-1, keepdims=True)
-        shift = size * mx.random.normal(h.shape, key=mx.random.key(layer))
-        shifted = Given(inner, recorder.y + shift)
-        moved = network.run(layer, h, tokens, replace_at(alone, group[0], shifted))
-        change, given = (np.array(a) for a in (take_stream(moved) - take_stream(out), shift))
-        scale = float(np.vdot(change, given) / np.vdot(given, given))
-        if np.abs(change - scale * given).max() < TOLERANCE * np.abs(scale * given).max():
-            found[group[0]] = Writer(scale, before, behind)
+        gains = modules[path](mx.ones(h.shape[-1:]))
+        expected = gains * norm.x * weigh_tokens(norm.x)
+        error = mx.abs(norm.y - expected).max() / mx.abs(expected).max()
+        if (error < TOLERANCE).item():
+            found[giver] = path, gains
     return found
 
 

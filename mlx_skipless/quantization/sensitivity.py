@@ -34,6 +34,7 @@ from ..removal.merger import Merger
 from ..removal.moments import Moments
 from ..removal.plan import RemovalCost
 from .calibration import CalibratedParts
+from .coverage import find_widest
 from .ends import round_rows, round_tied
 from .formats import Format
 from .layout import Layout
@@ -248,8 +249,7 @@ def _measure_wholes(
 
 def _thin(tokens: mx.array, args: ModelArgs) -> mx.array:
     """Take sequences from all over a text, as many as a trial needs."""
-    widest = max(args.hidden_size, args.intermediate_size, args.num_attention_heads * args.head_dim)
-    step = min(tokens.size // (TRIAL_TOKENS * widest), tokens.shape[0] // HELD_OUT)
+    step = min(tokens.size // (TRIAL_TOKENS * find_widest(args)), tokens.shape[0] // HELD_OUT)
     return tokens[:: max(1, step)]  # enough sequences for a batch that judges
 
 

@@ -32,6 +32,14 @@ class Quantization:
         return self.bits or MODES[self.mode][1][0]
 
     @property
+    def typical_bits(self) -> int:
+        """What a matrix that has none of its own would have beside those that have."""
+        if not self.own:
+            return self.usual_bits
+        mean = sum(self.own.values()) / len(self.own)
+        return min(list_bits(self.mode), key=lambda bits: abs(bits - mean))
+
+    @property
     def usual_group_size(self) -> int:
         """Weights that share a scale."""
         return self.group_size or MODES[self.mode][0][0]

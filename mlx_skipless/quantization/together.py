@@ -155,7 +155,7 @@ class Search:
     def begin(self) -> None:
         """Measure each way of each sub-layer alone."""
         alone = [{which: way} for which, ways in self.ways.items() for way in ways]
-        self._measure({}, alone)
+        self._measure(alone)
 
     def choose(self, target: Target, trust: Trust) -> list[Choice]:
         """Choose what goes; return the choice after each step, the first one empty."""
@@ -168,7 +168,7 @@ class Search:
             if _key(better[0]) in self._known:
                 path.append(better[0])
             else:
-                self._measure(path[-1], unknown[:SHORTLIST])
+                self._measure(unknown[:SHORTLIST])
 
     def find_distance(self, choice: Choice) -> float:
         """Return the KL of a choice before anything is rounded, or what it is at least.
@@ -263,7 +263,7 @@ class Search:
                 if alike < self.most[kind]:
                     yield others | {which: way}
 
-    def _measure(self, now: Choice, choices: Sequence[Choice]) -> None:
+    def _measure(self, choices: Sequence[Choice]) -> None:
         """Measure choices that differ from another in their last sub-layer."""
         for choice, distance in zip(choices, self.measure(choices), strict=True):
             self._known[_key(choice)] = distance

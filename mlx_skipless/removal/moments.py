@@ -18,6 +18,7 @@ BLOCK = 256  # of a triangular matrix's rows
 SMALLEST = 1e-12  # mean square of a token's stream
 # Tried as the ridge, a share of the inputs' mean square.
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+JUDGED = 128  # outputs, spread over all, that choose the ridge
 
 
 @dataclass
@@ -128,6 +129,18 @@ def factor(gram: np.ndarray) -> np.ndarray:
     if not (np.diag(lower) > 0).all():  # MLX does not say that it failed
         raise np.linalg.LinAlgError("not positive definite")
     return lower
+
+
+def factor_ridged(gram: np.ndarray, added: float) -> np.ndarray | None:
+    """Compute Cholesky's factor of X^T X + r I; None if rounding leaves it none."""
+    with contextlib.suppress(np.linalg.LinAlgError), ridged(gram, added) as whole:
+        return factor(whole)
+    return None
+
+
+def pick_outputs(count: int) -> np.ndarray:
+    """Pick the outputs, of so many, that choose a ridge: each is a regression of its own."""
+    return np.unique(np.linspace(0, count - 1, JUDGED).astype(int))
 
 
 def solve_factored(lower: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -25,7 +25,15 @@ from ..network.parts import replace_at
 from ..network.stock import StandIns, StockNetwork
 from ..network.trial import KINDS, find_part
 from ..progress import Steps, tell_part
-from .moments import RIDGES, SMALLEST, Moments, ridged, weigh_tokens
+from .moments import (
+    RIDGES,
+    SMALLEST,
+    Moments,
+    factor_ridged,
+    pick_outputs,
+    solve_factored,
+    weigh_tokens,
+)
 from .sublayers import Drops, Step, Wish, choose_drops
 
 ADDS = 1e-3  # by which a block's stream may differ from the sum of what its sub-layers give
@@ -239,26 +247,30 @@ def _watch(
 def _solve(seen: Moments, judge: Moments, scale: float) -> Fit:
     """Fit a matrix and a bias: W = (X^T X + r I)^-1 X^T Y, with the r that errs least on ``judge``.
 
-    Then all text fits it.
+    Some of the outputs choose r. Then all text fits it.
 
     Raises:
         UserError: if the stream is no finite number.
     """
     if not (seen.finite and judge.finite):
         raise UserError("the source's stream overflows on this text: no matrix can stand in")
+    width = seen.cross[OUTPUT].shape[1]
 
-    def solve(moments: Moments, ridge: float) -> np.ndarray:
-        size = np.mean(np.diag(moments.gram))
-        with ridged(moments.gram, float(ridge * size) or 1.0) as gram:
-            return np.linalg.solve(gram, moments.cross[OUTPUT])
+    def solve(moments: Moments, ridge: float, outputs: Any = slice(None)) -> np.ndarray | None:
+        added = float(ridge * np.mean(np.diag(moments.gram))) or 1.0
+        lower = factor_ridged(moments.gram, added)
+        return None if lower is None else solve_factored(lower, moments.cross[OUTPUT][:, outputs])
 
-    errors = {ridge: judge.error(OUTPUT, solve(seen, ridge)) for ridge in RIDGES}
-    ridge = min(RIDGES, key=lambda one: errors[one])
-    energy, count = judge.energy[OUTPUT].sum(), judge.count
+    some = pick_outputs(width)
+    tried = ((ridge, solve(seen, ridge, some)) for ridge in RIDGES)
+    errors = {r: judge.error(OUTPUT, found, some) for r, found in tried if found is not None}
+    ridge = min(errors, key=lambda one: errors[one])
+    found = solve(seen, ridge)
+    assert found is not None
+    wrong = judge.error(OUTPUT, found) * judge.energy[OUTPUT].sum() / (judge.count * width)
     seen.absorb(judge)
-    weight = solve(seen, ridge).astype(np.float32)
-    *_, width = weight.shape
+    stronger = (solve(seen, one) for one in RIDGES if one >= ridge)
+    weight = next(one for one in stronger if one is not None).astype(np.float32)
     linear = nn.Linear(width, width)
     linear.update({"weight": mx.array(weight[:-1].T), "bias": mx.array(weight[-1])})
-    wrong = errors[ridge] * energy / (count * width)
     return Fit(linear, float(wrong * scale**2))

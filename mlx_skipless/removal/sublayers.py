@@ -33,11 +33,16 @@ Measure = Callable[[Drops, Steps], Mapping[str, Sequence[float]]]
 class Wish:
     """How many sub-layers of one kind shall go.
 
-    ``count`` is their number; None means as many as a limit on the loss allows.
+    ``count`` is their number; None means as many as a limit on the loss allows. ``verb`` is what
+    happens to them: "drop" or "replace".
     """
 
     kind: str
     count: int | None
+    verb: str = "drop"
+
+    def __str__(self) -> str:
+        return f"--{self.verb}-{self.kind} {'auto' if self.count is None else self.count}"
 
 
 @dataclass(frozen=True)
@@ -83,12 +88,11 @@ def check_wishes(args: ModelArgs, wishes: Sequence[Wish], spared: Drops) -> None
     reason = explain_undroppable(args)
     layers = args.num_hidden_layers
     for wish in wishes:
-        flag = f"--drop-{wish.kind} {'auto' if wish.count is None else wish.count}"
         if reason is not None:
-            raise UserError(f"{flag}: {reason}")
+            raise UserError(f"{wish}: {reason}")
         most = layers if wish.kind == "ffn" and not spared.get("ffn") else layers - 1
         if wish.count is not None and not 1 <= wish.count <= most:
-            raise UserError(f"{flag}: of this model's {layers} layers 1 to {most} can lose theirs")
+            raise UserError(f"{wish}: of this model's {layers} layers 1 to {most} can lose theirs")
     check_sums(wishes, {part: layers - len(spared.get(part, ())) for part in SUBLAYERS})
 
 
@@ -101,7 +105,7 @@ def check_sums(wishes: Sequence[Wish], most: Mapping[str, int]) -> None:
     for part, there in most.items():
         asking = [wish for wish in wishes if wish.count and part in _list_parts(wish.kind)]
         if sum(wish.count or 0 for wish in asking) > there:
-            flags = " and ".join(f"--drop-{wish.kind} {wish.count}" for wish in asking)
+            flags = " and ".join(map(str, asking))
             raise UserError(f"{flags}: of this model's layers {there} can lose their {part}")
 
 

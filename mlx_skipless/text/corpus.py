@@ -130,6 +130,8 @@ def read_record(record: Mapping[str, Any]) -> str:
         )
     if "text" in record:
         return _check_text(record["text"])
+    if isinstance(record, Mapping) and not {"prompt", "completion"} <= record.keys():
+        raise ValueError(f"its keys: {', '.join(map(repr, record)) or 'none':.80}")
     return _check_text(record["prompt"]) + _check_text(record["completion"])
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from architectures import ARCHITECTURES
+from factory import make_llama
 from transformers import LlamaConfig
 
 from mlx_skipless import UserError
@@ -393,3 +394,15 @@ def test_a_base_that_is_null_inside_is_the_outer_one() -> None:
         "llama", rope_theta=5e5, rope_parameters={"rope_type": "default", "rope_theta": None}
     )
     assert read_model_args(config).rope_theta == 5e5
+
+
+@pytest.mark.parametrize("denied", ["attention_bias", "mlp_bias", None])
+def test_biases_that_the_config_denies_are_told(denied: str | None, tmp_path: Path) -> None:
+    make_llama(tmp_path / "s", num_hidden_layers=1, attention_bias=True, mlp_bias=True)
+    file = tmp_path / "s/config.json"
+    config = json.loads(file.read_text())
+    if denied is not None:
+        file.write_text(json.dumps(config | {denied: False}))
+    report = convert(tmp_path / "s", tmp_path / "o", dry_run=True)
+    told = [note for note in report.notes if "have biases, which are kept" in note]
+    assert len(told) == (denied is not None) and all(f'"{denied}"' in note for note in told)

@@ -684,3 +684,12 @@ def test_a_token_id_that_no_model_has(model: Path):
     )
     with pytest.raises(UserError, match=r"no token for .* ids"):
         load(model)
+
+
+def test_a_config_that_transformers_refuses_is_no_fault_of_the_tokenizer(model: Path) -> None:
+    edit(model / "config.json", lambda config: config.update(initializer_range="small"))
+    with pytest.raises(UserError) as refusal:
+        load(model)
+    said = str(refusal.value)
+    assert "config.json" in said and "'initializer_range'" in said and "correct it" in said
+    assert "tokenizer" not in said and "\n" not in said

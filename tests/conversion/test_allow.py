@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import reference
 import zoo
+from factory import make_checkpoint
 from grids import only, thorough
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
@@ -392,3 +393,20 @@ def test_the_command_shows_why_and_draws_the_curve(
     report = json.loads((tmp_path / "report.json").read_text())
     assert {row["choice"] for row in report["choices"]} == {"stays", "dropped", "replaced"}
     assert len(report["curves"]) == 3
+
+
+@pytest.mark.parametrize("kind", ["llama", "skipless"])
+def test_the_speed_is_told_as_for_the_same_bits_by_hand(kind: str, tmp_path: Path) -> None:
+    """Without removals the network would have such bits everywhere, chosen or not."""
+    if kind == "llama":
+        make_source(tmp_path)
+        gone: dict[str, Any] = {"drop_block": 1}
+    else:
+        make_checkpoint(tmp_path / "s", num_hidden_layers=3)
+        gone = {"remove": "qp"}
+    how = gone | {"q_group_size": 32, "verify": False}
+    by_hand = mlx_skipless.convert(tmp_path / "s", tmp_path / "a", quantize=True, q_bits=2, **how)
+    size = by_hand.bytes_after
+    chosen = mlx_skipless.convert(tmp_path / "s", tmp_path / "b", target_bytes=size, **how)
+    assert chosen.bytes_after == size
+    assert chosen.speedup_from_bytes == by_hand.speedup_from_bytes

@@ -189,9 +189,10 @@ def test_a_path_that_is_no_model(
     assert f"@/{name}" in error or said == "num_hidden_layers"
 
 
-def test_a_home_of_nobody(refused: Refused):
-    error = refused(model="~nobody-of-this-name/model")
-    assert "no such file or folder: ~nobody-of-this-name/model" in error
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/model", "./nowhere", "../nowhere"])
+def test_a_home_of_nobody(refused: Refused, name: str):
+    """And what looks like a Hub id, but for its dots."""
+    assert f"no such file or folder: {name}" in refused(model=name)
 
 
 def test_a_config_or_a_weight_file_instead_of_the_folder(refused: Refused, place: Path):
@@ -794,6 +795,7 @@ def test_a_broken_config(refused: Refused, place: Path, changes: dict[str, Any],
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "'bitsandbytes'"),
         ({"quantization_config": {"quant_method": ["gptq"]}}, "gptq"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 5}}, "5"),
+        ({"quantization_config": {"group_size": 64, "bits": 4}}, 'call it "quantization"'),
         ({"quantization_config": {"quant_method": "gptq", "bits": [4]}}, "[4]"),
         ({"quantization_config": {"quant_method": "awq", "version": 5}}, "AWQ"),
     ],

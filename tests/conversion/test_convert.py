@@ -43,6 +43,9 @@ def test_json_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     weights = source[1]
     assert report["params_before"] == sum(w.size for w in weights.values())
     assert report["params_after"] == report["params_before"] - 6 * 128**2
+    for figure in ("weights", "bytes"):
+        rows = sum(row[f"{figure}_after"] for row in report["rows"])
+        assert rows == report["bytes_after" if figure == "bytes" else "params_after"]
     assert report["bytes_before"] == 4 * report["params_before"]
     assert report["bytes_after"] == 4 * report["params_after"]
     on_disk = sum(a.nbytes for a in mx.load(str(tmp_path / "out/model.safetensors")).values())

@@ -16,6 +16,7 @@ from mlx_skipless.checkpoints.checkpoint import open_checkpoint
 from mlx_skipless.checkpoints.safetensors import INDEX, WHOLE
 from mlx_skipless.evaluation.analysis import analyze
 from mlx_skipless.inference.loading import load_network
+from mlx_skipless.inference.stock import find_stock
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 TOKENS = mx.array([[1, 2, 3, 4]])
@@ -91,6 +92,11 @@ def test_what_the_index_does_not_name_is_no_part_of_a_model(model: Path):
     (model / "model-y.safetensors").symlink_to("nowhere")
     (model / "model-z.safetensors").write_text("no safetensors")
     assert_same(model, expected)
+    for there in (True, False):
+        stock = find_stock(model, any_family=True)
+        for read in (open_checkpoint(model), *([] if stock is None else [stock])):
+            assert any("which is there too" in note for note in read.notes) is there
+        (model / WHOLE).unlink(missing_ok=True)
 
 
 def test_lazy_weights_come_from_the_same_files(model: Path):

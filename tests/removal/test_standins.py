@@ -323,7 +323,11 @@ def test_our_own_networks_are_none_of_mlx_lms(tmp_path: Path) -> None:
     ("name", "asked", "said"),
     [
         ("qwen3", {"replace_attention": 4}, "layers 1 to 3 can lose theirs"),
-        ("qwen3", {"replace_attention": 2, "drop_attention": 3}, "can lose their attention"),
+        (
+            "qwen3",
+            {"replace_attention": 2, "drop_attention": 3},
+            "--drop-attention 3 and --replace-attention 2: .* can lose their attention",
+        ),
         ("qwen3", {"replace_attention": 1, "skipless": True}, "--skipless"),
         ("qwen3", {"replace_ffn": 1, "fold_norms": True}, "--fold-norms and --replace-ffn"),
         ("falcon_h1", {"replace_attention": 1}, "2 of them, side by side"),

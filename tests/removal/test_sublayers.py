@@ -321,6 +321,8 @@ def test_a_packed_source_stays_packed(tmp_path: Path) -> None:
     mlx_lm.utils.save(tmp_path / "q", tmp_path / "s", model, tokenizer, config)
     report = mlx_skipless.convert(tmp_path / "q", tmp_path / "o", drop_attention=2)
     assert report.kept_packed and report.stock and not report.folded
+    card = (tmp_path / "o/README.md").read_text()
+    assert "stays so where nothing was changed" in card and "dequantized" not in card
     source: Any = mx.load(str(tmp_path / "q/model.safetensors"))
     result = stored(tmp_path / "o")
     gone = [
