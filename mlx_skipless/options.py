@@ -25,7 +25,7 @@ WORDS: Mapping[type, str] = {
     Path: "a path",
     bool: "true or false",
 }
-UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
 def option(
@@ -186,10 +186,10 @@ def parse_bytes(text: str) -> int:
     Raises:
         UserError: if it is none.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?b)?", text.strip().lower())
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?b)?", text.strip().lower())
     value = round(float(found[1]) * UNITS[found[2] if found[2] in UNITS else ""]) if found else 0
     if value < 1:
-        raise BadArgument(f"{text!r} is no size: give bytes, or so many kB, MB, GB or TB, as 1.6MB")
+        raise BadArgument(f"{text!r} is no size: give bytes, or so many kB, MB or GB, as 1.6MB")
     return value
 
 

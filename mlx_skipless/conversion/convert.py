@@ -66,6 +66,7 @@ from .stock import (
     check_job,
     check_ways,
     find_source,
+    restore_all,
     take_text,
     write_beside,
 )
@@ -228,7 +229,7 @@ def _convert_folder(job: StockJob, watch: Stopwatch, trainer: Trainer | None) ->
             job = job.learn(healing=healing)
             outcome = check_stock(job, network, writer.folder, passages, watch)
         model, config = job.build_result(network)
-        whole, _ = job.restore(network).build_result(network)
+        whole, _ = restore_all(job, network).build_result(network)
         report = make_stock_report(job, network, model, config, whole)
         report = add_healing(add_tokenizer(report, tokenizer), job.healing)
         if job.calibrated and passages is not None:

@@ -150,21 +150,6 @@ class StockJob:
         """Add to what was decided; ``found`` are fields."""
         return replace(self, **found)
 
-    def restore(self, network: StockNetwork) -> "StockJob":
-        """The same with all sub-layers, whose matrices have about as many bits as others.
-
-        ``network`` is the source's.
-        """
-        bits, q = self.bits, self.options.quantization
-        if bits and q is not None:
-            others = replace(q, own=bits).typical_bits
-            names = dict.fromkeys(path for path, _ in self.source.model.named_modules())
-            if (layers := self.layers) is not None:
-                names = {path: rename_layer(path, layers, network.paths) for path in names}
-            bits = {path: bits.get(names[path] or path, others) for path in names}
-        whole: dict[str, Any] = {"dropped": {}, "stand_ins": {}, "layers": None, "config": {}}
-        return replace(self, bits=bits, healed=None, **whole)
-
     @property
     def calibrated(self) -> bool:
         """Whether the result is quantized against text."""
@@ -270,6 +255,21 @@ class StockJob:
                 for part in sublayers[layer].parts[kind] if layer in layers else ():
                     found.setdefault(part, set()).add(new)
         return {part: sorted(layers) for part, layers in sorted(found.items())}
+
+
+def restore_all(job: StockJob, network: StockNetwork) -> StockJob:
+    """Return a job with all sub-layers, whose matrices have about as many bits as others.
+
+    ``network`` is the source's.
+    """
+    bits, q = job.bits, job.options.quantization
+    if bits and q is not None:
+        others = replace(q, own=bits).typical_bits
+        names = dict.fromkeys(path for path, _ in job.source.model.named_modules())
+        if (layers := job.layers) is not None:
+            names = {path: rename_layer(path, layers, network.paths) for path in names}
+        bits = {path: bits.get(names[path] or path, others) for path in names}
+    return replace(job, bits=bits, dropped={}, stand_ins={}, layers=None, config={}, healed=None)
 
 
 def check_job(job: StockJob, network: StockNetwork) -> None:

@@ -73,7 +73,7 @@ def test_large_models_fit_a_terminal(name: str, tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", MODELS[name])
     report = convert(tmp_path / "config.json", dry_run=True, skipless=True, remove="auto")
     lines = fits(tabulate_plan(report.rows))
-    layers = len(report.rows) - 1 - (report.rows[-1].name == "lm_head")
+    layers = sum(row.name.startswith("layers.") for row in report.rows)
     shared = [line for line in lines if line.startswith("layers.")]
     counts = [
         re.match("layers.\\d+(?:\N{EN DASH}\\d+ \N{MULTIPLICATION SIGN} (\\d+))? ", x)
