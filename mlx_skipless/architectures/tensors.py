@@ -19,10 +19,9 @@ import mlx.core as mx
 from ..errors import UserError
 from ..network.model import ModelArgs
 from ..network.names import is_stream_norm_weight
+from ..network.parts import Arrays
 from ..network.wiring import parse_layer
 from .family import Family
-
-Arrays = Mapping[str, mx.array]
 
 
 @dataclass(frozen=True)

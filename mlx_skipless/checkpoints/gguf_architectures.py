@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from gguf import MODEL_TENSOR, TENSOR_NAMES
 
+from ..architectures.family import Config
 from ..errors import UserError
 from ..network.names import EMBEDDING, FINAL_NORM, HEAD
 from .gguf_metadata import Metadata, either
 
-Config = dict[str, Any]
 Tables = Mapping[str, Callable[[], np.ndarray]]
 Tensor = MODEL_TENSOR
 ROPE_FACTORS = "rope_freqs.weight"

@@ -8,10 +8,9 @@ import mlx.core as mx
 
 from ..constants import MODES
 from ..errors import UserError
-from ..network.parts import unpack
+from ..network.parts import Arrays, unpack
 from .safetensors import FLOATS, Shape, is_float
 
-Arrays = Mapping[str, mx.array]
 Shapes = Mapping[str, Shape]
 Kind = mx.Dtype | str | None  # safetensors' name of a number type that MLX has not
 Kinds = Mapping[str, Kind]

@@ -31,6 +31,7 @@ from ..inference.stock import StockSource, find_stock, forget_quantization
 from ..memory import machine_memory_bytes
 from ..network import reduced
 from ..network.stock import StandIns, StockNetwork
+from ..network.trial import KINDS
 from ..progress import Progress
 from ..quantization.coverage import check_packable, find_widths
 from ..quantization.distillation import LOGITS_BYTES
@@ -55,7 +56,6 @@ from .options import Options
 from .planning import list_wishes, size_text
 from .writing import MODEL_FILE
 
-KINDS = ("attention", "ffn")
 NO_RENUMBERING = (
     "no config of this architecture was found to leave out just blocks {}: the result carries a "
     "network without them"

@@ -52,7 +52,7 @@ class _Reached(Exception):
         self.value = value
 
 
-class _StandIn(nn.Module):
+class _Hooked(nn.Module):
     """Stands in a layer's place: calling it calls the hook; any attribute is the layer's.
 
     So is its class, because some architectures tell their layers apart by that.
@@ -139,8 +139,8 @@ class Driver(Network):
         self._kept: dict[int, nn.Module] = {}
         names = {id(module): name for name, module in model.named_modules()}
         self.paths = [names[id(layer)] for layer in self._own]
-        stand_ins = [_StandIn(layer, i, self._hook) for i, layer in enumerate(self._own)]
-        model.update_modules(tree_unflatten([*zip(self.paths, stand_ins, strict=True)]))
+        hooked = [_Hooked(layer, i, self._hook) for i, layer in enumerate(self._own)]
+        model.update_modules(tree_unflatten([*zip(self.paths, hooked, strict=True)]))
 
     # What a network that is read in parts overrides.
 

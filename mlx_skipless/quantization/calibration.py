@@ -42,8 +42,6 @@ NO_NORMS = (
     f"{OVERFLOWS}: the stream has no norms to hold it. --remove none and --remove p need no text"
 )
 
-Arrays = dict[str, mx.array]
-
 
 class NearestParts(ChangedParts):
     """Dense tensors in a layout's formats, each weight rounded to nearest."""
@@ -52,8 +50,8 @@ class NearestParts(ChangedParts):
         super().__init__(dense, self._pack)
         self._layout = layout
 
-    def _pack(self, tensors: Mapping[str, mx.array]) -> Arrays:
-        out: Arrays = {}
+    def _pack(self, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        out: dict[str, mx.array] = {}
         for name, array in tensors.items():
             where = name.removesuffix(".weight")
             form = self._layout.format_of(where)
@@ -93,7 +91,7 @@ class CalibratedParts:
         """Begin behind some layers, with the source's streams in the source's basis."""
         self._wanted, self.streams = [*streams], [*streams]
 
-    def embedding(self) -> Arrays:
+    def embedding(self) -> dict[str, mx.array]:
         """Quantize the embedding, and let the text enter both networks."""
         out = dict(self._merger.embedding())
         name = f"{EMBEDDING}.weight"
@@ -109,7 +107,7 @@ class CalibratedParts:
         self._source.release()
         return out
 
-    def layer(self, layer: int, *, ends: bool = False) -> Arrays:
+    def layer(self, layer: int, *, ends: bool = False) -> dict[str, mx.array]:
         """Quantize every tensor of a layer; to be called once for each, first to last.
 
         ``ends`` says that no other layer will be asked for: then only the streams of the batches
@@ -146,7 +144,7 @@ class CalibratedParts:
         passage.advance(result, ends)
         return out
 
-    def head(self) -> Arrays:
+    def head(self) -> dict[str, mx.array]:
         """Quantize the head, if the result has one of its own."""
         out = dict(self._merger.head())
         if self._layout.format_of(HEAD) is None:
@@ -194,5 +192,5 @@ class CalibratedParts:
         return Passage(source, layer, tokens, self._wanted, streams, readers)
 
 
-def _name_parts(where: str, packed: Packed) -> Arrays:
+def _name_parts(where: str, packed: Packed) -> dict[str, mx.array]:
     return {f"{where}.{part}": array for part, array in packed.items()}

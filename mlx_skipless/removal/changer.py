@@ -3,13 +3,14 @@
 A part is some rows of the matrix as files hold it, (out, in): some of its outputs.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
 
+from ..network.parts import Arrays
 from .algebra import Basis, Linear, centre, change_basis
 from .bases import Bases
 from .products import Inverse, ignore_overflow
@@ -19,7 +20,6 @@ from .source import SourceReader
 ROWS = 512  # that a thread computes at a time
 
 Stored = TypeVar("Stored")
-Arrays = Mapping[str, mx.array]
 
 
 class Changer:

@@ -19,11 +19,10 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes
 
+from ..architectures.family import Config
 from ..network.driver import Driver
 from ..network.model import take_stream
 from ..network.parts import tensors_of
-
-Config = dict[str, Any]
 
 COUNT = re.compile(r"(n|num)(_\w+)?_layers?")  # a key with the number of all layers
 LAYERS = re.compile(r"layer|dense|block|replace")  # a key with numbers of layers

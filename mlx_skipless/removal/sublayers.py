@@ -19,7 +19,7 @@ from ..network.model import ModelArgs, Stream, take_stream
 from ..network.names import SUBLAYERS
 from ..progress import Steps, tell_part
 
-KINDS = ("attention", "ffn", "block")  # what can be asked for; a block is both
+ASKED = ("attention", "ffn", "block")  # what can be asked for; a block is both
 SHORTLIST = 2  # times as many as shall go, the least important, are tried alone
 CANDIDATES = 6  # the least important of each kind, tried at each step of the greedy search
 SEARCH_TOKENS = 4096  # that judge a drop
@@ -131,7 +131,7 @@ def measure_importance(
     """
     if not network.is_chain:
         return _rank_by_loss(network, tokens, dropped or {}, progress)
-    found: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    found: dict[str, list[float]] = {kind: [] for kind in ASKED}
     batches = split_batches(tokens)
     streams: list[Stream] = [network.embed(batch) for batch in batches]
     mx.eval(streams)
@@ -139,7 +139,7 @@ def measure_importance(
         gone = _find_gone(dropped or {}, layer)
         attention = network.without(layer, block, {"ffn"} | gone)
         whole = network.without(layer, block, gone)
-        sums = dict.fromkeys(KINDS, 0.0)
+        sums = dict.fromkeys(ASKED, 0.0)
         for i, (x, batch) in enumerate(zip(streams, batches, strict=True)):
             given, passed = (network.run(layer, x, batch, one) for one in (attention, whole))
             first, middle, out = map(take_stream, (x, given, passed))
@@ -151,7 +151,7 @@ def measure_importance(
                 sums[kind] += float(mx.sum(1 - _cosine(a, b)).item())  # type: ignore[arg-type]
             streams[i] = passed
             mx.eval(streams[i])
-        for kind in KINDS:
+        for kind in ASKED:
             found[kind].append(sums[kind] / tokens.size)
     return found
 
@@ -195,11 +195,11 @@ def _rank_by_loss(
 ) -> dict[str, list[float]]:
     """Measure what the loss grows by without each sub-layer and each block that could go."""
     layers = range(len(network.paths))
-    alone = [(kind, layer) for kind in KINDS for layer in layers if network.can_drop(layer, kind)]
+    alone = [(kind, layer) for kind in ASKED for layer in layers if network.can_drop(layer, kind)]
     variants = [dropped, *(_add(dropped, kind, layer) for kind, layer in alone)]
     whole, *losses = measure_losses(network, tokens, variants, progress)
     found = dict(zip(alone, (loss - whole for loss in losses), strict=True))
-    return {kind: [found.get((kind, layer), 0.0) for layer in layers] for kind in KINDS}
+    return {kind: [found.get((kind, layer), 0.0) for layer in layers] for kind in ASKED}
 
 
 def choose_drops(
@@ -240,7 +240,7 @@ def choose_drops(
     walks = 1 + len(wishes)
     measured = measure({}, tell_part(progress, 0, walks))
     dropped: Drops = {}
-    ordered = sorted(wishes, key=lambda wish: KINDS.index(wish.kind), reverse=True)
+    ordered = sorted(wishes, key=lambda wish: ASKED.index(wish.kind), reverse=True)
     for walk, wish in enumerate(ordered, start=1):
         assert wish.count is not None
         there = _rank(measured[wish.kind], wish.kind, dropped, spared or {})

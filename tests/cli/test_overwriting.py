@@ -1,5 +1,6 @@
 """No command writes over what it reads."""
 
+import argparse
 import os
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 
 from mlx_skipless import cli
 from mlx_skipless.cli import overwriting
+from mlx_skipless.cli.main import COMMANDS, HELP
+from mlx_skipless.cli.parser import Parser
 
 BEFORE = b"before"
 REFUSED = [
@@ -145,3 +148,18 @@ def test_no_model_is_read_from_a_pipe(
     said = capsys.readouterr().err
     where = "" if path.startswith("/") or "heal" not in line else f"{Path.cwd()}/"
     assert said == f"error: {where}{path} is neither a file nor a folder: give a model\n"
+
+
+@pytest.mark.parametrize("command", HELP)
+def test_what_names_a_file_is_read_or_written(command: str) -> None:
+    parser = Parser(prog="mlx-skipless")
+    COMMANDS[command].add_arguments(parser)
+    named = {"FILE", "DIR", "DIR_OR_REPO", "FOLDER", "TEXT", "SRC", "YAML", "OTHER", "SMALL"}
+    found = {action.dest for action in parser._actions if {*action_names(action)} & named}
+    others = {"mlx_path", "save", "system_prompt"}  # which may not be there, or is no file
+    assert found <= {*overwriting.READ, *overwriting.WRITTEN, *others}
+
+
+def action_names(action: argparse.Action) -> tuple[str, ...]:
+    given = action.metavar or ()
+    return (given,) if isinstance(given, str) else tuple(given)
