@@ -67,7 +67,8 @@ WRITERS: dict[str, dict[str, tuple[float, set[str]]]] = {
     "gemma2": SERIAL,
     "glm4": SERIAL,
     "exaone4": SERIAL,
-    "gemma4_text": {},  # which adds to the stream once more
+    # The others are read by what comes last, which the layer's own scalar multiplies.
+    "gemma4_text": {"per_layer_projection": (1.2085, set())},
     "exaone": {"attn.attention.out_proj": (1.0, {"mlp"}), "mlp.c_proj": (1.0, set())},
     "mamba2": {"mixer.out_proj": (1.0, set())},
     "dbrx": {"norm_attn_norm.attn.out_proj": (1.0, {"ffn"})},
