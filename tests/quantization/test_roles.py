@@ -103,3 +103,6 @@ def test_what_a_norm_makes_of_the_aim_is_what_the_stream_lacks(
     # An error of the output counts by its share of it, and of the stream.
     size = [np.sqrt(np.mean(a**2, -1)) for a in (y, wanted)]
     assert np.array(weights)[:, 0] == pytest.approx(1 / size[0] / size[1], rel=1e-4)
+    # What no turn of the output reaches is not asked for.
+    aim, _ = writer.aim(mx.array(y), mx.array(other), mx.array(other + step))
+    assert np.mean(np.array(aim) * y, -1) == pytest.approx(np.mean(y**2, -1), rel=1e-4)
