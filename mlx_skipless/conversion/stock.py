@@ -265,10 +265,10 @@ def restore_all(job: StockJob, network: StockNetwork) -> StockJob:
     bits, q = job.bits, job.options.quantization
     if bits and q is not None:
         others = replace(q, own=bits).typical_bits
-        names = dict.fromkeys(path for path, _ in job.source.model.named_modules())
+        names: dict[str, str | None] = {p: p for p, _ in job.source.model.named_modules()}
         if (layers := job.layers) is not None:
             names = {path: rename_layer(path, layers, network.paths) for path in names}
-        bits = {path: bits.get(names[path] or path, others) for path in names}
+        bits = {path: bits.get(name or "", others) for path, name in names.items()}
     return replace(job, bits=bits, dropped={}, stand_ins={}, layers=None, config={}, healed=None)
 
 

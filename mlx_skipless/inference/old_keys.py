@@ -50,17 +50,25 @@ def explain_unread(config: Mapping[str, Any]) -> Iterator[str]:
     text = inner if isinstance(inner, Mapping) else config
     if not (read := list_settings(text)):
         return
-    window, kinds = text.get("sliding_window"), text.get("layer_types")
-    slides = text.get("use_sliding_window", not str(text["model_type"]).startswith("qwen"))
-    slides = slides and (not isinstance(kinds, list) or "sliding_attention" in kinds)
-    longest = text.get("max_position_embeddings")
-    slides = slides and (not isinstance(longest, int) or window is None or window < longest)
-    if isinstance(window, int) and slides and not any("window" in name for name in read):
+    if (window := _find_lost_window(text, read)) is not None:
         yield NO_WINDOW.format(window)
     key = "partial_rotary_factor"
     share = text.get(key) or _spell_rope(text.get("rope_parameters")).get(key)
     if share not in (None, 1) and not read.keys() & {key, "rotary_dim", "rope_parameters"}:
         yield PARTIAL.format(share)
+
+
+def _find_lost_window(text: Mapping[str, Any], read: Mapping[str, bool]) -> int | None:
+    """Find the window of attentions that look back on all tokens in mlx-lm's network."""
+    window, longest, kinds = map(
+        text.get, ("sliding_window", "max_position_embeddings", "layer_types")
+    )
+    if type(window) is not int or any("window" in name for name in read):
+        return None
+    slides = text.get("use_sliding_window", not str(text["model_type"]).startswith("qwen"))
+    if not slides or (isinstance(kinds, list) and "sliding_attention" not in kinds):
+        return None
+    return None if type(longest) is int and longest <= window else window
 
 
 def add_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm.utils
 import numpy as np
 import pytest
@@ -414,3 +415,31 @@ def test_the_speed_is_told_as_for_the_same_bits_by_hand(
     chosen = mlx_skipless.convert(tmp_path / "s", tmp_path / "b", target_bytes=size, **how)
     assert chosen.bytes_after == size
     assert chosen.speedup_from_bytes == by_hand.speedup_from_bytes
+
+
+def test_the_speed_is_told_as_of_a_whole_network_of_such_bits(tmp_path: Path) -> None:
+    """What stays has its bits, under the layers' old numbers; what went has about as many."""
+    how = make_source(tmp_path) | {"drop_block": 1, "verify": False}
+    report = mlx_skipless.convert(tmp_path / "s", tmp_path / "o", target_bytes=70_000, **how)
+    result, config = load_model(tmp_path / "o")
+    own = {p: q["bits"] for p, q in config["quantization"].items() if isinstance(q, dict)}
+    assert len({*own.values()}) > 2
+    usual = config["quantization"]["bits"]
+    packed = {path for path, module in result.named_modules() if "scales" in module}
+    own = {path: own.get(path, usual) for path in packed}
+    mean = np.mean([*own.values()])
+    others = min((2, 3, 4, 5, 6, 8), key=lambda bits: abs(bits - mean))
+    (gone,) = report.removed["attention"]
+    kept = [layer for layer in range(3) if layer != gone]
+    named = {re.sub(r"layers\.(\d+)", lambda m: f"layers.{kept[int(m[1])]}", p): b
+             for p, b in own.items()}  # fmt: skip
+
+    def choose(path: str, module: Any) -> Any:
+        return hasattr(module, "to_quantized") and {
+            "group_size": 32, "bits": named.get(path, others)
+        }  # fmt: skip
+
+    whole: Any = load_model(tmp_path / "s")[0]
+    nn.quantize(whole, class_predicate=choose)
+    ratio = count_bytes_read(whole) / count_bytes_read(result)
+    assert report.speedup_from_bytes == pytest.approx(ratio, rel=1e-9)
