@@ -396,13 +396,13 @@ def test_the_command_shows_why_and_draws_the_curve(
     assert len(report["curves"]) == 3
 
 
-@pytest.mark.parametrize(("kind", "bits"), [("llama", 2), ("skipless", 8)])
+@pytest.mark.parametrize(("kind", "bits"), [("olmo2", 2), ("llama", 2), ("skipless", 8)])
 def test_the_speed_is_told_as_for_the_same_bits_by_hand(
     kind: str, bits: int, tmp_path: Path
 ) -> None:
     """Without removals the network would have such bits everywhere, chosen or not."""
-    if kind == "llama":
-        make_source(tmp_path)
+    if kind != "skipless":
+        make_source(tmp_path, kind)
         gone: dict[str, Any] = {"drop_block": 1}
     else:
         make_checkpoint(tmp_path / "s", num_hidden_layers=3)
@@ -419,7 +419,7 @@ def test_the_speed_is_told_as_for_the_same_bits_by_hand(
 
 def test_the_speed_is_told_as_of_a_whole_network_of_such_bits(tmp_path: Path) -> None:
     """What stays has its bits, under the layers' old numbers; what went has about as many."""
-    how = make_source(tmp_path) | {"drop_block": 1, "verify": False}
+    how = make_source(tmp_path, "olmo2") | {"drop_block": 1, "verify": False}
     report = mlx_skipless.convert(tmp_path / "s", tmp_path / "o", target_bytes=70_000, **how)
     result, config = load_model(tmp_path / "o")
     own = {p: q["bits"] for p, q in config["quantization"].items() if isinstance(q, dict)}
