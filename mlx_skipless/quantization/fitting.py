@@ -14,7 +14,6 @@ from ..network.driver import BATCH_TOKENS
 from ..network.model import ModelArgs
 from ..removal.moments import (
     MOST_WIDE,
-    RIDGES,
     Moments,
     factor_ridged,
     pick_outputs,
@@ -25,6 +24,7 @@ from .coverage import find_widest
 from .formats import Format, Packed, solve_feedback
 
 TEXT_TOKENS = 1 << 14  # that calibrate, at most
+RIDGES = (1e-5, 1e-2, 0.1, 0.3, 1.0, 3.0)  # tried, as shares of the inputs' mean square
 STACKED = 1 << 22  # weights of a matrix that is rounded together with others, at most
 
 
@@ -82,12 +82,12 @@ def fit_weights(
 ) -> dict[str, np.ndarray]:
     """Fit the weights that give the wanted outputs best once they are rounded.
 
-    Ridge regressions are tried with several ridges r, towards zero and towards a prior W0:
+    Ridge regressions towards a prior W0 are tried with several ridges r:
 
-        W = argmin |X W - Y|^2 + r |W|^2         = (X^T X + r I)^-1 X^T Y
         W = argmin |X W - Y|^2 + r |W - W0|^2    = (X^T X + r I)^-1 (X^T Y + r W0)
 
-    The one that errs least on ``judge`` when it is rounded to nearest wins, or the prior itself.
+    The one that errs least on ``judge`` when it is rounded to nearest wins, or the prior itself. A
+    pull towards zero would err less still by making all outputs smaller, which adds up over layers.
 
     Args:
         seen: what the regressions fit.
@@ -101,29 +101,25 @@ def fit_weights(
     gram = seen.gram
     size = np.mean(np.diag(gram))
     searches = {name: _Search(judge, name, prior, forms[name]) for name, prior in priors.items()}
-    for ridge in RIDGES if size else ():
-        added = ridge * size
-        # One solve for all: the second regression is the first plus (X^T X + r I)^-1 r W0.
-        sides = [
-            side
-            for name, search in searches.items()
-            for side in (seen.cross[name][:, search.some], added * search.prior)
-        ]
+    for added in (ridge * size for ridge in RIDGES if size):
         if (lower := factor_ridged(gram, added)) is None:
             continue
-        solved = solve_factored(lower, np.hstack(sides))
+        sides = [
+            seen.cross[name][:, search.some] + added * search.prior
+            for name, search in searches.items()
+        ]
+        solved = solve_factored(lower, np.hstack(sides))  # for all at once
         del lower  # as large as the sums
-        found = iter(np.split(solved, np.cumsum([side.shape[1] for side in sides])[:-1], axis=1))
-        for search, to_zero, share in zip(searches.values(), found, found, strict=True):
-            search.judge(to_zero, added, 0.0)
-            search.judge(to_zero + share, added, added)
+        ends = np.cumsum([side.shape[1] for side in sides])[:-1]
+        for search, weight in zip(searches.values(), np.split(solved, ends, axis=1), strict=True):
+            search.judge(weight, added)
     weights = {name: np.array(prior.astype(mx.float32)) for name, prior in priors.items()}
-    for added in {search.best[0] for search in searches.values() if search.best}:
+    for added in {search.best for search in searches.values()} - {0.0}:
         lower = factor_ridged(gram, added)
         assert lower is not None
         for name, search in searches.items():
-            if search.best and search.best[0] == added:
-                wanted = seen.cross[name] + search.best[1] * weights[name].T
+            if search.best == added:
+                wanted = seen.cross[name] + added * weights[name].T
                 weights[name] = solve_factored(lower, wanted).T.astype(np.float32)
     return weights
 
@@ -134,21 +130,21 @@ class _Search:
     Attributes:
         some: the outputs that choose.
         prior: what is known of these, (in, some outputs).
-        best: what is added to the diagonal, and how much the prior pulls; None: the prior itself.
+        best: what is added to the diagonal; 0: the prior itself.
     """
 
     def __init__(self, judge: Moments, name: str, prior: mx.array, form: Format):
         self._judge, self._name, self._form = judge, name, form
         self.some = pick_outputs(len(prior))
         self.prior = to_float64(prior[mx.array(self.some)]).T
-        self.best: tuple[float, float] | None = None
+        self.best = 0.0
         self._least = self._measure(self.prior)
 
-    def judge(self, weight: np.ndarray, added: float, pull: float) -> None:
+    def judge(self, weight: np.ndarray, added: float) -> None:
         """Take a candidate (in, some outputs) if it errs less than all before."""
         error = self._measure(weight)
         if error < self._least:
-            self.best, self._least = (added, pull), error
+            self.best, self._least = added, error
 
     def _measure(self, weight: np.ndarray) -> float:
         return self._judge.error(self._name, _round(weight, self._form), self.some)

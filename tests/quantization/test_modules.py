@@ -119,9 +119,8 @@ def solve(
     found = [prior]
     for ridge in fitting.RIDGES:
         root = np.sqrt(ridge * np.mean(np.sum(x[~held] ** 2, 0))) * np.eye(x.shape[1])
-        for towards in (0 * prior, prior):
-            longer = np.vstack([x[~held], root]), np.vstack([y[~held], root @ towards])
-            found.append(np.linalg.lstsq(*longer, rcond=None)[0])
+        longer = np.vstack([x[~held], root]), np.vstack([y[~held], root @ prior])
+        found.append(np.linalg.lstsq(*longer, rcond=None)[0])
     return min(found, key=error)
 
 
