@@ -24,7 +24,7 @@ from .coverage import find_widest
 from .formats import Format, Packed, solve_feedback
 
 TEXT_TOKENS = 1 << 14  # that calibrate, at most
-RIDGES = (1e-5, 1e-2, 0.1, 0.3, 1.0, 3.0)  # tried, as shares of the inputs' mean square
+RIDGES = (1e-4, 1e-2, 0.1, 0.3, 1.0, 3.0)  # tried, as shares of the inputs' mean square
 STACKED = 1 << 22  # weights of a matrix that is rounded together with others, at most
 
 

@@ -96,7 +96,7 @@ def test_fit_finds_the_matrix(noise: float) -> None:
     got = fit(seen, judge, 5 * rng.standard_normal(w.shape))
     if not noise:
         assert judge.error("m", got) < 1e-4
-    assert judge.error("m", got) < judge.error("m", w) + 1e-5
+    assert judge.error("m", got) < judge.error("m", w) + 5e-5
     # Ordinary least squares, by its normal equations: nothing linear does better on what it saw.
     best = np.linalg.lstsq(inputs[:half], x[:half] @ w, rcond=None)[0]
     assert judge.error("m", got) < 1.2 * judge.error("m", best) + 1e-4
