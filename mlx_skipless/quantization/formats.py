@@ -20,7 +20,7 @@ ROWS = 1024  # of codes packed at a time
 # Codes of 1 in the floating formats: of a weight by its bits, of a scale by its mode.
 ONE = {4: 0x2, 8: 0x38}
 WIDE = 128  # inputs, a whole number of groups, that MLX unpacks in every mode
-EVEN = 32  # numbers, so many or twice as many and so on, that MLX quantizes in every mode on a CPU
+EVEN = 32  # a multiple of so many numbers MLX quantizes in every mode, on a CPU too
 UNIT_SCALE = {"mxfp4": 127, "mxfp8": 127, "nvfp4": 0x38}
 
 Packed = dict[str, mx.array]  # "weight", "scales" and, in affine mode, "biases"

@@ -16,8 +16,6 @@ from .products import ignore_overflow
 MOST_WIDE = 1 << 25  # sums of a matrix that are kept in float64: beyond, they take gigabytes
 BLOCK = 256  # of a triangular matrix's rows
 SMALLEST = 1e-12  # mean square of a token's stream
-# Tried as the ridge, a share of the inputs' mean square.
-RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 JUDGED = 128  # outputs, spread over all, that choose the ridge
 
 
