@@ -282,7 +282,7 @@ def test_a_stock_conversion_declares_no_packing_left(tmp_path: Path):
     [
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "'bitsandbytes'.*supported"),
         ({"quant_method": "hqq"}, "'hqq'.*unquantized"),
-        ({"bits": 4}, "None"),
+        ({"bits": 4}, 'no "quant_method"'),
         ({"quant_method": "awq", "bits": 3}, "4-bit GEMM"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "4-bit GEMM"),
         ({"quant_method": "awq", "bits": 4, "format": "llm-awq"}, "4-bit GEMM"),
