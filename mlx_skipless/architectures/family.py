@@ -43,7 +43,7 @@ class Stock:
 
     told: tuple[str, ...]
     tell: Callable[[ModelArgs], Config] = lambda args: {}
-    activations: tuple[str, ...] = ("silu",)
+    activations: tuple[str, ...] = ("silu", "swish")
     tied: bool | None = None
     head_bias: bool = False
     optional_biases: tuple[tuple[str, ...], ...] = ()

@@ -399,3 +399,17 @@ def test_what_the_stock_network_would_ignore_is_refused(
     config = json.loads((tmp_path / "m/config.json").read_text())
     (tmp_path / "m/config.json").write_text(json.dumps(config | {key: value}))
     assert "ignores: `convert.py --model" in refuse(tmp_path / "m")
+
+
+def test_swish_is_silu(tmp_path: Path) -> None:
+    """transformers has one function under both names, and mlx-lm's network computes it."""
+    make_llama(tmp_path / "m", **SMALL)
+    tokens = mx.array([[1, 2, 3]])
+    expected = load_network(tmp_path / "m")[0](tokens)
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps(config | {"hidden_act": "swish"}))
+    assert mx.array_equal(load_network(tmp_path / "m")[0](tokens), expected).item()
+    report = mlx_skipless.convert(tmp_path / "m", tmp_path / "o", dtype="float32")
+    assert report.stock
+    seen = mlx_lm.utils.load_model(tmp_path / "o")[0](tokens)
+    assert mx.allclose(seen, expected, rtol=1e-5, atol=1e-5).item()
