@@ -106,7 +106,7 @@ def _check_named_files(source: Path) -> None:
 
     A name of a file that does not exist is harmless: it comes from the author's own machine.
     """
-    config = source / "tokenizer_config.json"
+    config = source / CONFIG
     if files.is_there(config):
         for key, name in read_json(config).items():
             if key.endswith("_file") and isinstance(name, str) and os.path.lexists(source / name):
@@ -149,6 +149,7 @@ def _prepare(folder: Path, config: Mapping[str, Any], trust_remote_code: bool) -
     Raises:
         UserError: if the tokenizer is broken, or makes of a text what no memory holds.
     """
+    settings = read_json(folder / CONFIG) if files.is_there(folder / CONFIG) else {}
     texts: dict[str, str] = {}
     content = read_tokenizer(folder / JSON) if files.is_there(folder / JSON) else None
     made = None
@@ -158,7 +159,7 @@ def _prepare(folder: Path, config: Mapping[str, Any], trust_remote_code: bool) -
         texts[JSON] = fill_holes(content, found)
     elif content is None and not any(_find_files(folder, *VOCABULARY_FILES[:-1])):
         made = read_tekken(folder / TEKKEN) if files.is_there(folder / TEKKEN) else None
-    if template := _read_processor_template(folder):
+    if not settings.get("chat_template") and (template := _read_processor_template(folder)):
         texts[TEMPLATE] = template
     if not texts and made is None:
         yield folder
@@ -180,10 +181,8 @@ def _prepare(folder: Path, config: Mapping[str, Any], trust_remote_code: bool) -
 
 
 def _read_processor_template(folder: Path) -> str | None:
-    """The chat template that a model's processor has, where its tokenizer has none."""
+    """The chat template that a model's processor has, unless there is a file of the tokenizer's."""
     if not files.is_there(folder / PROCESSOR_TEMPLATE) or files.is_there(folder / TEMPLATE):
-        return None
-    if files.is_there(folder / CONFIG) and read_json(folder / CONFIG).get("chat_template"):
         return None
     template = read_json(folder / PROCESSOR_TEMPLATE).get("chat_template")
     return template if isinstance(template, str) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -23,7 +24,7 @@ from factory import make_checkpoint, make_llama
 from grids import only, product, thorough
 from zoo import make_model
 
-from mlx_skipless import UserError, convert
+from mlx_skipless import UserError, convert, load
 from mlx_skipless.checkpoints import files
 from mlx_skipless.cli.main import main
 from mlx_skipless.removal.merger import Merger
@@ -602,6 +603,18 @@ def test_a_tokenizer_that_names_a_file_elsewhere(
     gone = {key: "/home/of-its-author/vocab.json", "tokenizer_file": None}
     file.write_text(json.dumps(config | gone))
     convert(tmp_path / "model", tmp_path / "out", verify=False)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '"x"'])
+def test_a_malformed_tokenizer_config_is_named(
+    refused: Refused, made: Callable[..., Path], tmp_path: Path, content: str
+):
+    shutil.copytree(made(make_llama), tmp_path / "model")
+    (tmp_path / "model" / "tokenizer_config.json").write_text(content)
+    said = "tokenizer_config.json (cannot be read as JSON|holds no JSON object)"
+    assert re.search(said, refused())
+    with pytest.raises(UserError, match=said):
+        load(str(tmp_path / "model"))
 
 
 def test_code_that_is_taken_where_it_is_trusted(
