@@ -16,7 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..architectures.config import check_sizes, read_model_args
 from ..architectures.families import FAMILIES, find_family
-from ..architectures.family import DROP_LISTS, Family, read_dropped
+from ..architectures.family import DROP_LISTS, Family, Stock, read_dropped
 from ..architectures.tensors import find_places, list_shapes
 from ..architectures.wrappers import TIED, is_wrapper, take_text_model
 from ..checkpoints import files, hub
@@ -230,7 +230,9 @@ def _tell_family(
                     config = config | {TIED: not any(n.startswith(f"{HEAD}.") for n in shapes)}
                 shapes = None
         args = read_model_args(config, shapes)
-    except UserError:
+    except UserError as error:
+        if _asks_what_is_ignored(config, family, family.stock):
+            raise UserError(f"{name}: {error}") from error
         return {}
     lacks = []
     if args.hidden_act not in family.stock.activations:
@@ -243,6 +245,14 @@ def _tell_family(
             f"{config['model_type']} ignores: `convert.py --model {name}` makes one that does not"
         )
     return family.make_stock_settings(args)
+
+
+def _asks_what_is_ignored(config: dict[str, Any], family: Family, stock: Stock) -> bool:
+    """Whether a config asks for an activation or a RoPE that mlx-lm's network does not look at."""
+    kind = config.get(family.keys.get("hidden_act", "hidden_act"))
+    rope = add_old_keys(config).get("rope_scaling") or {}
+    plain = isinstance(rope, dict) and {rope.get("type"), rope.get("rope_type")} <= {None, "default"}
+    return kind not in (None, *stock.activations) or not (plain or stock.scales_rope)
 
 
 @contextlib.contextmanager
