@@ -23,3 +23,4 @@ CHOSEN = (
 )  # fmt: skip
 BUNDLED = Path(__file__).parent / "assets" / "tales"  # a source checkpoint that tells tales
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HELD_OUT_SHARE = 0.03  # of each file's lines, where no text is named

@@ -202,7 +202,7 @@ def temporary_folder(target: Path) -> Iterator[Path]:
             try:  # from here on a signal leaves nothing behind
                 folder.mkdir(0o700)
                 # A run that starts at this moment may take it for abandoned: it is not locked yet.
-                if locks.enter_context(_lock_folder(folder)) is not False and folder.is_dir():
+                if locks.enter_context(lock_folder(folder)) is not False and folder.is_dir():
                     yield folder
                     return
             finally:
@@ -226,7 +226,7 @@ def _remove_abandoned(target: Path) -> bool:
     with suppress(OSError):
         for folder in target.absolute().parent.iterdir():
             if name.fullmatch(folder.name):
-                with _lock_folder(folder) as ours:
+                with lock_folder(folder) as ours:
                     alone &= ours is not False
                     if ours:
                         shutil.rmtree(folder, ignore_errors=True)
@@ -240,7 +240,7 @@ def _make_prefix(target: Path) -> str:
 
 
 @contextmanager
-def _lock_folder(folder: Path) -> Iterator[bool | None]:
+def lock_folder(folder: Path) -> Iterator[bool | None]:
     """Lock a folder until the end of the block or of this process.
 
     Yields True if that succeeded, False if another process holds the lock, and None if nobody can

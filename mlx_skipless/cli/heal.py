@@ -6,7 +6,14 @@ from typing import Any
 from ..errors import BadArgument
 from ..options import read_options
 from ..training.recipe import Pace, Treatment
-from .shared import add_fields, add_held_out_arguments, add_run_arguments, open_output, take_fields
+from .shared import (
+    add_fields,
+    add_held_out_arguments,
+    add_run_arguments,
+    holds_out_otherwise,
+    open_output,
+    take_fields,
+)
 
 EXAMPLES = (
     ("--model REDUCED --teacher SRC", "distil on text that the original speaks"),
@@ -37,7 +44,8 @@ def run(options: dict[str, Any]) -> None:
     resume = options["resume"]
     steps = treatment.get("steps") if resume else None
     other = [options[name] for name in ("model", "teacher", "data", "validation")]
-    if resume and (pace or set(treatment) - {"steps"} or any(other)):
+    other += [pace, set(treatment) - {"steps"}, holds_out_otherwise(options)]
+    if resume and any(other):
         raise BadArgument("--resume goes on with the run's own treatment: only --steps may change")
     if options["validation"] and not options["data"]:
         raise BadArgument("--validation is for --data: the original's own text is held out in part")

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -15,7 +15,7 @@ from rich import progress as bars
 from rich.console import Console
 
 from ..checkpoints.output import check_output, replace_file
-from ..constants import MODES
+from ..constants import HELD_OUT_SHARE, MODES
 from ..errors import BadArgument, UserError
 from ..options import expand_path, flag_name
 from ..progress import Progress
@@ -194,9 +194,14 @@ def add_held_out_arguments(parser: argparse.ArgumentParser) -> None:
         help="held-out text (default: the end of each file of --data)",
     )  # fmt: skip
     parser.add_argument(
-        "--validation-share", type=float, default=0.03,
+        "--validation-share", type=float, default=HELD_OUT_SHARE,
         help="share of each file's lines that is held out (default: %(default)s)",
     )  # fmt: skip
+
+
+def holds_out_otherwise(options: Mapping[str, Any]) -> bool:
+    """Whether flags ask for another share of held-out text than the usual one."""
+    return bool(options["validation_share"] != HELD_OUT_SHARE)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, default: str, what: str) -> None:

@@ -8,7 +8,14 @@ from typing import Any
 from ..errors import BadArgument, UserError, first_line
 from ..options import expand_path, read_options
 from ..training.recipe import Recipe, TrainingPace
-from .shared import add_fields, add_held_out_arguments, add_run_arguments, open_output, take_fields
+from .shared import (
+    add_fields,
+    add_held_out_arguments,
+    add_run_arguments,
+    holds_out_otherwise,
+    open_output,
+    take_fields,
+)
 
 EXAMPLES = (
     ("--data tales/*.txt", "a skipless model of twelve layers whose Q and P can go"),
@@ -43,8 +50,14 @@ def run(options: dict[str, Any]) -> None:
     pace, recipe = take_fields(options, TrainingPace), take_fields(options, Recipe)
     resume = options["resume"]
     steps = recipe.get("steps") if resume else None
-    if resume and (config or pace or set(recipe) - {"steps"}):
-        raise BadArgument("--resume goes on with the run's own recipe: only --steps may change")
+    if resume:
+        moved = options["validation"] if not options["data"] else []
+        other = [config, options["tokenizer"], options["dtype"] != "auto", pace, moved]
+        if any(other) or set(recipe) - {"steps"} or holds_out_otherwise(options):
+            raise BadArgument(
+                "--resume goes on with the run's own recipe: only --steps may change, and --data "
+                "and --validation say where the same files are now"
+            )
     with open_output(options, None if resume else options["mlx_path"]) as shown:
         with shown.progress() as bars:
 

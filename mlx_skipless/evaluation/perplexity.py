@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..checkpoints.files import is_there
+from ..constants import HELD_OUT_SHARE
 from ..errors import UserError
 from ..inference.context import check_windows, find_context
 from ..inference.loading import load
@@ -47,7 +48,7 @@ def measure_perplexity(
     data: Sequence[str | Path] = (),
     *,
     validation: Sequence[str | Path] = (),
-    validation_share: float = 0.03,
+    validation_share: float = HELD_OUT_SHARE,
     context: int | None = None,
     batch_size: int = 16,
     trust_remote_code: bool = False,

@@ -251,7 +251,10 @@ def _asks_what_is_ignored(config: dict[str, Any], family: Family, stock: Stock) 
     """Whether a config asks for an activation or a RoPE that mlx-lm's network does not look at."""
     kind = config.get(family.keys.get("hidden_act", "hidden_act"))
     rope = add_old_keys(config).get("rope_scaling") or {}
-    plain = isinstance(rope, dict) and {rope.get("type"), rope.get("rope_type")} <= {None, "default"}
+    plain = isinstance(rope, dict) and {rope.get("type"), rope.get("rope_type")} <= {
+        None,
+        "default",
+    }
     return kind not in (None, *stock.activations) or not (plain or stock.scales_rope)
 
 

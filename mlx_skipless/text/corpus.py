@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ..checkpoints.files import POINTED, POINTER
 from ..checkpoints.guarded import explain_panics
+from ..constants import HELD_OUT_SHARE
 from ..errors import BadArgument, UserError, first_line
 from ..options import expand_path
 
@@ -51,7 +52,7 @@ class Texts:
 
 
 def read_texts(
-    files: Sequence[Path], validation: Sequence[Path] = (), *, share: float = 0.03
+    files: Sequence[Path], validation: Sequence[Path] = (), *, share: float = HELD_OUT_SHARE
 ) -> Texts:
     """Read the documents of some files.
 

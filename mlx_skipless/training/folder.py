@@ -17,7 +17,7 @@ import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
 from ..checkpoints.files import TOKENIZER_BYTES, is_there, read_json
-from ..checkpoints.output import replace_file, write_json
+from ..checkpoints.output import lock_folder, replace_file, write_json
 from ..checkpoints.writer import check_free
 from ..errors import UserError, first_line
 from ..options import read_options
@@ -37,15 +37,20 @@ class RunFolder:
 
     @contextlib.contextmanager
     def hold(self, resume: bool) -> Iterator[None]:
-        """Make a new run's folder, and remove it if the run fails before its first checkpoint."""
-        if resume:
-            yield
-            return
-        self.path.mkdir()
+        """Make a new run's folder, and remove it if the run fails before its first checkpoint.
+
+        Raises:
+            UserError: if another process has a run in it.
+        """
+        if not resume:
+            self.path.mkdir()
         try:
-            yield
+            with lock_folder(self.path.resolve()) as ours:
+                if ours is False:
+                    raise UserError(f"another process trains in {self.path}: wait until it ends")
+                yield
         except BaseException:
-            if not self.state.exists():
+            if not resume and not self.state.exists():
                 shutil.rmtree(self.path, ignore_errors=True)
             raise
 

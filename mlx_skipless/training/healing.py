@@ -28,6 +28,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from ..checkpoints import hub
 from ..checkpoints.files import check_links, read_json
 from ..checkpoints.output import hide_paths, replace_file
+from ..constants import HELD_OUT_SHARE
 from ..errors import BadArgument, UserError, first_line
 from ..evaluation import perplexity
 from ..inference.loading import load
@@ -89,7 +90,7 @@ def heal(
     *,
     data: Sequence[str | Path] | None = None,
     validation: Sequence[str | Path] = (),
-    validation_share: float = 0.03,
+    validation_share: float = HELD_OUT_SHARE,
     pace: Pace | None = None,
     resume: bool = False,
     steps: int | None = None,
@@ -258,7 +259,7 @@ class Run(ResumableRun[HealingResult]):
     """A reduced network that learns from its original."""
 
     def __init__(self, folder: RunFolder, settings: Settings, pair: Pair, tokens: Tokens):
-        self._settings, self._treatment = settings, settings.treatment
+        self.settings, self._treatment = settings, settings.treatment
         self._teacher, self._tokenizer = pair.teacher, pair.tokenizer
         self._held_out = tokens.held_out
         self._types = {name: array.dtype for name, array in tensors_of(pair.student).items()}
@@ -280,7 +281,7 @@ class Run(ResumableRun[HealingResult]):
         replace_file(
             self._folder.training / TOKENS, lambda file: mx.save_safetensors(str(file), tokens)
         )
-        self._folder.write_settings(self._settings)
+        self._folder.write_settings(self.settings)
 
     def load(self) -> None:
         """Go to the last checkpoint; the log must say how far away the model began.
@@ -301,7 +302,7 @@ class Run(ResumableRun[HealingResult]):
         after = self._distance(self.model)
         if self._seconds > begun:
             self._log({"after": asdict(after)}, report)
-        names = [Path(file).name for file in self._settings.sources.data]
+        names = [Path(file).name for file in self.settings.sources.data]
         result = HealingResult(
             **self._figures(),
             fine_tune_type=self._treatment.fine_tune_type,
@@ -325,7 +326,7 @@ class Run(ResumableRun[HealingResult]):
 
     def _write(self, result: HealingResult) -> None:
         """Put the healed model beside the run's folder, its config last."""
-        out, sources = self._folder.path, self._settings.sources
+        out, sources = self._folder.path, self.settings.sources
         partial_folder = out / ".partial-model"
         shutil.rmtree(partial_folder, ignore_errors=True)
         source = hub.resolve(sources.model)

@@ -139,6 +139,8 @@ class RunState:
 class ResumableRun(RunState, Generic[Result]):
     """A network that is trained, its optimizer, its text and its folder.
 
+    A subclass has ``settings``, a dataclass: all that decides how the run goes.
+
     Args:
         folder: where its files lie.
         text: the tokens to train on.
@@ -148,6 +150,8 @@ class ResumableRun(RunState, Generic[Result]):
         optimizer: of these parameters.
         schedule: the learning rate to log.
     """
+
+    settings: Any
 
     def __init__(
         self,
@@ -302,6 +306,7 @@ def carry_out(
             run.load()
         else:  # killed before its first checkpoint
             folder.cut_log(-1)
+        folder.write_settings(run.settings)  # which --resume may have changed
         with catch_signals() as stopped:
             return run.go(report, stopped)
 

@@ -19,6 +19,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoints.output import hide_paths, replace_file, write_json
 from ..checkpoints.tokenizer import NO_MODEL_TYPE, fetch_tokenizer
+from ..constants import HELD_OUT_SHARE
 from ..errors import BadArgument, UserError
 from ..evaluation import perplexity
 from ..inference.generation import generate
@@ -95,7 +96,7 @@ def train(
     recipe: Recipe | None = None,
     *,
     validation: Sequence[str | Path] = (),
-    validation_share: float = 0.03,
+    validation_share: float = HELD_OUT_SHARE,
     tokenizer: str | Path | None = None,
     pace: TrainingPace | None = None,
     dtype: str = "auto",
@@ -188,7 +189,8 @@ def make_tokens(
     fingerprint = tokens.fingerprint()
     if resumed is not None and fingerprint != settings.fingerprint:
         raise UserError(
-            f"{resumed} was trained on other text than these files hold now: give the same --data"
+            f"{resumed} was trained on other text than these files hold now: give the same --data "
+            "and --validation"
         )
     recipe = dataclasses.replace(settings.recipe, vocab_size=len(tokenizer))
     return dataclasses.replace(settings, recipe=recipe, fingerprint=fingerprint), tokens
@@ -219,7 +221,7 @@ class Run(ResumableRun[TrainingResult]):
     """The training of a whole network to predict text."""
 
     def __init__(self, folder: RunFolder, settings: Settings, tokens: Tokens):
-        self._settings, self._recipe = settings, settings.recipe
+        self.settings, self._recipe = settings, settings.recipe
         model = Model(make_model_args(self._recipe))
         initialize(model, self._recipe)
         super().__init__(
@@ -243,7 +245,7 @@ class Run(ResumableRun[TrainingResult]):
         config |= {"eos_token_id": tokenizer.eos_token_id, "torch_dtype": "float32"}
         config |= {"architectures": ["SkiplessForCausalLM"], **NO_MODEL_TYPE}
         write_json(self._folder.path / "config.json", dict(sorted(config.items())))
-        self._folder.write_settings(self._settings)
+        self._folder.write_settings(self.settings)
 
     def go(self, report: Callable[[Event], None], stopped: Callable[[], bool]) -> TrainingResult:
         """Train to the end and write the card."""
@@ -255,7 +257,7 @@ class Run(ResumableRun[TrainingResult]):
             validation_loss=final.get("validation_loss"),
             bits_per_character=final.get("bits_per_character"),
         )
-        names = [Path(file).name for file in self._settings.text.data]
+        names = [Path(file).name for file in self.settings.text.data]
         text = write_training_card(result, self.model.args, asdict(self._recipe), names)
         replace_file(
             self._folder.path / "README.md",
@@ -271,7 +273,7 @@ class Run(ResumableRun[TrainingResult]):
         )
 
     def _observe(self) -> Event:
-        every = self._settings.pace.sample_every
+        every = self.settings.pace.sample_every
         if self._step == self._steps or is_due(self._step, every):
             self._check_weights()
             return {"sample": self._sample()}
@@ -300,8 +302,8 @@ class Run(ResumableRun[TrainingResult]):
 
     def _nll(self, weights: dict[str, Any], batch: mx.array) -> mx.array:
         """The batch's summed NLL, with these weights in the type of the arithmetic."""
-        if self._settings.dtype != "float32":
-            dtype = getattr(mx, self._settings.dtype)
+        if self.settings.dtype != "float32":
+            dtype = getattr(mx, self.settings.dtype)
             weights = tree_map(lambda w: w.astype(dtype), weights)
         self.model.update(weights)
         return perplexity.sum_nll(self.model, batch)

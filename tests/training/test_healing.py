@@ -428,7 +428,14 @@ def test_what_cannot_be_healed(
 
 
 @pytest.mark.parametrize(
-    "more", [["--rank", "8"], ["--log-every", "1"], ["--model", "x"], ["--data", "x"]]
+    "more",
+    [
+        ["--rank", "8"],
+        ["--log-every", "1"],
+        ["--model", "x"],
+        ["--data", "x"],
+        ["--validation-share", "0.5"],
+    ],
 )
 def test_a_resumed_run_keeps_its_treatment(
     more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

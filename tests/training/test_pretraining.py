@@ -692,6 +692,31 @@ def test_a_finished_run_resumed_says_the_same(text: Path, tmp_path: Path):
         assert after[name] == before[name], name
 
 
+def test_more_steps_are_the_run_s_own_from_then_on(
+    finished: tuple[Path, Result], text: Path, tmp_path: Path
+):
+    """An interrupted run that was given more steps is resumed without saying so again."""
+    run(None, whole := copied(finished, tmp_path / "whole"), None, resume=True, steps=18)
+    out = copied(finished, tmp_path)
+    with pytest.raises(UserError, match="interrupted at step 16"):
+        run(None, out, None, resume=True, steps=18, report=stop_at(16, signal.SIGINT))
+    assert run(None, out, None, resume=True).step == 18
+    same_end(out, whole)
+
+
+def test_two_at_once_in_one_folder(text: Path, tmp_path: Path):
+    out, said = tmp_path / "run", []
+
+    def intrude(event: Event) -> None:
+        if event.get("step") == 6:
+            with pytest.raises(UserError, match="another process trains in") as refused:
+                run(None, out, None, resume=True)
+            said.append(str(refused.value))
+
+    assert run(text, out, report=intrude).step == 12
+    assert said and len(read_log(out)) == len({json.dumps(event) for event in read_log(out)})
+
+
 def test_a_run_interrupted_at_its_last_step_ends_whole(
     finished: tuple[Path, Result], text: Path, tmp_path: Path
 ):
@@ -777,7 +802,16 @@ def test_resuming_what_is_no_run(finished: tuple[Path, Result], text: Path, tmp_
 
 @pytest.mark.parametrize(
     "flag",
-    [["--layers", "3"], ["--log-every", "3"], ["--no-tie"], ["--config", "x.yaml"]],
+    [
+        ["--layers", "3"],
+        ["--log-every", "3"],
+        ["--no-tie"],
+        ["--config", "x.yaml"],
+        ["--tokenizer", "x"],
+        ["--dtype", "bfloat16"],
+        ["--validation", "x"],
+        ["--validation-share", "0.5"],
+    ],
 )
 def test_resuming_takes_no_other_recipe(
     finished: tuple[Path, Result], flag: list[str], capsys: pytest.CaptureFixture[str]
