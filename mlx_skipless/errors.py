@@ -1,6 +1,7 @@
 """The exceptions for what a user can mend."""
 
 LONGEST = 2000  # characters of a message, which may quote a checkpoint's names and values
+MOST_SAID = 300  # characters of a library's error
 
 
 class UserError(Exception):
@@ -27,3 +28,11 @@ class BadArgument(UserError):
 def first_line(error: BaseException) -> str:
     """Return the first line of another error's message, for a ``UserError`` to quote."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def quote_error(error: BaseException) -> str:
+    """Return what a library says is wrong, with the error's type unless it is a ``ValueError``."""
+    said = " ".join(str(error).split())[:MOST_SAID]
+    if isinstance(error, ValueError) and said:
+        return said
+    return f"{type(error).__name__} {said}".strip()

@@ -233,3 +233,8 @@ class _QuantizedKVCache(QuantizedKVCache):
             self.keys = mx.quantize(keys[..., :0, :], width, bits)  # type: ignore[assignment]
             self.values = mx.quantize(values[..., :0, :], width, bits)  # type: ignore[assignment]
         return super().update_and_fetch(keys, values)
+
+
+def try_forward(model: nn.Module) -> None:
+    """Have a model's forward made, not computed: a config may describe one that cannot be."""
+    model(mx.zeros((1, 2), mx.int32), cache=make_prompt_cache(model))

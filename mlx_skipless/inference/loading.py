@@ -11,7 +11,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
-from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..architectures.config import check_sizes, read_model_args
@@ -20,21 +19,22 @@ from ..architectures.family import DROP_LISTS, Family, Stock, read_dropped
 from ..architectures.tensors import find_places, list_shapes
 from ..architectures.wrappers import TIED, is_wrapper, take_text_model
 from ..checkpoints import files, hub
-from ..checkpoints.files import ADAPTER_CONFIG, ADAPTERS, PEFT_ADAPTERS, read_config
+from ..checkpoints.files import read_config
 from ..checkpoints.packed import is_packed
-from ..checkpoints.safetensors import FLOATS, SafetensorsStore, Store, is_float, read_header
+from ..checkpoints.safetensors import FLOATS, SafetensorsStore, Store, is_float
 from ..checkpoints.tokenizer import load_tokenizer
-from ..errors import UserError
+from ..errors import UserError, quote_error
 from ..network import reduced
 from ..network.model import Model, ModelArgs
 from ..network.names import HEAD
 from ..network.parts import dtype_name
 from ..options import expand_path
+from .adapters import apply_adapters
+from .caches import try_forward
 from .context import read_context
 from .decoding import build_decoded, open_decoded
 from .old_keys import add_old_keys
 
-MOST_SAID = 300  # characters of a library's error
 QUANTIZATION_KEYS = ("quantization", "quantization_config")
 
 
@@ -125,9 +125,9 @@ def load_network(
                 )
         _check_types(model, folder)
         model.context = read_context(config)
-        if adapter_path is not None:
-            model = _apply_adapters(model, expand_path(adapter_path))
         try_forward(model)
+        if adapter_path is not None:
+            model = apply_adapters(model, expand_path(adapter_path))
         if not lazy:
             mx.eval(model.parameters())
     store.check_unchanged()
@@ -287,11 +287,9 @@ def _explain_errors(name: str | Path, store: SafetensorsStore) -> Iterator[None]
         raise
     except (Exception, SystemExit) as error:  # some of mlx-lm's models exit without their package
         store.check_unchanged()
-        said = " ".join(str(error).split())[:MOST_SAID]
-        if not isinstance(error, ValueError) or not said:
-            said = f"{type(error).__name__} {said}".strip()
         raise UserError(
-            f"{name} cannot be loaded ({said}): correct its config.json, or use another export"
+            f"{name} cannot be loaded ({quote_error(error)}): correct its config.json, or use "
+            "another export"
         ) from error
 
 
@@ -306,34 +304,6 @@ def _check_types(model: nn.Module, folder: Path) -> None:
                     f"{path}.{key} in {folder} is of the type {dtype_name(array.dtype)}, and "
                     f"weights are {', '.join(map(dtype_name, FLOATS.values()))}: use another export"
                 )
-
-
-def try_forward(model: nn.Module) -> None:
-    """Have a model's forward made, not computed: a config may describe one that cannot be."""
-    model(mx.zeros((1, 2), mx.int32), cache=make_prompt_cache(model))
-
-
-def _apply_adapters(model: nn.Module, folder: Path) -> nn.Module:
-    """Put LoRA adapters, as mlx-lm trains them, on a model.
-
-    Raises:
-        UserError: if there are none, or they are broken or of another model.
-    """
-    for name in (ADAPTER_CONFIG, ADAPTERS):
-        if not files.is_there(folder / name):
-            theirs = any((folder / other).exists() for other in PEFT_ADAPTERS)
-            why = " (PEFT's are not read)" if theirs else ""
-            raise UserError(
-                f"--adapter-path {folder}: no {name} in it{why}; give a folder that mlx_lm.lora "
-                "wrote"
-            )
-    files.read_json(folder / ADAPTER_CONFIG)
-    for name, tensor in read_header(folder / ADAPTERS).items():
-        if not is_float(tensor.dtype):
-            raise UserError(f"--adapter-path {folder}: {name} has a number type that is not read")
-    model = mlx_lm.utils.load_adapters(model, str(folder))
-    model.eval()
-    return model
 
 
 def _get_own_classes(config: dict) -> tuple[Any, type]:

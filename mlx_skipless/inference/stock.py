@@ -33,7 +33,8 @@ from ..network import reduced
 from ..network.driver import RESIDENT_BYTES
 from ..network.parts import dtype_name, tensors_of
 from ..network.stock import StockNetwork
-from .loading import load_network, tell_mlx_lm, try_forward
+from .caches import try_forward
+from .loading import load_network, tell_mlx_lm
 from .old_keys import NO_WINDOW, add_old_keys, explain_unread, find_classes, list_settings
 
 

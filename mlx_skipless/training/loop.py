@@ -139,8 +139,6 @@ class RunState:
 class ResumableRun(RunState, Generic[Result]):
     """A network that is trained, its optimizer, its text and its folder.
 
-    A subclass has ``settings``, a dataclass: all that decides how the run goes.
-
     Args:
         folder: where its files lie.
         text: the tokens to train on.
@@ -151,7 +149,7 @@ class ResumableRun(RunState, Generic[Result]):
         schedule: the learning rate to log.
     """
 
-    settings: Any
+    settings: Any  # a subclass's dataclass: all that decides how the run goes
 
     def __init__(
         self,

@@ -283,21 +283,32 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "of another model": (
         lambda f: edit_weights(f, lambda w: {f"x.{n}": a for n, a in w.items()}),
-        "cannot be loaded",
+        "does not fit the model",
     ),
     "wider": (
         lambda f: edit_weights(f, lambda w: {n: mx.concatenate([a, a]) for n, a in w.items()}),
-        "cannot be loaded",
+        "does not fit the model",
     ),
     "rank": (
         lambda f: edit_adapters(f, lambda c: c["lora_parameters"].update(rank=10**9)),
-        "cannot be loaded",
+        "does not fit the model",
     ),
     "no parameters": (
-        lambda f: edit_adapters(f, lambda c: c.pop("lora_parameters")), "cannot be loaded"
+        lambda f: edit_adapters(f, lambda c: c.pop("lora_parameters")), "does not fit the model"
     ),
     "layers": (
-        lambda f: edit_adapters(f, lambda c: c.update(num_layers="all")), "cannot be loaded"
+        lambda f: edit_adapters(f, lambda c: c.update(num_layers="all")), "does not fit the model"
+    ),
+    "no numbers": (
+        lambda f: edit_weights(f, lambda w: dict([*w.items()][1:])), "lacks .*lora_a.*copy both"
+    ),
+    "half the layers": (
+        lambda f: edit_weights(f, lambda w: {n: a for n, a in w.items() if "layers.0" not in n}),
+        r"lacks .*layers\.0\..* and [0-9]+ more",
+    ),
+    "kind": (lambda f: edit_adapters(f, lambda c: c.update(fine_tune_type="x")), "'x' is none of"),
+    "dora": (
+        lambda f: edit_adapters(f, lambda c: c.update(fine_tune_type="dora")), r"lacks .*\.m"
     ),
 }  # fmt: skip
 
@@ -307,7 +318,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_broken_adapters(model: Path, adapters: Path, broken: str):
     change, said = BROKEN[broken]
     change(adapters)
-    assert said in refuse(model, adapter_path=str(adapters))
+    assert re.search(said, refuse(model, adapter_path=str(adapters)))
 
 
 @pytest.mark.parametrize(
