@@ -22,6 +22,8 @@ from .tokenizer_json import UNNAMED
 
 PANIC = "PanicException"  # its module cannot be imported
 STDERR = 2
+# A warning of transformers, and how it keeps that it was given.
+TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
 LONGEST_CHAT = 1 << 25  # characters of a template's result
 _hold = threading.RLock()  # of the process's stderr
 
@@ -97,6 +99,8 @@ class GuardedTokenizer(TokenizerWrapper):
             UserError: if ordinary text, or the chat template, needs tokens without an embedding.
         """
         vars(self).update(vars(wrapper))
+        # Of long texts; where a model's context ends is said elsewhere.
+        getattr(wrapper._tokenizer, "deprecation_warnings", {})[TOO_LONG] = True
         self._name, self._rows = name, rows
         known = getattr(self._detokenizer, "tokenmap", None)
         if known is None:

@@ -150,6 +150,8 @@ def _prepare(folder: Path, config: Mapping[str, Any], trust_remote_code: bool) -
         UserError: if the tokenizer is broken, or makes of a text what no memory holds.
     """
     settings = read_json(folder / CONFIG) if files.is_there(folder / CONFIG) else {}
+    if not isinstance(settings.get("model_max_length"), int | float | None):
+        raise UserError(f'"model_max_length" in {folder / CONFIG} is no number: correct it')
     texts: dict[str, str] = {}
     content = read_tokenizer(folder / JSON) if files.is_there(folder / JSON) else None
     made = None

@@ -105,8 +105,11 @@ def run(options: dict[str, Any]) -> None:
         model, tokenizer = load(name, adapter_path=adapters, trust_remote_code=trust)
         if prompt == "-":
             prompt = read_input()
-        elif prompt is None and _piped():
-            prompt = read_input() or None
+        elif prompt is None and not sys.stdin.isatty():
+            if select.select([sys.stdin], [], [], 0)[0]:  # it holds something, or has ended
+                prompt = read_input() or None
+            else:
+                _aside("nothing has come through the pipe: --prompt - waits for a prompt", shown)
         talk = prompt is None and sys.stdin.isatty() and not json_name
         tale = prompt is None and not (talk and has_turns(tokenizer))
         options, remarks = _choose_sampling(options, name if talk else None, tale)
@@ -250,13 +253,6 @@ def _convert_bundled(out: str, shown: Output) -> None:
         report = convert.convert(None, out, progress=progress)
     for line in card.describe_effect(report):
         _aside(line, shown)
-
-
-def _piped() -> bool:
-    """Whether standard input is no terminal and holds something, or has ended."""
-    if sys.stdin.isatty():
-        return False
-    return bool(select.select([sys.stdin], [], [], 0)[0])
 
 
 def _tabulate(result: Any, name: str, other: str) -> Grid:

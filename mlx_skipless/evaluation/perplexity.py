@@ -17,7 +17,7 @@ from ..inference.context import check_windows, find_context
 from ..inference.loading import load
 from ..network.metrics import measure_nll
 from ..network.widening import attend_in_float32, widen
-from ..options import check_least
+from ..options import check_least, expand_path
 from ..text import corpus
 
 CONTEXT = 512  # for models that say nothing, or allow more
@@ -72,7 +72,7 @@ def measure_perplexity(
     check_least("--context", context)
     check_least("--batch-size", batch_size)
     for file in data if validation else ():
-        if not is_there(Path(file)):
+        if not is_there(expand_path(file)):
             raise UserError(f"{file} cannot be read: there is no such file")
     texts = corpus.read_texts(
         [Path(file) for file in data if not validation],
@@ -87,9 +87,15 @@ def measure_perplexity(
     check_length(tokens, length)
     network = widen(network)
     with attend_in_float32():
-        return score_tokens(
+        score = score_tokens(
             lambda batch: sum_nll(network, batch), tokens, tokenizer._tokenizer, length, batch_size
         )
+    if not math.isfinite(score.loss):
+        raise UserError(
+            f"the logits of {model} are no numbers on this text: the checkpoint is broken, or its "
+            "activations overflow; use another export"
+        )
+    return score
 
 
 def check_length(tokens: np.ndarray, length: int) -> None:

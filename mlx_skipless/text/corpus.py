@@ -4,6 +4,7 @@ This module knows nothing of networks.
 """
 
 import json
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -86,7 +87,9 @@ def read_texts(
 
 def _read_lines(file: Path) -> list[str]:
     try:
-        text = file.read_text(encoding="utf-8")
+        if stat.S_ISCHR(file.stat().st_mode):
+            raise UserError(f"{file} is a device, which may never end: give a text file")
+        text = file.read_text(encoding="utf-8-sig")  # which some editors begin with a mark
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 text ({error}): convert it") from error
     except OSError as error:
@@ -191,6 +194,9 @@ def encode(documents: Sequence[str], tokenizer: Any) -> np.ndarray:
     end = tokenizer.convert_tokens_to_ids(END)
     if end is None or end == tokenizer.unk_token_id:
         end = tokenizer.eos_token_id
+    if end is None:  # config.json may know one
+        known = getattr(tokenizer, "eos_token_ids", None) or ()
+        end = min((one for one in known if one is not None), default=None)
     if end is None:
         raise UserError("the tokenizer has no end token: give one that has")
     if not documents:

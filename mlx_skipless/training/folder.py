@@ -23,6 +23,7 @@ from ..errors import UserError, first_line
 from ..options import read_options
 
 TRAINING = "training"
+COMMANDS = {"recipe": "train", "treatment": "heal"}  # by what their settings hold
 RUN, STATE, LOG, CURVE = "run.json", "state.safetensors", "log.jsonl", "loss.png"
 Event = dict[str, Any]
 Settings = TypeVar("Settings")
@@ -102,9 +103,15 @@ class RunFolder:
                 f"{self.path} has no {TRAINING}/{RUN}: there is nothing to resume; if a run was "
                 "killed as it began, remove the folder and start it again"
             )
+        content = read_json(file)
         try:
-            return read(read_json(file))
+            return read(content)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
+            theirs = [command for key, command in COMMANDS.items() if key in content]
+            if theirs and isinstance(error, KeyError) and error.args[0] in COMMANDS:
+                raise UserError(
+                    f"{self.path} holds a run of `{theirs[0]}`: its own --resume goes on with it"
+                ) from error
             raise UserError(
                 f"{file} is not of this version ({type(error).__name__}: {first_line(error)}): "
                 "start the run again"

@@ -605,13 +605,13 @@ def test_a_tokenizer_that_names_a_file_elsewhere(
     convert(tmp_path / "model", tmp_path / "out", verify=False)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '"x"'])
+@pytest.mark.parametrize("content", ["{", "[]", '"x"', '{"model_max_length": "x"}'])
 def test_a_malformed_tokenizer_config_is_named(
     refused: Refused, made: Callable[..., Path], tmp_path: Path, content: str
 ):
     shutil.copytree(made(make_llama), tmp_path / "model")
     (tmp_path / "model" / "tokenizer_config.json").write_text(content)
-    said = "tokenizer_config.json (cannot be read as JSON|holds no JSON object)"
+    said = "tokenizer_config.json (cannot be read as JSON|holds no JSON object|is no number)"
     assert re.search(said, refused())
     with pytest.raises(UserError, match=said):
         load(str(tmp_path / "model"))

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import reference
@@ -124,6 +125,28 @@ def test_what_cannot_be_scored(tmp_path: Path, options: dict[str, Any], says: st
     with pytest.raises(UserError, match=says) as refusal:
         mlx_skipless.measure_perplexity(**{key: placed(value) for key, value in given.items()})
     assert "\n" not in str(refusal.value)
+
+
+def test_logits_that_are_no_numbers(tmp_path: Path):
+    make("llama", tmp_path / "model")
+    weights: Any = mx.load(str(tmp_path / "model/model.safetensors"))
+    weights["model.norm.weight"] = mx.full(weights["model.norm.weight"].shape, math.nan)
+    mx.save_safetensors(str(tmp_path / "model/model.safetensors"), weights)
+    (tmp_path / "text.txt").write_text(TEXT)
+    with pytest.raises(UserError, match="model are no numbers on this text"):
+        mlx_skipless.measure_perplexity(tmp_path / "model", validation=[tmp_path / "text.txt"])
+
+
+def test_a_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make("llama", tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    plain = mlx_skipless.measure_perplexity(
+        "~/model", ["~/text.txt"], validation=["~/text.txt"], context=16
+    )
+    assert plain == mlx_skipless.measure_perplexity(
+        tmp_path / "model", validation=[tmp_path / "text.txt"], context=16
+    )
 
 
 def test_the_command_without_text(capsys: pytest.CaptureFixture[str]):

@@ -671,8 +671,8 @@ def command(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(convert, "BUNDLED", bundled)
 
-    def run(*arguments: str, stdin: str | bytes = os.devnull) -> tuple[int, str, str]:
-        """`stdin`: a file, or the bytes that a pipe holds."""
+    def run(*arguments: str, stdin: str | int | bytes = os.devnull) -> tuple[int, str, str]:
+        """`stdin`: a file, open or not, or the bytes that a pipe holds."""
         read = stdin
         if isinstance(stdin, bytes):
             read, write = os.pipe()
@@ -774,6 +774,26 @@ def test_a_prompt_is_answered_greedily(
     _, warm, _ = command(*arguments, "--seed", "3", "--max-tokens", "20", "--temp", "2",
                          stdin=stdin)  # fmt: skip
     assert warm != out
+
+
+def test_a_pipe_that_is_silent_is_not_waited_for(command: Command, monkeypatch: pytest.MonkeyPatch):
+    """Unless it is asked for; where a prompt may still come, that is told."""
+    read, write = os.pipe()
+    code, out, err = command("--max-tokens", "4", stdin=read)
+    os.close(write)
+    assert code == 0 and out.startswith("Once upon a time")
+    assert "nothing has come through the pipe: --prompt - waits" in err
+    _, _, err = command("--max-tokens", "4")
+    assert "pipe" not in err
+
+
+def test_long_prompts_bring_no_word_of_transformers(command: Command, tmp_path: Path):
+    """It warns of indexing errors, which MLX does not make; our own warning is of the context."""
+    _, _, _ = command("--max-tokens", "1")
+    file = tmp_path / "mlx_model/tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": 8}))
+    code, _, err = command("--prompt", "a b c d e f g h " * 9, "--max-tokens", "1")
+    assert code == 0 and "Token indices" not in err
 
 
 def test_a_piped_file_is_a_prompt(command: Command, tmp_path: Path):

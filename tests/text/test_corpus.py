@@ -10,9 +10,11 @@ import pytest
 from factory import EOS, make_llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import PreTrainedTokenizerFast
 
 from mlx_skipless import UserError
+from mlx_skipless.checkpoints.guarded import GuardedTokenizer
 from mlx_skipless.text import corpus
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -93,6 +95,18 @@ def test_files_of_their_own_are_held_out_instead(write: Callable[..., Path]):
 def test_plain_text_keeps_every_character(write: Callable[..., Path]):
     text = '  a\n\n\t{"text": 1}\x0cb\u2028c é👩‍👩‍👧 '
     assert corpus.read_texts([write("a.txt", text)], share=0).train == [text]
+
+
+def test_a_mark_of_the_byte_order_is_no_text(write: Callable[..., Path]):
+    mark = "\ufeff".encode()
+    assert corpus.read_texts([write("a.txt", mark + b"a b")], share=0).train == ["a b"]
+    line = mark + records({"text": "c"}).encode()
+    assert corpus.read_texts([write("a.jsonl", line)], share=0).train == ["c"]
+
+
+def test_a_device_is_no_text():
+    with pytest.raises(UserError, match="/dev/zero is a device"):
+        corpus.read_texts([Path("/dev/zero")], share=0)
 
 
 def test_records_of_each_kind(write: Callable[..., Path]):
@@ -251,6 +265,16 @@ def test_a_tokenizer_with_another_end_token(tmp_path: Path):
     other = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     a, b = (other.convert_tokens_to_ids(c) for c in "ab")
     assert corpus.encode(["ab", "b"], other).tolist() == [a, b, EOS, b, EOS]
+
+
+def test_an_end_token_that_the_config_alone_knows(tmp_path: Path):
+    make_llama(tmp_path, num_hidden_layers=1)
+    other = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    other.eos_token = None
+    with pytest.raises(UserError, match="no end token"):
+        corpus.encode(["a"], other)
+    wrapped = GuardedTokenizer(TokenizerWrapper(other, eos_token_ids=[7, 5]), "m", None)
+    assert corpus.encode(["a"], wrapped).tolist() == [other.convert_tokens_to_ids("a"), 5]
 
 
 @pytest.mark.parametrize("size", [SMALLEST, 280, 300])

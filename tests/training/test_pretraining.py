@@ -798,6 +798,8 @@ def test_resuming_what_is_no_run(finished: tuple[Path, Result], text: Path, tmp_
         resume_refused(out, r"is not of this version|no part of a (recipe|pace)")
     settings.write_text("{")
     resume_refused(out, "JSON")
+    settings.write_text(json.dumps({"treatment": {}, "pace": {}, "sources": {}}))
+    resume_refused(out, "holds a run of `heal`")
 
 
 @pytest.mark.parametrize(
