@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from ..checkpoints.output import sync_file, temporary_folder
 from ..checkpoints.safetensors import INDEX
 from ..errors import UserError
 from ..progress import Progress
+from ..text.corpus import Document
 from .options import Options
 
 
@@ -45,7 +46,7 @@ class Trainer(Protocol):
         out: Path,
         *,
         options: Options,
-        text: str | None,
+        text: Sequence[Document] | None,
         progress: Progress,
     ) -> Healing:
         """Train the model; ``text`` is the user's, None: the teacher's own."""
@@ -68,7 +69,7 @@ class Ward:
     trainer: Trainer
     options: Options
     teacher: Path
-    text: str | None
+    text: Sequence[Document] | None
     folder: Path
     progress: Progress
 
@@ -107,7 +108,7 @@ def open_ward(
     options: Options,
     trainer: Trainer | None,
     teacher: Path,
-    text: str | None,
+    text: Sequence[Document] | None,
     progress: Progress,
 ) -> Iterator[Ward | None]:
     """Make room to train in, beside the result, for as long as the block lasts.

@@ -1,6 +1,6 @@
 """One conversion as far as it is decided: what was asked and measured, and what follows from it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -23,6 +23,7 @@ from ..removal.networks import keep_layers
 from ..removal.plan import Plan, make_plan
 from ..removal.renumbering import Layers
 from ..removal.sublayers import Step
+from ..text.corpus import Document
 from .options import Options
 
 
@@ -82,7 +83,7 @@ class Job:
 
     options: Options
     checkpoint: Blueprint
-    text: str | None
+    text: Sequence[Document] | None
     form: Form = field(default_factory=Form)
     measured: Measurements = field(default_factory=Measurements)
     calibrated: bool = False

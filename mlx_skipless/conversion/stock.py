@@ -7,7 +7,7 @@ a time. So whatever mlx-lm loads can lose sub-layers and be quantized. The resul
 
 import copy
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,7 @@ from ..removal.renumbering import (
 from ..removal.standins import choose_stand_ins, fit_together
 from ..removal.sublayers import Drops, Step, check_sums, choose_drops
 from ..text import samples
+from ..text.corpus import Document
 from ..text.samples import Passages
 from .check import Verification, compare_networks
 from .healing import Healing
@@ -133,7 +134,7 @@ class StockJob:
 
     options: Options
     source: StockSource
-    text: str | None = None
+    text: Sequence[Document] | None = None
     dropped: Mapping[str, list[int]] = field(default_factory=dict)
     path: tuple[Step, ...] = ()
     layers: Layers | None = None

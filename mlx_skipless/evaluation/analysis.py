@@ -128,7 +128,7 @@ def _describe(
     )
 
 
-def _find_notes(checkpoint: Blueprint, text: str | None) -> Iterator[str]:
+def _find_notes(checkpoint: Blueprint, text: object | None) -> Iterator[str]:
     """Say what the figures of a source do not; ``text`` is what the user gave to measure on."""
     args = checkpoint.args
     yield from checkpoint.notes

@@ -12,7 +12,7 @@ from ..network.driver import Driver
 from ..network.names import SUBLAYERS
 from ..progress import Progress
 from ..removal import sublayers
-from ..text import samples
+from ..text import corpus, samples
 from .findings import Dropped
 
 TEXT = (8, 256)  # sequences, tokens each
@@ -26,7 +26,7 @@ class TextChoice:
     """What to measure on: a text called ``name``, or text sampled from the model by ``seed``."""
 
     name: str
-    content: str | None
+    content: Sequence[corpus.Document] | None
     seed: int
 
 
@@ -98,7 +98,9 @@ def name_text(text: TextChoice) -> str:
     return OWN_TEXT if text.content is None else text.name
 
 
-def _encode_rows(longest: int | None, name: str, text: str, tokenizer: Any) -> mx.array:
+def _encode_rows(
+    longest: int | None, name: str, documents: Sequence[corpus.Document], tokenizer: Any
+) -> mx.array:
     """Cut rows (sequences, length) of tokens from evenly spaced places of a user's text.
 
     Raises:
@@ -106,6 +108,7 @@ def _encode_rows(longest: int | None, name: str, text: str, tokenizer: Any) -> m
     """
     if tokenizer is None:
         raise UserError("--calibration needs a tokenizer and the source has none: drop it")
+    text = corpus.join_documents(documents, tokenizer)
     sequences, length = TEXT
     step = len(text) // sequences
     size = min(step, samples.PIECE)

@@ -5,7 +5,7 @@ This module knows nothing of networks.
 
 import json
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -37,19 +37,20 @@ PLAIN_TEMPLATE = (
 )
 
 
+Document = str | list[dict[str, Any]]  # text, or the messages of a conversation
+
+
 @dataclass(frozen=True)
 class Texts:
-    """Documents to train on and documents held out.
+    """Documents to train on and documents held out."""
 
-    Attributes:
-        train: to train on.
-        validation: held out.
-        chat: whether some to train on were conversations.
-    """
+    train: list[Document]
+    validation: list[Document]
 
-    train: list[str]
-    validation: list[str]
-    chat: bool
+    @property
+    def chat(self) -> bool:
+        """Whether some to train on are conversations."""
+        return not all(isinstance(one, str) for one in self.train)
 
 
 def read_texts(
@@ -58,7 +59,8 @@ def read_texts(
     """Read the documents of some files.
 
     A .jsonl file holds a document a line, as ``mlx_lm.lora`` takes them: {"text"},
-    {"prompt", "completion"} or {"messages"}. Any other file is one document of plain text.
+    {"prompt", "completion"}, which are joined, or {"messages"}. Any other file is one document of
+    plain text.
 
     Args:
         files: what to train on.
@@ -70,19 +72,16 @@ def read_texts(
     """
     if not 0 <= share < 1:
         raise BadArgument(f"--validation-share {share}: must be at least 0 and below 1")
-    train: list[str] = []
-    held_out: list[str] = []
-    chat = False
+    train: list[Document] = []
+    held_out: list[Document] = []
     for file in map(expand_path, files):
         lines = _read_lines(file)
         cut = len(lines) if validation else len(lines) - round(share * len(lines))
         for part, into in ((lines[:cut], train), (lines[cut:], held_out)):
-            documents, talks = _parse_documents(file, part)
-            into += documents
-            chat |= talks
+            into += _parse_documents(file, part)
     for file in map(expand_path, validation):
-        held_out += _parse_documents(file, _read_lines(file))[0]
-    return Texts(train, held_out, chat)
+        held_out += _parse_documents(file, _read_lines(file))
+    return Texts(train, held_out)
 
 
 def _read_lines(file: Path) -> list[str]:
@@ -104,34 +103,32 @@ def _read_lines(file: Path) -> list[str]:
     return lines
 
 
-def _parse_documents(file: Path, lines: Sequence[str]) -> tuple[list[str], bool]:
+def _parse_documents(file: Path, lines: Sequence[str]) -> list[Document]:
     if file.suffix != ".jsonl":
-        return (["\n".join(lines)] if lines else []), False
-    documents, chat = [], False
+        return ["\n".join(lines)] if lines else []
+    documents = []
     for line in filter(str.strip, lines):
         try:
-            record = json.loads(line)
-            documents.append(read_record(record))
-            chat |= "messages" in record
+            documents.append(read_record(json.loads(line)))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{file} has a line that is no record ({first_line(error)}): each must be JSON "
                 'with "text", "prompt" and "completion", or "messages"'
             ) from error
-    return documents, chat
+    return documents
 
 
-def read_record(record: Mapping[str, Any]) -> str:
-    """Return the text of a record: {"messages"}, {"text"} or {"prompt", "completion"}.
+def read_record(record: Mapping[str, Any]) -> Document:
+    """Return the document in a record: {"messages"}, {"text"} or {"prompt", "completion"}.
 
     Raises:
         KeyError, TypeError, ValueError: if it is none of these.
     """
     if "messages" in record:
-        return "".join(
-            f"{TURN_START}{_check_text(m['role'])}\n{_check_text(m['content'])}{TURN_END}\n"
-            for m in record["messages"]
-        )
+        for message in (messages := [dict(one) for one in record["messages"]]):
+            _check_text(message["role"])
+            _check_text(message["content"])
+        return messages
     if "text" in record:
         return _check_text(record["text"])
     if isinstance(record, Mapping) and not {"prompt", "completion"} <= record.keys():
@@ -146,7 +143,35 @@ def _check_text(value: Any) -> str:
     return value
 
 
-def make_tokenizer(documents: Sequence[str], vocab_size: int, *, chat: bool) -> Any:
+def write_document(document: Document, tokenizer: Any = None) -> str:
+    """Write a document as text: a conversation by the tokenizer's chat template, else as ChatML.
+
+    Raises:
+        UserError: if the template refuses the conversation.
+    """
+    if isinstance(document, str):
+        return document
+    template = getattr(tokenizer, "chat_template", None) is not None
+    if not getattr(tokenizer, "has_chat_template", template):
+        turns = (f"{TURN_START}{m['role']}\n{m['content']}{TURN_END}\n" for m in document)
+        return "".join(turns)
+    try:
+        return str(tokenizer.apply_chat_template(document, tokenize=False))
+    except UserError:
+        raise
+    except Exception as error:  # jinja2's, and what a template does to Python's own types
+        raise UserError(
+            f"the model's chat template refuses a conversation of the text ({first_line(error)}): "
+            "correct its messages or leave it out"
+        ) from error
+
+
+def join_documents(documents: Sequence[Document], tokenizer: Any = None) -> str:
+    """Write documents as one text, an empty line between them."""
+    return "\n\n".join(write_document(one, tokenizer) for one in documents)
+
+
+def make_tokenizer(documents: Sequence[Document], vocab_size: int, *, chat: bool) -> Any:
     """Make a byte-level BPE of ``vocab_size`` entries, as a Hugging Face tokenizer.
 
     Raises:
@@ -169,7 +194,8 @@ def make_tokenizer(documents: Sequence[str], vocab_size: int, *, chat: bool) -> 
         show_progress=False,
     )
     # By lines: the pieces that BPE merges never cross one, and a book is too long to hold twice.
-    lines = (line for document in documents for line in document.splitlines(keepends=True))
+    texts = map(write_document, documents)
+    lines = (line for text in texts for line in text.splitlines(keepends=True))
     tokenizer.train_from_iterator(lines, trainer)
     if tokenizer.get_vocab_size() < vocab_size:
         raise UserError(
@@ -185,7 +211,7 @@ def make_tokenizer(documents: Sequence[str], vocab_size: int, *, chat: bool) -> 
     )
 
 
-def encode(documents: Sequence[str], tokenizer: Any) -> np.ndarray:
+def encode(documents: Sequence[Document], tokenizer: Any) -> np.ndarray:
     """Turn documents into one row of token ids (tokens,), int32, with the end token after each.
 
     Raises:
@@ -204,13 +230,13 @@ def encode(documents: Sequence[str], tokenizer: Any) -> np.ndarray:
     with explain_panics(getattr(tokenizer, "name_or_path", None) or "this model"):
         rows = [
             np.array([*row, end], np.int32)
-            for batch in _batch_documents(documents)
+            for batch in _batch_documents(write_document(one, tokenizer) for one in documents)
             for row in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
         ]
     return np.concatenate(rows)
 
 
-def _batch_documents(documents: Sequence[str]) -> Iterator[list[str]]:
+def _batch_documents(documents: Iterable[str]) -> Iterator[list[str]]:
     """Yield documents in lists; no signal is heard while a tokenizer has one of them."""
     batch: list[str] = []
     size = 0

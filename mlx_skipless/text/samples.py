@@ -1,7 +1,7 @@
 """Text to calibrate and to check with: a user's, or sampled from the source model."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class Passages:
     origin: str
 
 
-def read_text(source: str | Path) -> str:
+def read_text(source: str | Path) -> list[corpus.Document]:
     """Read the text to calibrate with.
 
     Args:
@@ -56,26 +56,24 @@ def read_text(source: str | Path) -> str:
     """
     try:
         if hub.is_data_set(str(source)):
-            documents = list(_first_documents(str(source)))
-        else:
-            documents = corpus.read_texts([Path(source)], share=0).train
+            return list(_first_documents(str(source)))
+        return corpus.read_texts([Path(source)], share=0).train
     except UserError as error:
         raise UserError(f"--calibration {error}") from error
-    return "\n\n".join(documents)
 
 
-def _first_documents(source: str) -> Iterator[str]:
+def _first_documents(source: str) -> Iterator[corpus.Document]:
     size = 0
     for row in hub.read_data_set(source):
         try:
-            text = corpus.read_record(row)
+            document = corpus.read_record(row)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f'the data set {source} has no column "text", "messages", or "prompt" and '
                 f'"completion" of text; its columns are {", ".join(row)}'
             ) from error
-        if text.strip():
-            yield text
+        if text := corpus.write_document(document).strip():
+            yield document
         size += len(text)
         if size >= DATA_SET:
             return
@@ -84,7 +82,7 @@ def _first_documents(source: str) -> Iterator[str]:
 def take_passages(
     open_network: Callable[[], Driver],
     tokenizer: GuardedTokenizer | None,
-    text: str | None,
+    text: Sequence[corpus.Document] | None,
     name: str,
     *,
     seed: int,
@@ -116,7 +114,8 @@ def take_passages(
     def encode(piece: str) -> list[int]:
         return tokenizer.encode(piece, verbose=False)  # of its length; pieces get cut
 
-    return cut_passages(name, text, encode, longest=longest, **sizes)
+    written = corpus.join_documents(text, tokenizer)
+    return cut_passages(name, written, encode, longest=longest, **sizes)
 
 
 def cut_passages(

@@ -53,7 +53,7 @@ def train_result(
     out: Path,
     *,
     options: Options,
-    text: str | None,
+    text: Sequence[corpus.Document] | None,
     progress: Progress,
 ) -> Healing:
     """Train a conversion's result by ``heal``'s defaults; a signal ends it as it ends a conversion.
@@ -82,8 +82,8 @@ def train_result(
         tell = partial(progress, "sampling text to train on")
         tokens = make_tokens(sources, treatment, pair, tell)
     else:
-        rest, tail = samples.split_tail(text)
-        tokens = encode_texts(corpus.Texts([rest], [tail], False), pair.tokenizer)
+        rest, tail = samples.split_tail(corpus.join_documents(text, pair.tokenizer))
+        tokens = encode_texts(corpus.Texts([rest], [tail]), pair.tokenizer)
     context = min(treatment.context, len(tokens.held_out) - 1, (len(tokens.train) - 1) // 2)
     if context < samples.SHORTEST:
         raise UserError(

@@ -197,9 +197,11 @@ def make_tokens(
 
 
 @contextlib.contextmanager
-def _announce(what: str, documents: Sequence[str], progress: Progress) -> Iterator[None]:
+def _announce(
+    what: str, documents: Sequence[corpus.Document], progress: Progress
+) -> Iterator[None]:
     """Tell of work on a long text, which a tokenizer does in one go, as a stage of one step."""
-    size = sum(map(len, documents))
+    size = sum(len(corpus.write_document(one)) for one in documents)
     stage = what.format(format_bytes(size))
     if size < LONG_TEXT:
         yield

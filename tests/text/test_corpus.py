@@ -11,6 +11,7 @@ from factory import EOS, make_llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tuner.datasets import ChatDataset
 from transformers import PreTrainedTokenizerFast
 
 from mlx_skipless import UserError
@@ -89,7 +90,8 @@ def test_files_of_their_own_are_held_out_instead(write: Callable[..., Path]):
     files = [write("a.txt", "1\n2\n3\n"), write("b.txt", "4\n5\n")]
     held_out = [write("c.txt", "6\n7\n"), write("d.jsonl", records({"text": "8"}))]
     texts = corpus.read_texts(files, held_out, share=0.5)
-    assert texts == corpus.Texts(["1\n2\n3", "4\n5"], ["6\n7", "8"], chat=False)
+    assert texts == corpus.Texts(["1\n2\n3", "4\n5"], ["6\n7", "8"])
+    assert not texts.chat
 
 
 def test_plain_text_keeps_every_character(write: Callable[..., Path]):
@@ -113,14 +115,19 @@ def test_records_of_each_kind(write: Callable[..., Path]):
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello\nthere"}]
     plain = [{"text": "a\nb"}, {"prompt": "2 + 2 = ", "completion": "4"}]
     file = write("a.jsonl", records(*plain) + "\n  \n")
-    assert corpus.read_texts([file], share=0) == corpus.Texts(["a\nb", "2 + 2 = 4"], [], False)
+    assert corpus.read_texts([file], share=0) == corpus.Texts(["a\nb", "2 + 2 = 4"], [])
     file = write("b.jsonl", records(*plain, {"messages": talk}))
     texts = corpus.read_texts([file], share=0)
     assert texts.chat and len(texts.train) == 3
     chat = corpus.make_tokenizer([prose(50)], SMALLEST, chat=True)
-    assert chat.apply_chat_template(talk, tokenize=False) == texts.train[2]
+    assert texts.train[2] == talk
+    written = corpus.write_document(talk)
+    assert (
+        written == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello\nthere<|im_end|>\n"
+    )
+    assert chat.apply_chat_template(talk, tokenize=False) == written
     asked = chat.apply_chat_template(talk[:1], tokenize=False, add_generation_prompt=True)
-    answer = texts.train[2].removeprefix(asked)
+    answer = written.removeprefix(asked)
     assert answer.startswith("Hello") and answer.split(chat.eos_token) == ["Hello\nthere", "\n"]
 
 
@@ -258,6 +265,28 @@ def test_each_document_ends_with_the_end_token(tokenizer: Any, documents: list[s
 def test_an_empty_document_is_its_end(tokenizer: Any):
     end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     assert corpus.encode(["", "", "a"], tokenizer).tolist()[:2] == [end, end]
+
+
+TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}"
+
+
+def test_a_conversation_is_written_by_the_model_s_template(tmp_path: Path):
+    """As mlx_lm.lora encodes it, and with a template that has no place for a role in one line."""
+    make_llama(tmp_path, num_hidden_layers=1)
+    other = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    talk = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "b"}]
+    other.chat_template = None
+    bare = corpus.encode([corpus.write_document(talk)], other)
+    assert corpus.encode([talk], other).tolist() == bare.tolist()
+    other.chat_template = TEMPLATE
+    theirs = ChatDataset([{"messages": talk}], TokenizerWrapper(other), mask_prompt=False)
+    expected = [*theirs.process(theirs[0])[0], EOS]
+    for tokenizer in (other, GuardedTokenizer(TokenizerWrapper(other), "m", None)):
+        assert corpus.encode([talk], tokenizer).tolist() == expected != bare.tolist()
+        assert corpus.join_documents(["x", talk], tokenizer) == "x\n\n[user] ab [assistant] b "
+    other.chat_template = "{{ raise_exception('no system') }}"
+    with pytest.raises(UserError, match="refuses a conversation of the text"):
+        corpus.encode([talk], other)
 
 
 def test_a_tokenizer_with_another_end_token(tmp_path: Path):

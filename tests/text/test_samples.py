@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -112,6 +113,25 @@ def test_passages_of_a_text(size: int) -> None:
     assert mx.array_equal(plain.check, found.check[-1].reshape(4, 32)).item()
 
 
+def test_conversations_are_taken_as_the_model_s_template_writes_them() -> None:
+    tokenizer: Any = SimpleNamespace(
+        encode=lambda piece, verbose: encode(piece),
+        has_chat_template=True,
+        apply_chat_template=lambda talk, tokenize: "".join(f"<{m['content']}>" for m in talk),
+    )
+    talks = [[{"role": "user", "content": f"{n} apples and pears"}] for n in range(400)]
+    plain = "\n\n".join(f"<{n} apples and pears>" for n in range(400))
+    seen = [
+        samples.take_passages(
+            lambda: None, tokenizer, text, "a", seed=0, longest=None, calibrating=True
+        )
+        for text in (talks, [plain])
+    ]
+    for of in ("check", "calibration"):
+        ours, theirs = (getattr(one, of) for one in seen)
+        assert mx.array_equal(ours, theirs).item()
+
+
 @pytest.mark.parametrize(
     ("text", "calibrating", "said"),
     [("abc", False, "3 tokens"), ("a" * 99, True, "quarter"), ("a" * 999, True, "1,024")],
@@ -123,9 +143,9 @@ def test_short_text_is_refused(text: str, calibrating: bool, said: str) -> None:
 
 def test_reading_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\ntwo\n")
-    assert samples.read_text(tmp_path / "a.txt") == "one\ntwo"
+    assert samples.read_text(tmp_path / "a.txt") == ["one\ntwo"]
     records = [{"text": "one"}, {"prompt": "two", "completion": " three"}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
-    assert samples.read_text(tmp_path / "a.jsonl") == "one\n\ntwo three"
+    assert samples.read_text(tmp_path / "a.jsonl") == ["one", "two three"]
     with pytest.raises(UserError, match=r"--calibration .*none\.txt"):
         samples.read_text(tmp_path / "none.txt")
