@@ -106,10 +106,7 @@ def run(options: dict[str, Any]) -> None:
         if prompt == "-":
             prompt = read_input()
         elif prompt is None and not sys.stdin.isatty():
-            if select.select([sys.stdin], [], [], 0)[0]:  # it holds something, or has ended
-                prompt = read_input() or None
-            else:
-                _aside("nothing has come through the pipe: --prompt - waits for a prompt", shown)
+            prompt = _read_waiting(shown)
         talk = prompt is None and sys.stdin.isatty() and not json_name
         tale = prompt is None and not (talk and has_turns(tokenizer))
         options, remarks = _choose_sampling(options, name if talk else None, tale)
@@ -253,6 +250,14 @@ def _convert_bundled(out: str, shown: Output) -> None:
         report = convert.convert(None, out, progress=progress)
     for line in card.describe_effect(report):
         _aside(line, shown)
+
+
+def _read_waiting(shown: Output) -> str | None:
+    """Read what waits in a pipe or file; a pipe that nobody has written to may never end."""
+    if select.select([sys.stdin], [], [], 0)[0]:  # it holds something, or has ended
+        return read_input() or None
+    _aside("nothing has come through the pipe: --prompt - waits for a prompt", shown)
+    return None
 
 
 def _tabulate(result: Any, name: str, other: str) -> Grid:

@@ -10,7 +10,6 @@ from .shared import (
     add_fields,
     add_held_out_arguments,
     add_run_arguments,
-    holds_out_otherwise,
     open_output,
     take_fields,
 )
@@ -44,7 +43,7 @@ def run(options: dict[str, Any]) -> None:
     resume = options["resume"]
     steps = treatment.get("steps") if resume else None
     other = [options[name] for name in ("model", "teacher", "data", "validation")]
-    other += [pace, set(treatment) - {"steps"}, holds_out_otherwise(options)]
+    other += [pace, set(treatment) - {"steps"}]
     if resume and any(other):
         raise BadArgument("--resume goes on with the run's own treatment: only --steps may change")
     if options["validation"] and not options["data"]:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -197,11 +197,6 @@ def add_held_out_arguments(parser: argparse.ArgumentParser) -> None:
         "--validation-share", type=float, default=HELD_OUT_SHARE,
         help="share of each file's lines that is held out (default: %(default)s)",
     )  # fmt: skip
-
-
-def holds_out_otherwise(options: Mapping[str, Any]) -> bool:
-    """Whether flags ask for another share of held-out text than the usual one."""
-    return bool(options["validation_share"] != HELD_OUT_SHARE)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, default: str, what: str) -> None:

@@ -12,7 +12,6 @@ from .shared import (
     add_fields,
     add_held_out_arguments,
     add_run_arguments,
-    holds_out_otherwise,
     open_output,
     take_fields,
 )
@@ -52,8 +51,7 @@ def run(options: dict[str, Any]) -> None:
     steps = recipe.get("steps") if resume else None
     if resume:
         moved = options["validation"] if not options["data"] else []
-        other = [config, options["tokenizer"], options["dtype"] != "auto", pace, moved]
-        if any(other) or set(recipe) - {"steps"} or holds_out_otherwise(options):
+        if any((config, pace, moved, set(recipe) - {"steps"})):
             raise BadArgument(
                 "--resume goes on with the run's own recipe: only --steps may change, and --data "
                 "and --validation say where the same files are now"

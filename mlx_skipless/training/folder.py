@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from ..checkpoints.files import TOKENIZER_BYTES, is_there, read_json
 from ..checkpoints.output import lock_folder, replace_file, write_json
 from ..checkpoints.writer import check_free
-from ..errors import UserError, first_line
+from ..errors import BadArgument, UserError, first_line
 from ..options import read_options
 
 TRAINING = "training"
@@ -138,6 +138,16 @@ class RunFolder:
 
         events = {self.path.name: read_log(self.path)}
         replace_file(self.training / CURVE, lambda file: plot_losses(events, file))
+
+
+def check_own(flag: str, given: Any, usual: Any, own: Any) -> None:
+    """Check what is given of a resumed run: nothing, which is the ``usual``, or the run's own.
+
+    Raises:
+        BadArgument: for anything else, which would be ignored.
+    """
+    if given not in (usual, own):
+        raise BadArgument(f"{flag} {given}: the run to resume has {own}; only --steps may change")
 
 
 def read_whole(kind: type[Settings], what: str, given: Any) -> Settings:

@@ -38,7 +38,7 @@ from ..options import expand_path
 from ..progress import Progress, Steps
 from ..text import corpus, samples
 from .card import write_healing_card
-from .folder import Event, RunFolder, load_arrays, read_log, read_whole
+from .folder import Event, RunFolder, check_own, load_arrays, read_log, read_whole
 from .loop import ResumableRun, carry_out
 from .optimizer import make_healing_schedule
 from .recipe import Pace, Treatment, fix_rate
@@ -123,10 +123,7 @@ def heal(
     """
     folder = RunFolder(expand_path(mlx_path))
     if resume:
-        settings = folder.read_settings(_read_settings)
-        if steps is not None:
-            treatment = dataclasses.replace(settings.treatment, steps=steps)
-            settings = dataclasses.replace(settings, treatment=treatment)
+        settings = _resume(folder, validation_share, steps)
     else:
         if model is None or teacher is None:
             raise BadArgument("give the reduced --model and its original, --teacher")
@@ -141,6 +138,17 @@ def heal(
         return _make_run(folder, settings, pair, resume, partial(progress, "text"))
 
     return carry_out(folder, resume, make_run, report, partial(progress, "steps"))
+
+
+def _resume(folder: RunFolder, share: float, steps: int | None) -> Settings:
+    """Read the settings of a run to resume, which the arguments of ``heal`` must fit."""
+    settings = folder.read_settings(_read_settings)
+    check_own("--validation-share", share, HELD_OUT_SHARE, settings.sources.validation_share)
+    if steps is None:
+        return settings
+    return dataclasses.replace(
+        settings, treatment=dataclasses.replace(settings.treatment, steps=steps)
+    )
 
 
 def _make_absolute(model: str | Path) -> str:

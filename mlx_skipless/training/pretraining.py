@@ -30,7 +30,7 @@ from ..options import expand_path
 from ..progress import Progress
 from ..text import corpus
 from .card import write_training_card
-from .folder import Event, RunFolder, read_whole
+from .folder import Event, RunFolder, check_own, read_whole
 from .initialization import initialize, make_model_args
 from .loop import ResumableRun, carry_out, is_due
 from .optimizer import make_optimizer, make_schedule, pull_queries
@@ -128,10 +128,10 @@ def train(
         UserError: for anything the user can mend, a loss that is no number, and an interruption;
             the last good checkpoint is kept.
     """
-    dtype, folder = _choose_dtype(dtype), RunFolder(expand_path(mlx_path))
+    asked, dtype, folder = dtype, _choose_dtype(dtype), RunFolder(expand_path(mlx_path))
     paths, held_out = list_paths(data or ()), list_paths(validation)
     if resume:
-        settings = folder.read_settings(_read_settings)
+        settings = _resume(folder, asked, tokenizer, validation_share, steps)
         if data:
             text = dataclasses.replace(settings.text, data=paths, validation=held_out)
             settings = dataclasses.replace(settings, text=text)
@@ -143,12 +143,22 @@ def train(
         _check_sizes(settings.recipe)
     else:
         raise BadArgument("--data is missing: name text files to train on")
-    if resume and steps is not None:
-        longer = dataclasses.replace(settings.recipe, steps=steps)
-        settings = dataclasses.replace(settings, recipe=longer)
     settings, tokens = make_tokens(settings, folder.path if resume else None, progress)
     steps_done = partial(progress, "steps")
     return carry_out(folder, resume, lambda: Run(folder, settings, tokens), report, steps_done)
+
+
+def _resume(
+    folder: RunFolder, dtype: str, tokenizer: str | Path | None, share: float, steps: int | None
+) -> Settings:
+    """Read the settings of a run to resume, which the arguments of ``train`` must fit."""
+    settings = folder.read_settings(_read_settings)
+    text = settings.text
+    check_own("--dtype", dtype, "auto", settings.dtype)
+    check_own("--tokenizer", tokenizer and str(tokenizer), None, text.tokenizer)
+    check_own("--validation-share", share, HELD_OUT_SHARE, text.validation_share)
+    recipe = settings.recipe if steps is None else dataclasses.replace(settings.recipe, steps=steps)
+    return dataclasses.replace(settings, recipe=recipe)
 
 
 def _check_sizes(recipe: Recipe) -> None:

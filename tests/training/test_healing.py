@@ -251,6 +251,8 @@ def resume_what_was_stopped(
     (out / "model.safetensors").unlink()
     assert main(["heal", "--resume", "--mlx-path", str(out)]) == 0
     same_end(out, finished)
+    assert main(["heal", "--resume", "--mlx-path", str(out), "--validation-share", "0.5"]) == 2
+    assert "only --steps may change" in capsys.readouterr().err
     assert main(["heal", "--resume", "--mlx-path", str(out), "--steps", "4"]) == 1
     assert "at step 8 already" in capsys.readouterr().err
 
@@ -434,7 +436,6 @@ def test_what_cannot_be_healed(
         ["--log-every", "1"],
         ["--model", "x"],
         ["--data", "x"],
-        ["--validation-share", "0.5"],
     ],
 )
 def test_a_resumed_run_keeps_its_treatment(
