@@ -93,17 +93,21 @@ def describe_effect(report: Report) -> list[str]:
 def _describe_size(report: Report) -> Iterator[str]:
     saved = 1 - report.params_after / report.params_before
     share = f"{abs(saved):.1%} {'fewer' if saved >= 0 else 'more'}"
+    dense = " as dense weights" if report.packing else ""
     yield (
         f"{report.params_before:,} weights before, {report.params_after:,} after ({share}); "
-        f"{format_bytes(report.bytes_before)} before, {format_bytes(report.bytes_after)} after"
+        f"{format_bytes(report.bytes_before)}{dense} before, "
+        f"{format_bytes(report.bytes_after)} after"
         + (f", {report.bits_per_weight:.2f} bits per weight." if report.packings else ".")
     )
     if (table := report.first_layer) is not None:
-        times = [table.reads_before(batch) / table.reads_after(batch) for batch in (1, 16, 256)]
+        one, some, many = (
+            _compare(table.reads_before(batch), table.reads_after(batch)) for batch in (1, 16, 256)
+        )
         yield (
             "The first layer's projections are read from a table by token: "
             f"{table.reads_after():,} numbers instead of {table.reads_before():,} at batch 1, "
-            f"{times[0]:,.0f} times fewer ({times[1]:,.0f} at batch 16, {times[2]:,.0f} at 256). "
+            f"{one} ({some} at batch 16, {many} at 256). "
             f"That costs {table.growth:+,} weights, {table.growth / report.params_before:+.1%}."
         )
     if report.removed or report.replaced or report.first_layer:
@@ -120,6 +124,13 @@ def _describe_size(report: Report) -> Iterator[str]:
         )
 
 
+def _compare(before: int, after: int) -> str:
+    """Say how many times fewer, or more, one number is than another."""
+    if after > before:
+        return f"{after / before:,.1f} times more"
+    return f"{before / after:,.0f} times fewer"
+
+
 def _describe_check(report: Report) -> Iterator[str]:
     check = report.verification
     if check is None:
@@ -130,9 +141,11 @@ def _describe_check(report: Report) -> Iterator[str]:
         f"greedy token at {check.greedy_match:.1%}; perplexity {check.source_perplexity:.2f} "
         f"before, {check.perplexity:.2f} after."
     )
-    if (plain := check.quantized_only) is not None and check.kl_ratio is not None:
+    plain, quantization = check.quantized_only, report.quantization
+    if plain is not None and quantization is not None and check.kl_ratio is not None:
         yield (
-            "The source quantized alone, to nearest, without removals: KL "
+            f"The source quantized alone, to nearest, in {quantization['bits']} bits"
+            f"{', without removals' if any(report.removed.values()) else ''}: KL "
             f"{plain.kl:.2e}, perplexity {plain.perplexity:.2f}; so this result's KL is "
             f"{check.kl_ratio:.2f} times as large."
         )

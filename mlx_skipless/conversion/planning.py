@@ -164,7 +164,7 @@ def choose_form(job: Job) -> Form:
 def advise(job: Job) -> Iterator[str]:
     """Say what makes a pretrained model smaller, where nothing that was asked for does."""
     options, args = job.options, job.checkpoint.args
-    if options.skipless or options.drops or options.quantization is not None:
+    if options.skipless or options.drops or options.quantization is not None or job.form.packed:
         return
     if sublayers.explain_undroppable(args) is None:
         yield SAVINGS

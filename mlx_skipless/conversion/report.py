@@ -311,12 +311,15 @@ def _judge_kl(report: Report, check: Verification) -> tuple[list[str], list[str]
         return [], []
     differs = f"the result differs from its source by {check.kl:.2g} nats per token"
     condition = _find_condition(report)
+    if report.kept_packed and report.first_layer is not None:
+        return [f"{differs}: the table is packed as the matrices were that it stands for"], []
     if check.kl_ratio is not None:
         text = (
             f"{differs}, {check.kl_ratio:.1f} times what quantization alone costs: --calibration "
-            "with text of the kind that it will read helps, --remove p needs no inverse"
+            "with text of the kind that it will read helps"
+            + (", --remove p needs no inverse" if condition else "")
         )
-        return [], [text] if check.kl_ratio > ALARMING_RATIO else []
+        return [], [text] if check.kl_ratio > ALARMING_RATIO and not _has_fewer_bits(report) else []
     if not condition and report.dtype != "float32" and check.kl < STRANGE_KL:
         return [f"computing in {report.dtype} costs {check.kl:.2g} nats per token by itself"], []
     cause = (
@@ -326,6 +329,12 @@ def _judge_kl(report: Report, check: Verification) -> tuple[list[str], list[str]
         else "more than rounding explains. Do not use it, and report this model"
     )
     return [], [f"{differs}: {cause}"]
+
+
+def _has_fewer_bits(report: Report) -> bool:
+    """Whether bits were chosen, some fewer than what the result is compared with has."""
+    usual = (report.quantization or {}).get("bits", 0)
+    return any(packing.bits < usual for packing in report.packings)
 
 
 def _warn_of_overflow(check: Verification, unchanged: bool) -> Iterator[str]:

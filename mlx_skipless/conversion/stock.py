@@ -292,6 +292,11 @@ def check_job(job: StockJob, network: StockNetwork) -> None:
                 f"{flag} and {list_flags(options)}: matrices are put in the place of sub-layers of "
                 "mlx-lm's own network alone; drop one"
             )
+        if asked and reduced.DROPPED in job.source.config:
+            raise UserError(
+                f"{flag}: {job.source.name} has lost sub-layers: ask it of the model that it was "
+                "made from"
+            )
         if asked:
             raise UserError(
                 f"{flag}: that is not known of a {job.source.kind}, only of "

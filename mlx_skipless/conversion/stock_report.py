@@ -48,14 +48,16 @@ def make_report(
     packed = [module for module in model.modules() if "scales" in module]
     formats = Counter((getattr(m, "mode", "affine"), m.bits, m.group_size) for m in packed)
     options = job.options
-    nothing = not (options.drops or options.replacements or options.quantization)
+    kept_packed = source.is_packed and not job.requantized
+    asked = options.drops or options.replacements or options.quantization
+    nothing = not (asked or kept_packed or reduced.DROPPED in source.config)
     bytes_after = _total(after, 1)
     left_out = filter(None, [describe_left_out(source.config)])
     return Report(
         source=source.name,
         output=None,
         packing=source.packing if source.gguf is None else source.gguf.packing,
-        kept_packed=source.is_packed and not job.requantized,
+        kept_packed=kept_packed,
         dtype=dtype_name(job.dtype),
         quantization=config.get("quantization"),
         packings=tuple(Packing(*one, count) for one, count in formats.most_common()),

@@ -12,6 +12,7 @@ from ..checkpoints.tokenizer import open_tokenizer
 from ..errors import UserError
 from ..inference.sizes import count_bytes_read, count_cache_bytes
 from ..inference.stock import StockSource, open_network
+from ..network import reduced
 from ..network.names import SUBLAYERS
 from ..network.parts import replace_at, tensors_of
 from ..network.stock import StockNetwork
@@ -90,6 +91,8 @@ def _find_stock_notes(
         f"of a {source.kind} only mlx-lm's network is known: condition numbers and what exact "
         "removals save are not"
     )
+    if reduced.DROPPED in source.config:
+        yield "it has lost sub-layers: more are dropped, with these, from what it was made from"
     if config_only:
         yield CONFIG_ALONE
         return

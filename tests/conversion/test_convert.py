@@ -15,10 +15,11 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
 import mlx_skipless
-from mlx_skipless import cli
+from mlx_skipless import UserError, cli
 from mlx_skipless.checkpoints import writer
 from mlx_skipless.checkpoints.checkpoint import open_checkpoint
 from mlx_skipless.cli import convert as convert_command
+from mlx_skipless.conversion import card
 from mlx_skipless.conversion import convert as conversion
 from mlx_skipless.conversion.report import add_check
 
@@ -420,6 +421,74 @@ def test_what_16_bits_cost_is_no_alarm(tmp_path: Path, dtype: str, kl: float, wa
         warned or (dtype == "float32" and kl > 0.02)
     )
     assert any("bfloat16 costs" in n for n in told.notes) == (dtype == "bfloat16" and kl == 0.05)
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    """A llama in 4 bits."""
+    make_llama(tmp_path / "s", **SIZES)
+    options = {"quantize": True, "q_group_size": 32, "verify": False}
+    mlx_skipless.convert(tmp_path / "s", tmp_path / "packed", **options)
+    return tmp_path / "packed"
+
+
+def test_a_packed_table_is_no_alarm(packed: Path, tmp_path: Path) -> None:
+    """It is off by what 4 bits cost, and nothing else is."""
+    report = mlx_skipless.convert(packed, tmp_path / "out", precompute_first_layer="force")
+    assert report.kept_packed and report.first_layer is not None and report.verification is not None
+    for kl in (0.01, 0.05, 0.5):
+        before = replace(report, notes=(), warnings=(), verification=None)
+        told = add_check(before, replace(report.verification, kl=kl))
+        assert told.warnings == ()
+        assert any("the table is packed" in note for note in told.notes) == (kl > 0.02)
+
+
+def test_what_a_packed_source_holds_is_told_as_dense(packed: Path, tmp_path: Path, capsys: Any):
+    assert (
+        convert("--model", packed, "--mlx-path", tmp_path / "out", "--precompute-first-layer") == 0
+    )
+    said = capsys.readouterr().out
+    assert (
+        "bytes before are those of dense weights" in said and " MB as dense weights before" in said
+    )
+    assert "-q quantizes" not in said
+
+
+def test_chosen_bits_are_no_alarm(tmp_path: Path) -> None:
+    """They cost what was asked for, more than as many as usual; those of -q are what it costs."""
+    make_llama(tmp_path / "s", **SIZES)
+    for options, usual in (({"quantize": True}, True), ({"target_bytes": 280_000}, False)):
+        report = mlx_skipless.convert(
+            tmp_path / "s", tmp_path / f"out{usual}", q_group_size=32, **options
+        )
+        check = report.verification
+        assert check is not None and check.quantized_only is not None
+        before = replace(report, notes=(), warnings=(), verification=None)
+        told = add_check(before, replace(check, kl=0.5, kl_ratio=3.0))
+        assert [("quantization alone" in w, "--remove p" in w) for w in told.warnings] == (
+            [(True, False)] if usual else []
+        )
+        said = " ".join(card.describe_effect(report))
+        assert "quantized alone, to nearest, in 4 bits: KL" in said
+
+
+def test_a_table_that_reads_more_is_told_as_such(tmp_path: Path) -> None:
+    make_llama(tmp_path / "s", **SIZES)
+    report = mlx_skipless.convert(tmp_path / "s", dry_run=True, precompute_first_layer="force")
+    table = report.first_layer
+    assert table is not None and table.reads_after(256) > table.reads_before(256)
+    more = table.reads_after(256) / table.reads_before(256)
+    assert f"{more:,.1f} times more at 256)" in " ".join(card.describe_effect(report))
+
+
+def test_exact_flags_of_what_has_lost_sublayers(tmp_path: Path) -> None:
+    make_llama(tmp_path / "s", **SIZES)
+    mlx_skipless.convert(tmp_path / "s", tmp_path / "r", replace_attention=1, verify=False)
+    with pytest.raises(UserError, match=r"--fold-norms: .* has lost sub-layers: ask it"):
+        mlx_skipless.convert(tmp_path / "r", tmp_path / "o", fold_norms=True)
+    notes = mlx_skipless.analyze(tmp_path / "r").notes
+    assert any("it has lost sub-layers" in note for note in notes)
+    assert not mlx_skipless.convert(tmp_path / "r", dry_run=True).advice
 
 
 @pytest.mark.parametrize("ending", ["txt", "jsonl"])
