@@ -248,7 +248,10 @@ def read_options(kind: type[Kind], what: str, given: Mapping[str, Any]) -> Kind:
         if name not in known:
             shown = reprlib.repr(name)
             raise UserError(f"{shown} is no part of a {what}; known: {', '.join(known)}")
-        if float in (typing.get_args(known[name]) or (known[name],)) and isinstance(value, str):
+        kinds = typing.get_args(known[name]) or (known[name],)
+        if value == "none" and type(None) in kinds:  # as the flag has it
+            values[name] = None
+        elif float in kinds and isinstance(value, str):
             with contextlib.suppress(ValueError):  # YAML takes 1e-3 for text
                 values[name] = float(value)
     return kind(**values)

@@ -87,5 +87,8 @@ def _read_yaml(name: str | None) -> Recipe:
         return read_options(Recipe, "recipe", content)
     except OSError as error:
         raise UserError(f"--config {name}: cannot be read ({error.strerror})") from error
+    except yaml.MarkedYAMLError as error:
+        where = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
+        raise UserError(f"--config {name}: {where}{error.problem or first_line(error)}") from error
     except (UserError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"--config {name}: {first_line(error)}") from error

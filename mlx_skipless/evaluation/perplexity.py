@@ -45,9 +45,9 @@ class Score:
 
 def measure_perplexity(
     model: str | Path,
-    data: Sequence[str | Path] = (),
+    data: str | Path | Sequence[str | Path] = (),
     *,
-    validation: Sequence[str | Path] = (),
+    validation: str | Path | Sequence[str | Path] = (),
     validation_share: float = HELD_OUT_SHARE,
     context: int | None = None,
     batch_size: int = 16,
@@ -71,6 +71,7 @@ def measure_perplexity(
     """
     check_least("--context", context)
     check_least("--batch-size", batch_size)
+    data, validation = ([one] if isinstance(one, str | Path) else one for one in (data, validation))
     for file in data if validation else ():
         if not is_there(expand_path(file)):
             raise UserError(f"{file} cannot be read: there is no such file")

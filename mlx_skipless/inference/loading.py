@@ -22,7 +22,7 @@ from ..checkpoints import files, hub
 from ..checkpoints.files import read_config
 from ..checkpoints.packed import is_packed
 from ..checkpoints.safetensors import FLOATS, SafetensorsStore, Store, is_float
-from ..checkpoints.tokenizer import load_tokenizer
+from ..checkpoints.tokenizer import GENERATION_CONFIG, load_tokenizer
 from ..errors import UserError, quote_error
 from ..network import reduced
 from ..network.model import Model, ModelArgs
@@ -144,6 +144,8 @@ def _read_config(
     """
     config = read_config(folder)
     files.check_small(folder)
+    if files.is_there(folder / GENERATION_CONFIG):  # which mlx-lm reads, too
+        files.read_json(folder / GENERATION_CONFIG)
     own = config.get("model_type") == "skipless" or reduced.DROPPED in config
     code = config.get("model_file")
     if code and not own:

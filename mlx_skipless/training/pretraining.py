@@ -91,11 +91,11 @@ def _read_fingerprint(value: Any) -> str:
 
 
 def train(
-    data: Sequence[str | Path] | None,
+    data: str | Path | Sequence[str | Path] | None,
     mlx_path: str | Path = "trained_model",
     recipe: Recipe | None = None,
     *,
-    validation: Sequence[str | Path] = (),
+    validation: str | Path | Sequence[str | Path] = (),
     validation_share: float = HELD_OUT_SHARE,
     tokenizer: str | Path | None = None,
     pace: TrainingPace | None = None,

@@ -56,13 +56,17 @@ class Recipe:
     layers: int = option(12, "number of blocks")
     heads: int = option(8, "query heads")
     kv_heads: int = option(2, "key-value heads; must divide the query heads")
-    vocab_size: int = option(4096, "entries of the tokenizer that is made")
+    vocab_size: int = option(4096, "entries of the tokenizer that is made; a given one has its own")
     context: int = option(512, "tokens of a training window")
     hidden_act: str = option("silu", "the gate's activation", ACTIVATIONS)
     rope_theta: float = option(10000.0, "base of RoPE")
     tie: bool = option(True, "use the embedding as the head")
 
-    block: str = option("serial", "how a block is wired", ("serial", "parallel", "sas", "sas-p"))
+    block: str = option(
+        "serial",
+        "how a block is wired; sas and sas-p have skips, norms and matrices of their own",
+        ("serial", "parallel", "sas", "sas-p"),
+    )
     skip: str = option("none", "skip connections", ("none", "ffn", "both"))
     norm: str = option(
         "qkv", "RMS norms: on projections' outputs (qkv) or on the stream (pre)",
@@ -148,6 +152,8 @@ class Recipe:
         for name in ("adam_learning_rate", "clip", "temperature", "embedding_scale"):
             check_above_zero(flag_name(name), getattr(self, name))
         check_above_zero("--learning-rate", self.learning_rate)
+        if self.hidden_size % self.heads:
+            raise BadArgument(f"--heads {self.heads}: must divide --hidden-size {self.hidden_size}")
         for norm in self.norms.split(","):
             check_choice("--norms", norm, PROJECTION_NORMS)
         check_seed(self.seed)

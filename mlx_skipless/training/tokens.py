@@ -59,8 +59,9 @@ def read_sources(kind: type[Sources], given: Mapping[str, Any]) -> Sources:
     return sources
 
 
-def list_paths(files: Sequence[str | Path]) -> list[str]:
-    """Return files' absolute paths, as ``TextFiles`` holds them."""
+def list_paths(files: str | Path | Sequence[str | Path]) -> list[str]:
+    """Return files' absolute paths, as ``TextFiles`` holds them; one file may stand for a list."""
+    files = [files] if isinstance(files, str | Path) else files
     return [str(expand_path(file).absolute()) for file in files]
 
 

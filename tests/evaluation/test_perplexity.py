@@ -137,6 +137,16 @@ def test_logits_that_are_no_numbers(tmp_path: Path):
         mlx_skipless.measure_perplexity(tmp_path / "model", validation=[tmp_path / "text.txt"])
 
 
+def test_one_file_stands_for_a_list(tmp_path: Path):
+    make("llama", tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    one, many = (
+        mlx_skipless.measure_perplexity(tmp_path / "model", validation=given, context=16)
+        for given in (tmp_path / "text.txt", [tmp_path / "text.txt"])
+    )
+    assert one == many
+
+
 def test_a_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     make("llama", tmp_path / "model")

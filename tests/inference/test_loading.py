@@ -418,6 +418,13 @@ def test_what_the_stock_network_would_ignore_is_refused(
     assert "ignores: `convert.py --model" in said or re.search(f"{key}|rope", said)
 
 
+@pytest.mark.parametrize("content", ["[]", "{"])
+def test_a_broken_generation_config_is_named(tmp_path: Path, content: str) -> None:
+    make_llama(tmp_path / "m", **SMALL)
+    (tmp_path / "m/generation_config.json").write_text(content)
+    assert "m/generation_config.json " in refuse(tmp_path / "m")
+
+
 def test_swish_is_silu(tmp_path: Path) -> None:
     """transformers has one function under both names, and mlx-lm's network computes it."""
     make_llama(tmp_path / "m", **SMALL)

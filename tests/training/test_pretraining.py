@@ -302,6 +302,11 @@ def test_held_out_files(text: Path, tmp_path: Path):
     assert lines > read_log(tmp_path / "tail")[-1]["validation_tokens"]
 
 
+def test_one_file_stands_for_a_list(text: Path, tmp_path: Path):
+    result = pretraining.train(str(text), tmp_path / "run", dataclasses.replace(SMALL, steps=1))
+    assert result.step == 1
+
+
 def test_held_out_text_too_short_for_a_window(text: Path, tmp_path: Path):
     """It is refused before the work; or else a run that saves would die after it."""
     short = tmp_path / "short.txt"
@@ -1100,7 +1105,8 @@ def test_a_recipe_from_yaml_and_flags_that_come_first(text: Path, tmp_path: Path
         (None, "No such file"),
         (b"", "must map"),
         (b"- 1", "must map"),
-        (b"layers: [", "recipe.yaml"),
+        (b"layers: [", "recipe.yaml: line 1: expected the node content"),
+        (b"layers: 2\nsteps: @", "recipe.yaml: line 2: "),
         (b"\xff\xfe\xfa", "recipe.yaml"),
         (b"depth: 4", "'depth' is no part of a recipe"),
         (b"layers: many", "must be a whole number"),

@@ -609,7 +609,8 @@ def test_a_recipe_goes_through_json():
         ({"layers": None}, "--layers None: must be a whole number"),
         ({"learning_rate": "fast"}, "--learning-rate 'fast': must be a number"),
         ({"learning_rate": False}, "--learning-rate False: must be a number"),
-        ({"gate_offset": "none"}, "--gate-offset 'none': must be a number"),
+        ({"gate_offset": "off"}, "--gate-offset 'off': must be a number"),
+        ({"heads": 3}, "--heads 3: must divide --hidden-size 256"),
         ({"gate_offset": True}, "--gate-offset True: must be a number"),
         ({"tie": 1}, "--tie 1: must be true or false"),
         ({"final_norm": 0.5}, "--final-norm 0.5: must be true or false"),
@@ -648,9 +649,14 @@ def test_options_that_cannot_be(options: dict[Any, Any], says: str):
     assert "\n" not in str(refusal.value)
 
 
+def test_none_is_spelt_in_a_file_as_in_a_flag() -> None:
+    recipe = read_recipe({"query_skip": "none", "learning_rate": "1e-3", "skip": "none"})
+    assert (recipe.query_skip, recipe.learning_rate, recipe.skip) == (None, 1e-3, "none")
+
+
 @pytest.mark.parametrize(
     "options",
-    [{"kv_heads": 3}, {"hidden_size": 18}, {"without": "v"}, {"rope_theta": 0.0},
+    [{"kv_heads": 3}, {"without": "v"}, {"rope_theta": 0.0},
      {"heads": 16, "kv_heads": 16}],
 )  # fmt: skip
 def test_sizes_that_fit_no_network(options: dict[str, Any]):
