@@ -776,7 +776,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
         "tokens[i * length : (i + 1) * length]",
         "tests/text/test_corpus.py",
     ),
-    ("text", '{TURN_END}\\n"\n', '{TURN_END}"\n', "tests/text/test_corpus.py"),
+    ("text", '{TURN_END}\\n" for', '{TURN_END}" for', "tests/text/test_corpus.py"),
     (
         "text",
         "eos_token=TURN_END if chat else END",
@@ -823,7 +823,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ),
     (
         "training",
-        "if not self.state.exists():",
+        "if not resume and not self.state.exists():",
         "if False:",
         f"{TRAIN} leaves_nothing",
     ),
@@ -884,6 +884,44 @@ MUTANTS: list[tuple[str, str, str, str]] = [
         "tests/evaluation/test_perplexity.py",
     ),
     # Generation.
+    (
+        "inference",
+        "if _asks_what_is_ignored(config, family, family.stock):",
+        "if False:",
+        "tests/inference/test_loading.py -k stock_network_would",
+    ),
+    (
+        "inference",
+        'if kind != "full" and (missing :=',
+        'if kind == "" and (missing :=',
+        "tests/inference/test_loading.py -k broken_adapters",
+    ),
+    ("training", "if ours is False:", "if False:", f"{TRAIN} two_at_once"),
+    ("training", "if given not in (usual, own):", "if False:", f"{TRAIN} no_other_recipe"),
+    (
+        "training",
+        "folder.write_settings(run.settings)  # which",
+        "pass  # which",
+        f"{TRAIN} more_steps",
+    ),
+    (
+        "text",
+        'if not getattr(tokenizer, "has_chat_template", template):',
+        "if True:",
+        "tests/text/test_corpus.py -k template",
+    ),
+    (
+        "conversion",
+        "if report.kept_packed and report.first_layer is not None:",
+        "if False:",
+        "tests/conversion/test_convert.py -k packed_table",
+    ),
+    (
+        "conversion",
+        "and not _has_fewer_bits(report)",
+        "",
+        "tests/conversion/test_convert.py -k chosen_bits",
+    ),
     (
         "inference",
         "if bool(mx.isnan(logits[response.token])):",
