@@ -303,7 +303,12 @@ class Run(ResumableRun[HealingResult]):
     def go(self, report: Callable[[Event], None], stopped: Callable[[], bool]) -> HealingResult:
         """Train to the end, fuse, measure and write."""
         if self._step == 0:
-            self._log({"before": asdict(self._distance(self.model))}, report)
+            before = self._distance(self.model)
+            if not math.isfinite(before.kl):
+                own = math.isfinite(before.teacher_loss)
+                which = "--model" if own else "--teacher"
+                raise UserError(f"the logits of {which} are no numbers: use another export of it")
+            self._log({"before": asdict(before)}, report)
         begun = self._seconds
         self.run(report, stopped)
         self._fuse()

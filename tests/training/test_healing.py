@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -36,6 +37,9 @@ SHORT = dataclasses.replace(SMALL, steps=2)
 PACE = Pace(log_every=2, eval_every=4, save_every=4, eval_tokens=96)
 SPOKEN = 64  # tokens in a row; fewer are quicker
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3}
+
+
+HALVED = {"data": ["@/text.txt"], "validation_share": 0.5}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -400,6 +404,8 @@ def test_mlx_lm_runs_it_without_us(whole: tuple[Treatment, Path, Result]) -> Non
         ({"data": ["@/none.txt"]}, "cannot be read"),
         ({"data": ["@/text.txt"], "validation_share": 0.0}, "no text is held out"),
         ({"resume": True}, "there is nothing to resume"),
+        ({"teacher": "@/nan", **HALVED}, "the logits of --teacher are no numbers"),
+        ({"model": "@/nan", **HALVED}, "the logits of --model are no numbers"),
     ],
     ids=str,
 )
@@ -409,6 +415,10 @@ def test_what_cannot_be_healed(
     """One line, and nothing left behind."""
     make_llama(tmp_path / "other", **SIZES | {"vocab_size": 272})
     (tmp_path / "text.txt").write_text("once upon a time\n" * 40)
+    shutil.copytree(pair[0] / "s", tmp_path / "nan")
+    weights: Any = mx.load(str(tmp_path / "nan/model.safetensors"))
+    weights["model.norm.weight"] *= math.nan
+    mx.save_safetensors(str(tmp_path / "nan/model.safetensors"), weights)
     for name in "srq":
         (tmp_path / name).symlink_to(pair[0] / name)
     before = sorted(tmp_path.iterdir())
