@@ -189,7 +189,7 @@ def test_what_a_killed_run_left_goes(tmp_path: Path):
     for folder in (left, held):
         folder.mkdir()
         (folder / "r.json").write_text("half")
-    with output._lock_folder(held) as ours:
+    with output.lock_folder(held) as ours:
         assert ours
         put(tmp_path / "r.json")
         assert not left.exists() and held.exists()
