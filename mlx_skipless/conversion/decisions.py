@@ -21,12 +21,11 @@ from ..quantization.coverage import describe_dense
 from ..removal.merger import Merger
 from ..removal.plan import isolate_removal
 from ..removal.sublayers import choose_drops
-from ..removal.table import find_needed
 from ..text.samples import Passages
 from .check import Verification
 from .job import Job, find_inverses
 from .options import Options
-from .planning import list_wishes
+from .planning import find_spared, list_wishes
 from .stock import StockJob
 
 AnyJob = TypeVar("AnyJob", Job, StockJob)
@@ -123,7 +122,7 @@ def _choose_sublayers(job: Job, tokens: mx.array, progress: Progress) -> Job:
         list_wishes(options.drops),
         greedy=options.greedy,
         max_loss=options.allowed_loss,
-        spared=find_needed(args) if job.plan.table else None,
+        spared=find_spared(args, job.plan.table),
         progress=lambda done, total: progress("dropping", done, total),
     )
     return job.learn(dropped=dropped, path=tuple(path))

@@ -12,7 +12,8 @@ import mlx.core as mx
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.gguf_file import GGUFStore
 from ..errors import UserError
-from ..network.model import Model
+from ..network.model import Model, ModelArgs
+from ..network.names import SUBLAYERS
 from ..progress import Progress
 from ..quantization.coverage import check_packable
 from ..quantization.layout import compare_sizes
@@ -120,10 +121,23 @@ def _check_wishes(job: Job) -> None:
     if options.distill and args.num_local_experts:
         raise UserError("--distill is not for models with experts: drop it")
     if options.drops:
-        spared = find_needed(args) if options.precompute_first_layer is not None else {}
+        spared = find_spared(args, options.precompute_first_layer is not None)
         sublayers.check_wishes(args, list_wishes(options.drops), spared)
     if options.precompute_first_layer is not None and (reason := find_obstacle(args)) is not None:
         raise UserError(f"--precompute-first-layer: {reason}")
+
+
+def find_spared(args: ModelArgs, table: bool) -> dict[str, list[int]]:
+    """List the sub-layers that a drop cannot take, layers by part.
+
+    They are gone already, or a table of the first layer needs them.
+    """
+    needed = find_needed(args) if table else {}
+    gone = {
+        part: [layer for layer in range(args.num_hidden_layers) if args.lacks(part, layer)]
+        for part in SUBLAYERS
+    }
+    return {part: sorted({*gone[part], *needed.get(part, ())}) for part in SUBLAYERS}
 
 
 def choose_form(job: Job) -> Form:

@@ -80,17 +80,21 @@ def check_wishes(args: ModelArgs, wishes: Sequence[Wish], spared: Drops) -> None
     Args:
         args: the network.
         wishes: how many of each kind shall go.
-        spared: sub-layers that must stay.
+        spared: sub-layers that must stay, or are gone.
 
     Raises:
         UserError: if it has not.
     """
     reason = explain_undroppable(args)
     layers = args.num_hidden_layers
+    attentions = sum(not args.lacks("attention", layer) for layer in range(layers))
     for wish in wishes:
         if reason is not None:
             raise UserError(f"{wish}: {reason}")
-        most = layers if wish.kind == "ffn" and not spared.get("ffn") else layers - 1
+        out = {layer for part in _list_parts(wish.kind) for layer in spared.get(part, ())}
+        most = layers - len(out) if wish.kind == "ffn" else min(layers - len(out), attentions - 1)
+        if most < 1:
+            raise UserError(f"{wish}: this model has none left that can go")
         if wish.count is not None and not 1 <= wish.count <= most:
             raise UserError(f"{wish}: of this model's {layers} layers 1 to {most} can lose theirs")
     check_sums(wishes, {part: layers - len(spared.get(part, ())) for part in SUBLAYERS})
@@ -259,7 +263,7 @@ class _Search:
     Args:
         network: runs the layers.
         tokens: (sequences, length) of text that judges.
-        spared: sub-layers that must stay.
+        spared: sub-layers that must stay, or are gone.
         max_loss: the share by which the loss may grow where no number of drops is given.
         measure: tells how important each sub-layer is once some are gone.
     """

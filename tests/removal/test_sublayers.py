@@ -403,3 +403,26 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for wrong in (["--drop-attention", "x"], ["--drop-attention", "auto", "--max-loss", "x%"]):
         assert main([*shared, *wrong]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options", [{"drop_attention": 1}, {"drop_attention": 1, "greedy": True}, {"drop_ffn": 2}],
+    ids=str,
+)  # fmt: skip
+def test_what_is_gone_is_not_dropped_again(options: dict[str, Any], tmp_path: Path) -> None:
+    """It matters least of all: nothing changes without it."""
+    make_llama(tmp_path / "s", **SIZES)
+    first = mlx_skipless.convert(
+        tmp_path / "s", tmp_path / "r", drop_attention=2, drop_ffn=1, greedy=True
+    )
+    again = mlx_skipless.convert(tmp_path / "r", tmp_path / "rr", **options)
+    for kind in ("attention", "ffn"):
+        new = {*again.removed.get(kind, ())}
+        assert len(new) == options.get(f"drop_{kind}", 0) and not new & {*first.removed[kind]}
+    assert again.params_after < again.params_before
+    with pytest.raises(mlx_skipless.UserError, match="layers 1 to 1 can lose theirs"):
+        mlx_skipless.convert(tmp_path / "r", tmp_path / "o", drop_attention=2)
+    last = mlx_skipless.convert(tmp_path / "r", tmp_path / "rrr", drop_attention=1, verify=False)
+    assert not {*last.removed["attention"]} & {*first.removed["attention"]}
+    with pytest.raises(mlx_skipless.UserError, match="none left that can go"):
+        mlx_skipless.convert(tmp_path / "rrr", tmp_path / "o", drop_attention=1)
