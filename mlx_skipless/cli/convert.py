@@ -86,7 +86,7 @@ def _show(report: "Report", shown: Output) -> None:
 
     if report.packing:
         again = "" if report.quantization else ", and not quantized again: -q does that"
-        done = "and stays as it is" if report.kept_packed else f"dequantized first{again}"
+        done = "it stays as it is" if report.kept_packed else f"dequantized first{again}"
         dense = "bytes before are those of dense weights"
         shown.say(f"the source is quantized ({report.packing}): {done}; {dense}")
     tabulate_plan(report.rows).show(shown.console)

@@ -256,7 +256,7 @@ def _read_waiting(shown: Output) -> str | None:
     """Read what waits in a pipe or file; a pipe that nobody has written to may never end."""
     if select.select([sys.stdin], [], [], 0)[0]:  # it holds something, or has ended
         return read_input() or None
-    _aside("nothing has come through the pipe: --prompt - waits for a prompt", shown)
+    shown.warn("nothing has come through the pipe: --prompt - waits for a prompt")
     return None
 
 

@@ -21,6 +21,7 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
+from ..checkpoints.files import is_there
 from ..errors import BadArgument, UserError, first_line
 from ..options import expand_path
 from .context import find_context, has_position_table
@@ -135,9 +136,12 @@ def load_cache(file: str | Path, model: nn.Module) -> list[Any]:
     Raises:
         UserError: if there is none, or it is another model's.
     """
+    path = expand_path(file)
     try:
-        cache = load_prompt_cache(str(expand_path(file)))
-    except (OSError, RuntimeError, ValueError, KeyError) as e:
+        if not is_there(path):
+            raise FileNotFoundError("there is no such file")
+        cache = load_prompt_cache(str(path))
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as e:
         raise UserError(
             f"{file} is no prompt cache ({first_line(e)}): `mlx_lm.cache_prompt` makes one"
         ) from e

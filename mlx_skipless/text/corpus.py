@@ -125,9 +125,12 @@ def read_record(record: Mapping[str, Any]) -> Document:
         KeyError, TypeError, ValueError: if it is none of these.
     """
     if "messages" in record:
-        for message in (messages := [dict(one) for one in record["messages"]]):
-            _check_text(message["role"])
-            _check_text(message["content"])
+        messages = record["messages"]
+        if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
+            raise TypeError('"messages" is no list of objects')
+        for message in messages:
+            for key in ("role", "content"):
+                _check_text(message.get(key), f'"{key}" of a message')
         return messages
     if "text" in record:
         return _check_text(record["text"])
@@ -136,9 +139,9 @@ def read_record(record: Mapping[str, Any]) -> Document:
     return _check_text(record["prompt"]) + _check_text(record["completion"])
 
 
-def _check_text(value: Any) -> str:
+def _check_text(value: Any, what: str = "") -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r:.40} is no text")
+        raise TypeError(f"{what and f'{what}, '}{value!r:.40}, is no text")
     value.encode()  # JSON allows half a surrogate pair; no tokenizer does
     return value
 
@@ -161,8 +164,8 @@ def write_document(document: Document, tokenizer: Any = None) -> str:
         raise
     except Exception as error:  # jinja2's, and what a template does to Python's own types
         raise UserError(
-            f"the model's chat template refuses a conversation of the text ({first_line(error)}): "
-            "correct its messages or leave it out"
+            f"the model's chat template fails on a conversation of the text ({first_line(error)}): "
+            "correct one of the two"
         ) from error
 
 

@@ -6,6 +6,7 @@ takes.
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -155,10 +156,16 @@ def _resume(
     settings = folder.read_settings(_read_settings)
     text = settings.text
     check_own("--dtype", dtype, "auto", settings.dtype)
-    check_own("--tokenizer", tokenizer and str(tokenizer), None, text.tokenizer)
+    if tokenizer is not None and _is_at(tokenizer) != _is_at(text.tokenizer or "none"):
+        check_own("--tokenizer", str(tokenizer), None, text.tokenizer or "one of its own")
     check_own("--validation-share", share, HELD_OUT_SHARE, text.validation_share)
     recipe = settings.recipe if steps is None else dataclasses.replace(settings.recipe, steps=steps)
     return dataclasses.replace(settings, recipe=recipe)
+
+
+def _is_at(source: str | Path) -> str:
+    """Where a tokenizer is, however its path is spelt."""
+    return os.path.realpath(expand_path(source))
 
 
 def _check_sizes(recipe: Recipe) -> None:

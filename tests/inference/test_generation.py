@@ -437,6 +437,17 @@ def test_a_prompt_cache_of_another_model_is_refused(
     with pytest.raises(UserError, match="another model"):
         caches.load_cache(tmp_path / "cache.safetensors", load(tmp_path / "narrow")[0])
     (tmp_path / "text.safetensors").write_text("no cache")
+    arrays, metadata = mx.load(str(tmp_path / "cache.safetensors"), return_metadata=True)
+    cut = {key: value for key, value in metadata.items() if key != "1.0"}
+    mx.save_safetensors(str(tmp_path / "cut.safetensors"), arrays, cut)
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    for name, said in (
+        ("cut", "no prompt cache"),
+        ("pipe", "no regular file"),
+        ("none", "no such"),
+    ):
+        with pytest.raises(UserError, match=said):
+            caches.load_cache(tmp_path / f"{name}.safetensors", model)
     with pytest.raises(UserError, match="no prompt cache"):
         caches.load_cache(tmp_path / "text.safetensors", model)
 

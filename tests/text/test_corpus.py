@@ -285,7 +285,7 @@ def test_a_conversation_is_written_by_the_model_s_template(tmp_path: Path):
         assert corpus.encode([talk], tokenizer).tolist() == expected != bare.tolist()
         assert corpus.join_documents(["x", talk], tokenizer) == "x\n\n[user] ab [assistant] b "
     other.chat_template = "{{ raise_exception('no system') }}"
-    with pytest.raises(UserError, match="refuses a conversation of the text"):
+    with pytest.raises(UserError, match="fails on a conversation of the text"):
         corpus.encode([talk], other)
 
 

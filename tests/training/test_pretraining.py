@@ -385,6 +385,9 @@ def test_a_given_tokenizer(text: Path, tmp_path: Path):
     shutil.rmtree(tmp_path / "llama")
     run(None, out, None, resume=True)
     assert contents(out).keys() == before.keys()
+    run(None, out, None, resume=True, tokenizer=f"{tmp_path}/run/../llama/")
+    with pytest.raises(UserError, match="--tokenizer other: the run to resume has"):
+        run(None, out, None, resume=True, tokenizer="other")
 
 
 def test_a_tokenizer_without_an_end_token(text: Path, tmp_path: Path):
