@@ -6,13 +6,7 @@ from typing import Any
 from ..errors import BadArgument
 from ..options import read_options
 from ..training.recipe import Pace, Treatment
-from .shared import (
-    add_fields,
-    add_held_out_arguments,
-    add_run_arguments,
-    open_output,
-    take_fields,
-)
+from .shared import add_fields, add_held_out_arguments, add_run_arguments, open_output, take_fields
 
 EXAMPLES = (
     ("--model REDUCED --teacher SRC", "distil on text that the original speaks"),

@@ -8,13 +8,7 @@ from typing import Any
 from ..errors import BadArgument, UserError, first_line
 from ..options import expand_path, read_options
 from ..training.recipe import Recipe, TrainingPace
-from .shared import (
-    add_fields,
-    add_held_out_arguments,
-    add_run_arguments,
-    open_output,
-    take_fields,
-)
+from .shared import add_fields, add_held_out_arguments, add_run_arguments, open_output, take_fields
 
 EXAMPLES = (
     ("--data tales/*.txt", "a skipless model of twelve layers whose Q and P can go"),
