@@ -296,10 +296,11 @@ def _explain_logit_error(report: Report, check: Verification) -> Iterator[str]:
     condition = _find_condition(report)
     if check.max_rel_logit_error > NOTABLE_ERROR and condition and not report.quantization:
         roundoff = UNIT_ROUNDOFF[getattr(mx, report.dtype)]
+        magnified = min(condition * roundoff, 1)
         yield (
             f"inverses with condition numbers up to {condition:.1e} magnify {report.dtype}'s "
-            f"rounding of {roundoff:.0e} to logit errors of up to "
-            f"{min(condition * roundoff, 1):.0e}; the merge itself is exact"
+            f"rounding of {roundoff:.0e} to as much as {magnified:.0e} in a layer; the merge itself "
+            "is exact"
         )
 
 
