@@ -299,8 +299,8 @@ def _explain_logit_error(report: Report, check: Verification) -> Iterator[str]:
         magnified = min(condition * roundoff, 1)
         yield (
             f"inverses with condition numbers up to {condition:.1e} magnify {report.dtype}'s "
-            f"rounding of {roundoff:.0e} to as much as {magnified:.0e} in a layer; the merge itself "
-            "is exact"
+            f"rounding of {roundoff:.0e} to as much as {magnified:.0e} in a layer; the merge "
+            "itself is exact"
         )
 
 
