@@ -139,7 +139,7 @@ def run(options: dict[str, Any]) -> None:
             )
             options |= {} if drafts is None else {"num_draft_tokens": drafts}
         if cache_file is not None:
-            options["prompt_cache"] = load_cache(cache_file, model)
+            options["prompt_cache"] = load_cache(cache_file, model, name, shown.warn)
         if not tale:
             prompt = encode_prompt(
                 tokenizer, prompt, continued=cache_file is not None, system=system

@@ -5,6 +5,8 @@ mlx-lm's caches do the work. Ours is what chooses them for each layer, and says 
 
 import copy
 import math
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +132,19 @@ def make_draft_caches(
     return [*own, *unused, *draft]
 
 
-def load_cache(file: str | Path, model: nn.Module) -> list[Any]:
+def load_cache(
+    file: str | Path,
+    model: nn.Module,
+    name: str | None = None,
+    warn: Callable[[str], None] = lambda line: None,
+) -> list[Any]:
     """Load a prompt cache that ``mlx_lm.cache_prompt`` wrote for this model.
+
+    Args:
+        file: the cache.
+        model: of the same shapes as the one that it was made with.
+        name: of the model; ``warn`` is called with a line if the cache names another.
+        warn: called with a line.
 
     Raises:
         UserError: if there is none, or it is another model's.
@@ -140,7 +153,7 @@ def load_cache(file: str | Path, model: nn.Module) -> list[Any]:
     try:
         if not is_there(path):
             raise FileNotFoundError("there is no such file")
-        cache = load_prompt_cache(str(path))
+        cache, metadata = load_prompt_cache(str(path), return_metadata=True)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as e:
         raise UserError(
             f"{file} is no prompt cache ({first_line(e)}): `mlx_lm.cache_prompt` makes one"
@@ -153,6 +166,9 @@ def load_cache(file: str | Path, model: nn.Module) -> list[Any]:
     for stored, own in zip(cache, fresh, strict=True):
         if _list_widths(stored) != _list_widths(own):
             raise other
+    made_with = metadata.get("model", name)
+    if name is not None and os.path.realpath(made_with) != os.path.realpath(expand_path(name)):
+        warn(f"{file} was made with {made_with}: with another model's weights it means nothing")
     return cache
 
 

@@ -438,6 +438,12 @@ def test_a_prompt_cache_of_another_model_is_refused(
         caches.load_cache(tmp_path / "cache.safetensors", load(tmp_path / "narrow")[0])
     (tmp_path / "text.safetensors").write_text("no cache")
     arrays, metadata = mx.load(str(tmp_path / "cache.safetensors"), return_metadata=True)
+    for made_with, told in (("other", True), (str(folder), False), (None, False)):
+        named = {} if made_with is None else {"model": made_with}
+        save_prompt_cache(str(tmp_path / "named.safetensors"), cache, named)
+        said: list[str] = []
+        caches.load_cache(tmp_path / "named.safetensors", model, f"{folder}/.", said.append)
+        assert bool(said) == told and all("was made with other" in line for line in said)
     cut = {key: value for key, value in metadata.items() if key != "1.0"}
     mx.save_safetensors(str(tmp_path / "cut.safetensors"), arrays, cut)
     os.mkfifo(tmp_path / "pipe.safetensors")
