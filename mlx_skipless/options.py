@@ -80,6 +80,11 @@ def expand_path(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def list_files(files: str | Path | Sequence[str | Path]) -> list[str | Path]:
+    """Return files as a list, for which one file may stand."""
+    return [files] if isinstance(files, str | Path) else [*files]
+
+
 def parse_texts(options: Any) -> None:
     """Parse, in place, text that a frozen options dataclass holds for numbers, such as "1.6MB".
 

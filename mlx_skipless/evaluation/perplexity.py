@@ -17,7 +17,7 @@ from ..inference.context import check_windows, find_context
 from ..inference.loading import load
 from ..network.metrics import measure_nll
 from ..network.widening import attend_in_float32, widen
-from ..options import check_least, expand_path
+from ..options import check_least, expand_path, list_files
 from ..text import corpus
 
 CONTEXT = 512  # for models that say nothing, or allow more
@@ -71,7 +71,7 @@ def measure_perplexity(
     """
     check_least("--context", context)
     check_least("--batch-size", batch_size)
-    data, validation = ([one] if isinstance(one, str | Path) else one for one in (data, validation))
+    data, validation = list_files(data), list_files(validation)
     for file in data if validation else ():
         if not is_there(expand_path(file)):
             raise UserError(f"{file} cannot be read: there is no such file")

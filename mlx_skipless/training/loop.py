@@ -300,11 +300,12 @@ def carry_out(
         run.progress = progress
         if not resume:
             run.begin()
-        elif is_there(folder.state):
-            run.load()
-        else:  # killed before its first checkpoint
-            folder.cut_log(-1)
-        folder.write_settings(run.settings)  # which --resume may have changed
+        else:
+            if is_there(folder.state):
+                run.load()
+            else:  # killed before its first checkpoint
+                folder.cut_log(-1)
+            folder.write_settings(run.settings)  # which --resume may have changed
         with catch_signals() as stopped:
             return run.go(report, stopped)
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..checkpoints.files import is_there
-from ..options import expand_path
+from ..options import expand_path, list_files
 from ..text import corpus
 
 
@@ -61,8 +61,7 @@ def read_sources(kind: type[Sources], given: Mapping[str, Any]) -> Sources:
 
 def list_paths(files: str | Path | Sequence[str | Path]) -> list[str]:
     """Return files' absolute paths, as ``TextFiles`` holds them; one file may stand for a list."""
-    files = [files] if isinstance(files, str | Path) else files
-    return [str(expand_path(file).absolute()) for file in files]
+    return [str(expand_path(file).absolute()) for file in list_files(files)]
 
 
 @dataclass(frozen=True)
