@@ -1,5 +1,7 @@
 """The exceptions for what a user can mend."""
 
+import textwrap
+
 LONGEST = 2000  # characters of a message, which may quote a checkpoint's names and values
 MOST_SAID = 300  # characters of a library's error
 
@@ -32,7 +34,7 @@ def first_line(error: BaseException) -> str:
 
 def quote_error(error: BaseException) -> str:
     """Return what a library says is wrong, with the error's type unless it is a ``ValueError``."""
-    said = " ".join(str(error).split())[:MOST_SAID]
+    said = textwrap.shorten(str(error), MOST_SAID, placeholder=" …")
     if isinstance(error, ValueError) and said:
         return said
     return f"{type(error).__name__} {said}".strip()

@@ -94,8 +94,11 @@ def _show(report: "Report", shown: Output) -> None:
         tabulate_choices(report.choices).show(shown.console)
     lines = [f"note: {note}" for note in report.notes]
     if report.stock:
-        done = "norm gains folded, exactly" if report.folded else "matrices as they were"
-        lines.append(f"note: {done}; the result runs in plain mlx-lm")
+        kept = not (report.folded or report.quantization or report.replaced)
+        done = (
+            "norm gains folded, exactly; " * bool(report.folded) + "matrices as they were; " * kept
+        )
+        lines.append(f"note: {done}the result runs in plain mlx-lm")
     lines += describe_effect(report)
     lines += [f"note: {advice}" for advice in report.advice]
     for line in lines:

@@ -77,8 +77,11 @@ def _read_yaml(name: str | None) -> Recipe:
     if name is None:
         return Recipe()
     try:
-        content = yaml.safe_load(expand_path(name).read_text(encoding="utf-8"))
-        return read_options(Recipe, "recipe", content)
+        root = yaml.compose(content := expand_path(name).read_text(encoding="utf-8"))
+        keys = [key.value for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise UserError(f"{twice[0]!r} is there twice")
+        return read_options(Recipe, "recipe", yaml.safe_load(content))
     except OSError as error:
         raise UserError(f"--config {name}: cannot be read ({error.strerror})") from error
     except yaml.MarkedYAMLError as error:

@@ -111,17 +111,23 @@ def _describe_size(report: Report) -> Iterator[str]:
             f"That costs {table.growth:+,} weights, {table.growth / report.params_before:+.1%}."
         )
     if report.removed or report.replaced or report.first_layer:
-        ratio = report.speedup_from_bytes
-        fewer = f"{ratio:.2f} times" if ratio >= 1.01 else f"{1 - 1 / ratio:.2%}"
-        yield (
-            f"Decoding a token reads {fewer} fewer bytes of weights than without "
-            "the removals in the same number format: the speed-up to expect at most."
-        )
+        yield _describe_reads(report.speedup_from_bytes)
     if report.cache_bytes_after != report.cache_bytes_before:
         yield (
             f"Each token of context takes {report.cache_bytes_after:,} bytes of KV cache, "
             f"{report.cache_bytes_before:,} before."
         )
+
+
+def _describe_reads(ratio: float) -> str:
+    """Say how many bytes decoding reads, from their number without the removals over that with."""
+    than = "of weights than without the removals in the same number format"
+    if abs(ratio - 1) < 5e-5:
+        return f"Decoding a token reads as many bytes {than.replace('than', 'as')}."
+    if ratio < 1:
+        return f"Decoding a token reads {1 / ratio - 1:.2%} more bytes {than}."
+    fewer = f"{ratio:.2f} times" if ratio >= 1.01 else f"{1 - 1 / ratio:.2%}"
+    return f"Decoding a token reads {fewer} fewer bytes {than}: the speed-up to expect at most."
 
 
 def _compare(before: int, after: int) -> str:

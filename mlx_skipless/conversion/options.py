@@ -197,7 +197,7 @@ class Options(Removals):
 
     verify: bool = checking(
         True,
-        "check the result against its source at the end; --no-verify skips that",
+        "do not check the result against its source at the end",
         flags=("--no-verify",),
         const=False,
     )

@@ -1,7 +1,9 @@
 """LoRA, DoRA and full adapters, as ``mlx_lm.lora`` trains them, on a model."""
 
 from pathlib import Path
+from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
 
@@ -38,6 +40,12 @@ def apply_adapters(model: nn.Module, folder: Path) -> nn.Module:
     for name, tensor in there.items():
         if not is_float(tensor.dtype):
             raise UserError(f"--adapter-path {folder}: {name} has a number type that is not read")
+    loaded: Any = mx.load(str(folder / ADAPTERS))
+    for name, array in loaded.items():
+        if not mx.isfinite(array).all().item():
+            raise UserError(
+                f"--adapter-path {folder}: {name} has numbers that are not finite: train it again"
+            )
     try:
         model = mlx_lm.utils.load_adapters(model, str(folder))
         model.eval()

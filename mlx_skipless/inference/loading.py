@@ -289,10 +289,11 @@ def _explain_errors(name: str | Path, store: SafetensorsStore) -> Iterator[None]
         raise
     except (Exception, SystemExit) as error:  # some of mlx-lm's models exit without their package
         store.check_unchanged()
-        raise UserError(
-            f"{name} cannot be loaded ({quote_error(error)}): correct its config.json, or use "
-            "another export"
-        ) from error
+        said = quote_error(error)
+        remedy = "correct its config.json, or use another export"
+        if said.startswith("Missing"):  # of MLX's load_weights
+            remedy = "copy all of its weight files, or correct its config.json"
+        raise UserError(f"{name} cannot be loaded ({said}): {remedy}") from error
 
 
 def _check_types(model: nn.Module, folder: Path) -> None:

@@ -77,8 +77,8 @@ def read_texts(
     for file in map(expand_path, files):
         lines = _read_lines(file)
         cut = len(lines) if validation else len(lines) - round(share * len(lines))
-        for part, into in ((lines[:cut], train), (lines[cut:], held_out)):
-            into += _parse_documents(file, part)
+        train += _parse_documents(file, lines[:cut])
+        held_out += _parse_documents(file, lines[cut:], before=cut)
     for file in map(expand_path, validation):
         held_out += _parse_documents(file, _read_lines(file))
     return Texts(train, held_out)
@@ -103,17 +103,20 @@ def _read_lines(file: Path) -> list[str]:
     return lines
 
 
-def _parse_documents(file: Path, lines: Sequence[str]) -> list[Document]:
+def _parse_documents(file: Path, lines: Sequence[str], before: int = 0) -> list[Document]:
+    """Parse a file's lines; ``before`` counts those that come before them."""
     if file.suffix != ".jsonl":
         return ["\n".join(lines)] if lines else []
     documents = []
-    for line in filter(str.strip, lines):
+    for number, line in enumerate(lines, before + 1):
+        if not line.strip():
+            continue
         try:
             documents.append(read_record(json.loads(line)))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{file} has a line that is no record ({first_line(error)}): each must be JSON "
-                'with "text", "prompt" and "completion", or "messages"'
+                f"{file}: line {number} is no record ({first_line(error)}): each must be JSON with "
+                '"text", "prompt" and "completion", or "messages"'
             ) from error
     return documents
 
@@ -128,6 +131,8 @@ def read_record(record: Mapping[str, Any]) -> Document:
         messages = record["messages"]
         if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
             raise TypeError('"messages" is no list of objects')
+        if not messages:
+            raise ValueError('"messages" is empty')
         for message in messages:
             for key in ("role", "content"):
                 _check_text(message.get(key), f'"{key}" of a message')

@@ -479,6 +479,15 @@ def test_a_table_that_reads_more_is_told_as_such(tmp_path: Path) -> None:
     assert table is not None and table.reads_after(256) > table.reads_before(256)
     more = table.reads_after(256) / table.reads_before(256)
     assert f"{more:,.1f} times more at 256)" in " ".join(card.describe_effect(report))
+    for ratio, said in (
+        (1.25, "1.25 times fewer bytes of weights than without"),
+        (1.002, "0.20% fewer bytes of weights than without"),
+        (1.00001, "as many bytes of weights as without"),
+        (0.8, "25.00% more bytes of weights than without"),
+    ):
+        told = " ".join(card.describe_effect(replace(report, speedup_from_bytes=ratio)))
+        assert f"Decoding a token reads {said} the removals" in told
+        assert ("speed-up" in told) == ("fewer bytes" in said)
 
 
 def test_exact_flags_of_what_has_lost_sublayers(tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ def test_sizes_that_no_network_has(model: Path, key: str, value: Any):
     [
         ({"num_hidden_layers": 2000}, "2,000, and the files have 21 tensors"),
         ({"num_hidden_layers": 3}, "Missing 9 parameters"),
+        ({"num_hidden_layers": 3}, " …): copy all of its weight files, or correct its config.json"),
         ({"num_hidden_layers": 1}, "Received 9 parameters not in model"),
         ({"hidden_size": 64}, "Expected shape"),
         ({"vocab_size": 1 << 22}, "Expected shape (4194304, 32)"),
@@ -269,6 +270,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "pipe": (lambda f: put_pipe(f / "adapters.safetensors"), "no regular file"),
     "config is a pipe": (lambda f: put_pipe(f / "adapter_config.json"), "no regular file"),
     "truncated": (lambda f: os.truncate(f / "adapters.safetensors", 300), "truncated or corrupt"),
+    "not finite": (
+        lambda f: edit_weights(f, lambda w: {name: array / 0 for name, array in w.items()}),
+        "numbers that are not finite: train it again",
+    ),
     "no object": (lambda f: (f / "adapter_config.json").write_text("[]"), "no JSON object"),
     "no JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "cannot be read as JSON"),
     "pointer": (

@@ -180,6 +180,7 @@ def test_a_folder_is_no_text(tmp_path: Path):
         '{"prompt": ["a"], "completion": ["b"]}',
         '{"messages": 3}',
         '{"messages": "ab"}',
+        '{"messages": []}',
         '{"messages": [{}]}',
         '{"messages": [{"role": "user"}]}',
         '{"messages": [{"role": "user", "content": null}]}',
@@ -187,10 +188,11 @@ def test_a_folder_is_no_text(tmp_path: Path):
     ],
 )
 def test_lines_that_are_no_records(write: Callable[..., Path], line: str):
-    file = write("a.jsonl", records({"text": "a"}) + line + "\n")
-    with pytest.raises(UserError, match=r"a\.jsonl has a line that is no record") as refusal:
-        corpus.read_texts([file])
-    assert "\n" not in str(refusal.value)
+    file = write("a.jsonl", records({"text": "a"}) + "\n" + line + "\n")
+    for share in (0, 0.2):  # among those to train on, and held out
+        with pytest.raises(UserError, match=r"a\.jsonl: line 3 is no record") as refusal:
+            corpus.read_texts([file], share=share)
+        assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1, 1.5, float("nan")])

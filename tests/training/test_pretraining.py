@@ -1119,6 +1119,7 @@ def test_a_recipe_from_yaml_and_flags_that_come_first(text: Path, tmp_path: Path
         (b"steps: " + b"9" * 5000, "recipe.yaml"),
         (b"steps: " + b"9" * 400, "must be below 2,147,483,648"),
         (b"clip: .nan", "clip"),
+        (b"steps: 3\nlayers: 2\nsteps: 4", "recipe.yaml: 'steps' is there twice"),
         (b"1: 2", "1 is no part of a recipe"),
         (
             b"a: &a [x]\n"
