@@ -1,7 +1,5 @@
 """The exceptions for what a user can mend."""
 
-import textwrap
-
 LONGEST = 2000  # characters of a message, which may quote a checkpoint's names and values
 MOST_SAID = 300  # characters of a library's error
 
@@ -34,7 +32,10 @@ def first_line(error: BaseException) -> str:
 
 def quote_error(error: BaseException) -> str:
     """Return what a library says is wrong, with the error's type unless it is a ``ValueError``."""
-    said = textwrap.shorten(str(error), MOST_SAID, placeholder=" …")
+    said = " ".join(str(error).split())
+    if len(said) > MOST_SAID:
+        kept = said[:MOST_SAID]
+        said = f"{kept.rpartition(' ')[0] or kept} …"
     if isinstance(error, ValueError) and said:
         return said
     return f"{type(error).__name__} {said}".strip()

@@ -25,7 +25,7 @@ def describe_analysis(analysis: Analysis) -> Iterator[Grid | str]:
         yield f"not {', '.join(letters)}: {why}"
     if (table := analysis.first_layer) is not None and analysis.first_layer_reads:
         reads = ", ".join(
-            f"{f'{times:,.0f}' if times >= 10 else f'{times:.2g}'} at batch {n:,}"
+            f"{times:,.{0 if times >= 10 else 1}f} at batch {n:,}"
             for n, times in analysis.first_layer_reads.items()
         )
         yield (

@@ -77,7 +77,8 @@ def _read_yaml(name: str | None) -> Recipe:
     if name is None:
         return Recipe()
     try:
-        root = yaml.compose(content := expand_path(name).read_text(encoding="utf-8"))
+        content = expand_path(name).read_text(encoding="utf-8")
+        root = yaml.compose(content)
         keys = [key.value for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
         if twice := [key for key in keys if keys.count(key) > 1]:
             raise UserError(f"{twice[0]!r} is there twice")

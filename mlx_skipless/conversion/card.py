@@ -121,13 +121,16 @@ def _describe_size(report: Report) -> Iterator[str]:
 
 def _describe_reads(ratio: float) -> str:
     """Say how many bytes decoding reads, from their number without the removals over that with."""
-    than = "of weights than without the removals in the same number format"
+    without = "without the removals in the same number format"
     if abs(ratio - 1) < 5e-5:
-        return f"Decoding a token reads as many bytes {than.replace('than', 'as')}."
+        return f"Decoding a token reads as many bytes of weights as {without}."
     if ratio < 1:
-        return f"Decoding a token reads {1 / ratio - 1:.2%} more bytes {than}."
+        return f"Decoding a token reads {1 / ratio - 1:.2%} more bytes of weights than {without}."
     fewer = f"{ratio:.2f} times" if ratio >= 1.01 else f"{1 - 1 / ratio:.2%}"
-    return f"Decoding a token reads {fewer} fewer bytes {than}: the speed-up to expect at most."
+    return (
+        f"Decoding a token reads {fewer} fewer bytes of weights than {without}: "
+        "the speed-up to expect at most."
+    )
 
 
 def _compare(before: int, after: int) -> str:

@@ -1,7 +1,6 @@
 """LoRA, DoRA and full adapters, as ``mlx_lm.lora`` trains them, on a model."""
 
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -40,12 +39,6 @@ def apply_adapters(model: nn.Module, folder: Path) -> nn.Module:
     for name, tensor in there.items():
         if not is_float(tensor.dtype):
             raise UserError(f"--adapter-path {folder}: {name} has a number type that is not read")
-    loaded: Any = mx.load(str(folder / ADAPTERS))
-    for name, array in loaded.items():
-        if not mx.isfinite(array).all().item():
-            raise UserError(
-                f"--adapter-path {folder}: {name} has numbers that are not finite: train it again"
-            )
     try:
         model = mlx_lm.utils.load_adapters(model, str(folder))
         model.eval()
@@ -55,7 +48,13 @@ def apply_adapters(model: nn.Module, folder: Path) -> nn.Module:
             f"--adapter-path {folder} does not fit the model ({quote_error(error)}): give adapters "
             "that were trained on it"
         ) from error
-    added = (name for name in tensors_of(model) if name.rpartition(".")[2] in LEAVES)
+    tensors = tensors_of(model)
+    for name in there.keys() & tensors.keys():
+        if not mx.isfinite(tensors[name]).all().item():
+            raise UserError(
+                f"--adapter-path {folder}: {name} has numbers that are not finite: train it again"
+            )
+    added = (name for name in tensors if name.rpartition(".")[2] in LEAVES)
     if kind != "full" and (missing := [name for name in added if name not in there]):
         raise UserError(
             f"--adapter-path {folder}: {ADAPTERS} lacks {missing[0]}"

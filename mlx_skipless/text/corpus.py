@@ -112,7 +112,9 @@ def _parse_documents(file: Path, lines: Sequence[str], before: int = 0) -> list[
         if not line.strip():
             continue
         try:
-            documents.append(read_record(json.loads(line)))
+            documents.append(document := read_record(json.loads(line)))
+            if document == []:
+                raise ValueError('"messages" is empty')
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{file}: line {number} is no record ({first_line(error)}): each must be JSON with "
@@ -131,8 +133,6 @@ def read_record(record: Mapping[str, Any]) -> Document:
         messages = record["messages"]
         if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
             raise TypeError('"messages" is no list of objects')
-        if not messages:
-            raise ValueError('"messages" is empty')
         for message in messages:
             for key in ("role", "content"):
                 _check_text(message.get(key), f'"{key}" of a message')

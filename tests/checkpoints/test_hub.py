@@ -377,11 +377,10 @@ READ = """
 import json, sys
 from mlx_skipless import UserError
 from mlx_skipless.text import samples as passages
-from mlx_skipless.text import corpus
 passages.DATA_SET = int(sys.argv[1])
 for source in sys.argv[2:]:
     try:
-        print(json.dumps(corpus.join_documents(passages.read_text(source))))
+        print(json.dumps(passages.corpus.join_documents(passages.read_text(source))))
     except UserError as error:
         print(json.dumps({"error": str(error)}))
 """

@@ -490,6 +490,25 @@ def test_a_table_that_reads_more_is_told_as_such(tmp_path: Path) -> None:
         assert ("speed-up" in told) == ("fewer bytes" in said)
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ((), "note: matrices as they were; the result runs in plain mlx-lm"),
+        (("-q",), "note: the result runs in plain mlx-lm"),
+        (("--target-bytes", "280kB"), "note: the result runs in plain mlx-lm"),
+    ],
+)
+def test_what_became_of_the_matrices(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], said: str
+) -> None:
+    make_llama(tmp_path / "s", **SIZES)
+    if flags:
+        flags = (*flags, "--q-group-size", "32")
+    arguments = ["--model", str(tmp_path / "s"), "--mlx-path", str(tmp_path / "out"), *flags]
+    assert convert(*arguments, "--dry-run") == 0
+    assert said in capsys.readouterr().out.splitlines()
+
+
 def test_exact_flags_of_what_has_lost_sublayers(tmp_path: Path) -> None:
     make_llama(tmp_path / "s", **SIZES)
     mlx_skipless.convert(tmp_path / "s", tmp_path / "r", replace_attention=1, verify=False)

@@ -29,6 +29,7 @@ from test_weight_files import SMALL, TOKENS, Tensors, read_file
 import mlx_skipless
 from mlx_skipless import UserError, load
 from mlx_skipless.checkpoints.safetensors import WHOLE
+from mlx_skipless.errors import quote_error
 from mlx_skipless.inference.loading import load_network
 from mlx_skipless.network.parts import tensors_of
 
@@ -118,6 +119,19 @@ def test_sizes_that_no_network_has(model: Path, key: str, value: Any):
 def test_a_config_of_another_network(model: Path, changes: dict[str, Any], said: str):
     edit(model, **changes)
     assert said in refuse(model)
+
+
+@pytest.mark.parametrize(
+    ("said", "quoted"),
+    [
+        ("of two\n  lines", "of two lines"),
+        ("word " * 100, "word " * 60 + "…"),
+        ("x" * 400, "x" * 300 + " …"),
+        ("", "ValueError"),
+    ],
+)
+def test_what_is_quoted_of_an_error(said: str, quoted: str):
+    assert quote_error(ValueError(said)) == quoted
 
 
 KINDS: list[Any] = [np.int8, np.uint8, np.int32, np.uint32, np.int64, np.bool_]

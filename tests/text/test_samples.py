@@ -149,3 +149,11 @@ def test_reading_files(tmp_path: Path) -> None:
     assert samples.read_text(tmp_path / "a.jsonl") == ["one", "two three"]
     with pytest.raises(UserError, match=r"--calibration .*none\.txt"):
         samples.read_text(tmp_path / "none.txt")
+
+
+def test_empty_rows_of_a_data_set_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = [{"role": "user", "content": "Once."}]
+    rows = [{"messages": []}, {"messages": turns}, {"text": ""}, {"text": "More."}]
+    monkeypatch.setattr(samples.hub, "is_data_set", lambda source: True)
+    monkeypatch.setattr(samples.hub, "read_data_set", lambda source: iter(rows))
+    assert samples.read_text("tales/rows") == [turns, "More."]
