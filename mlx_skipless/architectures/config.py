@@ -303,7 +303,7 @@ def _find_contradictions(args: ModelArgs) -> Iterator[str]:
             )
     for key, width in (("head_dim", args.head_dim), ("rotary_dim", args.rotary_dim)):
         if width % 2:
-            yield f"{key} {width} is odd; RoPE needs pairs: correct config.json"
+            yield f"{key} {width} is odd, and RoPE needs pairs: make it even"
     if args.rotary_dim > args.head_dim:
         yield (
             f'"rotary_dim" {args.rotary_dim} in config.json is more than a head has, '

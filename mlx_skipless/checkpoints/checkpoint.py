@@ -182,7 +182,7 @@ class Checkpoint(Blueprint):
             elif name not in optional:
                 raise UserError(
                     f"{self.name} has no tensor {name}: the checkpoint is incomplete or "
-                    "config.json describes another model"
+                    f"{_name_config(self)} describes another model"
                 )
         for name, place in self._places.items():
             tied_head = self.args.tie_word_embeddings and name == f"{HEAD}.weight"
@@ -194,7 +194,7 @@ class Checkpoint(Blueprint):
             if name not in expected and not (tied_head or ignored or name in dropped):
                 raise UserError(
                     f"{self.name} has a tensor {place.names[0]} that a {self.config['model_type']} "
-                    "of this config does not use: config.json describes another model"
+                    f"of this config does not use: {_name_config(self)} describes another model"
                 )
 
     @cached_property
@@ -217,14 +217,19 @@ class Checkpoint(Blueprint):
         per_head = name.endswith(CHANNEL_PATHS) and found == (self.args.num_attention_heads,)
         if found != expected and not per_head:
             raise UserError(
-                f"{_describe(place, name)} in {self.name} has shape {found}, config.json asks "
-                f"for {expected}: correct config.json or download the checkpoint again"
+                f"{_describe(place, name)} in {self.name} has shape {found}, {_name_config(self)} "
+                f"asks for {expected}: correct that or download the checkpoint again"
             )
         if not all(is_float(self.store.dtypes[own]) for own in place.names):
             raise UserError(
                 f"{_describe(place, name)} in {self.name} has a number type that is not read; "
                 f"known: {', '.join(FLOATS)}"
             )
+
+
+def _name_config(checkpoint: Checkpoint) -> str:
+    """Name what describes the network: a GGUF file has no config.json."""
+    return "config.json" if checkpoint.path.is_dir() else "its metadata"
 
 
 def _explain_head(checkpoint: Checkpoint) -> Iterator[str]:

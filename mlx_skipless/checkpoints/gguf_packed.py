@@ -15,6 +15,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from ..errors import UserError
+from ..memory import format_bytes
 from .safetensors import Shape
 
 Type = GGMLQuantizationType
@@ -191,14 +192,14 @@ class RepackedStore:
         size = sum(map(self._count_bytes, self._forms))
         said = (
             f"repacked without a new rounding: {len(self._forms)} of {len(self._matrices)} "
-            f"matrices, {size / 1e9:.2f} GB"
+            f"matrices, {format_bytes(size)}"
         )
         if not dense:
             return said
         kinds = Counter(self._source.kinds[f"{path}.weight"].name for path in dense)
         size = sum(map(self._count_bytes, dense))
         listed = ", ".join(f"{count} of {kind}" for kind, count in kinds.most_common())
-        return f"{said}; dense: {listed}, {size / 1e9:.2f} GB"
+        return f"{said}; dense: {listed}, {format_bytes(size)}"
 
     def _count_bytes(self, path: str) -> int:
         names = [f"{path}.{part}" for part in ("weight", "scales", "biases")]

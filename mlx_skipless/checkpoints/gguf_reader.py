@@ -9,12 +9,13 @@ from typing import Any
 import gguf
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from . import files
 from .gguf_metadata import Metadata
 
 # The metadata of a vocabulary of a quarter of a million, with its merges, has a million values.
 MOST_VALUES, MOST_KEYS, MOST_TENSORS = 3 << 20, 1 << 12, 1 << 14
+UNKNOWN = "GGMLQuantizationType", "appears to be version"  # in what gguf says of new files
 AT_ONCE = 1 << 23  # bytes that are decoded at once
 
 
@@ -95,12 +96,21 @@ class GGUFFile:
 
     Raises:
         ValueError, LookupError, ArithmeticError, TypeError: for a corrupt file.
-        UserError: for a type of tensors that cannot be read, or the other byte order.
+        UserError: for a type of tensors that cannot be read, the other byte order, or a file that
+            the gguf package does not know.
     """
 
     def __init__(self, path: Path):
         self.path, self._state = path, files.take_state(path)
-        self._reader = _Reader(path)
+        try:
+            self._reader = _Reader(path)
+        except ValueError as error:
+            if any(said in str(error) for said in UNKNOWN):
+                raise UserError(
+                    f"{path} has what this version of the gguf package does not know "
+                    f"({first_line(error)}): update gguf, use another export, or download it again"
+                ) from error
+            raise
         self.metadata = Metadata(self._field, tuple(self._reader.fields), str(path))
         self.tensors = {tensor.name: tensor for tensor in self._reader.tensors}
 

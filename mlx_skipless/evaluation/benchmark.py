@@ -307,6 +307,15 @@ def _check_memory(models: Iterable[nn.Module], cases: Sequence[Case], decode_tok
             )
 
 
+def _check_logits(label: str, model: nn.Module) -> None:
+    """Refuse a broken model, whose speed nobody asks for."""
+    if bool(mx.isnan(model(mx.zeros((1, 2), mx.int32))).any()):
+        raise UserError(
+            f"the logits of {label} are no numbers: its checkpoint is broken, or they overflow its "
+            "number type on the way; `convert --dtype float32` names the layer"
+        )
+
+
 def _measure_models(
     models: Mapping[str, nn.Module],
     notes: Sequence[str],
@@ -318,9 +327,10 @@ def _measure_models(
     """Count the models' bytes and time the cases, if there are any; the first is the baseline."""
     bandwidth, results = None, []
     if cases:
-        for done, model in enumerate(models.values()):
+        for done, (label, model) in enumerate(models.items()):
             progress("loading", done, len(models))
             evaluate_in_turn(tensors_of(model).values())
+            _check_logits(label, model)
         progress("loading", len(models), len(models))
         bandwidth = measure_bandwidth()
         for done, case in enumerate(cases):

@@ -141,7 +141,7 @@ def load_cache(
     """Load a prompt cache that ``mlx_lm.cache_prompt`` wrote for this model.
 
     Args:
-        file: the cache.
+        file: the cache; a quantized or bounded one of ``--kv-bits`` or ``--max-kv-size``, too.
         model: of the same shapes as the one that it was made with.
         name: of the model; ``warn`` is called with a line if the cache names another.
         warn: called with a line.
@@ -159,17 +159,25 @@ def load_cache(
             f"{file} is no prompt cache ({first_line(e)}): `mlx_lm.cache_prompt` makes one"
         ) from e
     fresh = make_prompt_cache(model)
-    other = UserError(f"{file} is the cache of another model: make one with this model")
-    if [type(c) for c in cache] != [type(c) for c in fresh]:
-        raise other
-    model(mx.array([[0]]), fresh)
-    for stored, own in zip(cache, fresh, strict=True):
-        if _list_widths(stored) != _list_widths(own):
-            raise other
+    _read_token(model, fresh)
+    if len(cache) != len(fresh) or not all(map(_fits, cache, fresh)):
+        raise UserError(f"{file} is the cache of another model: make one with this model")
     made_with = metadata.get("model", name)
     if name is not None and os.path.realpath(made_with) != os.path.realpath(expand_path(name)):
         warn(f"{file} was made with {made_with}: with another model's weights it means nothing")
     return cache
+
+
+def _fits(stored: Any, own: Any) -> bool:
+    """Whether a stored cache is like a model's own, or was before it was quantized or bounded."""
+    whole = type(own) is KVCache
+    if whole and isinstance(stored, QuantizedKVCache):
+        try:
+            own = own.to_quantized(stored.group_size, stored.bits)
+        except (TypeError, ValueError):  # heads of another width
+            return False
+    bounded = whole and isinstance(stored, RotatingKVCache)
+    return (bounded or type(stored) is type(own)) and _list_widths(stored) == _list_widths(own)
 
 
 def _list_widths(cache: Any) -> list[Any]:

@@ -305,12 +305,14 @@ class _Search:
         return _sort(self._dropped), steps
 
     def _find_candidates(self, kinds: Sequence[str], progress: Steps) -> list[tuple[str, int]]:
-        """The least important sub-layers of each kind that are left."""
+        """The least important sub-layers of each kind that are left; one attention always is."""
         measured = self._measure(self._dropped, progress)
+        left = {kind: _rank(measured[kind], kind, self._dropped, self._spared) for kind in kinds}
         return [
             (kind, layer)
-            for kind in kinds
-            for layer in _rank(measured[kind], kind, self._dropped, self._spared)[:CANDIDATES]
+            for kind, there in left.items()
+            for layer in there[:CANDIDATES]
+            if kind == "ffn" or len(there) > 1
         ]
 
     def _choose(self, candidates: Sequence[tuple[str, int]], loss: float, progress: Steps) -> Step:

@@ -37,7 +37,24 @@ PLAIN_TEMPLATE = (
 )
 
 
-Document = str | list[dict[str, Any]]  # text, or the messages of a conversation
+@dataclass(frozen=True)
+class Transcript:
+    """What was said in turns.
+
+    Attributes:
+        messages: each with a role and a content, which may be None where tools are called.
+        tools: that the model may call; None if there are none.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+
+    def begins(self) -> str:
+        """Quote its beginning, for errors."""
+        return repr(self.messages[0].get("content") or "")[:40]
+
+
+Document = str | Transcript
 
 
 @dataclass(frozen=True)
@@ -59,8 +76,8 @@ def read_texts(
     """Read the documents of some files.
 
     A .jsonl file holds a document a line, as ``mlx_lm.lora`` takes them: {"text"},
-    {"prompt", "completion"}, which are joined, or {"messages"}. Any other file is one document of
-    plain text.
+    {"prompt", "completion"}, which are joined, or {"messages"}, with "tools" or without. Any other
+    file is one document of plain text.
 
     Args:
         files: what to train on.
@@ -113,7 +130,7 @@ def _parse_documents(file: Path, lines: Sequence[str], before: int = 0) -> list[
             continue
         try:
             documents.append(document := read_record(json.loads(line)))
-            if document == []:
+            if isinstance(document, Transcript) and not document.messages:
                 raise ValueError('"messages" is empty')
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
@@ -130,13 +147,15 @@ def read_record(record: Mapping[str, Any]) -> Document:
         KeyError, TypeError, ValueError: if it is none of these.
     """
     if "messages" in record:
-        messages = record["messages"]
-        if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
-            raise TypeError('"messages" is no list of objects')
+        messages, tools = record["messages"], record.get("tools")
+        for key, value in (("messages", messages), ("tools", [] if tools is None else tools)):
+            if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+                raise TypeError(f'"{key}" is no list of objects')
         for message in messages:
-            for key in ("role", "content"):
-                _check_text(message.get(key), f'"{key}" of a message')
-        return messages
+            _check_text(message.get("role"), '"role" of a message')
+            if message.get("content") is not None or not message.get("tool_calls"):
+                _check_text(message.get("content"), '"content" of a message')
+        return Transcript(messages, tools or None)
     if "text" in record:
         return _check_text(record["text"])
     if isinstance(record, Mapping) and not {"prompt", "completion"} <= record.keys():
@@ -155,23 +174,35 @@ def write_document(document: Document, tokenizer: Any = None) -> str:
     """Write a document as text: a conversation by the tokenizer's chat template, else as ChatML.
 
     Raises:
-        UserError: if the template refuses the conversation.
+        UserError: if the template refuses the conversation, or there is none to write tools.
     """
     if isinstance(document, str):
         return document
+    messages, tools = document.messages, document.tools
     template = getattr(tokenizer, "chat_template", None) is not None
     if not getattr(tokenizer, "has_chat_template", template):
-        turns = (f"{TURN_START}{m['role']}\n{m['content']}{TURN_END}\n" for m in document)
-        return "".join(turns)
+        if tools or any(one.get("tool_calls") for one in messages):
+            raise UserError(
+                f"a conversation of the text ({document.begins()}) has tools, which only a model's "
+                "chat template can write: give a model or a tokenizer that has one"
+            )
+        return "".join(f"{TURN_START}{m['role']}\n{m['content']}{TURN_END}\n" for m in messages)
     try:
-        return str(tokenizer.apply_chat_template(document, tokenize=False))
+        return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
     except UserError:
         raise
     except Exception as error:  # jinja2's, and what a template does to Python's own types
         raise UserError(
-            f"the model's chat template fails on a conversation of the text ({first_line(error)}): "
-            "correct one of the two"
+            f"the model's chat template fails on a conversation of the text ({document.begins()}: "
+            f"{first_line(error)}): correct one of the two"
         ) from error
+
+
+def count_said(document: Document) -> int:
+    """Count the characters of a text, or of what the messages of a conversation say."""
+    if isinstance(document, str):
+        return len(document.strip())
+    return sum(len(one.get("content") or "") for one in document.messages)
 
 
 def join_documents(documents: Sequence[Document], tokenizer: Any = None) -> str:

@@ -72,9 +72,9 @@ def _first_documents(source: str) -> Iterator[corpus.Document]:
                 f'the data set {source} has no column "text", "messages", or "prompt" and '
                 f'"completion" of text; its columns are {", ".join(row)}'
             ) from error
-        if text := corpus.write_document(document).strip():
+        if said := corpus.count_said(document):
             yield document
-        size += len(text)
+        size += said
         if size >= DATA_SET:
             return
 

@@ -218,7 +218,7 @@ def _announce(
     what: str, documents: Sequence[corpus.Document], progress: Progress
 ) -> Iterator[None]:
     """Tell of work on a long text, which a tokenizer does in one go, as a stage of one step."""
-    size = sum(len(corpus.write_document(one)) for one in documents)
+    size = sum(map(corpus.count_said, documents))
     stage = what.format(format_bytes(size))
     if size < LONG_TEXT:
         yield

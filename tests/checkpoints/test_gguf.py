@@ -475,6 +475,24 @@ def test_an_array_longer_than_the_file_ends_at_once(tmp_path: Path, small):
         open_checkpoint(file)
 
 
+@pytest.mark.parametrize(("what", "said"), [("type", "999"), ("version", "version 99")])
+def test_a_file_that_is_newer_than_the_gguf_package(what: str, said: str, tmp_path: Path, small):
+    content, file = small[0].read_bytes(), tmp_path / "model.gguf"
+    name = b"blk.0.attn_q.weight"
+    at = 4 if what == "version" else content.index(name) + len(name) + 4 + 2 * 8
+    file.write_bytes(content[:at] + struct.pack("<I", 99 if at == 4 else 999) + content[at + 4 :])
+    with pytest.raises(UserError, match=f"does not know .*{said}.*: update gguf"):
+        open_checkpoint(file)
+
+
+def test_a_tensor_of_another_shape_is_against_the_metadata(tmp_path: Path):
+    config, weights = make_llama(tmp_path / "hf")
+    name = "model.layers.0.mlp.up_proj.weight"
+    write_gguf(tmp_path / "model.gguf", config, {**weights, name: weights[name][:-1]})
+    with pytest.raises(UserError, match=r"has shape \(95, 64\), its metadata asks for \(96, 64\)"):
+        open_checkpoint(tmp_path / "model.gguf").validate()
+
+
 def test_no_gguf_file_at_all(tmp_path: Path):
     for content in (b"", b"GGUF", b"PK\3\4" + bytes(100), bytes(1000)):
         (tmp_path / "model.gguf").write_bytes(content)

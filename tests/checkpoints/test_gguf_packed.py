@@ -184,8 +184,8 @@ def test_a_mixed_file_says_what_stays_and_runs_in_mlx_lm(tmp_path: Path) -> None
     report = convert(tmp_path / "m.gguf", tmp_path / "out", verify=False)
 
     assert report.notes[0] == (
-        "repacked without a new rounding: 30 of 43 matrices, 0.00 GB; "
-        "dense: 7 of Q6_K, 6 of Q4_K, 0.00 GB"
+        "repacked without a new rounding: 30 of 43 matrices, 0.8 MB; "
+        "dense: 7 of Q6_K, 6 of Q4_K, 1.1 MB"
     )
     settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
     assert {"group_size": 32, "bits": 4, "mode": "affine"}.items() <= settings.items()

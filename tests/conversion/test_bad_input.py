@@ -735,7 +735,7 @@ def test_missing_sizes(refused: Refused, place: Path, key: str):
         ({"model_type": ["llama"]}, "model_type"),
         ({"num_key_value_heads": 3}, "3 key-value heads"),
         ({"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": None}, "head_dim"),
-        ({"head_dim": 7}, "head_dim 7 is odd"),
+        ({"head_dim": 7}, "head_dim 7 is odd, and RoPE needs pairs: make it even"),
         ({"head_dim": 16}, "q_proj.weight"),
         ({"num_attention_heads": 8, "head_dim": None}, "k_proj.weight"),
         ({"hidden_size": 64}, "shape"),

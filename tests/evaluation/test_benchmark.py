@@ -12,7 +12,7 @@ import mlx_lm.utils
 import numpy as np
 import pytest
 from architectures import ARCHITECTURES
-from factory import make_checkpoint, make_llama
+from factory import make_checkpoint, make_llama, write
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from mlx_lm.models import cache as caches
@@ -485,6 +485,7 @@ def test_a_window_that_mlx_lm_does_not_have_is_told() -> None:
         (["@/l", "--plot", "@/a.png", "--json", "@/./a.png"], "both name"),
         (["@/l", "--plot", "@/a.png", "--prompt-lengths"], "--plot draws speeds"),
         (["@/l", "--markdown", "@/no/a.md"], "--markdown"),
+        (["@/l", "@/nan"], "the logits of nan are no numbers"),
     ],
 )
 def test_what_cannot_be_measured(
@@ -493,6 +494,10 @@ def test_what_cannot_be_measured(
     make_llama(tmp_path / "l")
     config_file(tmp_path)
     (tmp_path / "odd.json").write_text('{"model_type": "odd"}')
+    if "@/nan" in arguments:
+        config, weights = make_llama(tmp_path / "nan")
+        weights["model.norm.weight"][0] = np.nan
+        write(tmp_path / "nan", config, weights, "float32", shards=1)
     before = sorted(tmp_path.rglob("*"))
     assert main(["bench", *(a.replace("@", str(tmp_path)) for a in arguments)]) in (1, 2)
     error = capsys.readouterr().err

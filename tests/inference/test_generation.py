@@ -424,6 +424,27 @@ def test_prompt_cache_of_mlx_lm(template: bool, folder: Path, tmp_path: Path) ->
     assert continued.prompt_tokens == len(end)
 
 
+@pytest.mark.parametrize("kind", ["quantized", "bounded"])
+def test_a_quantized_or_bounded_prompt_cache(kind: str, folder: Path, tmp_path: Path) -> None:
+    """One that `mlx_lm.cache_prompt` quantized or bounded is gone on from as it is."""
+    model, tokenizer = load(folder)
+    ids = prompts.encode_prompt(tokenizer, "The quick brown fox jumps over the lazy dog.")
+    file = tmp_path / "cache.safetensors"
+    cache = caches.make_cache(model, max_kv_size=40 if kind == "bounded" else None)
+    model(mx.array([ids[:-3]]), cache)
+    if kind == "quantized":
+        cache = [one.to_quantized(group_size=32, bits=6) for one in cache]
+    save_prompt_cache(str(file), cache)
+    found = caches.load_cache(file, model)
+    assert [*map(type, found)] == [*map(type, cache)] != [*map(type, caches.make_cache(model))]
+    expected = generation.generate(model, tokenizer, ids[-3:], prompt_cache=cache, max_tokens=6)
+    continued = generation.generate(model, tokenizer, ids[-3:], prompt_cache=found, max_tokens=6)
+    assert continued.text == expected.text and continued.generation_tokens == 6
+    make_llama(tmp_path / "narrow", head_dim=64, num_hidden_layers=2)
+    with pytest.raises(UserError, match="another model"):
+        caches.load_cache(file, load(tmp_path / "narrow")[0])
+
+
 def test_a_prompt_cache_of_another_model_is_refused(
     folder: Path, sliding: Loaded, tmp_path: Path
 ) -> None:

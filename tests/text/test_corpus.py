@@ -120,8 +120,8 @@ def test_records_of_each_kind(write: Callable[..., Path]):
     texts = corpus.read_texts([file], share=0)
     assert texts.chat and len(texts.train) == 3
     chat = corpus.make_tokenizer([prose(50)], SMALLEST, chat=True)
-    assert texts.train[2] == talk
-    written = corpus.write_document(talk)
+    assert texts.train[2] == corpus.Transcript(talk)
+    written = corpus.write_document(texts.train[2])
     assert (
         written == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello\nthere<|im_end|>\n"
     )
@@ -185,6 +185,10 @@ def test_a_folder_is_no_text(tmp_path: Path):
         '{"messages": [{"role": "user"}]}',
         '{"messages": [{"role": "user", "content": null}]}',
         '{"messages": [{"role": "user", "content": ["a"]}]}',
+        '{"messages": [{"role": "user", "content": null, "tool_calls": []}]}',
+        '{"messages": [{"content": "a"}]}',
+        '{"messages": [{"role": "user", "content": "a"}], "tools": "search"}',
+        '{"messages": [{"role": "user", "content": "a"}], "tools": ["search"]}',
     ],
 )
 def test_lines_that_are_no_records(write: Callable[..., Path], line: str):
@@ -270,25 +274,59 @@ def test_an_empty_document_is_its_end(tokenizer: Any):
 
 
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}"
+TOOLS_TEMPLATE = (
+    "{% for tool in tools or [] %}({{ tool['function']['name'] }}){% endfor %}"
+    "{% for m in messages %}"
+    "{{ m['content'] or m['tool_calls'][0]['function']['name'] }} {% endfor %}"
+)
 
 
 def test_a_conversation_is_written_by_the_model_s_template(tmp_path: Path):
     """As mlx_lm.lora encodes it, and with a template that has no place for a role in one line."""
     make_llama(tmp_path, num_hidden_layers=1)
     other = PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    talk = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "b"}]
+    messages = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "b"}]
+    talk = corpus.Transcript(messages)
     other.chat_template = None
     bare = corpus.encode([corpus.write_document(talk)], other)
     assert corpus.encode([talk], other).tolist() == bare.tolist()
     other.chat_template = TEMPLATE
-    theirs = ChatDataset([{"messages": talk}], TokenizerWrapper(other), mask_prompt=False)
+    theirs = ChatDataset([{"messages": messages}], TokenizerWrapper(other), mask_prompt=False)
     expected = [*theirs.process(theirs[0])[0], EOS]
     for tokenizer in (other, GuardedTokenizer(TokenizerWrapper(other), "m", None)):
         assert corpus.encode([talk], tokenizer).tolist() == expected != bare.tolist()
         assert corpus.join_documents(["x", talk], tokenizer) == "x\n\n[user] ab [assistant] b "
     other.chat_template = "{{ raise_exception('no system') }}"
-    with pytest.raises(UserError, match="fails on a conversation of the text"):
+    with pytest.raises(UserError, match=r"fails on a conversation of the text \('ab': no system\)"):
         corpus.encode([talk], other)
+
+
+def test_tools_are_written_by_the_model_s_template(write: Callable[..., Path], tmp_path: Path):
+    """As mlx_lm.lora writes them, and never left out without a word."""
+    make_llama(tmp_path, num_hidden_layers=1)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    tokenizer.chat_template = TOOLS_TEMPLATE
+    tools = [{"type": "function", "function": {"name": "ab", "parameters": {}}}]
+    call = {"type": "function", "function": {"name": "a", "arguments": {}}}
+    asked = {"role": "user", "content": "b"}
+    called = [asked, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    full: list[dict[str, Any]] = [
+        {"messages": called, "tools": tools},
+        {"messages": [asked, {"role": "assistant", "tool_calls": [call]}], "tools": None},
+        {"messages": [asked], "tools": tools},
+    ]
+    read = corpus.read_texts([write("a.jsonl", records(*full))], share=0).train
+    theirs = ChatDataset(full, TokenizerWrapper(tokenizer), mask_prompt=False)
+    expected = [token for row in full for token in (*theirs.process(row)[0], EOS)]
+    assert corpus.encode(read, tokenizer).tolist() == expected
+    assert [corpus.count_said(one) for one in read] == [1, 1, 1]
+    bare = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    bare.chat_template = None
+    for document in read:
+        with pytest.raises(UserError, match=r"\('b'\) has tools"):
+            corpus.encode([document], bare)
+        with pytest.raises(UserError, match=r"\('b'\) has tools"):
+            corpus.make_tokenizer([document], SMALLEST, chat=True)
 
 
 def test_a_tokenizer_with_another_end_token(tmp_path: Path):

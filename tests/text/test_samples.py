@@ -117,9 +117,14 @@ def test_conversations_are_taken_as_the_model_s_template_writes_them() -> None:
     tokenizer: Any = SimpleNamespace(
         encode=lambda piece, verbose: encode(piece),
         has_chat_template=True,
-        apply_chat_template=lambda talk, tokenize: "".join(f"<{m['content']}>" for m in talk),
+        apply_chat_template=lambda talk, tools, tokenize: "".join(
+            f"<{m['content']}>" for m in talk
+        ),
     )
-    talks = [[{"role": "user", "content": f"{n} apples and pears"}] for n in range(400)]
+    talks = [
+        samples.corpus.Transcript([{"role": "user", "content": f"{n} apples and pears"}])
+        for n in range(400)
+    ]
     plain = "\n\n".join(f"<{n} apples and pears>" for n in range(400))
     seen = [
         samples.take_passages(
@@ -156,4 +161,4 @@ def test_empty_rows_of_a_data_set_are_passed_over(monkeypatch: pytest.MonkeyPatc
     rows = [{"messages": []}, {"messages": turns}, {"text": ""}, {"text": "More."}]
     monkeypatch.setattr(samples.hub, "is_data_set", lambda source: True)
     monkeypatch.setattr(samples.hub, "read_data_set", lambda source: iter(rows))
-    assert samples.read_text("tales/rows") == [turns, "More."]
+    assert samples.read_text("tales/rows") == [samples.corpus.Transcript(turns), "More."]
