@@ -116,7 +116,7 @@ def read_input() -> str:
         UserError: if it is no text.
     """
     try:
-        return sys.stdin.read()
+        return sys.stdin.read().removeprefix("\ufeff")  # which some editors begin with
     except UnicodeDecodeError as error:
         raise UserError(
             f"standard input is no {sys.stdin.encoding} text ({error.reason}): PYTHONIOENCODING "

@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchLinear
-from mlx_lm.utils import _encode_tagged_floats, dequantize_model, get_total_parameters
+from mlx_lm.utils import _encode_tagged_floats, get_total_parameters
 
 from ..architectures.families import FAMILIES
 from ..architectures.wrappers import drop_other_parts
@@ -192,7 +192,9 @@ class StockJob:
 
         A packed source of which no matrix changes stays packed.
         """
-        model, options = self.source.build(), self.options
+        source, options = self.source, self.options
+        unpack = source.is_packed and self.requantized
+        model = source.build_dense() if unpack else source.build()
         config = dict(self.config or self.source.config)
         if self.layers is not None:
             model, config = shorten_network(model, network.paths, config, self.layers)
@@ -200,8 +202,6 @@ class StockJob:
         if not options.trust_remote_code:  # the code that it names is not carried
             config.pop("auto_map", None)
         config |= tell_transformers(config)
-        if self.source.is_packed and self.requantized:
-            model = dequantize_model(model)
         if not any("scales" in module for module in model.modules()):
             config = forget_quantization(config)
         elif config.get("quantization") is None:  # published as mlx-lm runs it

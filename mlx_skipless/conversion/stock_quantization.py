@@ -8,10 +8,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
-from mlx_lm.utils import dequantize_model, get_total_parameters
+from mlx_lm.utils import get_total_parameters
 
 from ..checkpoints.writer import Writer
 from ..inference.loading import load_network
+from ..inference.stock import StockSource
 from ..network.driver import Driver
 from ..network.parts import tensors_of
 from ..network.stock import StockNetwork, WholeNetwork
@@ -234,15 +235,13 @@ def _distill(
     progress: Progress,
 ) -> None:
     """Write the weights again with scales and biases that are trained towards the source."""
-    result = load_network(writer.folder, lazy=True)[0]
+    result, folder, config = load_network(writer.folder, lazy=True)
     written, weights = tensors_of(result), get_total_parameters(result)
     forms = read_formats(result, job.dtype)
     packed = {path: form for path, form in forms.items() if written[f"{path}.weight"].ndim == 2}
     mx.eval(written)
-    teacher = job.source.build()
-    if job.source.is_packed:
-        teacher = dequantize_model(teacher)
-    student = dequantize_model(result)
+    teacher = job.source.build_dense()
+    student = StockSource(job.source.name, folder, config).build_dense()
     teacher.set_dtype(mx.float32)
     student.set_dtype(mx.float32)
     student.train()  # mlx-lm's own kernels have no gradients

@@ -85,7 +85,7 @@ def measure_perplexity(
     if (beyond := check_windows(network, [length], "--context")) is not None:
         warn(beyond)
     tokens = corpus.encode(texts.validation, tokenizer)
-    check_length(tokens, length)
+    check_held_out(tokens, length, tokenizer._tokenizer)
     network = widen(network)
     with attend_in_float32():
         score = score_tokens(
@@ -99,8 +99,8 @@ def measure_perplexity(
     return score
 
 
-def check_length(tokens: np.ndarray, length: int) -> None:
-    """Check that held-out tokens fill a window of ``length``.
+def check_held_out(tokens: np.ndarray, length: int, tokenizer: Any) -> None:
+    """Check that held-out tokens fill a window of ``length``, and stand for characters.
 
     Raises:
         UserError: if they do not.
@@ -111,6 +111,8 @@ def check_length(tokens: np.ndarray, length: int) -> None:
             "give more text or a shorter --context, or --validation FILE, which is taken whole "
             "(of --data's files only the last lines are)"
         )
+    if not corpus.count_characters(tokenizer, tokens):
+        raise UserError("the held-out text has no characters: give other text")
 
 
 def sum_nll(network: nn.Module, batch: mx.array) -> mx.array:
@@ -137,9 +139,9 @@ def score_tokens(
         batch_size: windows at once.
         limit: tokens to predict at most, in windows spread evenly over the row; default: all.
     """
-    nats, count, characters = 0.0, 0, 0
+    nats, count = 0.0, 0
     for batch in corpus.cut_windows(tokens, length, batch_size, limit):
         nats += summed_nll(mx.array(batch)).item()  # type: ignore[assignment]
         count += batch[:, 1:].size
-        characters += sum(corpus.count_characters(tokenizer, row) for row in batch[:, 1:])
+    characters = corpus.count_predicted(tokenizer, tokens, length, limit)
     return Score(nats / count, nats / math.log(2) / max(1, characters), count, characters)

@@ -1,7 +1,8 @@
 """Keys of a config.json that mlx-lm's networks read and transformers 5 no longer writes.
 
-RoPE's base, scaling and share of a head went into ``rope_parameters``, and some names changed. An
-mlx-lm network that does not find its keys takes defaults of its own without a word.
+RoPE's base, scaling and share of a head went into ``rope_parameters``, the pattern of windows into
+``layer_types``, and some names changed. An mlx-lm network that does not find its keys takes
+defaults of its own without a word.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,6 +10,8 @@ from inspect import signature
 from typing import Any
 
 from mlx_lm.utils import _get_classes
+
+from ..errors import UserError
 
 NO_WINDOW = (
     "mlx-lm's own network looks back on all tokens instead of {:,}: texts that are longer differ "
@@ -18,6 +21,7 @@ PARTIAL = (
     'mlx-lm\'s own network does not read "partial_rotary_factor" ({}) of config.json and rotates '
     "whole heads: it may be another function than transformers computes"
 )
+PATTERN, SLIDING = "sliding_window_pattern", "sliding_attention"
 NEW_NAMES = {"num_experts": "num_local_experts"}
 
 
@@ -75,6 +79,9 @@ def add_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config with the old keys that mlx-lm's network reads and that are not there.
 
     What reads a ``text_config``, or what might stand in one, is not known: it gets all of them.
+
+    Raises:
+        UserError: if the windows of the layers have no pattern that the network knows.
     """
     read, inner = list_settings(config), config.get("text_config")
     if not isinstance(inner, Mapping):
@@ -94,7 +101,31 @@ def _add_to(
     # Some networks want to be told that RoPE is not scaled.
     told = {"rope_scaling"} if whole or read.get("rope_scaling") else set()
     missing = [key for key in found if config.get(key) is None and (whole or key in read)]
-    return {**config, **{k: found[k] for k in missing if found[k] is not None or k in told}}
+    found = {k: found[k] for k in missing if found[k] is not None or k in told}
+    return {**config, **found, **_spell_pattern(config, read)}
+
+
+def _spell_pattern(config: Mapping[str, Any], read: Mapping[str, bool]) -> dict[str, Any]:
+    """Spell ``layer_types``, which transformers obeys, as what mlx-lm's network reads in its place.
+
+    That is EXAONE 4's letters, L for a layer with a window, or the number of layers of which the
+    last one has none. A pattern that says the same is left as it is.
+    """
+    kinds, given = config.get("layer_types"), config.get(PATTERN)
+    if PATTERN not in read or "layer_types" in read or not isinstance(kinds, list):
+        return {}
+    windows = [kind == SLIDING for kind in kinds]
+    if config["model_type"] == "exaone4":
+        letters = "".join("L" if window else "G" for window in windows) if any(windows) else None
+        same = isinstance(given, str) and (given * len(kinds))[: len(kinds)] == letters
+        return {} if same else {PATTERN: letters}
+    period = windows.index(False) + 1 if False in windows else 0
+    if not period or windows != [(layer + 1) % period > 0 for layer in range(len(windows))]:
+        raise UserError(
+            '"layer_types" in config.json gives windows to layers in an order that mlx-lm\'s own '
+            f"{config['model_type']} does not know: there the last of every so many layers has none"
+        )
+    return {PATTERN: period}
 
 
 def _spell_rope(rope: Any) -> dict[str, Any]:

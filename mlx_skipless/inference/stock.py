@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_unflatten
 from mlx_lm.utils import _decode_tagged_floats, _get_classes, get_total_parameters
 
 from ..architectures.config import LIMITS, check_sizes, read_dtype, read_model_args
@@ -85,6 +86,37 @@ class StockSource:
     def build(self) -> nn.Module:
         """Build its network anew, with lazy weights; with random ones if there are none."""
         return load_network(self.path, lazy=True)[0] if self.store else self.build_shapes()
+
+    def build_dense(self) -> nn.Module:
+        """Build its network anew, with what packed matrices stand for in their place, lazily.
+
+        mlx-lm's ``dequantize_model`` knows three kinds of packed modules; networks have more.
+
+        Raises:
+            UserError: if a packed module has no dense counterpart.
+        """
+        model, found = self.build(), []
+        modules = {path: m for path, m in model.named_modules() if "scales" in m}
+        counterparts: dict[str, Any] = {}
+        if modules:
+            counterparts = dict(self.build_shapes(dense=True).named_modules())
+        for path, packed in modules.items():
+            dense, settings = counterparts.get(path), (packed.group_size, packed.bits)
+            mode = getattr(packed, "mode", "affine")
+            weight = mx.dequantize(
+                packed.weight, packed.scales, packed.get("biases"), *settings, mode
+            )
+            if dense is None or "scales" in dense or dense.weight.shape != weight.shape:
+                raise UserError(
+                    f"{path} of {self.name} is a {type(packed).__name__}, which is only known "
+                    "quantized: it stays as it is without -q, targets, --dtype and healing"
+                )
+            dense.weight = weight
+            if "bias" in packed:
+                dense.bias = packed.bias
+            found.append((path, dense))
+        model.update_modules(tree_unflatten(found))
+        return model
 
     def build_shapes(self, *, dense: bool = False) -> nn.Module:
         """Build its network with weights that are random and cost nothing until used.

@@ -21,6 +21,7 @@ from ..constants import HELD_OUT_SHARE
 from ..errors import BadArgument, UserError, first_line
 from ..options import expand_path
 
+SEAM = 8  # tokens that a character has at most
 BATCH_CHARACTERS = 1_000_000  # or a document more are encoded at a time
 END, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # ChatML, the form that mlx-lm and most servers know.
@@ -122,7 +123,7 @@ def _read_lines(file: Path) -> list[str]:
 
 def _parse_documents(file: Path, lines: Sequence[str], before: int = 0) -> list[Document]:
     """Parse a file's lines; ``before`` counts those that come before them."""
-    if file.suffix != ".jsonl":
+    if file.suffix.lower() != ".jsonl":
         return ["\n".join(lines)] if lines else []
     documents = []
     for number, line in enumerate(lines, before + 1):
@@ -289,12 +290,16 @@ def _batch_documents(documents: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def count_characters(tokenizer: Any, tokens: np.ndarray) -> int:
-    """Count the characters that tokens stand for; special tokens stand for none."""
-    text = tokenizer.decode(
-        tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-    return len(text)
+def count_characters(tokenizer: Any, tokens: np.ndarray, start: int = 0) -> int:
+    """Count the characters that a row's tokens from ``start`` on stand for.
+
+    Special tokens stand for none. A character of several tokens counts where it begins.
+    """
+    row = tokens[max(0, start - SEAM) :].tolist()
+    before = row[: min(start, SEAM)]
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    whole, known = (len(tokenizer.decode(part, **options)) for part in (row, before))
+    return whole - known
 
 
 class Batches:
@@ -356,11 +361,21 @@ def cut_windows(
     Yields:
         Batches of at most ``batch_size`` windows (windows, length + 1), int32.
     """
+    starts = find_windows(tokens, length, limit)
+    for i in range(0, len(starts), batch_size):
+        yield np.stack([tokens[s : s + length + 1] for s in starts[i : i + batch_size]])
+
+
+def find_windows(tokens: np.ndarray, length: int, limit: int | None = None) -> list[int]:
+    """List where the windows begin into which ``cut_windows`` cuts a row."""
     count = (len(tokens) - 1) // length
     taken = count if limit is None else min(count, max(1, limit // length))
-    rows = [
-        tokens[i * length : (i + 1) * length + 1]
-        for i in np.linspace(0, count - 1, taken).round().astype(int)
-    ]
-    for i in range(0, taken, batch_size):
-        yield np.stack(rows[i : i + batch_size])
+    return [int(i) * length for i in np.linspace(0, count - 1, taken).round()]
+
+
+def count_predicted(
+    tokenizer: Any, tokens: np.ndarray, length: int, limit: int | None = None
+) -> int:
+    """Count the characters of the tokens that the windows of ``cut_windows`` predict."""
+    starts = find_windows(tokens, length, limit)
+    return sum(count_characters(tokenizer, tokens[: s + length + 1], s + 1) for s in starts)

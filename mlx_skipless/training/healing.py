@@ -192,7 +192,7 @@ def _make_run(
         tokens = make_tokens(settings.sources, settings.treatment, pair, progress)
     if not len(tokens.held_out):
         raise UserError("no text is held out: give --validation or a --validation-share")
-    perplexity.check_length(tokens.held_out, settings.treatment.context)
+    perplexity.check_held_out(tokens.held_out, settings.treatment.context, tokens.tokenizer)
     return Run(folder, settings, pair, tokens)
 
 
@@ -392,7 +392,7 @@ class Run(ResumableRun[HealingResult]):
     def _distance(self, network: nn.Module, limit: int = MEASURED_TOKENS) -> Distance:
         """On the held-out text, or windows spread over it of ``limit`` tokens in all."""
         kl = loss = teacher_loss = 0.0
-        count = characters = 0
+        count = 0
         size, context = self._treatment.batch_size, self._treatment.context
         for batch in corpus.cut_windows(self._held_out, context, size, limit):
             inputs, targets = mx.array(batch[:, :-1]), mx.array(batch[:, 1:])
@@ -401,7 +401,7 @@ class Run(ResumableRun[HealingResult]):
             teacher_loss += _total(measure_nll(wanted, targets))
             loss += _total(measure_nll(got, targets))
             count += targets.size
-            characters += sum(corpus.count_characters(self._tokenizer, row) for row in batch[:, 1:])
+        characters = corpus.count_predicted(self._tokenizer, self._held_out, context, limit)
         bits = 1 / (math.log(2) * max(1, characters))
         return Distance(
             kl / count, loss / count, teacher_loss / count, loss * bits, teacher_loss * bits, count

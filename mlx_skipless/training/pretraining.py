@@ -202,7 +202,7 @@ def make_tokens(
     with _announce("making tokens of {} of text", [*texts.train, *texts.validation], progress):
         tokens = encode_texts(texts, tokenizer)
     if len(tokens.held_out):
-        perplexity.check_length(tokens.held_out, settings.recipe.context)
+        perplexity.check_held_out(tokens.held_out, settings.recipe.context, tokenizer)
     fingerprint = tokens.fingerprint()
     if resumed is not None and fingerprint != settings.fingerprint:
         raise UserError(

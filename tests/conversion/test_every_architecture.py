@@ -10,6 +10,7 @@ import mlx.core as mx
 import pytest
 from grids import only
 from mlx.utils import tree_flatten
+from mlx_lm import convert as mlx_lm_convert
 from mlx_lm.utils import load
 from zoo import CONFIGS, make_model
 
@@ -135,3 +136,42 @@ def test_only_weights_are_analysed(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(mlx_skipless.UserError, match="no weights in safetensors"):
         mlx_skipless.analyze(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "afm7", "qwen3_moe"])
+def test_a_packed_source_is_dequantized_whole(name: str, tmp_path: Path) -> None:
+    """Modules that mlx-lm's ``dequantize_model`` leaves packed or takes for others, too."""
+    make_model(tmp_path / "dense", name)
+    source, out, text = tmp_path / "source", tmp_path / "out", tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 60)
+
+    def choose(path: str, module: Any, *config: Any) -> bool | dict[str, int]:
+        if not hasattr(module, "to_quantized") or module.weight.shape[-1] % 32:
+            return False
+        return {"group_size": 32, "bits": 8 if "down_proj" in path else 4}
+
+    mlx_lm_convert(
+        str(tmp_path / "dense"), str(source), quantize=True, q_group_size=32, q_bits=4,
+        quant_predicate=choose,
+    )  # fmt: skip
+    tokens = mx.arange(20)[None] + 5
+    packed = load(str(source))[0]
+    paths = {path for path, module in packed.named_modules() if "scales" in module}
+
+    def run(**options: Any) -> dict[str, Any]:
+        shutil.rmtree(out, ignore_errors=True)
+        mlx_skipless.convert(source, out, **options)
+        return dict(load(str(out))[0].named_modules())
+
+    modules = run(dtype="float32")
+    assert not [path for path, module in modules.items() if "scales" in module]
+    expected, found = packed(tokens), modules[""](tokens)
+    assert mx.allclose(found, expected, rtol=0, atol=1e-3 * mx.abs(expected).max().item()).item()
+    for options in ({}, {"calibration": text}, {"calibration": text, "distill": 1}):
+        if name == "qwen3_moe" and "distill" in options:  # refused for experts
+            continue
+        modules = run(quantize=True, q_bits=6, q_group_size=32, **options)
+        bits = {path: module.bits for path, module in modules.items() if "scales" in module}
+        kept = {path for path in paths if "qkv_proj" in path}  # of afm7, fused
+        assert bits.keys() == paths - kept and {*bits.values()} <= {6, 8}  # a router's
+        assert min(bits.values()) == 6

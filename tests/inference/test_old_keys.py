@@ -1,5 +1,6 @@
 """What mlx-lm's network does not read of a config.json, and transformers obeys, is told."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ import pytest
 import zoo
 
 import mlx_skipless
+from mlx_skipless.errors import UserError
+from mlx_skipless.inference.loading import load
 
+S, F = "sliding_attention", "full_attention"
 WINDOW = {"sliding_window": 8, "num_hidden_layers": 1}
 LOOKS_BACK, ROTATES = "looks back on all tokens instead of 8", "rotates whole heads"
 
@@ -68,3 +72,39 @@ def test_a_share_of_the_heads(kind: str, share: float | None, tmp_path: Path) ->
             {"partial_rotary_factor": None} if kind == "glm" else {}
         )
     assert len(find_notes(tmp_path, kind, **changes)) == (kind == "glm" and share != 1)
+
+
+PATTERNS = {"gemma3_text": (3, [S, S, F]), "cohere2": (2, [S, F]), "exaone4": ("LLG", [S, S, F])}
+
+
+@pytest.mark.parametrize("also", [None, "agrees", "differs"])
+@pytest.mark.parametrize("kind", PATTERNS)
+def test_windows_that_only_layer_types_name(kind: str, also: str | None, tmp_path: Path) -> None:
+    """As transformers reads them, whatever else stands there; mlx-lm reads a pattern alone."""
+    pattern, kinds = PATTERNS[kind]
+    layers = 2 * len(kinds)
+    source, out = tmp_path / "s", tmp_path / "o"
+    zoo.make_model(source, kind, sliding_window_pattern=pattern, num_hidden_layers=layers)
+    tokens = mx.arange(40)[None] + 5
+    expected = mlx_lm.utils.load_model(source)[0](tokens)
+    config = json.loads((source / "config.json").read_text())
+    del config["sliding_window_pattern"]
+    config["layer_types"] = 2 * kinds
+    if also is not None:
+        config["sliding_window_pattern"] = pattern if also == "agrees" else "LG" * 2
+        if also == "differs" and kind != "exaone4":
+            config["sliding_window_pattern"] = 4
+    (source / "config.json").write_text(json.dumps(config))
+    assert mx.array_equal(load(source)[0](tokens), expected).item()
+    mlx_skipless.convert(source, out, verify=False)
+    assert mx.array_equal(mlx_lm.utils.load_model(out)[0](tokens), expected).item()
+    assert json.loads((out / "config.json").read_text())["layer_types"] == 2 * kinds
+
+
+@pytest.mark.parametrize("kinds", [[S, F, F, S], [S, S, F, F], [F, S, S, S], [S] * 4], ids=str)
+def test_windows_in_an_order_that_mlx_lm_does_not_know(kinds: list[str], tmp_path: Path) -> None:
+    zoo.make_model(tmp_path / "s", "gemma3_text", layer_types=kinds, num_hidden_layers=4)
+    for run in (load, lambda source: mlx_skipless.convert(source, tmp_path / "o")):
+        with pytest.raises(UserError, match=r'"layer_types" in config\.json gives windows'):
+            run(tmp_path / "s")
+    assert not (tmp_path / "o").exists()
