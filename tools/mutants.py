@@ -772,8 +772,8 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("text", "self._starts(i // self._windows)[", "self._starts(0)[", "tests/text/test_corpus.py"),
     (
         "text",
-        "tokens[i * length : (i + 1) * length + 1]",
-        "tokens[i * length : (i + 1) * length]",
+        "tokens[s : s + length + 1] for s in starts[i",
+        "tokens[s : s + length] for s in starts[i",
         "tests/text/test_corpus.py",
     ),
     ("text", '{TURN_END}\\n" for', '{TURN_END}" for', "tests/text/test_corpus.py"),

@@ -36,10 +36,12 @@ def run(options: dict[str, Any]) -> None:
     pace, treatment = take_fields(options, Pace), take_fields(options, Treatment)
     resume = options["resume"]
     steps = treatment.get("steps") if resume else None
-    other = [options[name] for name in ("model", "teacher", "data", "validation")]
-    other += [pace, set(treatment) - {"steps"}]
+    other = [options["data"], options["validation"], pace, set(treatment) - {"steps"}]
     if resume and any(other):
-        raise BadArgument("--resume goes on with the run's own treatment: only --steps may change")
+        raise BadArgument(
+            "--resume goes on with the run's own treatment: only --steps may change, and --model "
+            "and --teacher say where the same models are now"
+        )
     if options["validation"] and not options["data"]:
         raise BadArgument("--validation is for --data: the original's own text is held out in part")
     with open_output(options, None if resume else options["mlx_path"]) as shown:
@@ -50,6 +52,7 @@ def run(options: dict[str, Any]) -> None:
                 steps=steps,
                 report=lambda event: shown.say(events.describe_event(event)),
                 progress=progress,
+                warn=shown.warn,
                 **options,
             )
         for line in describe_healing(result):

@@ -77,8 +77,9 @@ def add_output_arguments(parser: argparse._ActionsContainer, what: str) -> None:
         help=f"write {what} there; - is standard output, with nothing else on it",
     )  # fmt: skip
     parser.add_argument(
-        "--quiet", action="store_true", help="show nothing but warnings, errors and a model's answer"
-    )
+        "--quiet", action="store_true",
+        help="show nothing but warnings, errors and a model's answer",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.gguf_file import GGUFStore
 from ..errors import UserError
 from ..network.model import Model, ModelArgs
-from ..network.names import SUBLAYERS
+from ..network.names import EMBEDDING, SUBLAYERS
 from ..progress import Progress
 from ..quantization.coverage import check_packable
 from ..quantization.layout import compare_sizes
@@ -38,6 +38,10 @@ NO_STOCK_DROPS = (
 )
 NO_STOCK_TABLE = (
     "mlx-lm's own network computes its first layer: the result carries one that reads it"
+)
+PACKED_TABLE = (
+    "the table is packed as the matrices are that it stands for, which rounds its rows: with this "
+    "source it is not exact"
 )
 # Tokens that an attention looks back at least, so that few texts are longer.
 LONG_WINDOW = 1024
@@ -168,6 +172,9 @@ def choose_form(job: Job) -> Form:
         notes.append(NO_STOCK_DROPS if family.expresses(args) else STOCK_CANNOT)
     if expressed and table:
         notes.append(NO_STOCK_TABLE)
+    if form.packed and table:
+        tensors = replace(job, form=replace(form, table=True)).layout.tensors
+        notes += [PACKED_TABLE] if f"{EMBEDDING}.scales" in tensors else []
     stock = expressed and not table and not split
     if declined is not None:
         notes.append(f"the first layer stays computed: {declined} (--precompute-first-layer force)")

@@ -1,6 +1,7 @@
 """lm-eval on a loaded model, as mlx_lm.evaluate does it. Imports lm-eval, which is optional."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,26 @@ class LoadedLM(MLXLM):
         self.use_chat_template = chat
         self._batch_size = batch_size
         self._max_tokens = self._sampler = None
+
+    def loglikelihood(self, requests: Any) -> list[tuple[float, bool]]:
+        """Score answers; a UserError if a score is no number: lm-eval would rank it like any."""
+        found: list[tuple[float, bool]] = super().loglikelihood(requests)
+        _check_scores(score for score, _ in found)
+        return found
+
+    def loglikelihood_rolling(self, requests: Any) -> list[float]:
+        """Score whole texts; a UserError if a score is no number."""
+        found: list[float] = super().loglikelihood_rolling(requests)
+        _check_scores(found)
+        return found
+
+
+def _check_scores(scores: Iterable[float]) -> None:
+    if any(map(math.isnan, scores)):
+        raise UserError(
+            "the logits of a model are no numbers: its checkpoint is broken, or its activations "
+            "overflow"
+        )
 
 
 @cache
@@ -92,5 +113,7 @@ def run_tasks(
             fewshot_random_seed=seed,
             **options,
         )
+    except UserError:
+        raise
     except Exception as error:  # tasks, data sets and metrics raise whatever they like
         raise UserError(f"lm-eval cannot run {', '.join(tasks)}: {first_line(error)}") from error

@@ -1,6 +1,7 @@
 """A conversation in the terminal; ``Conversation`` is the part that needs no terminal."""
 
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -330,11 +331,12 @@ def _describe_room(talk: Conversation) -> Iterator[str]:
 
 
 def _describe_totals(talk: Conversation) -> str:
-    held = sum(cache.nbytes for cache in talk.cache if not cache.empty())
+    size = sum(cache.nbytes for cache in talk.cache if not cache.empty())
+    most = max(getattr(cache, "max_size", math.inf) for cache in talk.cache)
     return (
         f"{talk.turns:,} turns: {talk.prompt_tokens:,} prompt tokens processed, "
         f"{talk.generation_tokens:,} generated; "
-        f"{len(talk.cached):,} tokens in the cache ({format_bytes(held)})"
+        f"{min(len(talk.cached), most):,} tokens in the cache ({format_bytes(size)})"
     )
 
 

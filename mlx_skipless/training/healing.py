@@ -26,11 +26,12 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from ..checkpoints import hub
-from ..checkpoints.files import check_links, read_json
+from ..checkpoints.files import check_links, read_json, take_fingerprint
 from ..checkpoints.output import hide_paths, replace_file
 from ..constants import HELD_OUT_SHARE
 from ..errors import BadArgument, UserError, first_line
 from ..evaluation import perplexity
+from ..inference.context import check_windows, find_context
 from ..inference.loading import load
 from ..network.metrics import measure_kl, measure_nll
 from ..network.parts import tensors_of
@@ -67,11 +68,16 @@ class Sources(TextFiles):
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides how a run goes, as ``run.json`` keeps it."""
+    """All that decides how a run goes, as ``run.json`` keeps it.
+
+    ``fingerprint`` tells whether a resumed run has the same models; a run of an older version has
+    none.
+    """
 
     treatment: Treatment
     pace: Pace
     sources: Sources
+    fingerprint: str = ""
 
 
 def _read_settings(run: Mapping[str, Any]) -> Settings:
@@ -79,6 +85,7 @@ def _read_settings(run: Mapping[str, Any]) -> Settings:
         read_whole(Treatment, "treatment", run["treatment"]),
         read_whole(Pace, "pace", run["pace"]),
         read_sources(Sources, run["sources"]),
+        str(run.get("fingerprint", "")),
     )
 
 
@@ -97,12 +104,13 @@ def heal(
     trust_remote_code: bool = False,
     report: Callable[[Event], None] = lambda event: None,
     progress: Progress = lambda stage, done, total: None,
+    warn: Callable[[str], None] = lambda line: None,
 ) -> HealingResult:
     """Distil a reduced model towards its original, or go on with such a run bit for bit.
 
     Args:
-        model: the reduced model, a folder or Hub id; with ``resume`` the run's own holds.
-        teacher: the original, a folder or Hub id; with ``resume`` the run's own holds.
+        model: the reduced model, a folder or Hub id; None with ``resume``: where it was.
+        teacher: the original, a folder or Hub id; None with ``resume``: where it was.
         mlx_path: folder of the run and of the healed model; must not exist, or with ``resume``
             must.
         treatment: what to train and how; with ``resume`` the run's own holds.
@@ -116,6 +124,7 @@ def heal(
         report: called with each event, as ``training/log.jsonl`` has it.
         progress: called with a stage ("text" where the original speaks, then "steps"), how much of
             it is done and how much there is.
+        warn: called with a line if the context is longer than what the models were made for.
 
     Raises:
         UserError: for anything the user can mend, a loss that is no number, and an interruption;
@@ -123,7 +132,7 @@ def heal(
     """
     folder = RunFolder(expand_path(mlx_path))
     if resume:
-        settings = _resume(folder, validation_share, steps)
+        settings = _resume(folder, model, teacher, validation_share, steps)
     else:
         if model is None or teacher is None:
             raise BadArgument("give the reduced --model and its original, --teacher")
@@ -132,7 +141,9 @@ def heal(
         pair_paths = _make_absolute(model), _make_absolute(teacher)
         sources = Sources(paths, held_out, validation_share, *pair_paths)
         settings = Settings(fix_rate(treatment or Treatment()), pace or Pace(), sources)
+    settings = _check_models(folder, settings)
     pair = load_pair(settings.sources, trust_remote_code)
+    _check_context(pair, settings.treatment.context, warn)
 
     def make_run() -> Run:
         return _make_run(folder, settings, pair, resume, partial(progress, "text"))
@@ -140,15 +151,52 @@ def heal(
     return carry_out(folder, resume, make_run, report, partial(progress, "steps"))
 
 
-def _resume(folder: RunFolder, share: float, steps: int | None) -> Settings:
+def _check_context(pair: "Pair", context: int, warn: Callable[[str], None]) -> None:
+    """Warn of a context longer than what a model was made for, or refuse it without positions."""
+    smaller = min(pair.student, pair.teacher, key=lambda one: find_context(one) or math.inf)
+    beyond = check_windows(smaller, [context], "--context")
+    if beyond is not None:
+        warn(beyond)
+
+
+def _resume(
+    folder: RunFolder,
+    model: str | Path | None,
+    teacher: str | Path | None,
+    share: float,
+    steps: int | None,
+) -> Settings:
     """Read the settings of a run to resume, which the arguments of ``heal`` must fit."""
     settings = folder.read_settings(_read_settings)
-    check_own("--validation-share", share, HELD_OUT_SHARE, settings.sources.validation_share)
-    if steps is None:
-        return settings
-    return dataclasses.replace(
-        settings, treatment=dataclasses.replace(settings.treatment, steps=steps)
-    )
+    sources, treatment = settings.sources, settings.treatment
+    check_own("--validation-share", share, HELD_OUT_SHARE, sources.validation_share)
+    if model is not None:
+        sources = dataclasses.replace(sources, model=_make_absolute(model))
+    if teacher is not None:
+        sources = dataclasses.replace(sources, teacher=_make_absolute(teacher))
+    if steps is not None:
+        treatment = dataclasses.replace(treatment, steps=steps)
+    return dataclasses.replace(settings, treatment=treatment, sources=sources)
+
+
+def _check_models(folder: RunFolder, settings: Settings) -> Settings:
+    """Return settings with the models' fingerprint, which a resumed run has already.
+
+    Raises:
+        UserError: if a resumed run's models are not what they were.
+    """
+    sources = settings.sources
+    models = (hub.resolve(name) for name in (sources.model, sources.teacher))
+    fingerprint = " ".join(map(take_fingerprint, models))
+    if settings.fingerprint not in ("", fingerprint):
+        before, now = settings.fingerprint.split(), fingerprint.split()
+        both = ("model", sources.model), ("teacher", sources.teacher)
+        flag, name = both[before[0] == now[0]]
+        raise UserError(
+            f"{folder.path} was begun with another --{flag} than {name} holds now: give the same "
+            "one, or start the run again"
+        )
+    return dataclasses.replace(settings, fingerprint=fingerprint)
 
 
 def _make_absolute(model: str | Path) -> str:
@@ -209,10 +257,9 @@ def make_tokens(
     tokenizer = pair.tokenizer._tokenizer
     if sources.data:
         return encode_texts(sources.read(), pair.tokenizer)
-    sequences = -(-treatment.sampled_tokens // SPOKEN)
     teacher: Any = pair.teacher
-    cache = make_prompt_cache(teacher)
-    length, spoken = min(SPOKEN, treatment.sampled_tokens), itertools.count(1)
+    length, sequences = _choose_rows(treatment, pair)
+    cache, spoken = make_prompt_cache(teacher), itertools.count(1)
 
     def next_logits(fresh: mx.array) -> mx.array:
         logits = teacher(fresh, cache=cache)[:, -1].astype(mx.float32)
@@ -229,8 +276,35 @@ def make_tokens(
         start=pair.tokenizer.bos_token_id,
     )
     rows = np.array(tokens, dtype=np.int32)
-    cut = max(1, len(rows) // HELD_OUT)
+    cut = _count_held_out(sequences)
     return Tokens(tokenizer, rows[cut:].reshape(-1), rows[:cut].reshape(-1))
+
+
+def _count_held_out(rows: int) -> int:
+    return max(1, rows // HELD_OUT)
+
+
+def _choose_rows(treatment: Treatment, pair: Pair) -> tuple[int, int]:
+    """Choose how many tokens the teacher speaks in a row, as it was made for, and in how many rows.
+
+    Raises:
+        UserError: if these are too few to train on or to measure with.
+    """
+    contexts = (find_context(network) or SPOKEN for network in (pair.student, pair.teacher))
+    length = min(SPOKEN, *contexts)
+    rows, context = -(-treatment.sampled_tokens // length), treatment.context
+
+    def suffices(rows: int) -> bool:
+        held_out = _count_held_out(rows)
+        return length * held_out > context and length * (rows - held_out) > 2 * context
+
+    if not suffices(rows):
+        least = length * next(filter(suffices, itertools.count(rows + 1)))
+        raise UserError(
+            f"--sampled-tokens {treatment.sampled_tokens}: too few for a --context of {context}: "
+            f"give {least:,} or more, or a shorter --context"
+        )
+    return length, rows
 
 
 def _read_tokens(folder: RunFolder, pair: Pair) -> Tokens:

@@ -233,6 +233,7 @@ def stdin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     ("data", "encoding", "text"),
     [
         ("語é".encode(), "utf-8", "語é"),
+        ("\ufeff語\ufeff".encode(), "utf-8", "語\ufeff"),  # a mark of the encoding, and a character
         ("語é".encode(), "ascii", "語é"),  # a C locale says nothing of what comes
         ("é".encode("latin-1"), "latin-1", "é"),
         (b"\xff", "utf-8", None),

@@ -436,11 +436,11 @@ def test_a_packed_table_is_no_alarm(packed: Path, tmp_path: Path) -> None:
     """It is off by what 4 bits cost, and nothing else is."""
     report = mlx_skipless.convert(packed, tmp_path / "out", precompute_first_layer="force")
     assert report.kept_packed and report.first_layer is not None and report.verification is not None
+    assert any("the table is packed" in note for note in report.notes)
     for kl in (0.01, 0.05, 0.5):
         before = replace(report, notes=(), warnings=(), verification=None)
         told = add_check(before, replace(report.verification, kl=kl))
-        assert told.warnings == ()
-        assert any("the table is packed" in note for note in told.notes) == (kl > 0.02)
+        assert told.warnings == told.notes == ()
 
 
 def test_what_a_packed_source_holds_is_told_as_dense(packed: Path, tmp_path: Path, capsys: Any):

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 import mlx_skipless
 from mlx_skipless import UserError, cli
+from mlx_skipless.text import corpus
 
 TEXT = "".join(f"{n} — the fox & {'é' * (n % 4)} the crow, {n * n}\n" for n in range(60))
 
@@ -31,7 +32,9 @@ def numpy_score(
     shifted = logits - logits.max(-1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     nats = -np.take_along_axis(log_p, rows[:, 1:, None], -1).sum()
-    characters = sum(len(tokenizer.decode(row[row != EOS])) for row in rows[:, 1:])
+    seen = tokens[1 : count * length + 1]
+    end = tokenizer.decode(seen[seen != EOS])
+    characters = len(end) - end.startswith("\ufffd")  # begun before the first token that counts
     predicted = count * length
     return nats / predicted, nats / math.log(2) / characters, predicted, characters
 
@@ -55,6 +58,23 @@ def test_scores(tmp_path: Path, kind: str, length: int, batch_size: int):
     expected = numpy_score(model, config, weights, length)
     assert list(score.values()) == pytest.approx(expected, rel=1e-4)
     assert list(score) == ["loss", "bits_per_character", "tokens", "characters"]
+
+
+@pytest.mark.parametrize("length", [1, 5, 8, 64])
+@pytest.mark.parametrize("limit", [None, 200])
+def test_characters_of_several_tokens_count_once(
+    length: int, limit: int | None, tmp_path: Path
+) -> None:
+    """Wherever windows cut them; where not all windows count, a character does where it begins."""
+    make_llama(tmp_path, num_hidden_layers=1)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    text = "".join("aé語👩"[i * i % 4] for i in range(600))
+    starts = {len(text[:i].encode()) for i in range(len(text))}
+    tokens = np.array(tokenizer.encode(text, add_special_tokens=False))
+    assert len(tokens) == len(text.encode())
+    windows = [*corpus.cut_windows(np.arange(len(tokens)), length, 1, limit)]
+    predicted = {int(i) for (row,) in windows for i in row[1:]}
+    assert corpus.count_predicted(tokenizer, tokens, length, limit) == len(predicted & starts)
 
 
 @pytest.mark.parametrize(("positions", "length"), [(40, 40), (512, 512), (4096, 512)])
@@ -102,6 +122,7 @@ def test_the_command_is_the_function(tmp_path: Path, capsys: pytest.CaptureFixtu
     [
         ({"context": 0}, "--context 0: must be at least 1"),
         ({"batch_size": 0}, "--batch-size 0: must be at least 1"),
+        ({"validation": ["@/blank.jsonl"]}, "the held-out text has no characters"),
         ({"validation": []}, r"the held-out text has 0 tokens.*--validation FILE"),
         ({"validation": [], "data": ["@/line.txt"]}, r"has 0 tokens.*--validation FILE"),
         ({"context": 10**6}, "too few for a context of 1,000,000"),
@@ -115,6 +136,7 @@ def test_what_cannot_be_scored(tmp_path: Path, options: dict[str, Any], says: st
     make("skipless", tmp_path / "model")
     (tmp_path / "text.txt").write_text(TEXT)
     (tmp_path / "line.txt").write_text(TEXT.replace("\n", " "))
+    (tmp_path / "blank.jsonl").write_text('{"text": ""}\n' * 600)
 
     def placed(value: Any) -> Any:
         if isinstance(value, list):

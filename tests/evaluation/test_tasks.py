@@ -1,12 +1,14 @@
 """Task scores before and after: lm-eval's own on a local task, against NumPy."""
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import reference
@@ -203,6 +205,19 @@ def test_scores_are_those_of_both_networks(
             assert error == pytest.approx(stderr(values), rel=1e-4), (flags, name)
         (row,) = [line for line in capsys.readouterr().out.splitlines() if "answers" in line]
         assert row.endswith(f"{score['difference']:+.4f} ± {score['difference_stderr']:.4f}")
+
+
+@pytest.mark.parametrize("broken", ["s", "t"])
+def test_scores_that_are_no_numbers_are_refused(folder: Path, tmp_path: Path, broken: str) -> None:
+    for name in "st":
+        make_checkpoint(tmp_path / name, **SMALL)
+    file = str(tmp_path / broken / "model.safetensors")
+    weights: Any = mx.load(file)
+    mx.eval(weights)
+    weights["model.norm.weight"] *= math.nan
+    mx.save_safetensors(file, weights)
+    with pytest.raises(UserError, match=r"^the logits of a model are no numbers"):
+        evaluate(tmp_path / "s", tmp_path / "t", ["answers"], include_path=folder, limit=3)
 
 
 @pytest.mark.parametrize(

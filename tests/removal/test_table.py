@@ -187,6 +187,7 @@ def test_a_packed_source_stays_packed(
         mlx_lm.utils.save(tmp_path / "s", tmp_path / "f", model, tokenizer, settings)
     report = forced(tmp_path)
     assert report.kept_packed
+    assert any("the table is packed" in note for note in report.notes) == packed
     source, result = stored(tmp_path / "s"), stored(tmp_path / "o")
     assert sum(array.nbytes for array in result.values()) == report.bytes_after
     table = {name for name in result if "embed_tokens" in name}

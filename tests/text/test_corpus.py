@@ -114,7 +114,7 @@ def test_a_device_is_no_text():
 def test_records_of_each_kind(write: Callable[..., Path]):
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello\nthere"}]
     plain = [{"text": "a\nb"}, {"prompt": "2 + 2 = ", "completion": "4"}]
-    file = write("a.jsonl", records(*plain) + "\n  \n")
+    file = write("a.JSONL", records(*plain) + "\n  \n")
     assert corpus.read_texts([file], share=0) == corpus.Texts(["a\nb", "2 + 2 = 4"], [])
     file = write("b.jsonl", records(*plain, {"messages": talk}))
     texts = corpus.read_texts([file], share=0)

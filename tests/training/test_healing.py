@@ -21,6 +21,7 @@ import reference
 from compiling import compiling
 from factory import make_checkpoint, make_llama
 from reference import Config, Weights
+from zoo import make_model
 
 import mlx_skipless
 from mlx_skipless.cli import events
@@ -350,6 +351,52 @@ def test_the_users_text(pair: tuple[Path, Config, Weights], tmp_path: Path) -> N
         assert said.rstrip("\n") == (line * count).rstrip("\n")
 
 
+@pytest.mark.parametrize("which", ["model", "teacher"])
+def test_a_resumed_run_has_the_models_that_it_had(
+    which: str,
+    pair: tuple[Path, Config, Weights],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Wherever they are now; others, of the same shapes, are refused."""
+    for name in "sr":
+        shutil.copytree(pair[0] / name, tmp_path / name)
+    out = str(tmp_path / "h")
+    mlx_skipless.heal(tmp_path / "r", tmp_path / "s", out, SHORT, pace=PACE)
+    (tmp_path / "s").rename(tmp_path / "s2")
+    (tmp_path / "r").rename(tmp_path / "r2")
+    found = ["--model", str(tmp_path / "r2"), "--teacher", str(tmp_path / "s2")]
+    again = ["heal", "--resume", "--mlx-path", out, "--steps", "3"]
+    assert main(again) == 1 and "no such file or folder" in capsys.readouterr().err
+    assert main([*again, *found]) == 0
+    capsys.readouterr()
+    before = {path: path.read_bytes() for path in Path(out).rglob("*") if path.is_file()}
+    file = str(tmp_path / ("r2" if which == "model" else "s2") / "model.safetensors")
+    weights: Any = mx.load(file)
+    mx.eval(weights)
+    weights["model.norm.weight"] *= 1.01
+    mx.save_safetensors(file, weights)
+    assert main(["heal", "--resume", "--mlx-path", out, "--steps", "4"]) == 1
+    assert f"was begun with another --{which} than" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in Path(out).rglob("*") if path.is_file()}
+
+
+def test_texts_are_no_longer_than_the_models_were_made_for(tmp_path: Path) -> None:
+    """A network with a table of positions speaks to its end, and a longer context is told."""
+    make_model(tmp_path / "g", "gpt2", n_positions=48, n_ctx=48)
+    model, tokenizer = mlx_skipless.load(tmp_path / "g")
+    sources = healing.Sources([], [], 0.0, "", "")
+    tokens = healing.make_tokens(sources, SMALL, Pair(model, model, tokenizer))
+    rows = np.concatenate([tokens.held_out, tokens.train]).reshape(-1, 48)
+    logits = np.array(model(mx.array(rows[:, :-1]))).astype(np.float64)
+    assert np.isfinite(logits).all() and len(rows) == -(-SMALL.sampled_tokens // 48)
+    make_llama(tmp_path / "l", max_position_embeddings=20, **SIZES)
+    said: list[str] = []
+    given = [tmp_path / "l", tmp_path / "l", tmp_path / "h", SHORT]
+    mlx_skipless.heal(*given, pace=PACE, warn=said.append)
+    assert said == ["--context 24 tokens, more than the model's context of 20"]
+
+
 def test_sampled_text_is_the_originals(pair: tuple[Path, Config, Weights]) -> None:
     """As likely to the original as its entropy says, and it depends on the seed."""
     folder, config, weights = pair
@@ -396,7 +443,10 @@ def test_mlx_lm_runs_it_without_us(whole: tuple[Treatment, Path, Result]) -> Non
         ({"model": "@/q", "treatment": {"fine_tune_type": "full"}}, "packed weights cannot"),
         ({"out": "@/r"}, "exists already"),
         ({"out": "@/no/h"}, "is no folder: create it first"),
-        ({"treatment": {"context": 600}}, "too few for a context"),
+        ({"treatment": {"context": 600}}, "1024: too few for a --context of 600: give 5,120 or"),
+        ({"treatment": {"sampled_tokens": 10}}, "10: too few for a --context of 24: give 128 or"),
+        ({"treatment": {"context": 600}, **HALVED}, "the held-out text has 340 tokens, too few"),
+        ({"model": "@/g", "teacher": "@/g", **HALVED}, "--context 24 tokens, more than the model"),
         ({"treatment": {"fine_tune_type": "dora"}}, "choose one of lora, full"),
         ({"treatment": {"learning_rate": 0.0}}, "--learning-rate 0.0: must be above 0"),
         ({"treatment": {"steps": 0}}, "--steps 0: must be at least 1"),
@@ -419,6 +469,8 @@ def test_what_cannot_be_healed(
     weights: Any = mx.load(str(tmp_path / "nan/model.safetensors"))
     weights["model.norm.weight"] *= math.nan
     mx.save_safetensors(str(tmp_path / "nan/model.safetensors"), weights)
+    if options.get("model") == "@/g":
+        make_model(tmp_path / "g", "gpt2", n_positions=20, n_ctx=20)
     for name in "srq":
         (tmp_path / name).symlink_to(pair[0] / name)
     before = sorted(tmp_path.iterdir())
@@ -444,8 +496,8 @@ def test_what_cannot_be_healed(
     [
         ["--rank", "8"],
         ["--log-every", "1"],
-        ["--model", "x"],
         ["--data", "x"],
+        ["--validation", "x"],
     ],
 )
 def test_a_resumed_run_keeps_its_treatment(
