@@ -1,7 +1,9 @@
 """A target that may drop and replace sub-layers: what it chooses, what is written, and healing."""
 
 import json
+import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +271,20 @@ def test_what_is_left_is_healed(
     dtype = getattr(mx, asked.get("dtype", "float32"))
     loaded: Any = mx.load(str(tmp_path / "o/model.safetensors"))
     assert {array.dtype for array in loaded.values()} - {mx.uint32} == {dtype}
+
+
+@thorough
+@pytest.mark.usefixtures("short_runs")
+def test_healing_reads_no_further_than_the_model_was_made_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network with a table of 64 positions, trained on 80 tokens in a row, gives no numbers."""
+    treat = partial(recipe.Treatment, context=80, batch_size=4, warmup=2)
+    monkeypatch.setattr("mlx_skipless.training.converting.Treatment", treat)
+    make_source(tmp_path, "gpt2", n_layer=2, n_positions=64, n_ctx=64)
+    asked: dict[str, Any] = {"calibration": tmp_path / "text.txt", "drop_attention": 1}
+    report = mlx_skipless.convert(tmp_path / "s", tmp_path / "o", heal=2, **asked)
+    assert report.healed is not None and math.isfinite(report.healed.kl_after)
 
 
 @thorough

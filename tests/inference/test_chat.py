@@ -26,7 +26,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_skipless.errors import UserError
 from mlx_skipless.inference import generation, keyboard, prompts
-from mlx_skipless.inference.chat import Conversation, chat
+from mlx_skipless.inference.chat import Conversation, _describe_totals, chat
 from mlx_skipless.inference.loading import load
 from mlx_skipless.terminal import make_visible
 
@@ -664,6 +664,13 @@ def test_the_cache_of_a_chat_is_bounded(llama: Loaded):
         return {getattr(one, "max_size", None) for one in cache}
 
     assert sizes() == {512} and sizes(max_kv_size=16) == {16} and sizes(kv_bits=8) == {None}
+
+
+@pytest.mark.parametrize(("options", "held"), [({"max_kv_size": 16}, 16), ({}, None)], ids=str)
+def test_stats_count_what_the_cache_holds(options: Any, held: int | None, llama: Loaded):
+    talk = Conversation(*llama, max_tokens=8, **options)
+    say(talk, "A message of more than sixteen tokens")
+    assert f"; {held or len(talk.cached)} tokens in the cache (" in _describe_totals(talk)
 
 
 def test_a_refused_turn_forgets_nothing(llama: Loaded):
