@@ -124,7 +124,7 @@ def take_fingerprint(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        size = path.stat().st_size
+        size = take_state(path)[0]
         digest.update(f"{path.name} {size} ".encode())
         places = [(0, 1 << 20), *((size * i // 65, 1 << 16) for i in range(1, 65))]
         for start, length in [*places, (max(0, size - (1 << 20)), 1 << 20)]:

@@ -141,8 +141,8 @@ def heal(
         pair_paths = _make_absolute(model), _make_absolute(teacher)
         sources = Sources(paths, held_out, validation_share, *pair_paths)
         settings = Settings(fix_rate(treatment or Treatment()), pace or Pace(), sources)
-    settings = _check_models(folder, settings)
     pair = load_pair(settings.sources, trust_remote_code)
+    settings = _check_models(folder, settings)
     _check_context(pair, settings.treatment.context, warn)
 
     def make_run() -> Run:
