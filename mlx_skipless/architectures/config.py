@@ -336,7 +336,7 @@ def _complete_from_config(args: ModelArgs, own: Config) -> None:
     ffn = EXPERTS if read_flag(own, "mlp_bias") else ()
     args.biases = args.biases or list_biases(own, (*attention, *ffn))
     weights = _read_norms(own, "gains", _list_norms(args), args)
-    args.gains = [*_list_required(args), "final"] if weights is None else weights
+    args.gains = [*_list_required(args, {}), "final"] if weights is None else weights
     args.shifts = _read_norms(own, "shifts", _list_layer_norms(args), args) or []
     for key in (*LINEAR_PATHS, "channel_skips"):
         setattr(args, key, read_flag(own, key))
@@ -355,7 +355,9 @@ def _complete_from_tensors(
     weights = _read_norms(own, "gains", _list_norms(args), args)
     if weights is None:
         found = [norm for norm, n in modules.items() if _find_layers(tensors, f"{n}.weight")]
-        weights = [*(_list_required(args) or found), *(["final"] if args.final_norm else [])]
+        needed = _list_required(args, own)
+        weights = [norm for norm in modules if norm in found or norm in needed]
+        weights += ["final"] if args.final_norm else []
     args.gains = weights
     shifts = _read_norms(own, "shifts", _list_layer_norms(args), args)
     if shifts is None:
@@ -392,9 +394,14 @@ def _list_layer_norms(args: ModelArgs) -> list[str]:
     return [n for n in _list_norms(args) if layer_norms and (n in NORMS["pre"] or n == "final")]
 
 
-def _list_required(args: ModelArgs) -> list[str]:
-    """List the layers' norms whose weights a source must have; with norm "qkv" all are optional."""
-    return [*find_norms(args)] if args.norm == "pre" else []
+def _list_required(args: ModelArgs, own: Config) -> list[str]:
+    """List the layers' norms whose weights a source must have.
+
+    With norm "qkv" all are optional, and those of q and k in a source in this format (``own``).
+    """
+    norms = [*find_norms(args)] if args.norm == "pre" else []
+    ours = own.get("model_type") == "skipless"
+    return [norm for norm in norms if not (ours and norm in ("q", "k"))]
 
 
 def _find_layers(names: Iterable[str], suffix: str) -> list[int]:

@@ -60,6 +60,12 @@ class GPTQScheme(Scheme):
         if type(bits) is not int or bits not in (2, 3, 4, 8):
             raise UserError(f"GPTQ with {bits!r} bits is not supported; known: 2, 3, 4, 8")
         self.bits = bits
+        rules = config.get("dynamic") or {}
+        if not isinstance(rules, Mapping) or any(not str(key).startswith("-:") for key in rules):
+            raise UserError(
+                'GPTQ with settings of single modules ("dynamic" in config.json) cannot be read: '
+                "use another export"
+            )
         layout = str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
         layout = "marlin" if config.get("is_marlin_format") else layout
         if layout not in ("gptq", "gptq_v2") or config.get("pack_dtype", "int32") != "int32":

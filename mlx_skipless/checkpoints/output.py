@@ -8,9 +8,11 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import stat
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -206,7 +208,23 @@ def temporary_folder(target: Path) -> Iterator[Path]:
                     yield folder
                     return
             finally:
-                shutil.rmtree(folder, ignore_errors=True)
+                with ignore_signals():
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def ignore_signals() -> Iterator[None]:
+    """Let no signal break off what cleans up: many press Ctrl-C twice."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ends = [end for end in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(end)]
+    before = {end: signal.signal(end, signal.SIG_IGN) for end in ends}
+    try:
+        yield
+    finally:
+        for end, handler in before.items():
+            signal.signal(end, handler)
 
 
 def remove_abandoned(target: Path, flag: str) -> None:

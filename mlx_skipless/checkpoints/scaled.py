@@ -63,8 +63,8 @@ class ScaledScheme(Scheme):
 
     parts = PARTS
     ignored = (
-        "activation_scale", "input_scale", "output_scale", ".k_scale", ".v_scale", ".q_scale",
-        ".kv_scale", "input_global_scale", "input_zero_point", "output_zero_point",
+        ".activation_scale", ".input_scale", ".output_scale", ".k_scale", ".v_scale", ".q_scale",
+        ".kv_scale", ".input_global_scale", ".input_zero_point", ".output_zero_point",
     )  # fmt: skip
 
     def __init__(self, name: str, dtype: mx.Dtype, find_settings: Callable[[str], list[Settings]]):
@@ -274,6 +274,8 @@ def _fit_block(scales: Shape, shape: Shape, blocks: list[Block | None]) -> Block
         blocks: those that the config names. If None is among them, whatever divides the matrix.
     """
     *lead, rows, columns = shape
+    if len(scales) == len(shape) + 2 and scales[-3::2] == (1, 1):  # as ModelOpt may write them
+        scales = (*scales[:-4], *scales[-4::2])
     if math.prod(scales) == 1 or (lead and scales in ((*lead,), (*lead, 1), (*lead, 1, 1))):
         return rows, columns
     if scales == (*lead, rows):

@@ -16,6 +16,7 @@ from typing import Any
 from rich.text import Text
 
 from .. import __version__
+from ..checkpoints.output import ignore_signals
 from ..errors import BadArgument, UserError, first_line
 from .overwriting import check_overwriting
 from .parser import Parser, suggest
@@ -138,7 +139,7 @@ def _exit_code(parse: Callable[[], Options]) -> int:
             if isinstance(error, BadArgument):
                 return 2  # as argparse does
         except KeyboardInterrupt:
-            with contextlib.suppress(KeyboardInterrupt):  # of those who press Ctrl-C twice
+            with contextlib.suppress(KeyboardInterrupt), ignore_signals():
                 _complain(UserError("interrupted"))
         except BrokenPipeError:
             pass  # whoever read the output has seen enough

@@ -98,7 +98,7 @@ def describe_decisions(job: Job) -> Iterator[str]:
     """Tell what was measured on text, a sentence each."""
     if job.measured.path:
         steps = ", ".join(map(str, job.measured.path))
-        yield f"loss on the text, nats per token, whole and after each drop: {steps}"
+        yield f"loss on the text, nats per token, whole and after each step: {steps}"
     if (dense := describe_dense(job.layout)) is not None:
         yield dense
     yield from describe_bits(job.measured.bits)

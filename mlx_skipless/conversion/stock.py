@@ -449,7 +449,7 @@ def decide(
             progress=partial(progress, "choosing what to replace"),
             **limits,
         )
-        path = [*path, *more]
+        path = [*path, *more[1 if path else 0 :]]
     return settle(replace(job, path=tuple(path)), network, tokens, dropped, replaced, progress)
 
 

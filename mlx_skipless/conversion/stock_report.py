@@ -131,7 +131,7 @@ def _describe_origin(job: StockJob) -> Iterator[str]:
         )
     if job.path:
         steps = ", ".join(map(str, job.path))
-        yield f"loss on the text, nats per token, whole and after each drop: {steps}"
+        yield f"loss on the text, nats per token, whole and after each step: {steps}"
 
 
 def _explain_choices(job: StockJob, network: StockNetwork, model: nn.Module) -> Iterator[ChoiceRow]:

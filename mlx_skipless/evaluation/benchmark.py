@@ -18,6 +18,7 @@ import mlx.nn as nn
 from ..constants import FLOAT_NAMES, REMOVALS
 from ..errors import BadArgument, UserError
 from ..inference.context import check_windows
+from ..inference.generation import check_experts
 from ..inference.loading import load_network
 from ..inference.sizes import count_bytes_read, count_cache_bytes
 from ..memory import device_memory_bytes, format_bytes, weight_bytes
@@ -309,7 +310,12 @@ def _check_memory(models: Iterable[nn.Module], cases: Sequence[Case], decode_tok
 
 def _check_logits(label: str, model: nn.Module) -> None:
     """Refuse a broken model, whose speed nobody asks for."""
-    if bool(mx.isnan(model(mx.zeros((1, 2), mx.int32))).any()):
+    try:
+        broken = bool(mx.isnan(model(mx.zeros((1, 2), mx.int32))).any())
+    except RuntimeError as error:
+        check_experts(error)
+        raise
+    if broken:
         raise UserError(
             f"the logits of {label} are no numbers: its checkpoint is broken, or they overflow its "
             "number type on the way; `convert --dtype float32` names the layer"

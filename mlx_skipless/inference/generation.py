@@ -61,6 +61,19 @@ class Answer:
         return dataclasses.asdict(self)
 
 
+def check_experts(error: Exception) -> None:
+    """Say so if an error is that MLX has no product of a model's experts on a CPU.
+
+    Raises:
+        UserError: if it is.
+    """
+    if "GatherMM" in str(error):
+        raise UserError(
+            "on a CPU MLX multiplies experts that are not quantized in float32 alone: convert the "
+            "model with --dtype float32 or -q"
+        ) from error
+
+
 class Stream(Iterator[str]):
     """The pieces of an answer, one a token (a piece may be empty).
 
@@ -94,6 +107,7 @@ class Stream(Iterator[str]):
         except (StopIteration, UserError):
             raise
         except Exception as error:  # of mlx-lm's detokenizers and samplers, and of the model
+            check_experts(error)
             raise UserError(
                 f"the answer breaks off after {len(self.tokens):,} tokens "
                 f"({type(error).__name__}: {first_line(error)}): the model or its tokenizer cannot "

@@ -31,16 +31,53 @@ def find_shares_read(model: nn.Module, batch_size: int = 1) -> dict[str, float]:
 
     See ``count_bytes_read``.
     """
-    modules = {path: m for path, m in model.named_modules() if "weight" in m}
-    found = {}
+    modules: dict[str, Any] = {p: m for p, m in model.named_modules() if "weight" in m}
+    found = {path: batch_size / len(modules[path].weight) for path in _find_lookups(model, modules)}
     for path, module in modules.items():
-        rows = module.weight.shape[0]
-        if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
-            if any(m.weight.shape[0] == rows for m in modules.values() if m is not module):
-                found[path] = batch_size / rows
-        elif isinstance(module, SwitchLinear | QuantizedSwitchLinear):
-            found[path] = 1 - (1 - _count_picked(model, rows) / rows) ** batch_size
+        if isinstance(module, SwitchLinear | QuantizedSwitchLinear):
+            experts = module.weight.shape[0]
+            found[path] = 1 - (1 - _count_picked(model, experts) / experts) ** batch_size
     return found
+
+
+def _find_lookups(model: nn.Module, modules: Mapping[str, Any]) -> list[str]:
+    """Find the embeddings that give rows and are no head, by a forward, which is not computed.
+
+    Where no embedding is asked for logits and no other matrix has as many rows as there are, the
+    embedding of that size is taken for the head: some networks read its weight themselves.
+    """
+    kinds = nn.Embedding, nn.QuantizedEmbedding
+    embeddings = {path: m for path, m in modules.items() if isinstance(m, kinds)}
+    called: set[str] = set()
+    heads: set[str] = set()
+    own = {path: type(m) for path, m in embeddings.items()}
+    try:
+        for path, module in embeddings.items():
+            module.__class__ = _watch(own[path], path, called, heads)
+        cache = make_prompt_cache(model)
+        vocabulary = model(mx.zeros((1, 1), mx.int32), cache=cache).shape[-1]
+    finally:
+        for path, module in embeddings.items():
+            module.__class__ = own[path]
+    others = (m.weight.shape[0] for path, m in modules.items() if path not in embeddings)
+    if not heads and vocabulary not in others:
+        heads = {path for path, m in embeddings.items() if m.weight.shape[0] == vocabulary}
+    return sorted(called - heads)
+
+
+def _watch(kind: Any, path: str, called: set[str], heads: set[str]) -> type:
+    """Make a class of modules that note that they give rows, or logits."""
+
+    class Watched(kind):  # type: ignore[misc]
+        def __call__(self, ids: mx.array) -> mx.array:
+            called.add(path)
+            return super().__call__(ids)
+
+        def as_linear(self, x: mx.array) -> mx.array:
+            heads.add(path)
+            return super().as_linear(x)
+
+    return Watched
 
 
 def _count_picked(model: nn.Module, experts: int) -> int:

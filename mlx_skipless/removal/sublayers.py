@@ -290,8 +290,10 @@ class _Search:
         steps.append(whole)
 
         while kinds := [kind for kind, count in left.items() if count != 0]:
-            candidates = self._find_candidates(kinds, tell(0))
+            candidates = self._find_candidates(kinds, left, tell(0))
             if not candidates:
+                if any(left.values()):
+                    raise UserError("fewer sub-layers can go than are asked for: ask for fewer")
                 break
             best = self._choose(candidates, steps[-1].loss, tell(1))
             assert best.kind is not None and best.layer is not None
@@ -304,15 +306,20 @@ class _Search:
             left[best.kind] = None if count is None else count - 1
         return _sort(self._dropped), steps
 
-    def _find_candidates(self, kinds: Sequence[str], progress: Steps) -> list[tuple[str, int]]:
-        """The least important sub-layers of each kind that are left; one attention always is."""
+    def _find_candidates(
+        self, kinds: Sequence[str], left: Mapping[str, int | None], progress: Steps
+    ) -> list[tuple[str, int]]:
+        """The least important sub-layers of each kind that may go; ``left`` as ``run`` has it.
+
+        Where no count is given the last attention stays; a count has been checked.
+        """
         measured = self._measure(self._dropped, progress)
-        left = {kind: _rank(measured[kind], kind, self._dropped, self._spared) for kind in kinds}
+        ranked = {kind: _rank(measured[kind], kind, self._dropped, self._spared) for kind in kinds}
         return [
             (kind, layer)
-            for kind, there in left.items()
+            for kind, there in ranked.items()
             for layer in there[:CANDIDATES]
-            if kind == "ffn" or len(there) > 1
+            if kind == "ffn" or left[kind] is not None or len(there) > 1
         ]
 
     def _choose(self, candidates: Sequence[tuple[str, int]], loss: float, progress: Steps) -> Step:

@@ -152,8 +152,7 @@ class Recipe:
         for name in ("adam_learning_rate", "clip", "temperature", "embedding_scale"):
             check_above_zero(flag_name(name), getattr(self, name))
         check_above_zero("--learning-rate", self.learning_rate)
-        if self.hidden_size % self.heads:
-            raise BadArgument(f"--heads {self.heads}: must divide --hidden-size {self.hidden_size}")
+        _check_heads(self)
         for norm in self.norms.split(","):
             check_choice("--norms", norm, PROJECTION_NORMS)
         check_seed(self.seed)
@@ -236,6 +235,23 @@ def fix_rate(options: Options) -> Options:
 def _check_counts(options: Recipe | Treatment, *names: str) -> None:
     for name in names:
         check_least(flag_name(name), getattr(options, name))
+
+
+def _check_heads(recipe: "Recipe") -> None:
+    heads, hidden = recipe.heads, recipe.hidden_size
+    if hidden % heads:
+        raise BadArgument(f"--heads {heads}: must divide --hidden-size {hidden}")
+    if (width := hidden // heads) % 2:
+        raise BadArgument(
+            f"--heads {heads}: of --hidden-size {hidden} each gets {width}, an odd number, and "
+            "RoPE needs pairs: give another number"
+        )
+    own = recipe.block not in SIMPLIFIED
+    if own and {*"kv"} & {*recipe.without} and recipe.kv_heads < heads:
+        raise BadArgument(
+            f"--without {recipe.without}: the stream cannot take the place of fewer key-value "
+            f"heads than heads: give --kv-heads {heads}"
+        )
 
 
 def _check_sizes(options: "Recipe | Treatment | Pace") -> None:

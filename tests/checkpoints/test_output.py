@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import pty
+import shutil
+import signal
 import stat
 import threading
 from collections.abc import Callable
@@ -271,3 +273,29 @@ def test_a_relative_path_that_is_there_is_hidden(tmp_path: Path, monkeypatch: py
     (tmp_path / "broken.json").write_text("{")
     hide_paths(tmp_path)
     assert "alice" not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_second_signal_breaks_off_no_cleaning(end: signal.Signals, tmp_path: Path) -> None:
+    """The first one unwinds; one that comes while the folder is removed is not heard."""
+    before = {one: signal.getsignal(one) for one in signal.Signals if one != signal.SIGKILL}
+    heard = signal.signal(end, signal.default_int_handler)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            remove = shutil.rmtree
+
+            def interrupted(folder: Path, **options: Any) -> None:
+                os.kill(os.getpid(), end)
+                remove(folder, **options)
+
+            patch.setattr(output.shutil, "rmtree", interrupted)
+            with (
+                pytest.raises(KeyboardInterrupt),
+                output.temporary_folder(tmp_path / "o") as folder,
+            ):
+                (folder / "a").write_text("a")
+                os.kill(os.getpid(), end)
+    finally:
+        signal.signal(end, heard)
+    assert not [*tmp_path.iterdir()]
+    assert before == {one: signal.getsignal(one) for one in before}

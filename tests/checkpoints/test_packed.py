@@ -387,6 +387,18 @@ def test_bits_of_gptq_that_are_no_whole_number(tmp_path: Path, bits: Any):
         open_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("rules", [{"+:.*self_attn.*": {"bits": 8}}, {"lm_head": {}}, ["x"]])
+def test_gptq_with_settings_of_single_modules_is_refused(tmp_path: Path, rules: Any):
+    settings, pack = gptq(4)
+    write(tmp_path, settings, pack)
+    own = settings["quantization_config"]
+    rewrite(tmp_path, quantization_config=own | {"dynamic": {"-:.*lm_head": {}}})  # is dense
+    assert open_checkpoint(tmp_path).packing == "GPTQ 4-bit"
+    rewrite(tmp_path, quantization_config=own | {"dynamic": rules})
+    with pytest.raises(UserError, match=r'"dynamic" in config\.json'):
+        open_checkpoint(tmp_path)
+
+
 def test_a_group_that_does_not_exist_is_refused(tmp_path: Path):
     write(tmp_path, *gptq(4))
     name = "model.layers.1.mlp.up_proj"

@@ -108,6 +108,21 @@ def test_fp8_scales_without_axes_of_one(tmp_path: Path, shape: tuple[int, ...], 
     assert_reads(tmp_path, declare("fp8"), fp8(block, flat=True), shape)
 
 
+@pytest.mark.parametrize("shape", [(256, 128), (128, 300), (130, 64), (3, 256, 256)])
+def test_fp8_scales_with_axes_of_one(tmp_path: Path, shape: tuple[int, ...]):
+    """As ModelOpt exports them: of a block's rows, 1, of its columns, 1."""
+    plain = fp8((128, 128), suffix="_scale")
+
+    def pack(values: np.ndarray) -> tuple[Parts, np.ndarray]:
+        parts, meant = plain(values)
+        scale = parts["_scale"]
+        *lead, high, wide = scale.array.shape
+        wider = Stored(scale.kind, scale.array.reshape(*lead, high, 1, wide, 1))
+        return parts | {"_scale": wider}, meant
+
+    assert_reads(tmp_path, declare("modelopt", quant_algo="FP8_PB_WO"), pack, shape)
+
+
 @pytest.mark.parametrize("kind", ["F8_E8M0", "U8"])
 def test_exponents_at_their_ends(tmp_path: Path, kind: str):
     codes = np.array([[0], [1], [254], [255]], np.uint8)

@@ -525,3 +525,33 @@ def test_picked_experts_are_found_where_the_config_is_nested(
     embedding = next(size for name, size in nbytes.items() if "embed" in name or "wte" in name)
     expected = sum(nbytes.values()) - experts - embedding * 263 / 264
     assert sizes.count_bytes_read(model) == round(expected)
+
+
+LOOKED_UP: dict[str, list[str]] = {  # embeddings of which a token reads a row
+    "gemma3n": ["language_model.model.embed_tokens_per_layer"],
+    "gemma4_text": ["model.embed_tokens_per_layer"],
+    "gpt_bigcode": ["transformer.wpe"],
+    "gpt2": ["model.wpe"],
+    "olmo2": ["model.embed_tokens"],
+    "cohere2": [],  # tied
+}
+
+
+@pytest.mark.parametrize("tables", [1024, 1088])
+@pytest.mark.parametrize("kind", LOOKED_UP)
+def test_a_row_of_each_embedding_is_read(kind: str, tables: int, tmp_path: Path) -> None:
+    """Whether or not other matrices have as many rows; of a head that is one too all is read."""
+    changes: dict[str, Any] = {}
+    if kind.startswith("gemma"):
+        changes = {"vocab_size": 1088, "vocab_size_per_layer_input": tables}
+    elif tables == 1088:
+        changes = {"vocab_size": tables}
+    make_model(tmp_path, kind, **changes)
+    model = mlx_lm.utils.load_model(tmp_path)[0]
+    shares = sizes.find_shares_read(model, 2)
+    modules: dict[str, Any] = dict(model.named_modules())
+    looked = {path for path, m in modules.items() if isinstance(m, nn.Embedding)} & shares.keys()
+    assert sorted(looked) == LOOKED_UP[kind]
+    for path in looked:
+        assert shares[path] == 2 / len(modules[path].weight)
+    assert {type(m) for m in modules.values() if isinstance(m, nn.Embedding)} == {nn.Embedding}

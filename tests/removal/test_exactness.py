@@ -9,8 +9,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import reference
+import zoo
 from exact import TOLERANCE, check_same_function
-from factory import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, make_checkpoint, make_llama
+from factory import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, make_checkpoint, make_llama, write
 from grids import pairs, product, thin
 
 import mlx_skipless
@@ -218,6 +219,34 @@ def test_gains_of_projections_fold(
     report = convert(tmp_path / "s", tmp_path / "out", remove=remove, fold_norms=True, verify=False)
     assert {"v", "hidden", "final"} <= {*report.folded}
     check_same_function(source, tmp_path / "out", 0)
+
+
+@pytest.mark.parametrize("norm", ["none", "pre"])
+@pytest.mark.parametrize("gains", ["", "q", "k", "qk"])
+def test_norms_of_q_and_k_may_lack_gains(norm: str, gains: str, tmp_path: Path) -> None:
+    """They are ones then. Another architecture's checkpoint without them is incomplete."""
+    skip = "both" if norm == "pre" else "none"
+    config, weights = make_checkpoint(tmp_path / "s", norm=norm, skip=skip, qk_norm=True)
+    rng = np.random.default_rng(0)
+    for layer, name in itertools.product(range(config["num_hidden_layers"]), gains):
+        gain = rng.uniform(0.5, 2, config["head_dim"]).astype(np.float32)
+        weights[f"model.layers.{layer}.self_attn.{name}_norm.weight"] = gain
+    write(tmp_path / "s", config, weights, "float32", shards=1)
+    mlx_skipless.convert(tmp_path / "s", tmp_path / "o", verify=False)
+    tokens = np.arange(20)[None] + 5
+    found = np.array(mlx_skipless.load(tmp_path / "o")[0](mx.array(tokens)))
+    expected = reference.logits(config, weights, tokens)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def test_a_qwen3_without_its_norms_is_incomplete(tmp_path: Path) -> None:
+    zoo.make_model(tmp_path / "s", "qwen3")
+    loaded: Any = mx.load(str(tmp_path / "s/model.safetensors"))
+    mx.eval(loaded)
+    kept = {name: array for name, array in loaded.items() if "q_norm" not in name}
+    mx.save_safetensors(str(tmp_path / "s/model.safetensors"), kept, {"format": "mlx"})
+    with pytest.raises(mlx_skipless.UserError, match="has no tensor .*q_norm"):
+        mlx_skipless.convert(tmp_path / "s", tmp_path / "o")
 
 
 def test_gains_and_paths_of_some_layers(tmp_path: Path) -> None:

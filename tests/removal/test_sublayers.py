@@ -9,6 +9,7 @@ import mlx_lm
 import numpy as np
 import pytest
 import reference
+import zoo
 from factory import make_checkpoint, make_llama, stored
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import quantize_model
@@ -399,7 +400,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     main([*shared, "--drop-attention", "auto", "--max-loss", "40%", "--json", str(tmp_path / "j")])
     out = capsys.readouterr().out
     report = json.loads((tmp_path / "j").read_text())
-    assert "whole and after each drop" in out and report["removed"]["attention"]
+    assert "whole and after each step" in out and report["removed"]["attention"]
     assert report["cache_bytes_after"] < report["cache_bytes_before"]
     for wrong in (["--drop-attention", "x"], ["--drop-attention", "auto", "--max-loss", "x%"]):
         assert main([*shared, *wrong]) == 2
@@ -427,3 +428,31 @@ def test_what_is_gone_is_not_dropped_again(options: dict[str, Any], tmp_path: Pa
     assert not {*last.removed["attention"]} & {*first.removed["attention"]}
     with pytest.raises(mlx_skipless.UserError, match="none left that can go"):
         mlx_skipless.convert(tmp_path / "rrr", tmp_path / "o", drop_attention=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "asked"),
+    [
+        ("gemma4_text", {}, {"drop_attention": 4}),
+        ("olmo2", {"num_hidden_layers": 3}, {"drop_attention": 2, "replace_attention": 1}),
+        ("olmo2", {"num_hidden_layers": 3}, {"drop_block": 1, "replace_attention": 2}),
+    ],
+    ids=str,
+)
+def test_a_greedy_search_drops_as_many_as_are_asked_for(
+    kind: str, changes: Config, asked: dict[str, int], tmp_path: Path
+) -> None:
+    """Also where all that may go do; the path names each step, of drops and of stand-ins."""
+    zoo.make_model(tmp_path / "s", kind, **changes)
+    (tmp_path / "t.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    report = mlx_skipless.convert(
+        tmp_path / "s", tmp_path / "o", greedy=True, calibration=tmp_path / "t.txt", verify=False,
+        **asked,
+    )  # fmt: skip
+    blocks = asked.get("drop_block", 0)
+    dropped = asked.get("drop_attention", 0) + blocks
+    assert len(report.removed.get("attention", ())) == dropped
+    assert len(report.replaced.get("attention", ())) == asked.get("replace_attention", 0)
+    (told,) = [note for note in report.notes if "whole and after each step" in note]
+    assert told.count("attention") + told.count("block") == sum(asked.values())
+    assert len(told.split(": ")[1].split(", ")) == 1 + sum(asked.values())
