@@ -713,8 +713,8 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     # The writer.
     (
         "writer",
-        "            finally:\n                shutil.rmtree(folder, ignore_errors=True)",
-        "            finally:\n                pass",
+        "with ignore_signals():\n                    shutil.rmtree(folder, ignore_errors=True)",
+        "pass",
         f"{BAD} 'interrupt or fills_up'",
     ),
     ("writer", "if os.path.lexists(out):", "if os.path.exists(out):", f"{BAD} existing_place"),

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="let a model of another kind run its code"
     )
-    add_fields(parser, ("pace (0: never)", Pace), ("treatment", Treatment))
+    add_fields(parser, ("pace (0: only at the end)", Pace), ("treatment", Treatment))
 
 
 def run(options: dict[str, Any]) -> None:

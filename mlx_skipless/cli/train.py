@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
         help="of the arithmetic (default: bfloat16 on a GPU, float32 on a CPU)",
     )  # fmt: skip
-    add_fields(parser, ("pace (0: never)", TrainingPace), ("recipe", Recipe))
+    add_fields(parser, ("pace (0: only at the end)", TrainingPace), ("recipe", Recipe))
 
 
 def run(options: dict[str, Any]) -> None:

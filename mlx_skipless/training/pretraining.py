@@ -295,7 +295,7 @@ class Run(ResumableRun[TrainingResult]):
         every = self.settings.pace.sample_every
         if self._step == self._steps or is_due(self._step, every):
             self._check_weights()
-            return {"sample": self._sample()} if every else {}
+            return {"sample": self._sample()}
         return {}
 
     def _compile_step(self) -> Callable[[int], mx.array]:

@@ -286,7 +286,7 @@ class Pace:
 
 @dataclass(frozen=True)
 class TrainingPace(Pace):
-    """How often, in steps, ``train`` logs, evaluates, saves and writes a sample; 0: never."""
+    """How often, in steps, ``train`` logs, evaluates, saves and writes a sample; 0: at the end."""
 
     log_every: int = option(20, "steps from one line of the log to the next")
     eval_every: int = option(200, "steps from one evaluation to the next")

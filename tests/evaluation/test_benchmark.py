@@ -528,7 +528,7 @@ def test_picked_experts_are_found_where_the_config_is_nested(
 
 
 LOOKED_UP: dict[str, list[str]] = {  # embeddings of which a token reads a row
-    "gemma3n": ["language_model.model.embed_tokens_per_layer"],
+    "gemma3n": ["model.language_model.embed_tokens_per_layer"],
     "gemma4_text": ["model.embed_tokens_per_layer"],
     "gpt_bigcode": ["transformer.wpe"],
     "gpt2": ["model.wpe"],

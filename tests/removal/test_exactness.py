@@ -245,7 +245,7 @@ def test_a_qwen3_without_its_norms_is_incomplete(tmp_path: Path) -> None:
     mx.eval(loaded)
     kept = {name: array for name, array in loaded.items() if "q_norm" not in name}
     mx.save_safetensors(str(tmp_path / "s/model.safetensors"), kept, {"format": "mlx"})
-    with pytest.raises(mlx_skipless.UserError, match="has no tensor .*q_norm"):
+    with pytest.raises(mlx_skipless.UserError, match=r"has no tensor .*q_norm"):
         mlx_skipless.convert(tmp_path / "s", tmp_path / "o")
 
 
