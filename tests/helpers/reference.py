@@ -126,7 +126,7 @@ def attend(
     frequencies = rope_frequencies(config)
     traditional = config.get("rope_traditional", False)
     q, k = (
-        rope_amplitude(config) * rotate(normed(part, name), frequencies, traditional)
+        rotate(normed(part, name), frequencies, traditional, rope_amplitude(config))
         for part, name in ((query, "q"), (key, "k"))
     )
     if config.get("query_growth"):
@@ -269,14 +269,16 @@ def rope_amplitude(config: Config) -> float:
     return grow(whole) / grow(all_dims) if whole and all_dims else grow(1)
 
 
-def rotate(x: np.ndarray, frequencies: np.ndarray, traditional: bool = False) -> np.ndarray:
+def rotate(
+    x: np.ndarray, frequencies: np.ndarray, traditional: bool = False, amplitude: float = 1.0
+) -> np.ndarray:
     """RoPE from position 0 on x (batch, heads, length, head_dim).
 
     Two numbers per frequency turn, the rest of a head stays. Pairs are the halves as in Hugging
     Face's Llama, or neighbours as in the RoPE paper.
     """
     angle = np.arange(x.shape[2])[:, None] * frequencies
-    turning, still = x[..., : 2 * len(frequencies)], x[..., 2 * len(frequencies) :]
+    turning, still = amplitude * x[..., : 2 * len(frequencies)], x[..., 2 * len(frequencies) :]
     if traditional:
         first, second = turning[..., 0::2], turning[..., 1::2]
     else:

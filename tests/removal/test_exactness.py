@@ -239,6 +239,15 @@ def test_norms_of_q_and_k_may_lack_gains(norm: str, gains: str, tmp_path: Path) 
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("rotary_dim", [4, 8, None])
+def test_yarn_scales_the_part_of_a_head_that_it_turns(rotary_dim: int | None, tmp_path: Path):
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    source = make_checkpoint(tmp_path / "s", rope_scaling=rope, rotary_dim=rotary_dim)
+    convert(tmp_path / "s", tmp_path / "out", remove="qp", verify=False)
+    for folder in ("s", "out"):
+        check_same_function(source, tmp_path / folder, 0)
+
+
 def test_a_qwen3_without_its_norms_is_incomplete(tmp_path: Path) -> None:
     zoo.make_model(tmp_path / "s", "qwen3")
     loaded: Any = mx.load(str(tmp_path / "s/model.safetensors"))
