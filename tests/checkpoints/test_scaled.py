@@ -83,6 +83,7 @@ def assert_reads(
 
 # FP8
 
+IGNORED = ("input_scale", "output_scale", "k_scale", "activation_scale")
 SHAPES = [(96, 64), (128, 256), (130, 100), (1, 32), (3, 48, 64), (2, 130, 70)]
 
 
@@ -160,6 +161,16 @@ def test_what_is_not_converted_stays(tmp_path: Path):
     assert found.dtype == mx.bfloat16
     np.testing.assert_array_equal(np.array(found.view(mx.uint16)), head.array)
     assert store.shapes[vision] == (4, 3, 2, 2)
+
+
+def test_parameters_whose_names_end_as_a_scale_s_stay(tmp_path: Path):
+    """Gemma 3n's; those of a module itself are left out."""
+    own = "model.layers.0.altup.correct_output_scale"
+    left_out = {f"model.layers.0.self_attn.o_proj.{part}": float32(1) for part in IGNORED}
+    parts, _ = fp8()(draw((32, 32)))
+    tensors = named(parts) | {own: bfloat16(draw((1, 32)))} | left_out
+    store = open_store(write(tmp_path, declare("fp8"), tensors))
+    assert store.shapes == {NAME: (32, 32), own: (1, 32)}
 
 
 @pytest.mark.parametrize("place", ["config.json", "text_config", "hf_quant_config.json"])
