@@ -63,8 +63,8 @@ class ScaledScheme(Scheme):
 
     parts = PARTS
     ignored = (
-        ".activation_scale", ".input_scale", ".output_scale", ".k_scale", ".v_scale", ".q_scale",
-        ".kv_scale", ".input_global_scale", ".input_zero_point", ".output_zero_point",
+        "activation_scale", "input_scale", ".output_scale", ".k_scale", ".v_scale", ".q_scale",
+        ".kv_scale", "input_global_scale", "input_zero_point", "output_zero_point",
     )  # fmt: skip
 
     def __init__(self, name: str, dtype: mx.Dtype, find_settings: Callable[[str], list[Settings]]):
