@@ -194,6 +194,8 @@ class StockJob:
         """
         source, options = self.source, self.options
         unpack = source.is_packed and self.requantized
+        if unpack:
+            _check_free(forget_quantization(source.config))
         model = source.build_dense() if unpack else source.build()
         config = dict(self.config or self.source.config)
         if self.layers is not None:
