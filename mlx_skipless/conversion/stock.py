@@ -183,8 +183,6 @@ class StockJob:
                 kind = self.source.config["model_type"]
                 raise UserError(f"-q: mlx-lm cannot quantize a {kind}: {error}") from error
             config["quantization"] = config["quantization_config"] = entry
-        if self.source.is_packed and self.requantized:
-            _check_free(config)
         return model, dict(sorted(config.items()))
 
     def build_dense(self, network: StockNetwork) -> tuple[nn.Module, dict[str, Any]]:

@@ -289,8 +289,8 @@ class _Search:
         whole = Step(measure_losses(self._network, self._tokens, [{}], tell(1))[0])
         steps.append(whole)
 
-        while kinds := [kind for kind, count in left.items() if count != 0]:
-            candidates = self._find_candidates(kinds, left, tell(0))
+        while wanted := {kind: count for kind, count in left.items() if count != 0}:
+            candidates = self._find_candidates(wanted, tell(0))
             if not candidates:
                 if any(left.values()):
                     raise UserError("fewer sub-layers can go than are asked for: ask for fewer")
@@ -307,19 +307,19 @@ class _Search:
         return _sort(self._dropped), steps
 
     def _find_candidates(
-        self, kinds: Sequence[str], left: Mapping[str, int | None], progress: Steps
+        self, wanted: Mapping[str, int | None], progress: Steps
     ) -> list[tuple[str, int]]:
-        """The least important sub-layers of each kind that may go; ``left`` as ``run`` has it.
+        """The least important sub-layers of each kind that may go; ``wanted`` has their counts.
 
         Where no count is given the last attention stays; a count has been checked.
         """
         measured = self._measure(self._dropped, progress)
-        ranked = {kind: _rank(measured[kind], kind, self._dropped, self._spared) for kind in kinds}
+        ranked = {kind: _rank(measured[kind], kind, self._dropped, self._spared) for kind in wanted}
         return [
             (kind, layer)
             for kind, there in ranked.items()
             for layer in there[:CANDIDATES]
-            if kind == "ffn" or left[kind] is not None or len(there) > 1
+            if kind == "ffn" or wanted[kind] is not None or len(there) > 1
         ]
 
     def _choose(self, candidates: Sequence[tuple[str, int]], loss: float, progress: Steps) -> Step:

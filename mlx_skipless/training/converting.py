@@ -11,7 +11,6 @@ from ..conversion.healing import Healing
 from ..conversion.options import Options
 from ..conversion.report import Report
 from ..errors import UserError
-from ..inference.context import find_context
 from ..progress import Progress
 from ..text import corpus, samples
 from .recipe import Pace, Treatment
@@ -79,9 +78,8 @@ def train_result(
     sources = Sources([*named], [*named], 0.0, str(model), str(teacher))
     pair = load_pair(sources, options.trust_remote_code)
     treatment = Treatment(steps=options.heal, seed=options.seed)
-    contexts = map(find_context, (pair.student, pair.teacher))
-    longest = min(treatment.context, *(one or treatment.context for one in contexts))
-    treatment = replace(treatment, context=longest)
+    longest = pair.context or treatment.context
+    treatment = replace(treatment, context=min(treatment.context, longest))
     if text is None:
         tell = partial(progress, "sampling text to train on")
         tokens = make_tokens(sources, treatment, pair, tell)

@@ -211,6 +211,11 @@ class Pair:
     teacher: nn.Module
     tokenizer: Any
 
+    @property
+    def context(self) -> int | None:
+        """The fewest tokens in a row that either was made for; None where nothing says so."""
+        return min(filter(None, map(find_context, (self.student, self.teacher))), default=None)
+
 
 def load_pair(sources: Sources, trust_remote_code: bool) -> Pair:
     """Load the two models.
@@ -290,8 +295,7 @@ def _choose_rows(treatment: Treatment, pair: Pair) -> tuple[int, int]:
     Raises:
         UserError: if these are too few to train on or to measure with.
     """
-    contexts = (find_context(network) or SPOKEN for network in (pair.student, pair.teacher))
-    length = min(SPOKEN, *contexts)
+    length = min(SPOKEN, pair.context or SPOKEN)
     rows, context = -(-treatment.sampled_tokens // length), treatment.context
 
     def suffices(rows: int) -> bool:

@@ -266,7 +266,7 @@ def _check_sizes(options: "Recipe | Treatment | Pace") -> None:
 
 @dataclass(frozen=True)
 class Pace:
-    """How often, in steps, a run logs, evaluates and saves; 0: never.
+    """How often, in steps, a run logs, evaluates and saves; 0: at the end.
 
     The defaults are those of ``heal``.
     """
