@@ -25,6 +25,19 @@ class BadArgument(UserError):
     """
 
 
+def explain_nan(whose: str, where: str = "") -> UserError:
+    """Make the error for logits that are no numbers.
+
+    Args:
+        whose: what the user calls the model.
+        where: on what text or after what, with a space before it.
+    """
+    return UserError(
+        f"the logits of {whose} are no numbers{where}: its checkpoint is broken, or its "
+        "activations overflow their number type; `convert --dtype float32` names the layer"
+    )
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of another error's message, for a ``UserError`` to quote."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -29,7 +29,7 @@ def describe_analysis(analysis: Analysis) -> Iterator[Grid | str]:
             for n, times in analysis.first_layer_reads.items()
         )
         yield (
-            f"--precompute-first-layer: times fewer numbers read there: {reads}; "
+            f"--precompute-first-layer: numbers read there, as a multiple of the table's: {reads}; "
             f"{table.growth:+,} weights ({table.growth / analysis.weights:+.1%})"
         )
     if any(layer.condition or layer.importance for layer in analysis.layers):

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..constants import FLOAT_NAMES, REMOVALS
-from ..errors import BadArgument, UserError
+from ..errors import BadArgument, UserError, explain_nan
 from ..inference.context import check_windows
 from ..inference.generation import check_experts
 from ..inference.loading import load_network
@@ -316,10 +316,7 @@ def _check_logits(label: str, model: nn.Module) -> None:
         check_experts(error)
         raise
     if broken:
-        raise UserError(
-            f"the logits of {label} are no numbers: its checkpoint is broken, or they overflow its "
-            "number type on the way; `convert --dtype float32` names the layer"
-        )
+        raise explain_nan(label)
 
 
 def _measure_models(

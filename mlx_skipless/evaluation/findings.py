@@ -92,7 +92,8 @@ class Analysis:
         removals: one for each choice of letters; none where it does not.
         first_layer: what a table of the first layer's projections would save; None if there can be
             none.
-        first_layer_reads: how many times fewer numbers such a table reads, by batch size.
+        first_layer_reads: the numbers that the first layer reads, as a multiple of what it reads
+            from such a table, by batch size.
         cache_bytes: bytes of KV cache per token and layer with attention; per token, of all layers,
             of a network that only mlx-lm knows, whose layers may differ.
         layers: one for each layer.

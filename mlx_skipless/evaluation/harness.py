@@ -13,7 +13,7 @@ from lm_eval.tasks import TaskManager
 from mlx_lm.evaluate import MLXLM
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..errors import UserError, first_line
+from ..errors import UserError, explain_nan, first_line
 from ..options import expand_path
 
 
@@ -44,10 +44,7 @@ class LoadedLM(MLXLM):
 
 def _check_scores(scores: Iterable[float]) -> None:
     if any(map(math.isnan, scores)):
-        raise UserError(
-            "the logits of a model are no numbers: its checkpoint is broken, or its activations "
-            "overflow"
-        )
+        raise explain_nan("a model")
 
 
 @cache

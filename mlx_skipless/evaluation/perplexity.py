@@ -12,7 +12,7 @@ import numpy as np
 
 from ..checkpoints.files import is_there
 from ..constants import HELD_OUT_SHARE
-from ..errors import UserError
+from ..errors import UserError, explain_nan
 from ..inference.context import check_windows, find_context
 from ..inference.loading import load
 from ..network.metrics import measure_nll
@@ -92,10 +92,7 @@ def measure_perplexity(
             lambda batch: sum_nll(network, batch), tokens, tokenizer._tokenizer, length, batch_size
         )
     if not math.isfinite(score.loss):
-        raise UserError(
-            f"the logits of {model} are no numbers on this text: the checkpoint is broken, or its "
-            "activations overflow; use another export"
-        )
+        raise explain_nan(str(model), " on this text")
     return score
 
 

@@ -16,9 +16,8 @@ from mlx_lm.generate import GenerationResponse, stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..constants import DRAFTS
-from ..errors import BadArgument, UserError, first_line
+from ..errors import BadArgument, UserError, explain_nan, first_line
 from ..memory import format_bytes
-from ..network.parts import dtype_name
 from ..options import check_least
 from .caches import cut_prompt, make_cache, make_draft_caches, make_sliding_cache
 from .context import find_context, limit_answer
@@ -130,14 +129,9 @@ class Stream(Iterator[str]):
 
         A NaN stays in the cache, so a look now and then finds it.
         """
-        logits = response.logprobs
-        if bool(mx.isnan(logits[response.token])):
+        if bool(mx.isnan(response.logprobs[response.token])):
             self.close()
-            raise UserError(
-                f"the model's logits are no numbers after {len(self.tokens)} tokens: they overflow "
-                f"{dtype_name(logits.dtype)} on the way, or the checkpoint is broken; convert it "
-                "with --dtype bfloat16 or float32, whose check names the layer"
-            )
+            raise explain_nan("the model", f" after {len(self.tokens)} tokens")
 
     def close(self) -> None:
         """Stop the answer here."""

@@ -11,7 +11,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ..checkpoints import hub
 from ..checkpoints.guarded import GuardedTokenizer
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..network.driver import Driver
 from ..progress import Steps
 from . import corpus
@@ -69,8 +69,9 @@ def _first_documents(source: str) -> Iterator[corpus.Document]:
             document = corpus.read_record(row)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f'the data set {source} has no column "text", "messages", or "prompt" and '
-                f'"completion" of text; its columns are {", ".join(row)}'
+                f"the data set {source} has a row that is no record ({first_line(error)}): each "
+                'must have "text", "prompt" and "completion", or "messages"; its columns are '
+                f"{', '.join(row)}"
             ) from error
         if said := corpus.count_said(document):
             yield document

@@ -29,7 +29,7 @@ from ..checkpoints import hub
 from ..checkpoints.files import check_links, read_json, take_fingerprint
 from ..checkpoints.output import hide_paths, replace_file
 from ..constants import HELD_OUT_SHARE
-from ..errors import BadArgument, UserError, first_line
+from ..errors import BadArgument, UserError, explain_nan, first_line
 from ..evaluation import perplexity
 from ..inference.context import check_windows, find_context
 from ..inference.loading import load
@@ -383,9 +383,8 @@ class Run(ResumableRun[HealingResult]):
         if self._step == 0:
             before = self._distance(self.model)
             if not math.isfinite(before.kl):
-                own = math.isfinite(before.teacher_loss)
-                which = "--model" if own else "--teacher"
-                raise UserError(f"the logits of {which} are no numbers: use another export of it")
+                whole = math.isfinite(before.teacher_loss)
+                raise explain_nan("--model" if whole else "--teacher")
             self._log({"before": asdict(before)}, report)
         begun = self._seconds
         self.run(report, stopped)

@@ -153,6 +153,7 @@ class Recipe:
             check_above_zero(flag_name(name), getattr(self, name))
         check_above_zero("--learning-rate", self.learning_rate)
         _check_heads(self)
+        _check_block(self)
         for norm in self.norms.split(","):
             check_choice("--norms", norm, PROJECTION_NORMS)
         check_seed(self.seed)
@@ -252,6 +253,18 @@ def _check_heads(recipe: "Recipe") -> None:
             f"--without {recipe.without}: the stream cannot take the place of fewer key-value "
             f"heads than heads: give --kv-heads {heads}"
         )
+
+
+def _check_block(recipe: "Recipe") -> None:
+    """Refuse what a simplified block would override: anything but the default and its own."""
+    usual = {one.name: one.default for one in dataclasses.fields(recipe)}
+    for name, own in SIMPLIFIED.get(recipe.block, {}).items():
+        given = getattr(recipe, name)
+        if name != "block" and given not in (usual[name], own):
+            raise BadArgument(
+                f"{flag_name(name)} {given}: --block {recipe.block} has {flag_name(name)} "
+                f"{'none' if own is None else own} of its own"
+            )
 
 
 def _check_sizes(options: "Recipe | Treatment | Pace") -> None:

@@ -475,7 +475,7 @@ def test_what_is_wrong_with_a_data_set_is_told(
     wrong = {
         "tales/parts": "'plain', 'talks'",
         "tales/parts:plain:dev": "dev",
-        "tales/odd": "its columns are title, body",
+        "tales/odd": "no record (its keys: 'title', 'body'): each must",
         "tales/down": "the Hub refuses",
         "tales/missing.jsonl": "tales/missing.jsonl cannot be read",
     }

@@ -165,7 +165,7 @@ def test_a_final_norm_as_asked(norm: str, final_norm: bool):
     ("name", "block", "skip"), [("sas", "serial", "ffn"), ("sas-p", "parallel", "none")]
 )
 def test_simplified_blocks(name: str, block: str, skip: str):
-    options = SMALL | {"block": name, "skip": "both", "norm": "none", "without": "k", "layers": 3}
+    options = SMALL | {"block": name, "layers": 3}
     args = make_model_args(Recipe(**options))
     assert (args.block, args.skip, args.norm, args.final_norm) == (block, skip, "pre", True)
     assert args.removed == {"v": [0, 1, 2], "p": [0, 1, 2]}
@@ -619,6 +619,9 @@ def test_a_recipe_goes_through_json():
         ({"final_norm": 0.5}, "--final-norm 0.5: must be true or false"),
         ({"block": 3}, "--block 3: must be text"),
         ({"block": "ring"}, "--block 'ring': choose one of serial, parallel, sas, sas-p"),
+        ({"block": "sas", "skip": "both"}, "--skip both: --block sas has --skip ffn of its own"),
+        ({"block": "sas-p", "without": "q"}, "--without q: --block sas-p has --without vp"),
+        ({"block": "sas", "head_skip": 0.5}, "--head-skip 0.5: .* has --head-skip none of its own"),
         ({"skip": "some"}, "--skip 'some': choose one of none, ffn, both"),
         ({"norm": "post"}, "--norm 'post': choose one of none, qkv, pre"),
         ({"without": "qk"}, "--without 'qk': choose one of q, p"),
