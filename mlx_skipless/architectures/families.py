@@ -12,6 +12,7 @@ from ..errors import UserError
 from ..network.model import FUSED, ModelArgs
 from ..network.names import ATTENTION, EXPERTS, PROJECTIONS
 from .family import (
+    NO_WEIGHTS,
     Config,
     Family,
     Stock,
@@ -311,7 +312,7 @@ GPT_NEOX = Family(
     defaults=UNTIED | {"hidden_act": "gelu"},
     read=_read_gpt_neox,
     also={"model.embed_out": "embed_out", "model.h": "gpt_neox.layers", "model": "gpt_neox"},
-    ignored=("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"),
+    ignored=(*NO_WEIGHTS, ".attention.bias", ".attention.masked_bias"),
     keys=LAYER_NORM_KEYS,
     names={
         "model.embed_tokens": "gpt_neox.embed_in",

@@ -19,6 +19,12 @@ COMMON_KEYS = (
     "rope_scaling", "rope_parameters", "max_position_embeddings", "sliding_window", "layer_types",
     "attention_bias", "mlp_bias", "tie_word_embeddings",
 )  # fmt: skip
+# Ends of the names of tensors that hold no weights: of old exporters, and of a KV cache that
+# another program quantizes.
+NO_WEIGHTS = (
+    "rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached",
+    ".self_attn.k_scale", ".self_attn.v_scale",
+)  # fmt: skip
 # LLM-Drop's keys for the layers whose attention or FFN it dropped (He et al., arXiv 2406.15786).
 DROP_LISTS = {"drop_attn_list": "attention", "drop_mlp_list": "ffn"}
 
@@ -84,8 +90,7 @@ class Family:
     read: Callable[[Config], Config] = lambda config: {}
     unsupported: tuple[str, ...] = ()
     also: Mapping[str, str] = field(default_factory=dict)
-    # Of old exporters, and of a KV cache that another program quantizes.
-    ignored: tuple[str, ...] = ("rotary_emb.inv_freq", ".self_attn.k_scale", ".self_attn.v_scale")
+    ignored: tuple[str, ...] = NO_WEIGHTS
     others: tuple[str, ...] = ()
     keys: Mapping[str, str] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)

@@ -44,6 +44,8 @@ from .safetensors import (
     is_float,
 )
 
+OTHER_HEADS = ("Classification", "QuestionAnswering")  # what classes without words end in
+
 
 @dataclass(frozen=True)
 class Blueprint:
@@ -180,10 +182,7 @@ class Checkpoint(Blueprint):
             if name in self._places:
                 self._validate_tensor(name, shape)
             elif name not in optional:
-                raise UserError(
-                    f"{self.name} has no tensor {name}: the checkpoint is incomplete or "
-                    f"{_name_config(self)} describes another model"
-                )
+                raise UserError(f"{self.name} has no tensor {name}: {_explain_missing(self)}")
         for name, place in self._places.items():
             tied_head = self.args.tie_word_embeddings and name == f"{HEAD}.weight"
             ignored = place.names[0].endswith(self.family.ignored)
@@ -225,6 +224,19 @@ class Checkpoint(Blueprint):
                 f"{_describe(place, name)} in {self.name} has a number type that is not read; "
                 f"known: {', '.join(FLOATS)}"
             )
+
+
+def _explain_missing(checkpoint: Checkpoint) -> str:
+    """Say why a tensor of the network may not be there."""
+    named = checkpoint.config.get("architectures")
+    head = str(named[0] if isinstance(named, list) and named else "")
+    if head.endswith(OTHER_HEADS):
+        return f"{_name_config(checkpoint)} says {head}, and that is no language model"
+    places = checkpoint._places
+    if not places.keys() & checkpoint._expected.keys() and places:
+        other = min(own for place in places.values() for own in place.names)
+        return f"its tensors have other names, such as {other}: use another export of it"
+    return f"the checkpoint is incomplete or {_name_config(checkpoint)} describes another model"
 
 
 def _name_config(checkpoint: Checkpoint) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import stat
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,8 +28,13 @@ POINTED = (
     "{} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder, or download "
     "it with `hf download`"
 )
-DECLARED, MODELOPT_CONFIG = "quantization_config", "hf_quant_config.json"
+DECLARED = "quantization_config"
+# Where tools write how they quantized a model, if not into its config.json.
+MODELOPT_CONFIG, GPTQ_CONFIG, AWQ_CONFIG = (
+    "hf_quant_config.json", "quantize_config.json", "quant_config.json"
+)  # fmt: skip
 GGUF, GGUF_MAGIC = ".gguf", b"GGUF"
+GGUF_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 AT_ONCE = 16 << 20  # bytes of a read that the background makes
 AHEAD_BYTES = 1 << 30  # more might leave the system's cache before its turn comes
 
@@ -143,6 +149,11 @@ def find_gguf(folder: Path) -> Path | None:
     if any(folder.glob("*.safetensors")):
         return None
     found = list_gguf(file.name for file in folder.iterdir())
+    if len(found) > 1 and all(map(GGUF_PART.search, found)):
+        raise UserError(
+            f"{folder} holds {len(found)} parts of a GGUF file: join them with `llama-gguf-split "
+            f"--merge {found[0]} OUT.gguf` and give OUT.gguf"
+        )
     if len(found) > 1:
         raise UserError(f"{folder} holds {len(found)} GGUF files, {list_names(found)}: give one")
     return folder / found[0] if found else None
@@ -270,8 +281,8 @@ def read_json(file: Path, most: int | None = None) -> dict[str, Any]:
 def read_config(folder: Path) -> dict[str, Any]:
     """Read the config.json of a model's folder, with how its weights are quantized.
 
-    NVIDIA's ModelOpt writes that into a file of its own, and wrapped models into their
-    ``text_config``.
+    NVIDIA's ModelOpt and early AutoGPTQ and AutoAWQ write that into files of their own, and
+    wrapped models into their ``text_config``.
 
     Raises:
         UserError: if it is missing, malformed or no object, or too large or deep to be believed.
@@ -283,10 +294,28 @@ def read_config(folder: Path) -> dict[str, Any]:
     if config.get(DECLARED) is None:
         inner = config.get("text_config")
         found = inner.get(DECLARED) if isinstance(inner, dict) else None
-        if found is None and is_there(folder / MODELOPT_CONFIG):
-            found = {"quant_method": "modelopt"} | read_json(folder / MODELOPT_CONFIG)
+        if found is None:
+            found = _read_own_settings(folder)
         config |= {} if found is None else {DECLARED: found}
     return config
+
+
+def _read_own_settings(folder: Path) -> dict[str, Any] | None:
+    """Read how a model was quantized from a tool's own file, as config.json would say it."""
+    if is_there(folder / MODELOPT_CONFIG):
+        return {"quant_method": "modelopt"} | read_json(folder / MODELOPT_CONFIG)
+    if is_there(folder / GPTQ_CONFIG):
+        return {"quant_method": "gptq"} | read_json(folder / GPTQ_CONFIG)
+    if not is_there(folder / AWQ_CONFIG):
+        return None
+    own = read_json(folder / AWQ_CONFIG)
+    return {
+        "quant_method": "awq",
+        "bits": own.get("w_bit"),
+        "group_size": own.get("q_group_size"),
+        "zero_point": own.get("zero_point"),
+        "version": str(own.get("version", "gemm")).lower(),
+    }
 
 
 def explain_other_formats(folder: Path) -> str | None:

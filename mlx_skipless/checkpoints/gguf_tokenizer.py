@@ -33,7 +33,19 @@ END_NAMES = {
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>",
     "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|eot|>",
     "<end_of_utterance>", "<|end_of_turn|>", "<|endofturn|>", "<|END_OF_TURN_TOKEN|>",
+    "<|return|>", "<|call|>", "<|calls|>", "<|flush|>", "</s>", "<eos>", "<turn|>",
+    "<|tool_response>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "[e~[",
 }  # fmt: skip
+# A name that ends no answer where all of some other ends are there: gpt-oss and Solar Open end a
+# message with it, and an answer has several.
+NO_ENDS = (
+    ("<|end|>", {"<|return|>", "<|call|>"}),
+    ("<|end|>", {"<|call|>", "<|flush|>"}),
+    ("<|end|>", {"<|calls|>", "<|flush|>"}),
+    ("</s>", {"<|tool_response>"}),
+)
+# Phi-3's special tokens take the white space behind them, but for these. No key of a file says so.
+PHI3, PHI3_PLAIN = ("phi-3", "phi3", "phi 3"), ("<unk>", "<s>", "<|endoftext|>")
 NONE = (None, "none", "no_vocab")
 # The longest tokens that are known are runs of some hundred spaces. The largest vocabularies have
 # two million characters, and their merges some times as many.
@@ -99,20 +111,27 @@ TEKKEN = Words(
     begins=True,
 )
 WORDS = {
-    "default": GPT2,
     "gpt-2": GPT2,
+    "phi-2": GPT2,
+    "a.x-4.0": GPT2,
     "smollm": DIGITS,
     "starcoder": DIGITS,
     "refact": DIGITS,
+    "minerva-7b": DIGITS,
     "llama-bpe": LLAMA3,
     "llama3": LLAMA3,
     "llama-v3": LLAMA3,
+    "falcon3": LLAMA3,
+    "pixtral": LLAMA3,
+    "midm-2.0": LLAMA3,
     "smaug-bpe": CL100K,
     "dbrx": CL100K,
     "gpt-4o": O200K,
     "llama4": O200K,
     "tekken": TEKKEN,
     "qwen2": QWEN2,
+    "deepseek-r1-qwen": QWEN2,
+    "megrez": QWEN2,
 }
 
 
@@ -126,9 +145,12 @@ def find_ends(field: Field, vocab_size: int) -> list[int]:
     """The ids of the tokens that end an answer, that of the end of a text first."""
     ends = [find_id(field, name, vocab_size) for name in ENDS]
     tokens = field("tokenizer.ggml.tokens")
+    no_ends: set[int] = set()
     if _are_strings(tokens):
-        ends += [i for i, token in enumerate(tokens[:vocab_size]) if token in END_NAMES]
-    return list(dict.fromkeys(index for index in ends if index is not None))
+        named = {token: i for i, token in enumerate(tokens[:vocab_size]) if token in END_NAMES}
+        ends += named.values()
+        no_ends = {named[one] for one, others in NO_ENDS if {one, *others} <= named.keys()}
+    return list(dict.fromkeys(i for i in ends if i is not None and i not in no_ends))
 
 
 def make_tokenizer(
@@ -172,10 +194,7 @@ def make_tokenizer(
             f"{source} has a tokenizer of the kind {kind!r}; known: gpt2 and llama. Convert the "
             "Hugging Face model instead"
         )
-    for added in (CONTROL, UNKNOWN, USER_DEFINED):
-        special = added != USER_DEFINED
-        found = [token for token, type_ in zip(tokens, types, strict=True) if type_ == added]
-        tokenizer.add_tokens([AddedToken(t, normalized=False, special=special) for t in found])
+    _add_tokens(tokenizer, tokens, types, takes_space=_is_phi3(field, kind))
     add_bos, add_eos = field("tokenizer.ggml.add_bos_token"), field("tokenizer.ggml.add_eos_token")
     first = named.get("bos") if (begins if add_bos is None else add_bos) else None
     last = named.get("eos") if add_eos else None
@@ -186,6 +205,34 @@ def make_tokenizer(
         clean_up_tokenization_spaces=False,
         **{f"{role}_token": token for role, token in named.items()},
     )
+
+
+def _add_tokens(
+    tokenizer: Tokenizer, tokens: Sequence[str], types: Sequence[int], *, takes_space: bool
+) -> None:
+    """Add the tokens that are found before text is cut into words.
+
+    ``takes_space`` tells whether they take the white space behind them.
+    """
+    for added in (CONTROL, UNKNOWN, USER_DEFINED):
+        found = [
+            AddedToken(
+                token,
+                normalized=False,
+                special=added != USER_DEFINED,
+                rstrip=takes_space and token not in PHI3_PLAIN,
+            )
+            for token, type_ in zip(tokens, types, strict=True)
+            if type_ == added
+        ]
+        tokenizer.add_tokens(found)
+
+
+def _is_phi3(field: Field, kind: str) -> bool:
+    """Whether a file holds a Phi-3: by its name, as llama.cpp sees it, or by its architecture."""
+    name = str(field("general.name")).lower()
+    own = field("general.architecture") == "phi3" and kind == "llama"  # Phi-4 is no such kind
+    return own or any(known in name for known in PHI3)
 
 
 def check_lengths(tokens: Sequence[str], source: str) -> None:

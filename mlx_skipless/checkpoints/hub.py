@@ -158,10 +158,13 @@ def _check_gguf(source: str, folder: Path, config_only: bool) -> None:
     except Exception:  # the Hub cannot be reached, and what is missing will be named
         names = [str(file.relative_to(folder)) for file in folder.rglob("*")]
     if found := files.list_gguf(names):
-        raise UserError(
-            f"{source} holds GGUF files, {files.list_names(found)}: `hf download {source} "
-            f"{shlex.quote(found[0])}` prints the path to give"
+        whole = [name for name in found if not files.GGUF_PART.search(name)]
+        way_out = (
+            f"`hf download {source} {shlex.quote((whole or found)[0])}` prints the path to give"
         )
+        if not whole:
+            way_out = "parts of one, which `llama-gguf-split --merge` joins: give what it makes"
+        raise UserError(f"{source} holds GGUF files, {files.list_names(found)}: {way_out}")
 
 
 def _explain_failure(error: Exception, source: str, revision: str | None) -> str:

@@ -1,6 +1,7 @@
 """Tokenizers of models: loaded to be used, and carried from a source to a result."""
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -40,6 +41,8 @@ NO_MODEL_TYPE = {"transformers": {"model_type": ""}}
 GENERATION_CONFIG = "generation_config.json"
 # What rules cut differently: contractions, capitals, numbers, marks, runs of spaces and lines.
 PROBE = "It's WE'LL fooBar_baz(x);  12345 1.5\n\n\te\u0301t\u00e9 \u65e5\u672c/\r\n   end "
+PROBED = 8  # special tokens with text behind them
+KEPT = ("legacy",)  # settings of tokenizer_config.json that transformers obeys and does not save
 GIVE_CHECKPOINT = "give a checkpoint with a Hugging Face tokenizer"
 
 
@@ -87,6 +90,7 @@ def carry_tokenizer(
     files.check_links(source, code=trust_remote_code)
     _check_named_files(source)
     if files.is_there(source / GENERATION_CONFIG):
+        read_json(source / GENERATION_CONFIG)  # a result that nobody can read is none
         shutil.copyfile(source / GENERATION_CONFIG, folder / GENERATION_CONFIG)
     if not has_tokenizer(source):
         return False
@@ -122,23 +126,37 @@ def _save_tokenizer(checkpoint: Opened, folder: Path, trust_remote_code: bool) -
             tokenizer = _read_tokenizer(checkpoint.path, checkpoint.config, trust_remote_code)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
-            if isinstance(checkpoint.store, GGUFStore):
-                _check_read_back(tokenizer, folder, checkpoint.path)
+            _keep_settings(checkpoint.path, folder)
+            _check_read_back(tokenizer, folder, checkpoint.path, trust_remote_code)
     return tokenizer is not None
 
 
-def _check_read_back(tokenizer: Any, folder: Path, source: Path) -> None:
+def _keep_settings(source: Path, folder: Path) -> None:
+    """Put what transformers obeys and does not save into a result's tokenizer_config.json."""
+    if not source.is_dir() or not files.is_there(source / CONFIG):
+        return
+    given, saved = read_json(source / CONFIG), read_json(folder / CONFIG)
+    kept = {key: given[key] for key in KEPT if key in given}
+    (folder / CONFIG).write_text(json.dumps(saved | kept, indent=2, ensure_ascii=False))
+
+
+def _check_read_back(tokenizer: Any, folder: Path, source: Path, trust_remote_code: bool) -> None:
     """Check that transformers reads what was written; for some types it has rules of its own.
 
     Raises:
         UserError: if it cuts text otherwise.
     """
     config = read_json(folder / "config.json")
-    read = _read_tokenizer(folder, config, trust_remote_code=False)
-    if read(PROBE).input_ids != tokenizer(PROBE).input_ids:
+    read = _read_tokenizer(folder, config, trust_remote_code)
+    special = [f"{token} a\n b" for token in tokenizer.all_special_tokens[:PROBED]]
+    text = PROBE + "".join(special)
+    if read(text).input_ids != tokenizer(text).input_ids:
+        way_out = "use another export of it"
+        if not source.is_dir():
+            way_out = "convert the Hugging Face model instead"
         raise UserError(
             f"transformers cuts text for a {config['model_type']} by a rule of its own and not by "
-            f"that of {source}: convert the Hugging Face model instead"
+            f"that of {source}: {way_out}"
         )
 
 
@@ -214,12 +232,26 @@ def load_tokenizer(
         UserError: if it is missing, cannot be read, or belongs to another model.
     """
     options, called = _make_options(config, trust_remote_code), str(name or folder)
+    _check_tokenizer(folder, called, trust_remote_code)
     with _explain_errors(called, f"copy it again, or {GIVE_CHECKPOINT}"):
         with _prepare(folder, config, trust_remote_code) as ready:
             wrapper = mlx_lm.utils.load_tokenizer(
                 ready, options, eos_token_ids=config.get("eos_token_id")
             )
         return GuardedTokenizer(wrapper, called, count_embeddings(config))
+
+
+def _check_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> None:
+    """Check that a folder has a tokenizer; transformers makes an empty one of its settings alone.
+
+    Raises:
+        UserError: if it has none, unless it brings code, which may have files of other names.
+    """
+    brings_code = trust_remote_code and any(folder.glob("*.py"))
+    if not has_tokenizer(folder) and not brings_code:
+        raise UserError(
+            f"{name} has no tokenizer (tokenizer.json, tokenizer.model or another): copy it there"
+        )
 
 
 def count_embeddings(config: Mapping[str, Any]) -> int | None:
@@ -239,6 +271,7 @@ def fetch_tokenizer(source: str) -> transformers.PreTrainedTokenizerBase:
     """
     folder = hub.resolve(source, config_only=True)
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    _check_tokenizer(folder, source, trust_remote_code=False)
     with _explain_errors(source, "give a folder or Hub id with a Hugging Face tokenizer"):
         return _read_tokenizer(folder, config, trust_remote_code=False)
 
@@ -279,6 +312,11 @@ def _explain_errors(name: str | Path, remedy: str) -> Iterator[None]:
             f"config.json of {name} is malformed ({why.strip()}): correct it"
         ) from error
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"the tokenizer of {name} brings its own code: add --trust-remote-code if you "
+                "trust it and the command has that flag, else use another tokenizer"
+            ) from error
         raise UserError(
             f"the tokenizer of {name} cannot be read ({first_line(error)}): {remedy}"
         ) from error

@@ -159,8 +159,9 @@ def load_cache(
             f"{file} is no prompt cache ({first_line(e)}): `mlx_lm.cache_prompt` makes one"
         ) from e
     fresh = make_prompt_cache(model)
+    kinds = [type(one) for one in fresh]  # a layer without its attention changes its cache's
     _read_token(model, fresh)
-    if len(cache) != len(fresh) or not all(map(_fits, cache, fresh)):
+    if len(cache) != len(fresh) or not all(map(_fits, cache, fresh, kinds)):
         raise UserError(f"{file} is the cache of another model: make one with this model")
     made_with = metadata.get("model", name)
     if name is not None and os.path.realpath(made_with) != os.path.realpath(expand_path(name)):
@@ -168,16 +169,20 @@ def load_cache(
     return cache
 
 
-def _fits(stored: Any, own: Any) -> bool:
-    """Whether a stored cache is like a model's own, or was before it was quantized or bounded."""
-    whole = type(own) is KVCache
+def _fits(stored: Any, own: Any, kind: type) -> bool:
+    """Whether a stored cache is like a model's own, or was before it was quantized or bounded.
+
+    ``kind`` is what the model's own was before the model read a token into it.
+    """
+    whole = kind is KVCache
     if whole and isinstance(stored, QuantizedKVCache):
         try:
             own = own.to_quantized(stored.group_size, stored.bits)
         except (TypeError, ValueError):  # heads of another width
             return False
     bounded = whole and isinstance(stored, RotatingKVCache)
-    return (bounded or type(stored) is type(own)) and _list_widths(stored) == _list_widths(own)
+    alike = bounded or type(stored) in (kind, type(own))
+    return alike and _list_widths(stored) == _list_widths(own)
 
 
 def _list_widths(cache: Any) -> list[Any]:

@@ -87,7 +87,7 @@ def describe_overflow(
     """Say in a line if so many tokens are more than the model was made for."""
     context = find_context(model)
     if context is None or tokens <= context:
-        return None
+        return _describe_lost_window(model, f"{what} {tokens:,} tokens", tokens)
     seen = min(max_kv_size or context, tokens)
     told = f"{what} {tokens:,} tokens, more than the model's context of {context:,}"
     if seen == tokens:
@@ -108,11 +108,22 @@ def check_windows(model: nn.Module, lengths: Sequence[int], what: str) -> str | 
     """
     context, longest = find_context(model), max(lengths, default=0)
     if context is None or longest <= context:
-        return None
+        return _describe_lost_window(model, f"{what} {longest:,} tokens", longest)
     told = f"{what} {longest:,} tokens, more than the model's context of {context:,}"
     if has_position_table(model):
         raise UserError(f"{told}, and it has no more positions: give fewer")
     return told
+
+
+def _describe_lost_window(model: nn.Module, told: str, tokens: int) -> str | None:
+    """Say in a line if tokens in a row outgrow a window that the network does not have."""
+    window = getattr(model, "lost_window", None)  # what ``load`` found
+    if window is None or tokens <= window:
+        return None
+    return (
+        f"{told}, and some of the model's layers have a window of {window:,}: mlx-lm's own network "
+        "shows them all tokens, and differs from the source"
+    )
 
 
 def _is_length(value: Any) -> TypeGuard[int]:

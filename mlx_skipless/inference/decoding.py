@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..architectures.family import NO_WEIGHTS
 from ..checkpoints.packed import UnpackedStore, find_scheme
 from ..checkpoints.safetensors import SafetensorsStore
 from ..checkpoints.schemes import MLXScheme
@@ -65,18 +66,19 @@ def _is_int4(declared: Any, store: SafetensorsStore) -> bool:
     return fit and not any(n.endswith(("weight_zero_point", "weight_g_idx")) for n in store.shapes)
 
 
-def build_decoded(config: dict[str, Any], decoded: UnpackedStore, classes: Classes) -> nn.Module:
+def build_decoded(
+    config: dict[str, Any], weights: dict[str, mx.array], classes: Classes
+) -> nn.Module:
     """Build the network of a config with lazy dense weights, as ``mlx_lm.load_model`` does.
 
     Raises:
-        UserError: if parts of a matrix contradict each other.
         ValueError: if the tensors are not the network's.
     """
     kind, kind_args = classes(config=config)
     model: nn.Module = kind(kind_args.from_dict(config))
-    weights = decoded.load()
     if hasattr(model, "sanitize"):
         weights = model.sanitize(weights)
+    weights = {n: array for n, array in weights.items() if not n.endswith(NO_WEIGHTS)}
     own = tensors_of(model).keys()
     spare = [name for name in weights.keys() - own if name.endswith(".bias")]
     for name in spare:  # exporters write biases of zeros that a network does not have

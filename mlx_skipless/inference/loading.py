@@ -15,7 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..architectures.config import check_sizes, read_model_args
 from ..architectures.families import FAMILIES, find_family
-from ..architectures.family import DROP_LISTS, Family, Stock, read_dropped
+from ..architectures.family import DROP_LISTS, NO_WEIGHTS, Family, Stock, read_dropped
 from ..architectures.tensors import find_places, list_shapes
 from ..architectures.wrappers import TIED, is_wrapper, take_text_model
 from ..checkpoints import files, hub
@@ -33,7 +33,7 @@ from .adapters import apply_adapters
 from .caches import try_forward
 from .context import read_context
 from .decoding import build_decoded, open_decoded
-from .old_keys import add_old_keys
+from .old_keys import add_old_keys, find_lost_window
 
 QUANTIZATION_KEYS = ("quantization", "quantization_config")
 
@@ -111,9 +111,9 @@ def load_network(
             decoded = open_decoded(config, store, classes)
         stays = packed and decoded is None
         overrides = _find_overrides(config, own, decoded or store, stays, path_or_hf_repo)
-        if decoded is not None:
+        if (dense := decoded or _find_spare(config, store, packed)) is not None:
             config = mlx_lm.utils.load_config(folder) | overrides
-            model = build_decoded(config, decoded, classes)
+            model = build_decoded(config, dense.load(), classes)
         else:
             with _show(folder, store.files) as folder_shown:
                 model, config = mlx_lm.utils.load_model(
@@ -125,6 +125,7 @@ def load_network(
                 )
         _check_types(model, folder)
         model.context = read_context(config)
+        model.lost_window = find_lost_window(config)
         try_forward(model)
         if adapter_path is not None:
             model = apply_adapters(model, expand_path(adapter_path))
@@ -156,6 +157,14 @@ def _read_config(
         if not files.is_there(folder / str(code)):
             raise UserError(f"{folder} lacks {code}, its own code: download it again")
     return config, own
+
+
+def _find_spare(
+    config: dict[str, Any], store: SafetensorsStore, packed: bool
+) -> SafetensorsStore | None:
+    """Return the store if mlx-lm refuses tensors of it that hold no weights, where it is dense."""
+    spare = any(name.endswith(NO_WEIGHTS) for name in store.shapes)
+    return store if spare and not packed and not config.get("model_file") else None
 
 
 def _find_overrides(

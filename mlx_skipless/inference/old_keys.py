@@ -11,6 +11,7 @@ from typing import Any
 
 from mlx_lm.utils import _get_classes
 
+from ..architectures.families import FAMILIES
 from ..errors import UserError
 
 NO_WINDOW = (
@@ -50,11 +51,10 @@ def list_settings(config: Mapping[str, Any]) -> Mapping[str, bool]:
 
 def explain_unread(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield a sentence for each key that mlx-lm's network does not read and transformers obeys."""
-    inner = config.get("text_config")
-    text = inner if isinstance(inner, Mapping) else config
+    text = _take_text(config)
     if not (read := list_settings(text)):
         return
-    if (window := _find_lost_window(text, read)) is not None:
+    if (window := find_lost_window(text)) is not None:
         yield NO_WINDOW.format(window)
     key = "partial_rotary_factor"
     share = text.get(key) or _spell_rope(text.get("rope_parameters")).get(key)
@@ -62,17 +62,37 @@ def explain_unread(config: Mapping[str, Any]) -> Iterator[str]:
         yield PARTIAL.format(share)
 
 
-def _find_lost_window(text: Mapping[str, Any], read: Mapping[str, bool]) -> int | None:
+def _take_text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    inner = config.get("text_config")
+    return inner if isinstance(inner, Mapping) else config
+
+
+def find_lost_window(config: Mapping[str, Any]) -> int | None:
     """Find the window of attentions that look back on all tokens in mlx-lm's network."""
+    text = _take_text(config)
+    family = FAMILIES.get(str(text.get("model_type")))
+    if family is not None and family.stock is None:  # this package's own, which knows windows
+        return None
+    if family is None:
+        known = any("window" in name for name in list_settings(text))
+        uses = text.get("use_sliding_window", not str(text.get("model_type")).startswith("qwen"))
+        if known or not uses:
+            return None
+    else:
+        try:
+            text = family.to_own_keys({**text})
+        except UserError:  # whoever reads the model says so
+            return None
     window, longest, kinds = map(
         text.get, ("sliding_window", "max_position_embeddings", "layer_types")
     )
-    if type(window) is not int or any("window" in name for name in read):
+    if isinstance(kinds, list):
+        slides = family is not None and family.stock is not None and family.stock.slides
+        if slides or SLIDING not in kinds:
+            return None
+    if type(window) is not int or (type(longest) is int and longest <= window):
         return None
-    slides = text.get("use_sliding_window", not str(text["model_type"]).startswith("qwen"))
-    if not slides or (isinstance(kinds, list) and "sliding_attention" not in kinds):
-        return None
-    return None if type(longest) is int and longest <= window else window
+    return window
 
 
 def add_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,7 +36,14 @@ from ..network.parts import dtype_name, tensors_of
 from ..network.stock import StockNetwork
 from .caches import try_forward
 from .loading import load_network, tell_mlx_lm
-from .old_keys import NO_WINDOW, add_old_keys, explain_unread, find_classes, list_settings
+from .old_keys import (
+    NO_WINDOW,
+    add_old_keys,
+    explain_unread,
+    find_classes,
+    find_lost_window,
+    list_settings,
+)
 
 
 @dataclass(frozen=True)
@@ -269,11 +276,8 @@ def _find_lacking(config: Mapping[str, Any]) -> dict[str, str]:
 
 def _find_window(config: Mapping[str, Any]) -> dict[str, str]:
     """Find a window that mlx-lm's own network of a known architecture does not have."""
-    text, family = take_text_model(dict(config), weights=False)
-    args = read_model_args(text)
-    if "sliding_attention" not in args.layer_types or family.expresses(args):
-        return {}
-    return {"sliding_window": NO_WINDOW.format(args.sliding_window)}
+    window = find_lost_window(config)
+    return {} if window is None else {"sliding_window": NO_WINDOW.format(window)}
 
 
 def open_network(source: StockSource) -> StockNetwork:

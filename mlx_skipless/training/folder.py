@@ -44,7 +44,11 @@ class RunFolder:
             UserError: if another process has a run in it.
         """
         if not resume:
-            self.path.mkdir()
+            try:
+                self.path.mkdir()
+            except FileExistsError:  # another run has made it since
+                self.check_free()
+                raise
         try:
             with lock_folder(self.path.resolve()) as ours:
                 if ours is False:

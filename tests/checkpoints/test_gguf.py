@@ -51,6 +51,7 @@ import mlx_skipless
 from mlx_skipless.checkpoints import gguf_reader
 from mlx_skipless.checkpoints.checkpoint import open_checkpoint
 from mlx_skipless.checkpoints.gguf_file import GGUFStore
+from mlx_skipless.checkpoints.gguf_tokenizer import find_ends
 from mlx_skipless.checkpoints.tokenizer import carry_tokenizer
 from mlx_skipless.conversion.convert import convert
 from mlx_skipless.errors import UserError
@@ -347,6 +348,10 @@ def test_a_folder_with_one_gguf_file_is_that_file(tmp_path: Path, small):
         mlx_skipless.load(tmp_path)
     shutil.copyfile(small[0], tmp_path / "another.gguf")
     with pytest.raises(UserError, match=r"holds 2 GGUF files, M.Q8_0.GGUF, another.gguf: give one"):
+        open_checkpoint(tmp_path)
+    for i, old in enumerate(("M.Q8_0.GGUF", "another.gguf"), start=1):
+        (tmp_path / old).rename(tmp_path / f"m-0000{i}-of-00002.gguf")
+    with pytest.raises(UserError, match=r"2 parts .*--merge m-00001-of-00002.gguf OUT.gguf` and"):
         open_checkpoint(tmp_path)
 
 
@@ -827,14 +832,16 @@ GPT_2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
     ("name", "pre", "whole", "begins"),
     [
         ("gpt-2", GPT_2, False, False),
-        ("default", GPT_2, False, False),
         ("smollm", DIGITS, False, False),
+        ("minerva-7b", DIGITS, False, False),
         ("llama-bpe", splitter(LLAMA_3), True, True),
         ("llama3", splitter(LLAMA_3), True, True),
         ("tekken", splitter(NEMO), True, True),
         ("gpt-4o", splitter(O200K), False, False),
         ("smaug-bpe", splitter(LLAMA_3), False, False),
         ("qwen2", splitter(QWEN_2), False, False),
+        ("falcon3", splitter(LLAMA_3), True, True),
+        ("deepseek-r1-qwen", splitter(QWEN_2), False, False),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -842,7 +849,7 @@ def test_a_byte_level_bpe_tokenizes_as_the_original(
     tmp_path: Path, small, name: str, pre, whole: bool, begins: bool
 ):
     original = bpe(pre, ignore_merges=whole)
-    if name == "qwen2":
+    if pre is not GPT_2 and name.endswith(("qwen2", "qwen")):
         original.normalizer = normalizers.NFC()
 
     tokenizer = tokenizer_of(tmp_path, small, lambda w: describe_bpe(w, original, name))
@@ -933,6 +940,50 @@ def test_every_token_that_ends_a_turn_ends_an_answer(tmp_path: Path, small, give
     assert first == given.get("eos", 257) or given.get("eos") == 999
 
 
+@pytest.mark.parametrize(
+    ("names", "ends"),
+    [
+        (["<|end|>", "<|return|>", "<|call|>", "<|message|>"], ["<|return|>", "<|call|>"]),
+        (["<|flush|>", "<|end|>", "<|calls|>"], ["<|flush|>", "<|calls|>"]),
+        (["<|end|>", "<|call|>"], ["<|end|>", "<|call|>"]),
+        (["</s>", "<|tool_response>", "<turn|>"], ["<|tool_response>", "<turn|>"]),
+        (["</s>", "<eos>"], ["</s>", "<eos>"]),
+    ],
+    ids=["gpt-oss", "Solar Open", "neither", "Gemma 4", "others"],
+)
+def test_what_ends_a_message_ends_no_answer_where_answers_have_several(
+    names: list[str], ends: list[str]
+):
+    """As llama.cpp has it (`llama-vocab.cpp`), also where the file itself names that token."""
+    fields = {"tokenizer.ggml.tokens": ["a", *names], "tokenizer.ggml.eos_token_id": 1}
+    found = find_ends(fields.get, 1 + len(names))
+    assert {names[i - 1] for i in found} == {*ends} | ({names[0]} if names[0] in ends else set())
+
+
+@pytest.mark.parametrize(
+    ("name", "takes"),
+    [("Phi 3 Mini 4k Instruct", True), ("phi-3.5", True), ("Phi3", True), ("A Llama", False)],
+)
+def test_special_tokens_of_a_phi_3_take_the_white_space_behind_them(
+    tmp_path: Path, small, name: str, takes: bool
+):
+    tokens = ["<unk>", "<s>", "</s>", "▁", "\n", "a", "<|user|>", "<|endoftext|>"]
+
+    def describe(writer: gguf.GGUFWriter) -> None:
+        writer.add_name(name)
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(tokens)
+        writer.add_token_scores([0.0] * len(tokens))
+        writer.add_token_types([UNKNOWN, *[CONTROL] * 2, *[NORMAL] * 3, *[CONTROL] * 2])
+
+    tokenizer = tokenizer_of(tmp_path, small, describe)
+    for token in tokens[1:3] + tokens[6:]:
+        ids = tokenizer(f"{token}\n a", add_special_tokens=False).input_ids
+        cut = takes and token in ("</s>", "<|user|>")
+        expected = [token, "▁", "a"] if cut else [token, "▁", "\n", "▁", "a"]
+        assert tokenizer.convert_ids_to_tokens(ids) == expected, token
+
+
 def load_in_mlx_lm(folder: Path) -> Any:
     return mlx_lm.utils.load(str(folder), trust_remote_code=True)
 
@@ -987,7 +1038,8 @@ def test_absurd_tokens_are_refused_at_once(tmp_path: Path, small, tokens, compla
     ("metadata", "complaint"),
     [
         ({"model": "bert"}, "'bert'; known: gpt2 and llama.*Hugging Face model"),
-        ({"pre": "deepseek-v3"}, "'deepseek-v3'.*known: default.*Hugging Face model"),
+        ({"pre": "deepseek-v3"}, "'deepseek-v3'.*known: gpt-2.*Hugging Face model"),
+        ({"pre": "default"}, "'default'"),
         ({"pre": None}, "rule None"),
         ({"tokens": ["a", "b", "a"], "token_type": [1, 1, 1]}, "list of tokens"),
         ({"tokens": None}, "list of tokens"),

@@ -519,8 +519,16 @@ def test_a_data_set_without_its_package_is_one_line(monkeypatch: pytest.MonkeyPa
             "a.gguf, b/m 2.GGUF: `hf download tales/gguf a",
         ),
         (["sub/m 2.gguf"], "sub/m 2.gguf: `hf download tales/gguf 'sub/m 2.gguf'` prints the path"),
+        (
+            ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"],
+            "m-00001-of-00002.gguf, m-00002-of-00002.gguf: parts of one, which `llama-gguf-split",
+        ),
+        (
+            ["a-00001-of-00002.gguf", "a-00002-of-00002.gguf", "m.gguf"],
+            "a-00001-of-00002.gguf, a-00002-of-00002.gguf, m.gguf: `hf download tales/gguf m.gguf`",
+        ),
     ],
-    ids=["one", "several", "elsewhere"],
+    ids=["one", "several", "elsewhere", "parts", "parts and one"],
 )
 def test_a_repository_of_gguf_files_says_which_file_to_fetch(
     hub: HubServer, run: Run, tmp_path: Path, names: list[str], said: str, flags: list[str]

@@ -163,6 +163,22 @@ def test_awq(tmp_path: Path, group_size: int):
     assert checkpoint.packing == "AWQ 4-bit" and checkpoint.dtype == mx.float16
 
 
+@pytest.mark.parametrize("tool", ["AutoGPTQ", "AutoAWQ"])
+def test_settings_in_a_file_of_the_tools_own(tmp_path: Path, tool: str):
+    """As these tools wrote them before transformers knew of ``quantization_config``."""
+    settings, pack = gptq(4) if tool == "AutoGPTQ" else awq(32)
+    meant = write(tmp_path, settings, pack)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    own = {k: v for k, v in settings["quantization_config"].items() if k != "quant_method"}
+    if tool == "AutoAWQ":
+        own = {"w_bit": 4, "q_group_size": 32, "zero_point": True, "version": "GEMM"}
+    name = "quantize_config.json" if tool == "AutoGPTQ" else "quant_config.json"
+    (tmp_path / name).write_text(json.dumps(own))
+    assert_reads_as(tmp_path, meant)
+
+
 # MLX
 
 

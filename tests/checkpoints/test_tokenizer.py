@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 import mlx_skipless
 from mlx_skipless.checkpoints import guarded, limits, tokenizer_json
 from mlx_skipless.checkpoints.tekken import FIRST_SPECIALS, read_tekken
-from mlx_skipless.checkpoints.tokenizer import has_tokenizer, load_tokenizer
+from mlx_skipless.checkpoints.tokenizer import fetch_tokenizer, has_tokenizer, load_tokenizer
 from mlx_skipless.checkpoints.tokenizer_json import read_tokenizer
 from mlx_skipless.conversion.convert import convert
 from mlx_skipless.errors import UserError
@@ -666,6 +666,56 @@ def test_a_source_without_a_tokenizer_says_so(model: Path, tmp_path: Path):
         (model / name).unlink()
     report = convert(model, tmp_path / "out", verify=False)
     assert any("no tokenizer" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("kind", ["Qwen2Tokenizer", "LlamaTokenizer", "PreTrainedTokenizerFast"])
+def test_settings_alone_are_no_tokenizer(model: Path, kind: str):
+    """transformers makes an empty one of them, whose every text is special tokens."""
+    (model / "tokenizer.json").unlink()
+    added = {"256": {"content": "<s>", "special": True}}
+    edit(
+        model / "tokenizer_config.json",
+        lambda c: c.update(tokenizer_class=kind, added_tokens_decoder=added),
+    )
+    with pytest.raises(UserError, match=r"has no tokenizer \(tokenizer.json, .*: copy it there"):
+        mlx_skipless.load(model)
+    with pytest.raises(UserError, match="has no tokenizer"):
+        fetch_tokenizer(str(model))
+
+
+def test_a_tokenizer_that_brings_code_asks_for_trust(model: Path, tmp_path: Path):
+    names = {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}
+    edit(
+        model / "tokenizer_config.json",
+        lambda c: c.update(tokenizer_class="OwnTokenizer", auto_map=names),
+    )
+    for act in (mlx_skipless.load, lambda source: convert(source, tmp_path / "out")):
+        with pytest.raises(UserError, match=r"brings its own code: add --trust-remote-code") as e:
+            act(model)
+        assert "partial" not in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("stock", [True, False], ids=["stock", "own"])
+def test_a_legacy_sentencepiece_stays_one(model: Path, tmp_path: Path, legacy: bool, stock: bool):
+    """One puts a space before any text, the other before the first alone."""
+    tokenizer = sentencepiece(prefix=True)
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.save(str(model / "tokenizer.json"))
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "unk_token": "<unk>"}
+    settings |= {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": False}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    edit(model / "config.json", lambda config: config.update(vocab_size=300))
+    sizes = SIZES | {"vocab_size": 300}
+    make_llama(tmp_path / "larger", **sizes)
+    shutil.copyfile(tmp_path / "larger" / "model.safetensors", model / "model.safetensors")
+    convert_to(tmp_path / "out", model, stock)
+    ids = [
+        mlx_skipless.load(folder)[1].encode("<s>ab</s>cd<s> e", add_special_tokens=False)
+        for folder in (model, tmp_path / "out")
+    ]
+    assert ids[0] == ids[1]
+    assert ids[0].count(tokenizer.token_to_id("▁")) == (3 if legacy else 1)
 
 
 def test_an_id_of_two_tokens(model: Path):

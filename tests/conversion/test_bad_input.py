@@ -501,6 +501,14 @@ def test_an_absurd_size(
     assert f"@/model/{name} has 0 MB" in refused()
 
 
+@pytest.mark.parametrize("content", ["", '{"eos_token_id": 1,}', "[1]", "null"])
+def test_generation_settings_that_cannot_be_read(refused: Refused, place: Path, content: str):
+    """mlx-lm passes over such a file; the result's other readers would not."""
+    (place / "model" / "generation_config.json").write_text(content)
+    error = refused()
+    assert "@/model/generation_config.json " in error and "tokenizer" not in error
+
+
 @pytest.mark.parametrize("levels", [65, 900])
 def test_a_config_of_absurd_depth(refused: Refused, place: Path, levels: int):
     edit_config(place / "model", **json.loads('{"deep":' * levels + "1" + "}" * levels))
@@ -942,6 +950,24 @@ def test_a_pretrained_model_that_lacks_a_tensor(
     assert f"no tensor {name}" in refused()
 
 
+def test_a_model_of_another_kind_is_called_by_its_name(
+    refused: Refused, made: Callable[..., Path], tmp_path: Path
+):
+    model = tmp_path / "model"
+    shutil.copytree(made(make_llama), model)
+    edit_tensors(model, drop("lm_head.weight"))
+    edit_config(model, architectures=["LlamaForSequenceClassification"])
+    assert "says LlamaForSequenceClassification, and that is no language model" in refused()
+    edit_config(model, architectures=["LlamaModel"])
+
+    def cut(tensors: dict[str, Any]) -> None:
+        for name in [*tensors]:
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    edit_tensors(model, cut)
+    assert "its tensors have other names, such as embed_tokens.weight" in refused()
+
+
 def test_a_number_type_that_mlx_does_not_read(refused: Refused, place: Path):
     file = place / "model" / "model.safetensors"
     tensors = safetensors.numpy.load_file(file)
@@ -956,10 +982,14 @@ def test_scales_of_a_quantized_cache_are_passed_over(
 ) -> None:
     shutil.copytree(made(make_llama), tmp_path / "model")
     whole = convert(tmp_path / "model", tmp_path / "whole")
-    for part in ("k", "v"):
-        name = f"model.layers.1.self_attn.{part}_scale"
+    for part in ("k_scale", "v_scale", "rotary_emb.cos_cached", "rotary_emb.inv_freq"):
+        name = f"model.layers.1.self_attn.{part}"
         edit_tensors(tmp_path / "model", lambda tensors, n=name: tensors.update({n: mx.ones(1)}))
+    edit_tensors(tmp_path / "model", put("model.rotary_emb.inv_freq", lambda _: mx.ones(4)))
     assert convert(tmp_path / "model", tmp_path / "out").params_after == whole.params_after
+    tokens = mx.arange(9)[None]
+    logits = [load(tmp_path / name)[0](tokens) for name in ("model", "whole")]
+    assert mx.allclose(*logits, rtol=1e-5, atol=1e-5)
 
 
 def test_a_tensor_that_is_ignored_may_be_of_a_type_that_mlx_has_not(place: Path):

@@ -15,13 +15,14 @@ from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load as load_stock
+from zoo import make_model
 
 from mlx_skipless import cli
 from mlx_skipless.constants import BUNDLED
 from mlx_skipless.errors import UserError
 from mlx_skipless.evaluation import benchmark
 from mlx_skipless.inference import caches, chat, context, generation
-from mlx_skipless.inference.loading import load
+from mlx_skipless.inference.loading import load, load_network
 
 Loaded = tuple[nn.Module, TokenizerWrapper]
 PROMPT = list(b"The quick brown fox jumps over the lazy dog.")  # 44 tokens
@@ -109,6 +110,28 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embedding
 )  # fmt: skip
 def test_a_config_says_how_long(config: dict[str, Any], length: int | None) -> None:
     assert context.read_context(config) == length
+
+
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [
+        ({"use_sliding_window": True, "max_window_layers": 1}, 16),
+        ({"use_sliding_window": True, "max_window_layers": 2}, None),
+        ({"use_sliding_window": False}, None),
+    ],
+    ids=["some layers", "no layer", "unused"],
+)
+def test_a_window_of_some_layers_that_mlx_lm_has_not_is_told(
+    changes: dict[str, Any], window: int | None, tmp_path: Path
+) -> None:
+    make_model(tmp_path, "qwen2", num_hidden_layers=2, sliding_window=16, **changes)
+    model = load_network(tmp_path)[0]
+    assert model.lost_window == window
+    for tokens in (16, 17):
+        told = context.describe_overflow(model, tokens)
+        assert told == context.check_windows(model, [3, tokens], "the prompt has")
+        assert (told is not None) == (window is not None and tokens > window)
+        assert told is None or "a window of 16: mlx-lm's own network shows" in told
 
 
 def test_every_way_to_load_finds_the_same(folder: Path, table: nn.Module) -> None:

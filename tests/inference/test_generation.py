@@ -23,10 +23,18 @@ import pytest
 from commands import script
 from factory import EOS, make_checkpoint, make_llama
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, save_prompt_cache
+from mlx_lm.generate import maybe_quantize_kv_cache
+from mlx_lm.models.cache import (
+    CacheList,
+    KVCache,
+    RotatingKVCache,
+    make_prompt_cache,
+    save_prompt_cache,
+)
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from transformers import tokenization_utils_base
+from zoo import make_model
 
 from mlx_skipless import cli
 from mlx_skipless.conversion import convert
@@ -443,6 +451,23 @@ def test_a_quantized_or_bounded_prompt_cache(kind: str, folder: Path, tmp_path: 
     make_llama(tmp_path / "narrow", head_dim=64, num_hidden_layers=2)
     with pytest.raises(UserError, match="another model"):
         caches.load_cache(file, load(tmp_path / "narrow")[0])
+
+
+@pytest.mark.parametrize("kind", ["plain", "quantized", "bounded"])
+@pytest.mark.parametrize("options", [{"drop_attention": 1}, {"replace_attention": 1}], ids=str)
+def test_a_prompt_cache_of_a_model_that_lacks_an_attention(
+    options: dict[str, int], kind: str, tmp_path: Path
+) -> None:
+    make_model(tmp_path / "src", "olmo2", head_dim=32)
+    convert.convert(tmp_path / "src", tmp_path / "out", verify=False, **options)
+    model, _ = load(tmp_path / "out")
+    cache = make_prompt_cache(model, max_kv_size=40 if kind == "bounded" else None)
+    model(mx.array([[1, 2, 3]]), cache=cache)
+    if kind == "quantized":
+        maybe_quantize_kv_cache(cache, 0, kv_group_size=32, kv_bits=8)
+    save_prompt_cache(str(tmp_path / "cache.safetensors"), cache)
+    found = caches.load_cache(tmp_path / "cache.safetensors", model)
+    assert mx.array_equal(*(model(mx.array([[4, 5]]), cache=one) for one in (cache, found)))
 
 
 def test_a_prompt_cache_of_another_model_is_refused(

@@ -31,7 +31,7 @@ from mlx_skipless import UserError, cli
 from mlx_skipless.cli import events
 from mlx_skipless.terminal import make_visible
 from mlx_skipless.training import optimizer, pretraining
-from mlx_skipless.training.folder import Event, read_log
+from mlx_skipless.training.folder import Event, RunFolder, read_log
 from mlx_skipless.training.optimizer import Schedule
 from mlx_skipless.training.recipe import Recipe
 from mlx_skipless.training.recipe import TrainingPace as Pace
@@ -931,6 +931,21 @@ def test_what_cannot_be_leaves_nothing(
         run(data and Path(data), out, **options)
     assert "\n" not in str(refusal.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_runs_that_begin_at_once(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One begins after the other has looked whether the folder is free."""
+    out, before = tmp_path / "run", RunFolder.check_free
+
+    def check(folder: RunFolder) -> None:
+        before(folder)
+        (folder.path / "training").mkdir(parents=True)
+        (folder.path / "training/run.json").write_text("the other's")
+
+    monkeypatch.setattr(RunFolder, "check_free", check)
+    with pytest.raises(UserError, match=r"holds a run: --resume goes on with it, or give"):
+        run(text, out)
+    assert (out / "training/run.json").read_text() == "the other's"
 
 
 @pytest.mark.parametrize("key", [f.name for f in dataclasses.fields(Pace)])
