@@ -137,7 +137,13 @@ MUTANTS: list[tuple[str, str, str, str]] = [
         "tests/quantization/test_formats.py",
     ),
     ("old_keys", "longest <= window", "False", "tests/inference/test_old_keys.py"),
-    ("old_keys", "if not slides or", "if", "tests/inference/test_old_keys.py"),
+    ("old_keys", "if known or not uses:", "if known:", "tests/inference/test_old_keys.py"),
+    (
+        "old_keys",
+        "stock is not None and stock.slides",
+        "stock is not None",
+        "tests/inference/test_context.py -k window_of_some",
+    ),
     ("old_keys", "text.get(key) or _spell_rope", "_spell_rope", "tests/inference/test_old_keys.py"),
     (
         "safetensors",
@@ -924,7 +930,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ),
     (
         "inference",
-        "if bool(mx.isnan(logits[response.token])):",
+        "if bool(mx.isnan(response.logprobs[response.token])):",
         "if False:",
         "tests/inference/test_generation.py -k no_numbers",
     ),
@@ -962,7 +968,21 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("unpacking", "if 2 * size > free:", "if False:", GGUF),
     ("planning", "in_place |= isinstance", "in_place &= isinstance", GGUF_PACKED),
     ("layout", "and self.scale == 1", "", "tests/architectures/test_gemma.py -k scaled_rows"),
-    ("tokenizer", "if read(PROBE).input_ids != tokenizer", "if [] and tokenizer", GGUF),
+    ("tokenizer", "if read(text).input_ids != tokenizer", "if [] and tokenizer", GGUF),
+    ("tokenizer", "saved | kept", "saved", "tests/checkpoints/test_tokenizer.py -k legacy"),
+    ("gguf_tokenizer", "and i not in no_ends", "", "tests/checkpoints/test_gguf.py -k ends"),
+    (
+        "gguf_tokenizer",
+        "and token not in PHI3_PLAIN",
+        "",
+        "tests/checkpoints/test_gguf.py -k phi_3",
+    ),
+    (
+        "caches",
+        "in (kind, type(own))",
+        "is type(own)",
+        "tests/inference/test_generation.py -k lacks_an_attention",
+    ),
 ]
 
 

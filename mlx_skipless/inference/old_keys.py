@@ -71,7 +71,8 @@ def find_lost_window(config: Mapping[str, Any]) -> int | None:
     """Find the window of attentions that look back on all tokens in mlx-lm's network."""
     text = _take_text(config)
     family = FAMILIES.get(str(text.get("model_type")))
-    if family is not None and family.stock is None:  # this package's own, which knows windows
+    stock = None if family is None else family.stock
+    if family is not None and stock is None:  # this package's own, which knows windows
         return None
     if family is None:
         known = any("window" in name for name in list_settings(text))
@@ -86,10 +87,8 @@ def find_lost_window(config: Mapping[str, Any]) -> int | None:
     window, longest, kinds = map(
         text.get, ("sliding_window", "max_position_embeddings", "layer_types")
     )
-    if isinstance(kinds, list):
-        slides = family is not None and family.stock is not None and family.stock.slides
-        if slides or SLIDING not in kinds:
-            return None
+    if isinstance(kinds, list) and (SLIDING not in kinds or (stock is not None and stock.slides)):
+        return None
     if type(window) is not int or (type(longest) is int and longest <= window):
         return None
     return window
