@@ -3,7 +3,6 @@
 import argparse
 from typing import Any
 
-from ..errors import BadArgument
 from .shared import DEFAULT_MODEL, add_held_out_arguments, add_output_arguments, open_output
 
 EXAMPLES = (
@@ -34,8 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: dict[str, Any]) -> None:
     from ..evaluation.perplexity import measure_perplexity
 
-    if not (options["data"] or options["validation"]):
-        raise BadArgument("no text: give --data, whose end is held out, or --validation")
     with open_output(options) as shown:
         score = measure_perplexity(**options | {"data": options["data"] or ()}, warn=shown.warn)
         shown.say(

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..checkpoints.files import is_there
 from ..constants import HELD_OUT_SHARE
-from ..errors import UserError, explain_nan
+from ..errors import BadArgument, UserError, explain_nan
 from ..inference.context import check_windows, find_context
 from ..inference.loading import load
 from ..network.metrics import measure_nll
@@ -72,6 +72,8 @@ def measure_perplexity(
     check_least("--context", context)
     check_least("--batch-size", batch_size)
     data, validation = list_files(data), list_files(validation)
+    if not data and not validation:
+        raise BadArgument("no text: give --data, whose end is held out, or --validation")
     for file in data if validation else ():
         if not is_there(expand_path(file)):
             raise UserError(f"{file} cannot be read: there is no such file")
@@ -84,6 +86,11 @@ def measure_perplexity(
     length = context or min(CONTEXT, find_context(network) or CONTEXT)
     if (beyond := check_windows(network, [length], "--context")) is not None:
         warn(beyond)
+    if not texts.validation:
+        raise UserError(
+            f"--validation-share {validation_share} of the lines of --data holds out no text: give "
+            "a larger share, or --validation FILE, which is taken whole"
+        )
     tokens = corpus.encode(texts.validation, tokenizer)
     check_held_out(tokens, length, tokenizer._tokenizer)
     network = widen(network)

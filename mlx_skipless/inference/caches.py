@@ -132,6 +132,19 @@ def make_draft_caches(
     return [*own, *unused, *draft]
 
 
+def check_cache(name: str, cache: Any, model: nn.Module) -> None:
+    """Check that something is a list of caches, one for each that a model's layers need.
+
+    Raises:
+        BadArgument: if it is not; ``name`` begins the message.
+    """
+    layers = len(make_prompt_cache(model))
+    if not (isinstance(cache, list) and all(hasattr(one, "state") for one in cache)):
+        raise BadArgument(f"{name}: is no list of caches, as make_cache makes one")
+    if len(cache) != layers:
+        raise BadArgument(f"{name}: has {len(cache)} caches and the model needs {layers}")
+
+
 def load_cache(
     file: str | Path,
     model: nn.Module,

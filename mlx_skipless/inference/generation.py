@@ -19,7 +19,13 @@ from ..constants import DRAFTS
 from ..errors import BadArgument, UserError, explain_nan, first_line
 from ..memory import format_bytes
 from ..options import check_least
-from .caches import cut_prompt, make_cache, make_draft_caches, make_sliding_cache
+from .caches import (
+    check_cache,
+    cut_prompt,
+    make_cache,
+    make_draft_caches,
+    make_sliding_cache,
+)
 from .context import find_context, limit_answer
 from .loading import load
 from .prompts import check_ids, encode_prompt, list_ids
@@ -252,6 +258,7 @@ def _choose_cache(
     if given is not None:
         if max_kv_size is not None or kv_bits is not None:
             raise BadArgument("max_kv_size and kv_bits shape a new cache: give them to make_cache")
+        check_cache("prompt_cache", given, model)
         return given, ids
     if max_kv_size is None and kv_bits is None and tokens > (find_context(model) or tokens):
         cache = make_sliding_cache(model)

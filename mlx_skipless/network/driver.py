@@ -407,8 +407,9 @@ class Recorder(nn.Module):
         super().__init__()
         self.inner = inner
 
-    def __call__(self, x: Any, *others: Any, **options: Any) -> Any:
-        self.x, self.y = x, self.inner(x, *others, **options)
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        x, *_ = (*args, *options.values())  # some blocks name what they give
+        self.x, self.y = x, self.inner(*args, **options)
         return self.y
 
     def __getattr__(self, name: str) -> Any:
@@ -427,9 +428,9 @@ class _Counted(Recorder):
 
     count = 0
 
-    def __call__(self, x: Any, *others: Any, **options: Any) -> Any:
+    def __call__(self, *args: Any, **options: Any) -> Any:
         self.__dict__["count"] = self.count + 1
-        return super().__call__(x, *others, **options)
+        return super().__call__(*args, **options)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Apply an embedding as a tied head does."""

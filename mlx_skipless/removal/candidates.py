@@ -1,11 +1,10 @@
 """Which matrices could become the identity at a point of the stream, and why others cannot."""
 
+from dataclasses import replace
+
 from ..network.model import ModelArgs
 from ..network.names import HEAD
 from ..network.wiring import LETTERS, Point, find_points, parse_layer, parse_letter
-
-# What helps where nothing can go.
-AS_IT_IS = "-q and --drop-attention auto make the model smaller as it is"
 
 
 def find_candidates(point: Point) -> dict[str, str]:
@@ -103,18 +102,51 @@ def explain_shape(args: ModelArgs, letter: str) -> str | None:
     return None
 
 
+def find_removable(args: ModelArgs) -> set[str]:
+    """Find the letters of which something can go from a network as it is."""
+    points = find_points(args)
+    return {
+        letter
+        for index, point in enumerate(points)
+        for letter, path in find_candidates(point).items()
+        if explain_shape(args, letter) is None
+        and explain_obstacle(args, points, index, path) is None
+    }
+
+
 def suggest_removals(args: ModelArgs) -> str:
     """Suggest what can go from a network of which something else cannot."""
-    ways = _find_ways(args)
+    skipless = not find_removable(args) and can_be_skipless(args)
+    bare = replace(args, skip="none", norm="qkv", shared_norm=False) if skipless else args
+    removable = find_removable(bare)
+    cut = ("".join(letter for letter in way if letter in removable) for way in _find_ways(bare))
+    ways = list(dict.fromkeys(filter(None, cut))) or sorted(removable)
     if not ways:
         return "nothing can go"
     together = len(ways[0]) > 1
     what = " or ".join(way[0].upper() for way in ways) + (" and P" if together else "")
-    if args.skip == "both" and args.norm == "pre":
+    if skipless:
         how = " or ".join(f"--skipless --remove {way}" for way in ways)
         network = "of its skipless network, which needs training"
-        return f"{AS_IT_IS}; {network}, {what} can go, {how}"
+        return f"{say_what_else_helps(args)}; {network}, {what} can go, {how}"
     return f"only {what} can go, --remove {' or --remove '.join(ways)}"
+
+
+def can_be_skipless(args: ModelArgs) -> bool:
+    """Whether ``--skipless`` takes a network."""
+    return args.norm == "pre" and not args.precomputed
+
+
+def say_what_else_helps(args: ModelArgs) -> str:
+    """Say what makes a model smaller of which nothing can go."""
+    if args.skip == "both":
+        return "-q and --drop-attention auto make the model smaller as it is"
+    return "-q makes the model smaller as it is"
+
+
+def name_all_with(args: ModelArgs, letter: str) -> str:
+    """Return the letters to ask for where a matrix of one letter shall go."""
+    return "qp" if letter == "q" and _takes_both(args) else letter
 
 
 def _find_ways(args: ModelArgs) -> list[str]:
@@ -122,9 +154,14 @@ def _find_ways(args: ModelArgs) -> list[str]:
     free = [letter for letter in "qkvp" if explain_shape(args, letter) is None]
     readers = ["q"] if "q" in free else [letter for letter in free if letter != "p"]
     writers = ["p"] if "p" in free and (not readers or count_saved_by_p(args) > 0) else []
-    if readers and writers and args.block == "serial" and args.skip != "ffn":
+    if readers and writers and _takes_both(args):
         return [f"{reader}p" for reader in readers]
     return [*readers, *writers]
+
+
+def _takes_both(args: ModelArgs) -> bool:
+    """Whether P and one of Q, K and V become the identity at points of their own."""
+    return args.block == "serial" and args.skip != "ffn"
 
 
 def count_saved_by_p(args: ModelArgs) -> int:

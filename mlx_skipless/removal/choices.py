@@ -13,12 +13,15 @@ from ..network.parts import dtype_name
 from ..network.wiring import Point, find_points, parse_layer, parse_letter
 from .algebra import Conditioning
 from .candidates import (
-    AS_IT_IS,
+    can_be_skipless,
     count_saved_by_p,
     explain_obstacle,
     explain_shape,
     find_candidates,
+    find_removable,
     is_tied_end,
+    name_all_with,
+    say_what_else_helps,
     suggest_removals,
     writes_alone,
 )
@@ -169,9 +172,12 @@ def _refuse_absent_letters(
 
 
 def _find_way_out(args: ModelArgs) -> str:
-    if args.norm == "pre" and args.skip == "both":
-        return f"{AS_IT_IS}; --skipless makes its skipless network, which needs training"
-    return "--remove auto takes what can go"
+    if find_removable(args):
+        return suggest_removals(args)
+    helps = say_what_else_helps(args)
+    if can_be_skipless(args):
+        return f"{helps}; --skipless makes its skipless network, which needs training"
+    return helps
 
 
 def _refuse_singular(request: Request, eliminated: Mapping[int, str]) -> None:
@@ -211,7 +217,7 @@ def _choose_by_noise(request: Request) -> tuple[dict[int, str], list[str]]:
         path = free[best]
         cost = request.costs.get(path)
         if cost is not None and not cost.pays:
-            notes.append(_explain_cost(path, cost))
+            notes.append(_explain_cost(request.args, path, cost))
         elif noise[best] <= NOISE_LIMIT:
             eliminated[index] = path
         else:
@@ -247,11 +253,11 @@ def _estimate_noise(request: Request, index: int, path: str) -> float:
     return math.inf if tied and measured.extra_bits else 0
 
 
-def _explain_cost(path: str, cost: RemovalCost) -> str:
+def _explain_cost(args: ModelArgs, path: str, cost: RemovalCost) -> str:
     return (
         f"{_name(path)} stays: quantized without it the model would be {cost.removed:.2g} nats per "
         f"token from its source by this alone, with it {cost.rounded:.2g} "
-        f"(--remove {_insist_on(parse_letter(path))} insists)"
+        f"(--remove {name_all_with(args, parse_letter(path))} insists)"
     )
 
 
@@ -263,12 +269,8 @@ def _explain_noise(request: Request, letter: str, layers: list[int]) -> str:
     )
     return (
         f"{letter.upper()} of layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))} "
-        f"stays: {why} (--remove {_insist_on(letter)} insists)"
+        f"stays: {why} (--remove {name_all_with(request.args, letter)} insists)"
     )
-
-
-def _insist_on(letter: str) -> str:
-    return "qp" if letter == "q" else letter
 
 
 def _explain_auto(request: Request, eliminated: Mapping[int, str], noted: bool) -> list[str]:
@@ -277,7 +279,8 @@ def _explain_auto(request: Request, eliminated: Mapping[int, str], noted: bool) 
     if eliminated and request.conditioning is None:
         return ["chosen by arithmetic alone: no weights at hand to measure conditioning on"]
     if not eliminated and args.norm == "pre":
-        return ["no exact removal of Q or P exists for a model with skips and norms"]
+        what = "norms on its stream" if args.skip == "none" else "skips and norms"
+        return [f"no exact removal of Q or P exists for a model with {what}"]
     if not eliminated and not noted and (shape := explain_shape(args, "q")):
         saves = count_saved_by_p(args) > 0
         wider = "" if saves else "; without P the FFN would read wider heads"

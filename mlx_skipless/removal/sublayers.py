@@ -18,6 +18,7 @@ from ..network.metrics import measure_nll
 from ..network.model import ModelArgs, Stream, take_stream
 from ..network.names import SUBLAYERS
 from ..progress import Steps, tell_part
+from .candidates import find_removable, say_what_else_helps
 
 ASKED = ("attention", "ffn", "block")  # what can be asked for; a block is both
 SHORTLIST = 2  # times as many as shall go, the least important, are tried alone
@@ -67,9 +68,11 @@ def explain_undroppable(args: ModelArgs) -> str | None:
     if args.precomputed:
         return "the first layer is a table; drop from the model that it is of"
     if args.skip != "both" and not (args.skip == "ffn" and args.block == "parallel"):
+        helps = say_what_else_helps(args)
+        if find_removable(args):
+            helps = "--remove removes weights from this model"
         return (
-            "nothing passes a dropped sub-layer where no skip connection leads around it; --remove "
-            "removes weights from this model"
+            "nothing passes a dropped sub-layer where no skip connection leads around it; " + helps
         )
     return None
 

@@ -123,8 +123,15 @@ def test_the_command_is_the_function(tmp_path: Path, capsys: pytest.CaptureFixtu
         ({"context": 0}, "--context 0: must be at least 1"),
         ({"batch_size": 0}, "--batch-size 0: must be at least 1"),
         ({"validation": ["@/blank.jsonl"]}, "the held-out text has no characters"),
-        ({"validation": []}, r"the held-out text has 0 tokens.*--validation FILE"),
-        ({"validation": [], "data": ["@/line.txt"]}, r"has 0 tokens.*--validation FILE"),
+        ({"validation": []}, "no text: give --data, whose end is held out, or --validation"),
+        (
+            {"validation": [], "data": ["@/line.txt"]},
+            r"-share 0\.03 of .* no text.*--validation FILE",
+        ),
+        (
+            {"validation": [], "data": ["@/text.txt"], "validation_share": 0.0},
+            "-share 0.0 of .* no",
+        ),
         ({"context": 10**6}, "too few for a context of 1,000,000"),
         ({"model": "@/none"}, "none"),
         ({"validation": ["@/none.txt"]}, r"none\.txt cannot be read"),

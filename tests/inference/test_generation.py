@@ -266,6 +266,9 @@ def test_every_width_quantizes_to_all_bits(tmp_path: Path, head_dim: int, bits: 
         ({"kv_bits": 5}, "--kv-bits 5"),
         ({"max_kv_size": 4}, "--max-kv-size 4"),
         ({"kv_bits": 8, "max_kv_size": 64}, "drop one"),
+        ({"prompt_cache": 3}, "prompt_cache: is no list of caches"),
+        ({"prompt_cache": "ab"}, "prompt_cache: is no list of caches"),
+        ({"prompt_cache": [KVCache()]}, "prompt_cache: has 1 caches and the model needs 3"),
     ],
 )
 def test_options_that_cannot_be_are_refused(llama: Loaded, options: dict[str, Any], says: str):

@@ -16,6 +16,7 @@ from mlx_skipless.removal.algebra import Conditioning
 from mlx_skipless.removal.candidates import find_measurable
 from mlx_skipless.removal.choices import RemovalCost
 from mlx_skipless.removal.plan import isolate_removal, make_plan
+from mlx_skipless.removal.sublayers import explain_undroppable
 
 BASE = ModelArgs(
     "skipless", hidden_size=64, num_hidden_layers=3, intermediate_size=96, num_attention_heads=4,
@@ -30,6 +31,57 @@ def wired(args: ModelArgs) -> list[tuple[list[str], list[str]]]:
         return f"{parts[2]}.{parts[-1][0]}" if "layers" in path else parts[-1]
 
     return [([*map(short, p.producers)], [*map(short, p.consumers)]) for p in find_points(args)]
+
+
+NETWORKS = [
+    replace(BASE, block=block, skip=skip, norm=norm, tie_word_embeddings=tied, removed=removed)
+    for block, skip, norm, tied, removed in itertools.product(
+        ("serial", "parallel"), ("none", "ffn", "both"), ("none", "qkv", "pre"), (True, False),
+        ({}, {"q": [0, 1, 2]}),
+    )
+    if not (block == "parallel" and skip == "ffn")
+]  # fmt: skip
+SHAPES = [
+    {}, {"num_key_value_heads": 4}, {"head_dim": 32}, {"head_dim": 8},
+    {"num_hidden_layers": 1, "num_key_value_heads": 4}, {"num_hidden_layers": 1, "head_dim": 8},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_way_out_of_a_refusal_is_open(shape: dict[str, int]) -> None:
+    """Each `--remove` that a refusal or a note names is obeyed, and takes something."""
+    ways = set()
+    for network in NETWORKS:
+        layers = shape.get("num_hidden_layers", 3)
+        removed = {letter: [*range(layers)] for letter in network.removed}
+        args = replace(network, **shape, removed=removed)
+        noisy = {path: Conditioning(1e5, 1e5) for path in find_measurable(args, "auto")}
+        said = make_plan(args, conditioning=noisy, dtype=mx.float16).notes
+        for letters in ("q", "k", "v", "p", "qp", "kp", "vp"):
+            try:
+                make_plan(args, remove=letters)
+            except UserError as refusal:
+                said = (*said, str(refusal))
+        for line in said:
+            for skipless, letters in re.findall(r"(--skipless )?--remove ([qkvp]+)\b", line[12:]):
+                plan = make_plan(args, remove=letters, skipless=bool(skipless))
+                assert any(plan.gone.values()), (line, letters)
+                ways.add(letters)
+    assert ways
+
+
+@pytest.mark.parametrize(
+    ("changes", "helps"),
+    [
+        ({"block": "parallel", "norm": "pre"}, "-q makes the model smaller as it is"),
+        ({}, "--remove removes weights from this model"),
+    ],
+    ids=["nothing can go", "skipless"],
+)
+def test_what_helps_a_network_without_skips_that_shall_lose_a_sub_layer(
+    changes: dict[str, str], helps: str
+) -> None:
+    assert explain_undroppable(replace(BASE, **changes)).endswith(f"leads around it; {helps}")
 
 
 def test_points_of_a_serial_block() -> None:

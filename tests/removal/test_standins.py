@@ -272,10 +272,13 @@ CONVERTED = [
     ("gemma4_text", {"replace_attention": "auto", "max_loss": 0.5, "drop_ffn": 1}),
     ("gpt_oss", {"replace_ffn": 2, "drop_block": 1, "quantize": True, "q_group_size": 32}),
     ("llama", {"replace_attention": 2, "greedy": True, "dtype": "float16"}),
+    ("plamo", {"replace_attention": 1}),  # whose blocks name what they give their attention
 ]
 
 
-@pytest.mark.parametrize("case", only(CONVERTED[2:3], CONVERTED), ids=lambda case: case[0])
+@pytest.mark.parametrize(
+    "case", only(CONVERTED[2:3] + CONVERTED[4:], CONVERTED), ids=lambda case: case[0]
+)
 def test_converted(case: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
     """The result, loaded by mlx-lm alone, is the source with matrices in these places."""
     name, asked = case
