@@ -137,7 +137,12 @@ MUTANTS: list[tuple[str, str, str, str]] = [
         "tests/quantization/test_formats.py",
     ),
     ("old_keys", "longest <= window", "False", "tests/inference/test_old_keys.py"),
-    ("old_keys", "if known or not uses:", "if known:", "tests/inference/test_old_keys.py"),
+    (
+        "old_keys",
+        "for name in read) or not uses:",
+        "for name in read):",
+        "tests/inference/test_old_keys.py",
+    ),
     (
         "old_keys",
         "stock is not None and stock.slides",

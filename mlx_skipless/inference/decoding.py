@@ -78,11 +78,10 @@ def build_decoded(
     model: nn.Module = kind(kind_args.from_dict(config))
     if hasattr(model, "sanitize"):
         weights = model.sanitize(weights)
-    weights = {n: array for n, array in weights.items() if not n.endswith(NO_WEIGHTS)}
-    own = tensors_of(model).keys()
-    spare = [name for name in weights.keys() - own if name.endswith(".bias")]
-    for name in spare:  # exporters write biases of zeros that a network does not have
-        if not mx.any(weights[name] != 0).item():
+    for name in weights.keys() - tensors_of(model).keys():
+        # Exporters write biases of zeros that a network does not have.
+        zeros = name.endswith(".bias") and not mx.any(weights[name] != 0).item()
+        if zeros or name.endswith(NO_WEIGHTS):
             del weights[name]
     model.eval()
     model.load_weights([*weights.items()], strict=True)

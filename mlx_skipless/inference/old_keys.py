@@ -75,9 +75,9 @@ def find_lost_window(config: Mapping[str, Any]) -> int | None:
     if family is not None and stock is None:  # this package's own, which knows windows
         return None
     if family is None:
-        known = any("window" in name for name in list_settings(text))
+        read = list_settings(text)
         uses = text.get("use_sliding_window", not str(text.get("model_type")).startswith("qwen"))
-        if known or not uses:
+        if not read or any("window" in name for name in read) or not uses:
             return None
     else:
         try:
