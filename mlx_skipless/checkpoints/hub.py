@@ -163,7 +163,7 @@ def _check_gguf(source: str, folder: Path, config_only: bool) -> None:
             f"`hf download {source} {shlex.quote((whole or found)[0])}` prints the path to give"
         )
         if not whole:
-            way_out = "parts of one, which `llama-gguf-split --merge` joins: give what it makes"
+            way_out = "all are parts, which `llama-gguf-split --merge` joins: give what it makes"
         raise UserError(f"{source} holds GGUF files, {files.list_names(found)}: {way_out}")
 
 

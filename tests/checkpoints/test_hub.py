@@ -521,7 +521,7 @@ def test_a_data_set_without_its_package_is_one_line(monkeypatch: pytest.MonkeyPa
         (["sub/m 2.gguf"], "sub/m 2.gguf: `hf download tales/gguf 'sub/m 2.gguf'` prints the path"),
         (
             ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"],
-            "m-00001-of-00002.gguf, m-00002-of-00002.gguf: parts of one, which `llama-gguf-split",
+            "m-00001-of-00002.gguf, m-00002-of-00002.gguf: all are parts, which `llama-gguf-split",
         ),
         (
             ["a-00001-of-00002.gguf", "a-00002-of-00002.gguf", "m.gguf"],
