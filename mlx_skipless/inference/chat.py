@@ -334,7 +334,8 @@ def _describe_totals(talk: Conversation) -> str:
     size = sum(cache.nbytes for cache in talk.cache if not cache.empty())
     most = max(getattr(cache, "max_size", math.inf) for cache in talk.cache)
     return (
-        f"{talk.turns:,} turns: {talk.prompt_tokens:,} prompt tokens processed, "
+        f"{talk.turns:,} turn{'s' if talk.turns != 1 else ''}: "
+        f"{talk.prompt_tokens:,} prompt tokens processed, "
         f"{talk.generation_tokens:,} generated; "
         f"{min(len(talk.cached), most):,} tokens in the cache ({format_bytes(size)})"
     )

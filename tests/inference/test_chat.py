@@ -380,7 +380,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Callable[..., Ter
     assert said > 1 and "cut off" not in costs
 
     screen.send("/stats\n")
-    held = re.search(r"1 turns: .* ([\d,]+) tokens in the cache", screen.expect("cache (", "> "))
+    held = re.search(r"1 turn: .* ([\d,]+) tokens in the cache", screen.expect("cache (", "> "))
     assert int(held[1].replace(",", "")) > said
 
     screen.insist("half a line\x03", "Ctrl-D or /quit leaves", "> ")
@@ -407,7 +407,8 @@ def test_the_command_without_arguments_in_a_terminal(
     assert ("\nOnce upon a time" in begun) == ("; answer " in begun) == (not template)
     assert ("more were in the cache" in screen.ask("Hello")) == (not template)
     screen.send("/stats\n")
-    assert f"{1 if template else 2} turns: " in screen.expect("turns: ", "> ")
+    said = "1 turn: " if template else "2 turns: "
+    assert said in screen.expect(said, "> ")
     screen.send("/quit\n")
     assert screen.process.wait(timeout=60) == 0
     assert (tmp_path / "mlx_model").is_dir()
@@ -484,7 +485,7 @@ def test_ctrl_c_while_the_prompt_is_read_forgets_it(
     length = len(prompts.encode_prompt(llama[1], "Hi"))
     assert "Stopped; the message is forgotten." in err
     assert f"prompt {length} tokens at" in err
-    assert f"1 turns: {length} prompt tokens processed, 3 generated" in err
+    assert f"1 turn: {length} prompt tokens processed, 3 generated" in err
 
 
 def test_an_opening_is_gone_on_from(
@@ -509,7 +510,7 @@ def test_ctrl_c_before_the_openings_first_token(
     chat(*bare, max_tokens=6, opening="Once upon a time")
     out, err = capsys.readouterr()
     assert out.startswith("Once upon a time\n") and "Stopped" not in err
-    assert "1 turns: 5 prompt tokens processed, 6 generated" in err
+    assert "1 turn: 5 prompt tokens processed, 6 generated" in err
 
 
 @pytest.mark.parametrize("times", [1, 2])
