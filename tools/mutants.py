@@ -974,7 +974,12 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("planning", "in_place |= isinstance", "in_place &= isinstance", GGUF_PACKED),
     ("layout", "and self.scale == 1", "", "tests/architectures/test_gemma.py -k scaled_rows"),
     ("tokenizer", "if read(text).input_ids != tokenizer", "if [] and tokenizer", GGUF),
-    ("tokenizer", "saved | kept", "saved", "tests/checkpoints/test_tokenizer.py -k legacy"),
+    (
+        "tokenizer",
+        "read_json(folder / CONFIG) | kept",
+        "read_json(folder / CONFIG)",
+        "tests/checkpoints/test_tokenizer.py -k legacy",
+    ),
     ("gguf_tokenizer", "and i not in no_ends", "", "tests/checkpoints/test_gguf.py -k ends"),
     (
         "gguf_tokenizer",

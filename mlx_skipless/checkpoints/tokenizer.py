@@ -135,9 +135,10 @@ def _keep_settings(source: Path, folder: Path) -> None:
     """Put what transformers obeys and does not save into a result's tokenizer_config.json."""
     if not source.is_dir() or not files.is_there(source / CONFIG):
         return
-    given, saved = read_json(source / CONFIG), read_json(folder / CONFIG)
-    kept = {key: given[key] for key in KEPT if key in given}
-    (folder / CONFIG).write_text(json.dumps(saved | kept, indent=2, ensure_ascii=False))
+    given = read_json(source / CONFIG)
+    if kept := {key: given[key] for key in KEPT if key in given}:
+        text = json.dumps(read_json(folder / CONFIG) | kept, indent=2, ensure_ascii=False)
+        (folder / CONFIG).write_text(text, encoding="utf-8")
 
 
 def _check_read_back(tokenizer: Any, folder: Path, source: Path, trust_remote_code: bool) -> None:
