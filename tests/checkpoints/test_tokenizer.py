@@ -718,6 +718,25 @@ def test_a_legacy_sentencepiece_stays_one(model: Path, tmp_path: Path, legacy: b
     assert ids[0].count(tokenizer.token_to_id("▁")) == (3 if legacy else 1)
 
 
+def test_settings_are_written_whatever_the_locale(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """One that has no letter of the settings' own, as ASCII has none of these."""
+    edit(
+        model / "tokenizer_config.json",
+        lambda c: c.update(legacy=True, extra_special_tokens=["<\uff5cend\uff5c>"]),
+    )
+    write = Path.write_text
+
+    def write_as_ascii(self: Path, text: str, encoding: str | None = None, **options: Any) -> int:
+        return write(self, text, encoding or "ascii", **options)
+
+    monkeypatch.setattr(Path, "write_text", write_as_ascii)
+    convert_to(tmp_path / "out", model, stock=False)
+    written = (tmp_path / "out" / "tokenizer_config.json").read_text(encoding="utf-8")
+    assert "<\uff5cend\uff5c>" in written and json.loads(written)["legacy"] is True
+
+
 def test_an_id_of_two_tokens(model: Path):
     edit(model / "tokenizer.json", lambda c: c["model"]["vocab"].update(zz=7))
     with pytest.raises(UserError, match="1 ids to two tokens"):
