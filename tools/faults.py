@@ -404,8 +404,11 @@ def _saved(run: Path, said: str) -> bool:
     if said == INTERRUPTED:
         return True  # outside its loop
     match = re.fullmatch(r"error: interrupted at step (\d+): --resume goes on from there\n", said)
-    last = (run / "training" / "log.jsonl").read_text().splitlines()[-1]
-    return match is not None and json.loads(last)["step"] <= int(match[1])
+    if match is None or not (run / "training" / "state.safetensors").exists():
+        return False
+    log = run / "training" / "log.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []  # none before --log-every steps
+    return all(json.loads(line)["step"] <= int(match[1]) for line in lines)
 
 
 def _outcome(run: Path) -> tuple[Any, ...]:
