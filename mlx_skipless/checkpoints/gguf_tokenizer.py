@@ -54,12 +54,21 @@ LONGEST_TEMPLATE = 1 << 20
 TEMPLATE = "tokenizer.chat_template"
 SPACE = "▁"
 
+DIGIT, LINE_END = r"\p{N}", r"[\r\n]"
 CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 BEFORE_WORD = r"[^\r\n\p{L}\p{N}]?"
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 SYMBOLS = r" ?[^\s\p{L}\p{N}]+"
 SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 WORDS_THEN = (CONTRACTION, BEFORE_WORD + r"\p{L}+")
+# DeepSeek's letters are those with two cases, but for some of Unicode's blocks.
+NO_LETTERS = (
+    r"\x{560}-\x{588}\x{10C7}-\x{10FF}\x{1C80}-\x{1C8F}\x{2D00}-\x{2D2F}\x{A78F}-\x{AB6F}"
+    r"\x{10570}-\x{105BF}\x{10D50}-\x{10D8F}\x{16E40}-\x{16E7F}\x{1D400}-\x{1D7FF}"
+    r"\x{1DF00}-\x{1DFFF}"
+)
+MARKS = r"!-/:-~\x{FF01}-\x{FF0F}\x{FF1A}-\x{FF5E}\x{2018}-\x{201F}\x{3000}-\x{3002}"
+CJK = r"[\x{800}-\x{9FA5}\x{AC00}-\x{D7FF}]+"
 
 
 @dataclass(frozen=True)
@@ -67,53 +76,68 @@ class Words:
     """How a byte-level BPE cuts text into words, and what it does with them.
 
     Attributes:
-        pattern: a regular expression for words; None: GPT-2's own.
-        single_digits: whether every digit is cut off first.
+        patterns: regular expressions: what each matches is cut out of what those before it left
+            whole or cut out.
         whole: whether a word that is a token stays whole, whatever the merges say.
         begins: whether text begins with the bos token if the file does not say.
         composed: whether text is brought to Unicode's composed form (NFC) first.
     """
 
-    pattern: str | None = None
-    single_digits: bool = False
+    patterns: tuple[str, ...]
     whole: bool = False
     begins: bool = False
     composed: bool = False
 
 
-GPT2 = Words()
-DIGITS = Words(single_digits=True)
-CL100K = Words("|".join((*WORDS_THEN, r"\p{N}{1,3}", SYMBOLS + r"[\r\n]*", SPACES)))
+def _either(*patterns: str) -> tuple[str]:
+    """One pattern that matches what the first of these that fits does."""
+    return ("|".join(patterns),)
+
+
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2 = Words((GPT2_WORDS,))
+DIGITS = Words((DIGIT, GPT2_WORDS))
+CL100K = Words(_either(*WORDS_THEN, r"\p{N}{1,3}", SYMBOLS + r"[\r\n]*", SPACES))
 LLAMA3 = replace(CL100K, whole=True, begins=True)
-QWEN2 = Words("|".join((*WORDS_THEN, r"\p{N}", SYMBOLS + r"[\r\n]*", SPACES)), composed=True)
+QWEN2 = Words(_either(*WORDS_THEN, DIGIT, SYMBOLS + r"[\r\n]*", SPACES), composed=True)
+SEED = Words(_either(*WORDS_THEN, DIGIT, SYMBOLS, SPACES))
 O200K = Words(
-    "|".join(
-        (
-            f"{BEFORE_WORD}{UPPER}*{LOWER}+{CONTRACTION}?",
-            f"{BEFORE_WORD}{UPPER}+{LOWER}*{CONTRACTION}?",
-            r"\p{N}{1,3}",
-            SYMBOLS + r"[\r\n/]*",
-            SPACES,
-        )
+    _either(
+        f"{BEFORE_WORD}{UPPER}*{LOWER}+{CONTRACTION}?",
+        f"{BEFORE_WORD}{UPPER}+{LOWER}*{CONTRACTION}?",
+        r"\p{N}{1,3}",
+        SYMBOLS + r"[\r\n/]*",
+        SPACES,
     )
 )
 TEKKEN = Words(
-    "|".join(
-        (
-            f"{BEFORE_WORD}{UPPER}*{LOWER}+",
-            f"{BEFORE_WORD}{UPPER}+{LOWER}*",
-            r"\p{N}",
-            SYMBOLS + r"[\r\n/]*",
-            SPACES,
-        )
+    _either(
+        f"{BEFORE_WORD}{UPPER}*{LOWER}+",
+        f"{BEFORE_WORD}{UPPER}+{LOWER}*",
+        DIGIT,
+        SYMBOLS + r"[\r\n/]*",
+        SPACES,
     ),
     whole=True,
     begins=True,
 )
+DEEPSEEK = Words(
+    (
+        LINE_END,
+        rf"\s?[\p{{Lu}}\p{{Ll}}\p{{Lt}}&&[^{NO_LETTERS}]]+",
+        rf"\s?[{MARKS}]+",
+        r"\s+$",
+        CJK,
+        DIGIT,
+    )
+)
+DEEPSEEK_CODER = Words((LINE_END, r"\s?\p{L}+", r"\s?\p{P}+", CJK, DIGIT))
+VIKING = Words((r" ?[^(\s|.,!?\x{2026}\x{3002}\x{FF0C}\x{3001}\x{964}\x{6D4}\x{60C})]+", DIGIT))
 WORDS = {
     "gpt-2": GPT2,
     "phi-2": GPT2,
     "a.x-4.0": GPT2,
+    "trillion": GPT2,
     "smollm": DIGITS,
     "starcoder": DIGITS,
     "refact": DIGITS,
@@ -132,6 +156,10 @@ WORDS = {
     "qwen2": QWEN2,
     "deepseek-r1-qwen": QWEN2,
     "megrez": QWEN2,
+    "seed-coder": SEED,
+    "deepseek-llm": DEEPSEEK,
+    "deepseek-coder": DEEPSEEK_CODER,
+    "viking": VIKING,
 }
 
 
@@ -280,13 +308,10 @@ def _make_byte_level(field: Field, tokens: Sequence[str], source: str) -> tuple[
     tokenizer = Tokenizer(models.BPE(vocab, pairs, ignore_merges=words.whole))
     if words.composed:
         tokenizer.normalizer = normalizers.NFC()
-    steps: list[pre_tokenizers.PreTokenizer] = []
-    if words.single_digits:
-        steps.append(pre_tokenizers.Digits(individual_digits=True))
-    if words.pattern is not None:
-        steps.append(pre_tokenizers.Split(Regex(words.pattern), behavior="isolated"))
-    own = words.pattern is None
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own))
+    steps: list[pre_tokenizers.PreTokenizer] = [
+        pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in words.patterns
+    ]
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer, words.begins
