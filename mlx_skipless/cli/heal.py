@@ -6,7 +6,14 @@ from typing import Any
 from ..errors import BadArgument
 from ..options import read_options
 from ..training.recipe import Pace, Treatment
-from .shared import add_fields, add_held_out_arguments, add_run_arguments, open_output, take_fields
+from .shared import (
+    add_fields,
+    add_held_out_arguments,
+    add_run_arguments,
+    open_output,
+    refuse_changes,
+    take_fields,
+)
 
 EXAMPLES = (
     ("--model REDUCED --teacher SRC", "distil on text that the original speaks"),
@@ -36,11 +43,12 @@ def run(options: dict[str, Any]) -> None:
     pace, treatment = take_fields(options, Pace), take_fields(options, Treatment)
     resume = options["resume"]
     steps = treatment.get("steps") if resume else None
-    other = [options["data"], options["validation"], pace, set(treatment) - {"steps"}]
-    if resume and any(other):
-        raise BadArgument(
-            "--resume goes on with the run's own treatment: only --steps may change, and --model "
-            "and --teacher say where the same models are now"
+    if resume:
+        texts = [name for name in ("data", "validation") if options[name]]
+        refuse_changes(
+            (name for name in (*texts, *pace, *treatment) if name != "steps"),
+            "treatment: only --steps may change, and --model and --teacher say where the same "
+            "models are now",
         )
     if options["validation"] and not options["data"]:
         raise BadArgument("--validation is for --data: the original's own text is held out in part")

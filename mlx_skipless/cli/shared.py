@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -195,8 +195,8 @@ def add_held_out_arguments(parser: argparse.ArgumentParser) -> None:
         help="held-out text (default: the end of each file of --data)",
     )  # fmt: skip
     parser.add_argument(
-        "--validation-share", type=float, default=HELD_OUT_SHARE,
-        help="share of each file's lines that is held out (default: %(default)s)",
+        "--validation-share", type=float, default=argparse.SUPPRESS,
+        help=f"share of each file's lines that is held out (default: {HELD_OUT_SHARE})",
     )  # fmt: skip
 
 
@@ -211,6 +211,17 @@ def add_run_arguments(parser: argparse.ArgumentParser, default: str, what: str) 
         help="go on with the run in OUT, bit for bit; only --steps may change",
     )  # fmt: skip
     add_output_arguments(parser, "the outcome")
+
+
+def refuse_changes(changed: Iterable[str], rest: str) -> None:
+    """Refuse flags beside ``--resume`` that would change the run; ``rest`` says what may be given.
+
+    Raises:
+        BadArgument: if there are any, given by their fields' names.
+    """
+    flags = ", ".join(map(flag_name, changed))
+    if flags:
+        raise BadArgument(f"{flags}: --resume goes on with the run's own {rest}")
 
 
 def add_fields(parser: argparse.ArgumentParser, *groups: tuple[str, type]) -> dict[str, Any]:

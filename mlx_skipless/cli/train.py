@@ -8,7 +8,14 @@ from typing import Any
 from ..errors import BadArgument, UserError, first_line
 from ..options import expand_path, read_options
 from ..training.recipe import Recipe, TrainingPace
-from .shared import add_fields, add_held_out_arguments, add_run_arguments, open_output, take_fields
+from .shared import (
+    add_fields,
+    add_held_out_arguments,
+    add_run_arguments,
+    open_output,
+    refuse_changes,
+    take_fields,
+)
 
 EXAMPLES = (
     ("--data tales/*.txt", "a skipless model of twelve layers whose Q and P can go"),
@@ -44,12 +51,17 @@ def run(options: dict[str, Any]) -> None:
     resume = options["resume"]
     steps = recipe.get("steps") if resume else None
     if resume:
-        moved = options["validation"] if not options["data"] else []
-        if any((config, pace, moved, set(recipe) - {"steps"})):
-            raise BadArgument(
-                "--resume goes on with the run's own recipe: only --steps may change, and --data "
-                "and --validation say where the same files are now"
-            )
+        moved = {"config": config, "validation": options["validation"] and not options["data"]}
+        changed = [*(name for name, given in moved.items() if given), *pace, *recipe]
+        refuse_changes(
+            (name for name in changed if name != "steps"),
+            "recipe: only --steps may change, and --data and --validation say where the same "
+            "files are now",
+        )
+    if "vocab_size" in recipe and options["tokenizer"] is not None:
+        raise BadArgument(
+            "--vocab-size is for the tokenizer that is made from the text: give it or --tokenizer"
+        )
     with open_output(options, None if resume else options["mlx_path"]) as shown:
         with shown.progress() as bars:
 

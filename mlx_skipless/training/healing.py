@@ -97,7 +97,7 @@ def heal(
     *,
     data: str | Path | Sequence[str | Path] | None = None,
     validation: str | Path | Sequence[str | Path] = (),
-    validation_share: float = HELD_OUT_SHARE,
+    validation_share: float | None = None,
     pace: Pace | None = None,
     resume: bool = False,
     steps: int | None = None,
@@ -116,7 +116,7 @@ def heal(
         treatment: what to train and how; with ``resume`` the run's own holds.
         data: text files, plain or .jsonl; None: text that the original speaks.
         validation: held-out files; without any, the last ``validation_share`` of each file's lines.
-        validation_share: between 0 and 1.
+        validation_share: between 0 and 1; None: 0.03, and with ``resume`` the run's own.
         pace: how often to log, evaluate and save; with ``resume`` the run's own holds.
         resume: go on from the last checkpoint.
         steps: with ``resume``, another number of steps in all (the decay moves with it).
@@ -139,7 +139,8 @@ def heal(
         folder.check_free()
         paths, held_out = list_paths(data or ()), list_paths(validation)
         pair_paths = _make_absolute(model), _make_absolute(teacher)
-        sources = Sources(paths, held_out, validation_share, *pair_paths)
+        share = HELD_OUT_SHARE if validation_share is None else validation_share
+        sources = Sources(paths, held_out, share, *pair_paths)
         settings = Settings(fix_rate(treatment or Treatment()), pace or Pace(), sources)
     pair = load_pair(settings.sources, trust_remote_code)
     settings = _check_models(folder, settings)
@@ -163,13 +164,13 @@ def _resume(
     folder: RunFolder,
     model: str | Path | None,
     teacher: str | Path | None,
-    share: float,
+    share: float | None,
     steps: int | None,
 ) -> Settings:
     """Read the settings of a run to resume, which the arguments of ``heal`` must fit."""
     settings = folder.read_settings(_read_settings)
     sources, treatment = settings.sources, settings.treatment
-    check_own("--validation-share", share, HELD_OUT_SHARE, sources.validation_share)
+    check_own("--validation-share", share, None, sources.validation_share)
     if model is not None:
         sources = dataclasses.replace(sources, model=_make_absolute(model))
     if teacher is not None:

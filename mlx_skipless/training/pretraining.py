@@ -97,7 +97,7 @@ def train(
     recipe: Recipe | None = None,
     *,
     validation: str | Path | Sequence[str | Path] = (),
-    validation_share: float = HELD_OUT_SHARE,
+    validation_share: float | None = None,
     tokenizer: str | Path | None = None,
     pace: TrainingPace | None = None,
     dtype: str = "auto",
@@ -113,7 +113,7 @@ def train(
         mlx_path: the run's folder; must not exist, or with ``resume`` must.
         recipe: what to train and how; with ``resume`` the run's own holds.
         validation: held-out files; without any, the last ``validation_share`` of each file's lines.
-        validation_share: between 0 and 1.
+        validation_share: between 0 and 1; None: 0.03, and with ``resume`` the run's own.
         tokenizer: a folder or Hub id whose tokenizer to use; None: a byte-level BPE made from the
             text.
         pace: how often to log, evaluate and save; with ``resume`` the run's own holds.
@@ -139,7 +139,8 @@ def train(
     elif data:
         folder.check_free()
         source = None if tokenizer is None else str(tokenizer)
-        text = TrainingText(paths, held_out, validation_share, source)
+        share = HELD_OUT_SHARE if validation_share is None else validation_share
+        text = TrainingText(paths, held_out, share, source)
         settings = Settings(fix_rate(recipe or Recipe()), pace or TrainingPace(), text, dtype)
         _check_sizes(settings.recipe)
     else:
@@ -150,7 +151,11 @@ def train(
 
 
 def _resume(
-    folder: RunFolder, dtype: str, tokenizer: str | Path | None, share: float, steps: int | None
+    folder: RunFolder,
+    dtype: str,
+    tokenizer: str | Path | None,
+    share: float | None,
+    steps: int | None,
 ) -> Settings:
     """Read the settings of a run to resume, which the arguments of ``train`` must fit."""
     settings = folder.read_settings(_read_settings)
@@ -158,7 +163,7 @@ def _resume(
     check_own("--dtype", dtype, "auto", settings.dtype)
     if tokenizer is not None and _is_at(tokenizer) != _is_at(text.tokenizer or "none"):
         check_own("--tokenizer", str(tokenizer), None, text.tokenizer or "one of its own")
-    check_own("--validation-share", share, HELD_OUT_SHARE, text.validation_share)
+    check_own("--validation-share", share, None, text.validation_share)
     recipe = settings.recipe if steps is None else dataclasses.replace(settings.recipe, steps=steps)
     return dataclasses.replace(settings, recipe=recipe)
 

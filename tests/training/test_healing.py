@@ -504,7 +504,8 @@ def test_a_resumed_run_keeps_its_treatment(
     more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["heal", "--resume", "--mlx-path", str(tmp_path / "h"), *more]) == 2
-    assert "only --steps may change" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "only --steps may change" in said and more[0] in said
 
 
 @pytest.mark.parametrize(

@@ -821,6 +821,7 @@ def test_resuming_what_is_no_run(finished: tuple[Path, Result], text: Path, tmp_
         ["--dtype", "bfloat16"],
         ["--validation", "x"],
         ["--validation-share", "0.5"],
+        ["--validation-share", "0.03"],
     ],
 )
 def test_resuming_takes_no_other_recipe(
@@ -828,8 +829,15 @@ def test_resuming_takes_no_other_recipe(
 ):
     before = contents(finished[0])
     assert command("train", "--resume", "--mlx-path", finished[0], *flag) == 2
-    assert "only --steps may change" in one_error(capsys)
+    said = one_error(capsys)
+    assert "only --steps may change" in said and flag[0].replace("--no-", "--") in said
     assert contents(finished[0]) == before
+
+
+def test_a_tokenizer_has_its_own_size(text: Path, capsys: pytest.CaptureFixture[str]):
+    given = ["--tokenizer", "x", "--vocab-size", "300"]
+    assert command("train", "--data", text, "--mlx-path", "never", *given) == 2
+    assert "--vocab-size is for the tokenizer that is made" in one_error(capsys)
 
 
 # Failures
