@@ -97,6 +97,6 @@ def train_result(
     run = Run(RunFolder(out), settings, pair, tokens)
     run.progress = partial(progress, "healing")
     run.begin()
-    result = run.go(lambda event: None, lambda: False)
+    result = run.go(lambda event: None)
     before, after = result.before.kl, result.after.kl
     return Healing(result.step, result.tokens, before, after, after < before)

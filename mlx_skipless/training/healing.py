@@ -379,18 +379,18 @@ class Run(ResumableRun[HealingResult]):
         super().load()
         read_before(self._folder)
 
-    def go(self, report: Callable[[Event], None], stopped: Callable[[], bool]) -> HealingResult:
+    def go(self, report: Callable[[Event], None]) -> HealingResult:
         """Train to the end, fuse, measure and write."""
         if self._step == 0:
-            before = self._distance(self.model)
+            before = self.outlive_signals(partial(self._distance, self.model))
             if not math.isfinite(before.kl):
                 whole = math.isfinite(before.teacher_loss)
                 raise explain_nan("--model" if whole else "--teacher")
             self._log({"before": asdict(before)}, report)
         begun = self._seconds
-        self.run(report, stopped)
-        self._fuse()
-        after = self._distance(self.model)
+        self.run(report)
+        self.outlive_signals(self._fuse)
+        after = self.outlive_signals(partial(self._distance, self.model))
         if self._seconds > begun:
             self._log({"after": asdict(after)}, report)
         names = [Path(file).name for file in self.settings.sources.data]

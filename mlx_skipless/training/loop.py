@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import mlx.core as mx
@@ -30,6 +31,7 @@ from .results import RunResult
 from .tokens import Tokens
 
 Result = TypeVar("Result", bound=RunResult)
+Done = TypeVar("Done")
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TRAINING_BYTES = 12  # per trained weight, at least: itself, its gradient and one moment
 
@@ -170,6 +172,7 @@ class ResumableRun(RunState, Generic[Result]):
         self._logged_step, self._logged_at = 0, 0.0
         self._unheard: OSError | None = None  # why a report could not be made
         self.progress: Steps = lambda done, total: None
+        self.count_signals: Callable[[], int] = lambda: 0  # that came and ended nothing
 
     # What a subclass says.
 
@@ -177,7 +180,7 @@ class ResumableRun(RunState, Generic[Result]):
         """Write what never changes during a run."""
         raise NotImplementedError
 
-    def go(self, report: Callable[[Event], None], stopped: Callable[[], bool]) -> Result:
+    def go(self, report: Callable[[Event], None]) -> Result:
         """Do all of the run: ``run``, and what comes before and after it."""
         raise NotImplementedError
 
@@ -195,7 +198,7 @@ class ResumableRun(RunState, Generic[Result]):
 
     # The loop.
 
-    def run(self, report: Callable[[Event], None], stopped: Callable[[], bool]) -> Event:
+    def run(self, report: Callable[[Event], None]) -> Event:
         """Train to the end and save; returns the last evaluation."""
         pace, step = self._pace, self._compile_step()
         started, begun_at, before = time.perf_counter(), self._step, self._seconds
@@ -203,9 +206,9 @@ class ResumableRun(RunState, Generic[Result]):
         self._tell({"step": self._step, "steps": self._steps, **self._sizes()}, report)
         self.progress(self._step, self._steps)
         while self._step < self._steps:
-            with spare_compilers():
-                loss = step(self._step)
-                mx.eval(loss, self.model.state, self._optimizer.state)
+            loss = self.outlive_signals(partial(step, self._step))
+            changed = loss, self.model.state, self._optimizer.state
+            self.outlive_signals(partial(mx.eval, *changed))
             self._losses.append(loss)
             self._step += 1
             self._seconds = before + time.perf_counter() - started
@@ -215,14 +218,11 @@ class ResumableRun(RunState, Generic[Result]):
             if last or is_due(self._step, pace.log_every):
                 self._log_losses(report)
             if not last and is_due(self._step, pace.eval_every):
-                with spare_compilers():
-                    scores = self._evaluate(pace.eval_tokens)
-                self._log(scores, report)
-            with spare_compilers():
-                seen = self._observe()
-            self._log(seen, report)
+                evaluate = partial(self._evaluate, pace.eval_tokens)
+                self._log(self.outlive_signals(evaluate), report)
+            self._log(self.outlive_signals(self._observe), report)
             self.progress(self._step, self._steps)
-            if (stopped() or self._unheard) and not last:
+            if (self.count_signals() or self._unheard) and not last:
                 self._save()
                 said = f"interrupted at step {self._step}: --resume goes on from there"
                 if gone := self._unheard:
@@ -232,12 +232,26 @@ class ResumableRun(RunState, Generic[Result]):
                 self._save()
             if self._logged_step == self._step:
                 self._logged_at = time.perf_counter()
-        with spare_compilers():
-            final = self._evaluate(None)
+        final = self.outlive_signals(partial(self._evaluate, None))
         if self._step > begun_at:
             self._log(final, report)
         self._save()
         return final
+
+    def outlive_signals(self, compute: Callable[[], Done]) -> Done:
+        """Compute something, and again where a signal ended a compiler that MLX had started for it.
+
+        MLX compiles kernels on a CPU. Ctrl-C and a hangup reach every process of a terminal, and
+        what such a kernel computes fails with the compiler. What is computed must not have changed
+        anything by then.
+        """
+        while True:
+            before = self.count_signals()
+            try:
+                return compute()
+            except (RuntimeError, UserError):
+                if self.count_signals() == before:
+                    raise
 
     def _log(self, event: Event, report: Callable[[Event], None]) -> None:
         if not math.isfinite(event.get("validation_loss", 0)):
@@ -306,8 +320,8 @@ def carry_out(
             else:  # killed before its first checkpoint
                 folder.cut_log(-1)
             folder.write_settings(run.settings)  # which --resume may have changed
-        with catch_signals() as stopped:
-            return run.go(report, stopped)
+        with count_signals() as run.count_signals:
+            return run.go(report)
 
 
 def _check_memory(needed: int, what: str) -> None:
@@ -326,29 +340,15 @@ def is_due(step: int, every: int) -> bool:
 
 
 @contextlib.contextmanager
-def spare_compilers() -> Iterator[None]:
-    """Keep signals from the compilers that MLX starts on a CPU: they inherit what is blocked here.
-
-    Ctrl-C and a hangup reach every process of a terminal, and a step whose kernel was not compiled
-    fails. This process hears of them all the same, at the end of the block if not before.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextlib.contextmanager
-def catch_signals() -> Iterator[Callable[[], bool]]:
-    """Note a signal instead of ending; the function yielded tells whether one came.
+def count_signals() -> Iterator[Callable[[], int]]:
+    """Count signals instead of ending; the function yielded tells how many came.
 
     The loop then finishes its step and saves. A second SIGINT or SIGTERM ends at once. SIGHUP never
     does: a session that ends sends more than one, and SIGTERM with it.
     """
     came: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield lambda: 0
         return
 
     def note(signum: int, frame: Any) -> None:
@@ -362,7 +362,7 @@ def catch_signals() -> Iterator[Callable[[], bool]]:
         if which != signal.SIGHUP or signal.getsignal(which) != signal.SIG_IGN  # nohup's
     }
     try:
-        yield lambda: bool(came)
+        yield lambda: len(came)
     finally:
         for which, handler in before.items():
             signal.signal(which, handler)

@@ -271,9 +271,9 @@ class Run(ResumableRun[TrainingResult]):
         write_json(self._folder.path / "config.json", dict(sorted(config.items())))
         self._folder.write_settings(self.settings)
 
-    def go(self, report: Callable[[Event], None], stopped: Callable[[], bool]) -> TrainingResult:
+    def go(self, report: Callable[[Event], None]) -> TrainingResult:
         """Train to the end and write the card."""
-        final = self.run(report, stopped)
+        final = self.run(report)
         result = TrainingResult(
             **self._figures(),
             parameters=self.parameters,
@@ -337,15 +337,17 @@ class Run(ResumableRun[TrainingResult]):
         if not len(self._text.held_out):
             return {}
         weights = self.model.parameters()
-        score = perplexity.score_tokens(
-            partial(self._nll, weights),
-            self._text.held_out,
-            self._text.tokenizer,
-            self._recipe.context,
-            self._recipe.batch_size,
-            limit,
-        )
-        self.model.update(weights)
+        try:
+            score = perplexity.score_tokens(
+                partial(self._nll, weights),
+                self._text.held_out,
+                self._text.tokenizer,
+                self._recipe.context,
+                self._recipe.batch_size,
+                limit,
+            )
+        finally:
+            self.model.update(weights)  # in float32 again
         return {
             "validation_loss": score.loss,
             "bits_per_character": score.bits_per_character,

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -575,29 +576,74 @@ def test_a_long_text_is_announced(
 
 
 @pytest.mark.parametrize("method", ["_compile_step", "_evaluate", "_observe"])
-def test_a_signal_spares_the_compilers_that_a_step_starts(
-    text: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", [RuntimeError, UserError])
+def test_a_compiler_that_a_hangup_ends_costs_nothing(
+    finished: tuple[Path, Result],
+    text: Path,
+    tmp_path: Path,
+    method: str,
+    kind: type[Exception],
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    """A terminal sends it to them too, and MLX fails where one of its compilers has died."""
-    ended: list[int] = []
-
-    def start_one() -> None:
-        for which in ("INT", "TERM", "HUP"):
-            ended.append(subprocess.run(["/bin/sh", "-c", f"kill -{which} $$; exit 0"]).returncode)
-
+    """A terminal hangs up on it too, and MLX fails where one of its compilers has died."""
     whole: Any = getattr(pretraining.Run, method)
+    left = [2, 2]  # at once, for a session that ends sends more than one
+
+    def fail_at_first() -> None:
+        if left:
+            left.pop()
+            os.kill(os.getpid(), signal.SIGHUP)
+            raise kind("Could not load C++ shared library")
 
     def change(*arguments: Any) -> Any:
         if method != "_compile_step":
-            start_one()
-            return whole(*arguments)
+            found = whole(*arguments)
+            fail_at_first()
+            return found
         step = whole(*arguments)
-        return lambda number: (start_one(), step(number))[1]
+        return lambda number: (fail_at_first(), step(number))[1]
 
     monkeypatch.setattr(pretraining.Run, method, change)
-    run(text, tmp_path / "run", dataclasses.replace(SMALL, steps=2), pace=PACE)
-    assert ended
-    assert set(ended) == {0}
+    with pytest.raises(UserError, match="interrupted at step"):
+        run(text, tmp_path / "run")
+    run(None, tmp_path / "run", None, resume=True)
+    same_end(tmp_path / "run", finished[0])
+    left.append(1)
+    monkeypatch.setattr(os, "kill", lambda *_: None)
+    with pytest.raises(kind, match="Could not load"):  # without a signal it is a failure
+        run(text, tmp_path / "other")
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(sys.platform != "linux", reason="a Mac's GPU has no such compilers")
+@pytest.mark.usefixtures("compiled")
+def test_a_hangup_while_a_kernel_is_compiled(text: Path, tmp_path: Path):
+    """The first compiler hangs up on its process group, as a terminal would."""
+    (tmp_path / "bin").mkdir()
+    compiler = tmp_path / "bin/g++"
+    mark, real = tmp_path / "mark", shutil.which("g++")
+    compiler.write_text(f'#!/bin/sh\nmkdir "{mark}" && kill -HUP 0 && exit 1\nexec {real} "$@"\n')
+    compiler.chmod(0o700)
+    kernels = Path("mlx", mx.__version__, "cpu")
+    (tmp_path / kernels).mkdir(parents=True)
+    (tmp_path / kernels / "mlx").symlink_to(Path(tempfile.gettempdir()) / kernels / "mlx")
+    recipe, out = dataclasses.replace(SMALL, steps=4), tmp_path / "run"
+    command = [sys.executable, "-m", "mlx_skipless.cli", "train", "--data", text]
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [*command, "--mlx-path", out, *flags(recipe)],
+        env=os.environ | {"TMPDIR": str(tmp_path), "PATH": path},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+    assert mark.is_dir()
+    assert "error: interrupted at step 1: --resume goes on from there" in done.stderr
+    run(None, out, None, resume=True)
+    run(text, tmp_path / "whole", recipe)
+    same_end(out, tmp_path / "whole")
 
 
 def test_hangups_that_were_ignored_stay_ignored(text: Path, tmp_path: Path):
