@@ -856,7 +856,12 @@ MUTANTS: list[tuple[str, str, str, str]] = [
         "STOPS = (signal.SIGINT, signal.SIGTERM)",
         f"{TRAIN} interrupted_run",
     ),
-    ("training", "(stopped() or self._unheard)", "stopped()", f"{TRAIN} nobody_hears"),
+    (
+        "training",
+        "(self.count_signals() or self._unheard)",
+        "self.count_signals()",
+        f"{TRAIN} nobody_hears",
+    ),
     ("training", "folder.cut_log(-1)", "pass", f"{TRAIN} killed_before"),
     (
         "training",

@@ -622,7 +622,10 @@ def test_a_hangup_while_a_kernel_is_compiled(text: Path, tmp_path: Path):
     (tmp_path / "bin").mkdir()
     compiler = tmp_path / "bin/g++"
     mark, real = tmp_path / "mark", shutil.which("g++")
-    compiler.write_text(f'#!/bin/sh\nmkdir "{mark}" && kill -HUP 0 && exit 1\nexec {real} "$@"\n')
+    compiler.write_text(
+        f'#!/bin/sh\ncase "$*" in *.so) mkdir "{mark}" && kill -HUP 0 && exit 1;; esac\n'
+        f'exec {real} "$@"\n'
+    )
     compiler.chmod(0o700)
     kernels = Path("mlx", mx.__version__, "cpu")
     (tmp_path / kernels).mkdir(parents=True)
