@@ -249,12 +249,13 @@ def compare_logits(
     """
     errors, divergences, matches, nll, source_nll = [], [], [], [], []
     for (a, b), row in zip(pairs, tokens, strict=True):
-        if not np.isfinite(a).all():
+        forbidden = (np.isneginf(a) & np.isneginf(b)).all(0)  # tokens, as Phi-3-small has some
+        if not np.isfinite(a[:, ~forbidden]).all():
             raise UserError(SOURCE_OVERFLOWS.format("float32", "the head"))
-        if not np.isfinite(b).all():
+        if not np.isfinite(b[:, ~forbidden]).all():
             raise UserError(RESULT_OVERFLOWS.format("its number type", "the head"))
         a, b = a.astype(np.float64), b.astype(np.float64)
-        errors.append(measure_error(a, b))
+        errors.append(measure_error(a[:, ~forbidden], b[:, ~forbidden]))
         divergences.append(measure_kl(a, b))
         matches.append(a.argmax(-1) == b.argmax(-1))
         source_nll.append(measure_nll(a[:-1], row[1:]))

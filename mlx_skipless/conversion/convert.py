@@ -3,6 +3,7 @@
 Knows nothing of terminals and of training.
 """
 
+import dataclasses
 import time
 from dataclasses import replace
 from functools import partial
@@ -105,6 +106,8 @@ def convert(
     mx.reset_peak_memory()
     fields |= {} if model is None else {"model": model}
     fields |= {} if mlx_path is None else {"mlx_path": mlx_path}
+    if unknown := fields.keys() - {one.name for one in dataclasses.fields(Options)}:
+        raise TypeError(f"convert() got an unexpected keyword argument {min(unknown)!r}")
     options = replace(options or Options(), **fields)
     options = replace(options, mlx_path=expand_path(options.mlx_path))
     if not options.dry_run:

@@ -297,6 +297,11 @@ def check_job(job: StockJob, network: StockNetwork) -> None:
                 f"{flag}: {job.source.name} has lost sub-layers: ask it of the model that it was "
                 "made from"
             )
+        if asked and job.source.kind in FAMILIES:
+            raise BadArgument(
+                f"{flag} and --heal: a model that loses sub-layers and is quantized is healed in "
+                "mlx-lm's own network; drop one"
+            )
         if asked:
             raise UserError(
                 f"{flag}: that is not known of a {job.source.kind}, only of "
@@ -326,7 +331,7 @@ def _check_wishes(options: Options, network: StockNetwork) -> None:
         parts = max(len(network.sublayers[n].parts.get(wish.kind, ())) for n in range(layers))
         if wish.verb == "replace" and parts > 1:
             raise UserError(f"{wish}: this model's blocks have {parts} of them, side by side")
-    check_sums(wishes, {kind: layers - len(spared[kind]) for kind in KINDS})
+    check_sums(wishes, {kind: layers - max(1, len(spared[kind])) for kind in KINDS})
 
 
 def find_spared(network: StockNetwork) -> dict[str, list[int]]:

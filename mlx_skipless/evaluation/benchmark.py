@@ -22,11 +22,13 @@ from ..inference.generation import check_experts
 from ..inference.loading import load_network
 from ..inference.sizes import count_bytes_read, count_cache_bytes
 from ..memory import device_memory_bytes, format_bytes, weight_bytes
+from ..network import reduced
 from ..network.model import Model
 from ..network.parts import dtype_name, tensors_of
 from ..network.wiring import LETTERS
 from ..options import check_choice, check_least
 from ..progress import Progress
+from ..quantization.layout import quantize_nearest
 from ..quantization.settings import Quantization, make_quantization
 from .synthetic import (
     Shape,
@@ -265,14 +267,27 @@ def _load_models(models: Sequence[str | Path]) -> dict[str, nn.Module]:
 
 
 def is_stock(model: nn.Module) -> bool:
-    """Tell whether a model runs in mlx-lm's own code."""
-    return type(model).__module__.startswith("mlx_lm.models.")
+    """Tell whether a model runs in mlx-lm's own code alone, with all its sub-layers."""
+    return not isinstance(model, Model) and not _count_gone(model)
+
+
+def _count_gone(model: nn.Module) -> Counter[Any]:
+    """Count the sub-layers that are gone from a network of mlx-lm's own, by what is in their place.
+
+    That is ``Dropped`` or ``StandIn``.
+    """
+    found = map(type, model.modules())
+    return Counter(kind for kind in found if issubclass(kind, reduced.Dropped))
 
 
 def describe_network(model: nn.Module) -> str:
     """Describe what runs: "mlx-lm llama", "skipless without QP"."""
     if not isinstance(model, Model):
-        return f"mlx-lm {type(model).__module__.rpartition('.')[2]}"
+        name = f"mlx-lm {type(model).__module__.rpartition('.')[2]}"
+        ways: dict[Any, str] = {reduced.Dropped: "without", reduced.StandIn: "with matrices for"}
+        counts = _count_gone(model)
+        gone = [f"{way} {counts[kind]} sub-layers" for kind, way in ways.items() if counts[kind]]
+        return " ".join([name, " and ".join(gone)]).rstrip()
     kind = "skipless" if model.args.skip == "none" else "mlx-skipless with skips"
     letters = "".join(part.upper() for part in LETTERS if model.args.removed.get(part))
     gone = [letters] if letters else []
@@ -281,16 +296,20 @@ def describe_network(model: nn.Module) -> str:
 
 
 def _make_vanilla(model: nn.Module) -> nn.Module:
-    """Make mlx-lm's network of a skipless one's sizes, number type and quantization."""
-    assert isinstance(model, Model)
+    """Make mlx-lm's whole network of another one's sizes, number type and quantization."""
     forms = Counter(
         (module.bits, module.group_size, module.mode)
         for module in model.modules()
         if hasattr(module, "bits")
     )
     quantization = Quantization(*forms.most_common(1)[0][0]) if forms else None
-    dtype = model(mx.zeros((1, 1), mx.int32)).dtype
-    return make_stock_model(make_vanilla_shape(model.args), dtype, quantization)
+    dtype = model(mx.zeros((1, 1), mx.int32)).dtype  # type: ignore[operator]
+    if isinstance(model, Model):
+        return make_stock_model(make_vanilla_shape(model.args), dtype, quantization)
+    kind: Any = type(model)
+    whole = kind(getattr(model, "args", None) or model.config)  # as PLaMo 2 calls it
+    whole.set_dtype(dtype)
+    return whole if quantization is None else quantize_nearest(whole, quantization)[0]
 
 
 def _check_memory(models: Iterable[nn.Module], cases: Sequence[Case], decode_tokens: int) -> None:

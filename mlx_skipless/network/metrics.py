@@ -12,6 +12,10 @@ import numpy as np
 
 Array = TypeVar("Array", mx.array, np.ndarray)
 
+# For a logit of -inf, which is that of a token that a network forbids: its probability is 0 still,
+# and 0 times a difference of two such logits is no longer NaN.
+LOWEST = -1e30
+
 
 def measure_nll(logits: Array, tokens: Array) -> Array:
     """Return -log p of tokens (...), of logits (..., vocabulary)."""
@@ -45,7 +49,8 @@ def measure_error(wanted: np.ndarray, got: np.ndarray) -> np.ndarray:
 def _normalize(logits: Array) -> tuple[Array, Array]:
     """Logits in the type to compute in, and log sum exp of them, (..., 1)."""
     if isinstance(logits, mx.array):
-        logits = logits.astype(mx.float32)
+        logits = mx.maximum(logits.astype(mx.float32), LOWEST)
         return logits, mx.logsumexp(logits, axis=-1, keepdims=True)
+    logits = np.maximum(logits, logits.dtype.type(LOWEST))
     largest = logits.max(-1, keepdims=True)
     return logits, largest + np.log(np.exp(logits - largest).sum(-1, keepdims=True))

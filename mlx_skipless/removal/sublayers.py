@@ -100,7 +100,8 @@ def check_wishes(args: ModelArgs, wishes: Sequence[Wish], spared: Drops) -> None
             raise UserError(f"{wish}: this model has none left that can go")
         if wish.count is not None and not 1 <= wish.count <= most:
             raise UserError(f"{wish}: of this model's {layers} layers 1 to {most} can lose theirs")
-    check_sums(wishes, {part: layers - len(spared.get(part, ())) for part in SUBLAYERS})
+    free = {part: layers - len(spared.get(part, ())) for part in SUBLAYERS}
+    check_sums(wishes, free | {"attention": min(free["attention"], attentions - 1)})
 
 
 def check_sums(wishes: Sequence[Wish], most: Mapping[str, int]) -> None:
@@ -111,7 +112,7 @@ def check_sums(wishes: Sequence[Wish], most: Mapping[str, int]) -> None:
     """
     for part, there in most.items():
         asking = [wish for wish in wishes if wish.count and part in _list_parts(wish.kind)]
-        if sum(wish.count or 0 for wish in asking) > there:
+        if asking and sum(wish.count or 0 for wish in asking) > there:
             flags = " and ".join(map(str, asking))
             raise UserError(f"{flags}: of this model's layers {there} can lose their {part}")
 

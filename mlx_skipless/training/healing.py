@@ -51,6 +51,7 @@ SPOKEN = 512  # tokens in a row that the original speaks
 HELD_OUT = 8  # of that text, one part in so many measures
 MEASURED_TOKENS = 8192  # of held-out text, before and after
 LORA_SCALE = 2.0
+PROBE = [[0, 1]]  # tokens that any vocabulary has
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ def load_pair(sources: Sources, trust_remote_code: bool) -> Pair:
     check_links(hub.resolve(sources.model), code=True)  # mlx-lm copies what runs, too
     student, tokenizer = load(sources.model, trust_remote_code=trust_remote_code)
     teacher, own = load(sources.teacher, trust_remote_code=trust_remote_code)
-    probe = mx.array([[0, 1]])
+    probe = mx.array(PROBE)
     sizes = [network(probe).shape[-1] for network in (student, teacher)]  # type: ignore[operator]
     if sizes[0] != sizes[1] or tokenizer.get_vocab() != own.get_vocab():
         raise UserError(
@@ -350,9 +351,8 @@ class Run(ResumableRun[HealingResult]):
         self._teacher, self._tokenizer = pair.teacher, pair.tokenizer
         self._held_out = tokens.held_out
         self._types = {name: array.dtype for name, array in tensors_of(pair.student).items()}
-        pair.teacher.freeze()
         pair.teacher.eval()
-        _make_trainable(pair.student, self._treatment)
+        make_trainable(pair.student, self._treatment)
         rate = make_healing_schedule(self._treatment)
         optimizer = optim.Adam(rate, betas=[0.9, 0.95], bias_correction=True)  # type: ignore[arg-type]
         super().__init__(
@@ -490,12 +490,26 @@ def _total(array: mx.array) -> float:
     return float(array.sum().item())  # type: ignore[arg-type]
 
 
-def _make_trainable(student: nn.Module, treatment: Treatment) -> None:
+def make_trainable(student: nn.Module, treatment: Treatment) -> None:
     """Add low-rank changes that are trained alone, or make all weights trainable.
 
     Raises:
-        UserError: for all weights of a quantized network.
+        UserError: for all weights of a quantized network, and for one that has no gradient.
     """
+    try:
+        _choose_trained(student, treatment)
+
+        def touch(network: Any) -> mx.array:
+            return network(mx.array(PROBE)).astype(mx.float32).mean()
+
+        nn.value_and_grad(student, touch)(student)  # builds the graph and computes nothing
+    except (AttributeError, ValueError, RuntimeError, TypeError) as error:
+        raise UserError(
+            f"mlx-lm's network of this model cannot be trained ({first_line(error)})"
+        ) from error
+
+
+def _choose_trained(student: nn.Module, treatment: Treatment) -> None:
     student.train()
     if treatment.fine_tune_type == "full":
         if any(hasattr(module, "bits") for module in student.modules()):
@@ -507,10 +521,36 @@ def _make_trainable(student: nn.Module, treatment: Treatment) -> None:
         student.unfreeze()
         return
     student.freeze()
-    mx.random.seed(treatment.seed)
-    layers: Any = student.layers
     lora = {"rank": treatment.rank, "scale": LORA_SCALE, "dropout": 0.0}
-    linear_to_lora_layers(student, len(layers), lora)
+    layers: Any = student.layers
+    before = [dict(layer.named_modules()) for layer in layers]
+
+    def add(keys: set[str] | None = None) -> bool:
+        """Adapt these modules of all layers, or all; tell whether the network still runs."""
+        mx.random.seed(treatment.seed)
+        linear_to_lora_layers(student, len(layers), lora | ({} if keys is None else {"keys": keys}))
+        try:
+            student(mx.array(PROBE))  # type: ignore[operator]
+        except AttributeError:
+            return False
+        return True
+
+    if add():
+        return
+    # Some networks read a matrix's weight themselves (Gemma 3n, Kimi K3), which an adapter has not.
+    adapted = [{k for k, m in layer.named_modules() if hasattr(m, "fuse")} for layer in layers]
+    fit = set()
+    for key in sorted(set().union(*adapted)):
+        _put_back(layers, before, adapted)
+        if add({key}):
+            fit.add(key)
+    _put_back(layers, before, adapted)
+    add(fit)
+
+
+def _put_back(layers: Any, modules: Sequence[dict[str, Any]], names: Sequence[set[str]]) -> None:
+    for layer, own, changed in zip(layers, modules, names, strict=True):
+        layer.update_modules(tree_unflatten([(name, own[name]) for name in changed]))
 
 
 def _save_model(folder: Path, source: Path, model: nn.Module, tokenizer: Any) -> None:

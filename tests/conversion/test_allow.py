@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import reference
 import zoo
-from factory import make_checkpoint
+from factory import make_checkpoint, make_llama
 from grids import only, thorough
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
@@ -285,6 +285,24 @@ def test_healing_reads_no_further_than_the_model_was_made_for(
     asked: dict[str, Any] = {"calibration": tmp_path / "text.txt", "drop_attention": 1}
     report = mlx_skipless.convert(tmp_path / "s", tmp_path / "o", heal=2, **asked)
     assert report.healed is not None and math.isfinite(report.healed.kl_after)
+
+
+@pytest.mark.parametrize(
+    "exact", [{"fold_norms": True}, {"precompute_first_layer": "force"}], ids=str
+)
+def test_what_is_exact_does_not_go_with_healing_before_rounding(
+    exact: dict[str, Any], tmp_path: Path
+) -> None:
+    make_llama(tmp_path / "s")
+    asked: dict[str, Any] = {"drop_ffn": 1, "heal": 2, "quantize": True, "q_group_size": 32}
+    flag = "--" + next(iter(exact)).replace("_", "-")
+    with pytest.raises(mlx_skipless.UserError, match=f"{flag} and --heal: .* drop one"):
+        mlx_skipless.convert(tmp_path / "s", tmp_path / "o", **asked, **exact)
+
+
+def test_an_option_that_there_is_not(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"^convert\(\) got an unexpected keyword argument 'quiet'"):
+        mlx_skipless.convert(tmp_path / "s", tmp_path / "o", quiet=True)
 
 
 @thorough

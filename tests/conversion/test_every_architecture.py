@@ -25,7 +25,6 @@ REFUSED = {
     "llama4_text": "mlx-lm cannot run the result",
     "mamba": NO_FFN,
     "mamba2": NO_FFN,
-    "phi3small": "the source itself overflows float32",
     "prism_hadamard_qwen35": "runs in the packing of this source alone",
 }
 FOREIGN = [
@@ -111,7 +110,9 @@ def test_infinities_as_transformers_writes_them(tmp_path: Path) -> None:
         (1, {"drop_attention": 1}, "has one layer"),
         (1, {"drop_block": "auto"}, "has one layer"),
         (4, {"drop_attention": 4}, "1 to 3 can lose theirs"),
-        (4, {"drop_block": 3, "drop_attention": 2}, "4 can lose their attention"),
+        (4, {"drop_block": 3, "drop_attention": 2}, "3 can lose their attention"),
+        (4, {"drop_block": 2, "drop_attention": 2}, "3 can lose their attention"),
+        (4, {"drop_block": 1, "drop_ffn": 3}, "3 can lose their ffn"),
     ],
 )
 def test_more_than_there_is(layers: int, drops: Any, said: str, tmp_path: Path) -> None:

@@ -310,6 +310,34 @@ def test_a_network_with_skips_and_drops_says_so(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("model_type", ["olmo2", "plamo2"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_reduced_network_is_measured_against_the_whole_one(
+    model_type: str, packed: bool, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"quantize": True, "q_group_size": 32} if packed else {}
+    make_model(tmp_path / "s", model_type)
+    (tmp_path / "t.txt").write_text("a fox and a crow ate cheese under the tree. " * 80)
+    options |= {"calibration": tmp_path / "t.txt", "verify": False}
+    ways: dict[str, Any] = {"drop_attention": 1}
+    if model_type == "olmo2":
+        ways["replace_ffn"] = 2
+    mlx_skipless.convert(tmp_path / "s", tmp_path / "whole", **options)
+    mlx_skipless.convert(tmp_path / "s", tmp_path / "r", **ways, **options)
+
+    found = mlx_skipless.benchmark([tmp_path / "r"], **SIZES_ONLY)
+    theirs, ours = found.subjects
+    assert found.baseline == theirs.label == theirs.network == f"mlx-lm {model_type}"
+    assert "the sizes of r" in found.notes[0]
+    gone = "without 1 sub-layers" + " and with matrices for 2 sub-layers" * (model_type == "olmo2")
+    assert ours.network == f"mlx-lm {model_type} {gone}"
+    given = mlx_skipless.benchmark([tmp_path / "r", tmp_path / "whole"], **SIZES_ONLY)
+    assert given.baseline == "whole"
+    whole = next(one for one in given.subjects if one.label == "whole")
+    assert theirs.weight_bytes == whole.weight_bytes > ours.weight_bytes
+    assert theirs.cache_bytes_per_token == whole.cache_bytes_per_token
+
+
 def test_sizes_alone_take_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And no time: a 7B model's."""
     monkeypatch.setattr(mx, "eval", pytest.fail)

@@ -1,5 +1,7 @@
 """KL and negative log likelihood against NumPy's in float64, also where they are very small."""
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -28,6 +30,32 @@ def test_kl_of_networks_that_have_nothing_in_common(far: float) -> None:
     gradient = mx.grad(lambda q: measure_kl(a, q).sum())(b)
     assert mx.allclose(gradient, mx.softmax(b) - mx.softmax(a), atol=1e-6).item()
     assert measure_kl(np.array(a), np.array(b)).item() == pytest.approx(far, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, np.float64])
+def test_tokens_that_a_network_forbids(dtype: Any) -> None:
+    """Their logits are -inf; it is as if they were not in the vocabulary."""
+    rng = np.random.default_rng(3)
+    a, b = rng.normal(0, 4, (2, 4, 30))
+    wanted = reference.softmax_kl(a, b)
+    both = np.full((2, 4, 33), -np.inf)
+    both[..., 2:32] = a, b
+    given = both if dtype is np.float64 else [mx.array(one).astype(dtype) for one in both]
+    exact = dtype is np.float64
+    assert float(measure_kl(*given).mean()) == pytest.approx(wanted, rel=1e-7 if exact else 2e-2)
+    tokens = np.full(4, 5) if exact else mx.full(4, 5, mx.int32)
+    nll = -np.log(np.exp(a[:, 3]) / np.exp(a).sum(-1))
+    assert np.allclose(np.array(measure_nll(given[0], tokens)), nll, rtol=2e-2)
+    if not exact:
+        gradient = mx.grad(lambda q: measure_kl(given[0], q).sum())(given[1])
+        assert bool(mx.isfinite(gradient).all())
+    alone = np.where(np.arange(33) == 4, -np.inf, both)  # forbidden by the second only
+    assert float(measure_kl(both[0], alone[1]).mean()) > 1e3
+    assert float(measure_kl(alone[0], both[1]).mean()) == pytest.approx(
+        reference.softmax_kl(np.delete(a, 2, -1), np.delete(b, 2, -1))
+        - np.log1p(-np.exp(b[:, 2]) / np.exp(b).sum(-1)).mean(),
+        rel=1e-6,
+    )
 
 
 def test_the_gradient_of_kl_is_the_difference_of_the_probabilities() -> None:

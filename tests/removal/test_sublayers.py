@@ -408,6 +408,18 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize(
+    "options",
+    [{"drop_block": 1, "drop_attention": 1}, {"drop_block": 1, "drop_attention": 1, "drop_ffn": 1}],
+    ids=str,
+)
+def test_one_attention_stays_whatever_is_added_up(options: dict[str, Any], tmp_path: Path) -> None:
+    make_llama(tmp_path / "s", **SIZES | {"num_hidden_layers": 2})
+    with pytest.raises(mlx_skipless.UserError, match="layers 1 can lose their attention"):
+        mlx_skipless.convert(tmp_path / "s", tmp_path / "o", **options)
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
     "options", [{"drop_attention": 1}, {"drop_attention": 1, "greedy": True}, {"drop_ffn": 2}],
     ids=str,
 )  # fmt: skip

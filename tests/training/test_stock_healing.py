@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
 import pytest
 from grids import only
+from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import SwitchLinear
 from zoo import make_model
 
+from mlx_skipless import UserError, load
 from mlx_skipless.network import reduced
-from mlx_skipless.training.healing import heal
+from mlx_skipless.training.healing import heal, make_trainable
 from mlx_skipless.training.recipe import Treatment
 
 TALE = "".join(f"the fox number {i} met {7 * i % 13} hens under a tree.\n" for i in range(60))
@@ -63,3 +67,42 @@ def test_a_healed_model_is_nearer(model_type: str, kind: str, tmp_path: Path) ->
     assert {*mx.load(str(out / "model.safetensors"))} == {*left}
     ids = mx.array(mlx_lm.load(str(teacher))[1].encode(TALE)[:200])[None]
     assert measure_kl(teacher, out, ids) < 0.9 * measure_kl(teacher, student, ids)
+
+
+@pytest.mark.parametrize("model_type", ["gemma3n", "kimi_k3"])
+def test_matrices_that_the_network_reads_itself_stay(model_type: str, tmp_path: Path) -> None:
+    """All others get adapters, which give nothing at first and have gradients."""
+    make_model(tmp_path, model_type)
+    model: Any = load(tmp_path)[0]
+    ids = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
+    before = model(ids)
+    mx.eval(before)
+
+    make_trainable(model, Treatment(rank=4))
+
+    adapted = {name for name, m in model.named_modules() if hasattr(m, "fuse")}
+    read = {
+        "gemma3n": {"prediction_coefs", "correction_coefs"},
+        "kimi_k3": {"self_attention_res_proj", "mlp_res_proj"},
+    }
+    linear = {
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear | SwitchLinear) and ".layers." in name
+    }
+    stay = {name for name in linear if name.rpartition(".")[2] in read[model_type]}
+    assert stay and {name.removesuffix(".linear") for name in linear} - stay == adapted
+    assert mx.allclose(model(ids), before, atol=1e-4).item()
+    _, gradients = nn.value_and_grad(model, lambda m: m(ids).square().mean())(model)
+    assert any(mx.any(a != 0).item() for _, a in tree_flatten(gradients))
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v41", "recurrent_gemma"])
+def test_what_mlx_lm_cannot_train_is_refused(model_type: str, tmp_path: Path) -> None:
+    make_model(tmp_path / "s", model_type)
+    (tmp_path / "text.txt").write_text(TALE)
+    treatment = Treatment(steps=1, context=16, batch_size=2)
+    with pytest.raises(UserError, match="mlx-lm's network of this model cannot be trained"):
+        heal(tmp_path / "s", tmp_path / "s", tmp_path / "h", treatment,
+             data=[tmp_path / "text.txt"], validation_share=0.5)  # fmt: skip
+    assert not (tmp_path / "h").exists()
