@@ -1,12 +1,11 @@
 """train: a model of the user's own, skipless unless told otherwise."""
 
 import argparse
-import dataclasses
 import sys
 from typing import Any
 
 from ..errors import BadArgument, UserError, first_line
-from ..options import expand_path, read_options
+from ..options import expand_path, flag_name, read_options
 from ..training.recipe import Recipe, TrainingPace
 from .shared import (
     add_fields,
@@ -71,7 +70,7 @@ def run(options: dict[str, Any]) -> None:
                 bars(stage, done, total)
 
             result = train(
-                recipe=dataclasses.replace(_read_yaml(config), **recipe),
+                recipe=_make_recipe(config, recipe),
                 pace=TrainingPace(**pace),
                 steps=steps,
                 report=lambda event: shown.say(events.describe_event(event)),
@@ -83,22 +82,36 @@ def run(options: dict[str, Any]) -> None:
         shown.write_json(result.as_dict())
 
 
-def _read_yaml(name: str | None) -> Recipe:
+def _make_recipe(config: str | None, flags: dict[str, Any]) -> Recipe:
+    """Make a recipe of a YAML file, if there is one, and of flags, which come before it."""
+    if config is None:
+        return Recipe(**flags)
+    try:
+        content = _read_yaml(config)
+        given = {**content, **flags} if isinstance(content, dict) else content
+        return read_options(Recipe, "recipe", given)
+    except UserError as error:
+        said = str(error)
+        if any(said.startswith(f"{flag_name(name)} ") for name in flags):
+            raise
+        raise UserError(f"--config {config}: {said}") from error
+
+
+def _read_yaml(name: str) -> Any:
+    """Read a YAML file; a UserError says what is wrong with it."""
     import yaml
 
-    if name is None:
-        return Recipe()
     try:
         content = expand_path(name).read_text(encoding="utf-8")
         root = yaml.compose(content)
         keys = [key.value for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
         if twice := [key for key in keys if keys.count(key) > 1]:
             raise UserError(f"{twice[0]!r} is there twice")
-        return read_options(Recipe, "recipe", yaml.safe_load(content))
+        return yaml.safe_load(content)
     except OSError as error:
-        raise UserError(f"--config {name}: cannot be read ({error.strerror})") from error
+        raise UserError(f"cannot be read ({error.strerror})") from error
     except yaml.MarkedYAMLError as error:
         where = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
-        raise UserError(f"--config {name}: {where}{error.problem or first_line(error)}") from error
-    except (UserError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"--config {name}: {first_line(error)}") from error
+        raise UserError(f"{where}{error.problem or first_line(error)}") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(first_line(error)) from error

@@ -52,7 +52,6 @@ def make_report(
     asked = options.drops or options.replacements or options.quantization
     nothing = not (asked or kept_packed or reduced.DROPPED in source.config)
     bytes_after = _total(after, 1)
-    cache_bytes_after = _try(model)  # before all else that runs it
     left_out = filter(None, [describe_left_out(source.config)])
     return Report(
         source=source.name,
@@ -72,10 +71,10 @@ def make_report(
         folded=(),
         stock=reduced.DROPPED not in config,
         skipless=False,
+        cache_bytes_after=_try(model),  # before all else that runs it
         speedup_from_bytes=count_bytes_read(undropped) / count_bytes_read(model),
         first_layer=None,
         cache_bytes_before=count_cache_bytes(source.model, 1),
-        cache_bytes_after=cache_bytes_after,
         rows=tuple(_make_rows(job, network.paths, before, after)),
         notes=(*left_out, *job.notes, *_describe_origin(job), *describe_bits(job.bits)),
         advice=(SAVINGS,) if nothing else (),

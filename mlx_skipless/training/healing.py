@@ -23,12 +23,10 @@ import mlx_lm.utils
 import numpy as np
 from mlx.utils import tree_map_with_path, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from ..checkpoints import hub
 from ..checkpoints.files import check_links, read_json, take_fingerprint
 from ..checkpoints.output import hide_paths, replace_file
-from ..constants import HELD_OUT_SHARE
 from ..errors import BadArgument, UserError, explain_nan, first_line
 from ..evaluation import perplexity
 from ..inference.context import check_windows, find_context
@@ -44,14 +42,13 @@ from .loop import ResumableRun, carry_out
 from .optimizer import make_healing_schedule
 from .recipe import Pace, Treatment, fix_rate
 from .results import Distance, HealingResult
-from .tokens import TextFiles, Tokens, encode_texts, list_paths, read_sources
+from .tokens import TextFiles, Tokens, choose_share, encode_texts, list_paths, read_sources
+from .trainable import PROBE, make_trainable
 
 TOKENS = "tokens.safetensors"
 SPOKEN = 512  # tokens in a row that the original speaks
 HELD_OUT = 8  # of that text, one part in so many measures
 MEASURED_TOKENS = 8192  # of held-out text, before and after
-LORA_SCALE = 2.0
-PROBE = [[0, 1]]  # tokens that any vocabulary has
 
 
 @dataclass(frozen=True)
@@ -140,8 +137,7 @@ def heal(
         folder.check_free()
         paths, held_out = list_paths(data or ()), list_paths(validation)
         pair_paths = _make_absolute(model), _make_absolute(teacher)
-        share = HELD_OUT_SHARE if validation_share is None else validation_share
-        sources = Sources(paths, held_out, share, *pair_paths)
+        sources = Sources(paths, held_out, choose_share(validation_share), *pair_paths)
         settings = Settings(fix_rate(treatment or Treatment()), pace or Pace(), sources)
     pair = load_pair(settings.sources, trust_remote_code)
     settings = _check_models(folder, settings)
@@ -382,15 +378,15 @@ class Run(ResumableRun[HealingResult]):
     def go(self, report: Callable[[Event], None]) -> HealingResult:
         """Train to the end, fuse, measure and write."""
         if self._step == 0:
-            before = self.outlive_signals(partial(self._distance, self.model))
+            before = self.signals.outlive(partial(self._distance, self.model))
             if not math.isfinite(before.kl):
                 whole = math.isfinite(before.teacher_loss)
                 raise explain_nan("--model" if whole else "--teacher")
             self._log({"before": asdict(before)}, report)
         begun = self._seconds
         self.run(report)
-        self.outlive_signals(self._fuse)
-        after = self.outlive_signals(partial(self._distance, self.model))
+        self.signals.outlive(self._fuse)
+        after = self.signals.outlive(partial(self._distance, self.model))
         if self._seconds > begun:
             self._log({"after": asdict(after)}, report)
         names = [Path(file).name for file in self.settings.sources.data]
@@ -488,69 +484,6 @@ class Run(ResumableRun[HealingResult]):
 
 def _total(array: mx.array) -> float:
     return float(array.sum().item())  # type: ignore[arg-type]
-
-
-def make_trainable(student: nn.Module, treatment: Treatment) -> None:
-    """Add low-rank changes that are trained alone, or make all weights trainable.
-
-    Raises:
-        UserError: for all weights of a quantized network, and for one that has no gradient.
-    """
-    try:
-        _choose_trained(student, treatment)
-
-        def touch(network: Any) -> mx.array:
-            return network(mx.array(PROBE)).astype(mx.float32).mean()
-
-        nn.value_and_grad(student, touch)(student)  # builds the graph and computes nothing
-    except (AttributeError, ValueError, RuntimeError, TypeError) as error:
-        raise UserError(
-            f"mlx-lm's network of this model cannot be trained ({first_line(error)})"
-        ) from error
-
-
-def _choose_trained(student: nn.Module, treatment: Treatment) -> None:
-    student.train()
-    if treatment.fine_tune_type == "full":
-        if any(hasattr(module, "bits") for module in student.modules()):
-            raise UserError(
-                "--fine-tune-type full: packed weights cannot be trained; heal the model before it "
-                "is quantized, or use lora"
-            )
-        student.set_dtype(mx.float32)  # steps smaller than a narrow type's rounding add up
-        student.unfreeze()
-        return
-    student.freeze()
-    lora = {"rank": treatment.rank, "scale": LORA_SCALE, "dropout": 0.0}
-    layers: Any = student.layers
-    before = [dict(layer.named_modules()) for layer in layers]
-
-    def add(keys: set[str] | None = None) -> bool:
-        """Adapt these modules of all layers, or all; tell whether the network still runs."""
-        mx.random.seed(treatment.seed)
-        linear_to_lora_layers(student, len(layers), lora | ({} if keys is None else {"keys": keys}))
-        try:
-            student(mx.array(PROBE))  # type: ignore[operator]
-        except AttributeError:
-            return False
-        return True
-
-    if add():
-        return
-    # Some networks read a matrix's weight themselves (Gemma 3n, Kimi K3), which an adapter has not.
-    adapted = [{k for k, m in layer.named_modules() if hasattr(m, "fuse")} for layer in layers]
-    fit = set()
-    for key in sorted(set().union(*adapted)):
-        _put_back(layers, before, adapted)
-        if add({key}):
-            fit.add(key)
-    _put_back(layers, before, adapted)
-    add(fit)
-
-
-def _put_back(layers: Any, modules: Sequence[dict[str, Any]], names: Sequence[set[str]]) -> None:
-    for layer, own, changed in zip(layers, modules, names, strict=True):
-        layer.update_modules(tree_unflatten([(name, own[name]) for name in changed]))
 
 
 def _save_model(folder: Path, source: Path, model: nn.Module, tokenizer: Any) -> None:

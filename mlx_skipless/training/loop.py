@@ -3,13 +3,10 @@
 A subclass says what is trained and on which loss.
 """
 
-import contextlib
 import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -28,11 +25,10 @@ from .folder import Event, RunFolder, load_arrays
 from .optimizer import Schedule
 from .recipe import Pace, Recipe, Treatment
 from .results import RunResult
+from .signals import Signals, hear_signals
 from .tokens import Tokens
 
 Result = TypeVar("Result", bound=RunResult)
-Done = TypeVar("Done")
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TRAINING_BYTES = 12  # per trained weight, at least: itself, its gradient and one moment
 
 
@@ -172,7 +168,7 @@ class ResumableRun(RunState, Generic[Result]):
         self._logged_step, self._logged_at = 0, 0.0
         self._unheard: OSError | None = None  # why a report could not be made
         self.progress: Steps = lambda done, total: None
-        self.count_signals: Callable[[], int] = lambda: 0  # that came and ended nothing
+        self.signals = Signals()
 
     # What a subclass says.
 
@@ -206,9 +202,9 @@ class ResumableRun(RunState, Generic[Result]):
         self._tell({"step": self._step, "steps": self._steps, **self._sizes()}, report)
         self.progress(self._step, self._steps)
         while self._step < self._steps:
-            loss = self.outlive_signals(partial(step, self._step))
+            loss = self.signals.outlive(partial(step, self._step))
             changed = loss, self.model.state, self._optimizer.state
-            self.outlive_signals(partial(mx.eval, *changed))
+            self.signals.outlive(partial(mx.eval, *changed))
             self._losses.append(loss)
             self._step += 1
             self._seconds = before + time.perf_counter() - started
@@ -219,10 +215,10 @@ class ResumableRun(RunState, Generic[Result]):
                 self._log_losses(report)
             if not last and is_due(self._step, pace.eval_every):
                 evaluate = partial(self._evaluate, pace.eval_tokens)
-                self._log(self.outlive_signals(evaluate), report)
-            self._log(self.outlive_signals(self._observe), report)
+                self._log(self.signals.outlive(evaluate), report)
+            self._log(self.signals.outlive(self._observe), report)
             self.progress(self._step, self._steps)
-            if (self.count_signals() or self._unheard) and not last:
+            if (self.signals.came or self._unheard) and not last:
                 self._save()
                 said = f"interrupted at step {self._step}: --resume goes on from there"
                 if gone := self._unheard:
@@ -232,26 +228,11 @@ class ResumableRun(RunState, Generic[Result]):
                 self._save()
             if self._logged_step == self._step:
                 self._logged_at = time.perf_counter()
-        final = self.outlive_signals(partial(self._evaluate, None))
+        final = self.signals.outlive(partial(self._evaluate, None))
         if self._step > begun_at:
             self._log(final, report)
         self._save()
         return final
-
-    def outlive_signals(self, compute: Callable[[], Done]) -> Done:
-        """Compute something, and again where a signal ended a compiler that MLX had started for it.
-
-        MLX compiles kernels on a CPU. Ctrl-C and a hangup reach every process of a terminal, and
-        what such a kernel computes fails with the compiler. What is computed must not have changed
-        anything by then.
-        """
-        while True:
-            before = self.count_signals()
-            try:
-                return compute()
-            except (RuntimeError, UserError):
-                if self.count_signals() == before:
-                    raise
 
     def _log(self, event: Event, report: Callable[[Event], None]) -> None:
         if not math.isfinite(event.get("validation_loss", 0)):
@@ -320,7 +301,7 @@ def carry_out(
             else:  # killed before its first checkpoint
                 folder.cut_log(-1)
             folder.write_settings(run.settings)  # which --resume may have changed
-        with count_signals() as run.count_signals:
+        with hear_signals() as run.signals:
             return run.go(report)
 
 
@@ -337,32 +318,3 @@ def _check_memory(needed: int, what: str) -> None:
 def is_due(step: int, every: int) -> bool:
     """Whether it is time at a step for what is done ``every`` so many steps; 0: never."""
     return every > 0 and step % every == 0
-
-
-@contextlib.contextmanager
-def count_signals() -> Iterator[Callable[[], int]]:
-    """Count signals instead of ending; the function yielded tells how many came.
-
-    The loop then finishes its step and saves. A second SIGINT or SIGTERM ends at once. SIGHUP never
-    does: a session that ends sends more than one, and SIGTERM with it.
-    """
-    came: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: 0
-        return
-
-    def note(signum: int, frame: Any) -> None:
-        if signum != signal.SIGHUP and {signal.SIGINT, signal.SIGTERM} & {*came}:
-            raise KeyboardInterrupt
-        came.append(signum)
-
-    before = {
-        which: signal.signal(which, note)
-        for which in STOPS
-        if which != signal.SIGHUP or signal.getsignal(which) != signal.SIG_IGN  # nohup's
-    }
-    try:
-        yield lambda: len(came)
-    finally:
-        for which, handler in before.items():
-            signal.signal(which, handler)

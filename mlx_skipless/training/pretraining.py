@@ -20,7 +20,6 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoints.output import hide_paths, replace_file, write_json
 from ..checkpoints.tokenizer import NO_MODEL_TYPE, fetch_tokenizer
-from ..constants import HELD_OUT_SHARE
 from ..errors import BadArgument, UserError
 from ..evaluation import perplexity
 from ..inference.generation import generate
@@ -37,7 +36,7 @@ from .loop import ResumableRun, carry_out, is_due
 from .optimizer import make_optimizer, make_schedule, pull_queries
 from .recipe import Recipe, TrainingPace, fix_rate
 from .results import TrainingResult
-from .tokens import TextFiles, Tokens, encode_texts, list_paths, read_sources
+from .tokens import TextFiles, Tokens, choose_share, encode_texts, list_paths, read_sources
 
 LONG_TEXT = 5_000_000  # characters, which take a tokenizer seconds
 SAMPLE_PROMPT, SAMPLE_TOKENS = 8, 64
@@ -139,8 +138,7 @@ def train(
     elif data:
         folder.check_free()
         source = None if tokenizer is None else str(tokenizer)
-        share = HELD_OUT_SHARE if validation_share is None else validation_share
-        text = TrainingText(paths, held_out, share, source)
+        text = TrainingText(paths, held_out, choose_share(validation_share), source)
         settings = Settings(fix_rate(recipe or Recipe()), pace or TrainingPace(), text, dtype)
         _check_sizes(settings.recipe)
     else:

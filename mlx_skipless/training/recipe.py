@@ -37,6 +37,7 @@ SIMPLIFIED = {
     "sas-p": {"block": "parallel", "skip": "none", **_NO_V_AND_P},
 }
 HEALING_RATES = {"lora": 1e-3, "full": 5e-5}
+LARGEST_BASE = 1e12  # of RoPE, as any config has it
 MOST_LAYERS = 10_000
 LARGEST = 1 << 31  # MLX's sizes along an axis and numbers of steps are 32-bit
 
@@ -149,9 +150,11 @@ class Recipe:
         _check_counts(self, *sizes, "steps", "batch_size", "context")
         if self.layers > MOST_LAYERS:
             raise BadArgument(f"--layers {self.layers}: must be at most {MOST_LAYERS:,}")
-        for name in ("adam_learning_rate", "clip", "temperature", "embedding_scale"):
+        for name in ("adam_learning_rate", "clip", "temperature", "embedding_scale", "rope_theta"):
             check_above_zero(flag_name(name), getattr(self, name))
         check_above_zero("--learning-rate", self.learning_rate)
+        if self.rope_theta >= LARGEST_BASE:
+            raise BadArgument(f"--rope-theta {self.rope_theta}: must be below {LARGEST_BASE:g}")
         _check_heads(self)
         _check_block(self)
         for norm in self.norms.split(","):
@@ -247,6 +250,8 @@ def _check_heads(recipe: "Recipe") -> None:
             f"--heads {heads}: of --hidden-size {hidden} each gets {width}, an odd number, and "
             "RoPE needs pairs: give another number"
         )
+    if heads % recipe.kv_heads:
+        raise BadArgument(f"--kv-heads {recipe.kv_heads}: must divide --heads {heads}")
     own = recipe.block not in SIMPLIFIED
     if own and {*"kv"} & {*recipe.without} and recipe.kv_heads < heads:
         raise BadArgument(

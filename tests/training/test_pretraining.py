@@ -965,7 +965,7 @@ def test_a_failure_before_the_first_checkpoint_leaves_nothing(
     ("options", "says"),
     [
         ({"recipe": dataclasses.replace(SMALL, context=10**6)}, "too few for a context"),
-        ({"recipe": dataclasses.replace(SMALL, kv_heads=3)}, "key-value heads"),
+        ({"recipe": dataclasses.replace(SMALL, hidden_size=2**20)}, "hidden_size"),
         ({"recipe": dataclasses.replace(SMALL, vocab_size=10**5)}, "--vocab-size 100000"),
         ({"tokenizer": "@/none"}, "none"),
         ({"tokenizer": "@"}, "tokenizer"),
@@ -1172,6 +1172,34 @@ def test_a_recipe_from_yaml_and_flags_that_come_first(text: Path, tmp_path: Path
     assert used == dataclasses.asdict(Recipe()) | given
     config = json.loads((out / "config.json").read_text())
     assert config["tie_word_embeddings"] and not config["gate_offset"] and not config["value_skip"]
+
+
+@pytest.mark.parametrize(
+    ("content", "given", "says"),
+    [
+        ("heads: 3", [], "--config {}: --heads 3: must divide --hidden-size 256"),
+        ("heads: 3", ["--hidden-size", "48"], "--config {}: --kv-heads 2: must divide --heads 3"),
+        ("hidden_size: 48", ["--heads", "5"], "--heads 5: must divide --hidden-size 48"),
+        ("heads: 3", ["--hidden-size", "48", "--kv-heads", "1"], None),
+    ],
+)
+def test_a_recipe_is_judged_together_with_its_flags(
+    content: str,
+    given: list[str],
+    says: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    def begin(*_: Any, recipe: Recipe, **__: Any) -> None:
+        raise UserError(f"{recipe.hidden_size} {recipe.heads} {recipe.kv_heads}")
+
+    monkeypatch.setattr(pretraining, "train", begin)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(content)
+    assert command("train", "--data", "x", "--config", file, *given) in (1, 2)
+    said = "48 3 1" if says is None else says.format(file)
+    assert one_error(capsys) == f"error: {said}\n"
 
 
 @pytest.mark.parametrize(

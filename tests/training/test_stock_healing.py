@@ -16,8 +16,9 @@ from zoo import make_model
 
 from mlx_skipless import UserError, load
 from mlx_skipless.network import reduced
-from mlx_skipless.training.healing import heal, make_trainable
+from mlx_skipless.training.healing import heal
 from mlx_skipless.training.recipe import Treatment
+from mlx_skipless.training.trainable import make_trainable
 
 TALE = "".join(f"the fox number {i} met {7 * i % 13} hens under a tree.\n" for i in range(60))
 LOST = {
