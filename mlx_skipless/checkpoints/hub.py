@@ -69,8 +69,12 @@ def resolve(
         UserError: if there is no such path or repository, or it cannot be downloaded.
     """
     path = expand_path(source)
+    if revision == "":
+        raise UserError("--revision is empty: give a branch, a tag or a commit")
     if os.path.exists(path):
         files.check_name(path)
+        if revision is not None:
+            raise UserError(f"--revision {revision}: {source} is a path, and has none")
         if not (path.is_dir() or path.is_file()):  # a pipe would wait for its other end
             raise UserError(f"{source} is neither a file nor a folder: give a model")
         return (path.is_dir() and files.find_gguf(path)) or path
@@ -82,6 +86,8 @@ def resolve(
     if is_model and any(one != folder for one in _fetch_weights(source, revision, folder)):
         raise UserError(f"{source} changed while it was fetched: try again")
     _check_gguf(source, folder, config_only)
+    if not folder.is_dir() or not any(folder.iterdir()):  # nothing matched
+        raise UserError(f"{source} holds nothing that a model has: give another Hub id")
     return folder
 
 

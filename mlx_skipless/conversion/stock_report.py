@@ -14,7 +14,7 @@ from ..inference.sizes import count_bytes_read, count_cache_bytes
 from ..network import reduced
 from ..network.parts import dtype_name
 from ..network.stock import StockNetwork
-from ..quantization.coverage import Packing
+from ..quantization.coverage import Packing, describe_undivided
 from ..quantization.sensitivity import DROP, REPLACE
 from ..removal.renumbering import rename_layer
 from ..removal.sublayers import describe_wishes
@@ -76,7 +76,7 @@ def make_report(
         first_layer=None,
         cache_bytes_before=count_cache_bytes(source.model, 1),
         rows=tuple(_make_rows(job, network.paths, before, after)),
-        notes=(*left_out, *job.notes, *_describe_origin(job), *describe_bits(job.bits)),
+        notes=(*left_out, *job.notes, *_list_notes(job, model)),
         advice=(SAVINGS,) if nothing else (),
         warnings=(),
         verification=None,
@@ -114,6 +114,14 @@ def add_wishes(report: Report, job: StockJob, network: StockNetwork) -> Report:
         notes.append(f"which layers get a matrix in the place of theirs is measured, too: {what}")
     stock = report.stock and {*job.options.drops} == {"block"} and not replacements
     return replace(report, notes=(*report.notes, *notes), stock=stock)
+
+
+def _list_notes(job: StockJob, model: nn.Module) -> Iterator[str]:
+    yield from _describe_origin(job)
+    yield from describe_bits(job.bits)
+    if (q := job.options.quantization) is not None:
+        undivided = describe_undivided(model, q, job.dtype)
+        yield from () if undivided is None else (undivided,)
 
 
 def _describe_origin(job: StockJob) -> Iterator[str]:

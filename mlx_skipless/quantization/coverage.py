@@ -4,10 +4,11 @@ MLX packs whole groups of a matrix's inputs, so a format can hold only some widt
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from ..constants import MODES
@@ -80,10 +81,28 @@ def describe_dense(layout: Layout) -> str | None:
     dense = {path: width for path, width in widths.items() if path not in layout.settings}
     if q is None or not dense:
         return None
+    return _describe_dense(widths, dense, q, layout.dtype)
+
+
+def describe_undivided(model: nn.Module, q: Quantization, dtype: mx.Dtype) -> str | None:
+    """Tell which matrices of a quantized model stay as they are because no group divides them.
+
+    What else stays is mlx-lm's choice. Returns None if there are none.
+    """
+    widths = find_widths(model)
+    packed = {path for path, module in model.named_modules() if "scales" in module}
+    size = q.usual_group_size
+    dense = {path: n for path, n in widths.items() if path not in packed and n % size}
+    return _describe_dense(widths, dense, q, dtype) if dense else None
+
+
+def _describe_dense(
+    widths: Mapping[str, int], dense: Mapping[str, int], q: Quantization, dtype: mx.Dtype
+) -> str:
     size = q.usual_group_size
     odd = sorted({width for width in dense.values() if width % size})
     kinds: dict[tuple[str, int], list[int]] = {}
-    for path, width in reversed(dense.items()):
+    for path, width in reversed([*dense.items()]):
         *_, layer, block, name = ("", "", *path.split("."))
         inside = layer.isdecimal()
         kind = f"{block}.{name}" if inside else name
@@ -98,7 +117,7 @@ def describe_dense(layout: Layout) -> str | None:
     if any(width % size == 0 for width in dense.values()):
         why += "; " * bool(why) + "beside a removed matrix some need more bits than a format has"
     return (
-        f"{len(dense)} of {len(widths)} matrices stay in {dtype_name(layout.dtype)}, "
+        f"{len(dense)} of {len(widths)} matrices stay in {dtype_name(dtype)}, "
         f"{_join(names, 'and')}: {why}"
     )
 

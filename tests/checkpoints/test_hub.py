@@ -226,6 +226,21 @@ def test_a_revision_is_followed_or_refused(hub: HubServer, run: Run, tmp_path: P
     assert config["num_hidden_layers"] == 1
 
 
+def test_a_repository_that_holds_no_model(hub: HubServer, run: Run, tmp_path: Path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/words.csv").write_text("a,b")
+    hub.repos["some/data"] = {"main": tmp_path / "data"}
+    said = the_error(run("--model", "some/data"))
+    assert said == "error: some/data holds nothing that a model has: give another Hub id"
+
+
+def test_a_revision_that_means_nothing(run: Run, model: Path):
+    said = the_error(run("--model", "tales/tiny", "--revision", ""))
+    assert said == "error: --revision is empty: give a branch, a tag or a commit"
+    said = the_error(run("--model", str(model), "--revision", "v1"))
+    assert said == f"error: --revision v1: {model} is a path, and has none"
+
+
 def test_a_connection_closed_in_mid_file_is_resumed(hub: HubServer, run: Run, tmp_path: Path):
     # The client writes in pieces of 10 MB, so only a larger file shows that it goes on from there.
     large = tmp_path / "large"

@@ -122,6 +122,20 @@ def test_more_than_there_is(layers: int, drops: Any, said: str, tmp_path: Path) 
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize("plan", [False, True])
+def test_matrices_that_no_group_divides_are_told_of(plan: bool, tmp_path: Path) -> None:
+    make_model(tmp_path / "s", "olmo2", num_hidden_layers=2, intermediate_size=96)
+    asked: dict[str, Any] = {"quantize": True, "dry_run": plan, "verify": False}
+    report = mlx_skipless.convert(tmp_path / "s", tmp_path / "o", **asked)
+    told = [note for note in report.notes if "matrices stay" in note]
+    assert told == [
+        "2 of 16 matrices stay in float32, mlp.down_proj (96 inputs) of layers 0-1: groups of 64 "
+        "do not divide 96 inputs (--q-group-size 32 does)"
+    ]
+    report = mlx_skipless.convert(tmp_path / "s", tmp_path / "p", q_group_size=32, **asked)
+    assert not any("matrices stay" in note for note in report.notes)
+
+
 def test_a_plan_says_what_will_go(tmp_path: Path) -> None:
     make_model(tmp_path, "olmo2")
     report = mlx_skipless.convert(tmp_path, dry_run=True, drop_attention=2)
