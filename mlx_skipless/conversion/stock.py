@@ -331,7 +331,9 @@ def _check_wishes(options: Options, network: StockNetwork) -> None:
         parts = max(len(network.sublayers[n].parts.get(wish.kind, ())) for n in range(layers))
         if wish.verb == "replace" and parts > 1:
             raise UserError(f"{wish}: this model's blocks have {parts} of them, side by side")
-    check_sums(wishes, {kind: layers - max(1, len(spared[kind])) for kind in KINDS})
+    free = {kind: layers - len(spared[kind]) for kind in KINDS}
+    check_sums(list_wishes(options.drops), {kind: min(n, layers - 1) for kind, n in free.items()})
+    check_sums(wishes, free)
 
 
 def find_spared(network: StockNetwork) -> dict[str, list[int]]:
