@@ -82,6 +82,7 @@ def _tell_nemotron_nas(args: ModelArgs) -> Config:
 def _fits_nemotron_nas(args: ModelArgs) -> bool:
     return (
         "sliding_attention" not in args.layer_types
+        and not args.rope_traditional
         and (args.rope is None or "factor" in args.rope)
         and args.hidden_size == args.num_attention_heads * args.head_dim
         and not args.intermediate_size % 256
@@ -100,10 +101,12 @@ LLAMA_STOCK = Stock(
     any_head_dim=True,
     drops=_fits_nemotron_nas,
 )
-LLAMA = Family(means=PRENORM, read=_read_llama, stock=LLAMA_STOCK)
+# mlx-lm reads this of some architectures, transformers of none.
+PAIRS: Config = {"rope_traditional": False}
+LLAMA = Family(means=PRENORM, defaults=PAIRS, read=_read_llama, stock=LLAMA_STOCK)
 
 # In Mistral a sliding window without "layer_types" holds for every layer (transformers).
-MISTRAL = Family(means=PRENORM, stock=LLAMA_STOCK)
+MISTRAL = Family(means=PRENORM, defaults=PAIRS, stock=LLAMA_STOCK)
 MINISTRAL = Family(means=PRENORM)
 
 
@@ -199,7 +202,8 @@ MIXTRAL_EXPERTS = {
 }
 MIXTRAL = Family(
     means=PRENORM,
-    defaults={
+    defaults=PAIRS
+    | {
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
         "rms_norm_eps": 1e-5,
@@ -232,7 +236,7 @@ def _read_gemma(config: Config) -> Config:
 
 GEMMA = Family(
     means=PRENORM | NO_WINDOW,
-    defaults={"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
+    defaults=PAIRS | {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
     read=_read_gemma,
     keys={"hidden_act": "hidden_activation"},
     gain_offset=1.0,
@@ -260,7 +264,7 @@ def _read_qwen(config: Config) -> Config:
 QWEN_TOLD = (*LLAMA_TOLD, "max_position_embeddings")
 QWEN2 = Family(
     means=PRENORM | {"attention_bias": None},
-    defaults={"max_position_embeddings": 32768},
+    defaults=PAIRS | {"max_position_embeddings": 32768},
     read=_read_qwen,
     biased=QKV,
     stock=Stock(told=QWEN_TOLD, tell=_tell_rope, scales_rope=True),

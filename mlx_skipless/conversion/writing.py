@@ -29,7 +29,7 @@ from .job import Job
 
 MODEL_FILE = "model.py"
 # Keys (or how they begin) that mean something to mlx-lm in these architectures, and to no one else.
-ONLY_MLX_LMS = ("quantiz", "text_config", "rope_traditional", "layer_norm_bias")
+ONLY_MLX_LMS = ("quantiz", "text_config", "layer_norm_bias")
 # What a result says in mlx-lm's terms.
 LLM_DROPS = (*DROP_LISTS, "auto_map")
 

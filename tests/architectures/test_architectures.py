@@ -502,8 +502,7 @@ def test_an_expert_of_an_absurd_number(expert: str, tmp_path: Path) -> None:
     ("name", "changes"),
     [
         ("qwen2", {"text_config": True}),
-        ("qwen2", {"rope_traditional": True}),
-        ("llama", {"rope_traditional": "1"}),
+        ("qwen3", {"rope_traditional": True}),
         ("cohere", {"layer_norm_bias": True}),
         ("qwen3", {"max_position_embeddings": None}),
     ],
@@ -515,6 +514,48 @@ def test_keys_that_mlx_lm_alone_would_read(name: str, changes: Config, tmp_path:
     assert report.stock
     expected = reference.logits({**config, "rope_traditional": name == "cohere"}, weights, text())
     assert reference.worst_relative_error(expected, logits(tmp_path / "o", text())) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["gemma", "llama", "mistral", "mixtral", "qwen2"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"fold_norms": True},
+        {"drop_attention": 1},
+        {"drop_block": 1},
+        {"precompute_first_layer": "force"},
+        {"skipless": True, "remove": "p"},
+    ],
+    ids=str,
+)
+def test_pairs_that_mlx_lm_rotates(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """A key that only mlx-lm reads: whoever wrote it wrote it for mlx-lm, as it runs the source."""
+    changes = as_mlx_lm(name) | ({"sliding_window": None} if name == "mistral" else {})
+    config, weights = make(tmp_path / "s", name, **changes, rope_traditional=True)
+    report = convert(tmp_path / "s", tmp_path / "o", **options)
+    expected = reference.logits(config, weights, text())
+    own = mlx_lm.load(str(tmp_path / "s"))[0](mx.array(text()))  # type: ignore[misc]
+    assert reference.worst_relative_error(expected, np.array(own)) < 1e-5
+    if not options or "fold_norms" in options:
+        assert report.stock
+    assert report.verification is not None
+    got = mlx_skipless.load(tmp_path / "o")[0](mx.array(text()))  # type: ignore[operator]
+    there = mlx_lm.load(str(tmp_path / "o"), trust_remote_code=True)[0]  # type: ignore[call-arg]
+    assert mx.allclose(got, there(mx.array(text())), atol=1e-4)
+    halves = reference.logits({**config, "rope_traditional": False}, weights, text())
+    assert reference.worst_relative_error(expected, halves) > 1e-2
+    if not {"skipless", "drop_attention", "drop_block"} & options.keys():
+        assert reference.worst_relative_error(expected, np.array(got)) < 1e-5
+    elif "skipless" not in options:
+        made = json.loads((tmp_path / "o/config.json").read_text())
+        assert made["rope_traditional"] and made["model_type"] != "nemotron-nas"
+
+
+def test_a_flag_of_the_pairs_that_is_none(tmp_path: Path) -> None:
+    make(tmp_path / "s", "llama", rope_traditional="1")
+    with pytest.raises(mlx_skipless.UserError, match="rope_traditional"):
+        convert(tmp_path / "s", tmp_path / "o")
 
 
 def test_activations_are_not_quantized(tmp_path: Path) -> None:
