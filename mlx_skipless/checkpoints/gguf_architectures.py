@@ -106,11 +106,18 @@ EXPERT_KEYS = ("expert_count", "expert_used_count")
 SOFTMAX = 1  # of llama_expert_gating_func_type
 
 
+def _count_experts(metadata: Metadata) -> tuple[int, int]:
+    """Read how many experts there are, and how many of them a token goes to."""
+    there, used = map(metadata.need, EXPERT_KEYS)
+    if used > there:
+        metadata.doubt("expert_used_count")
+    return there, used
+
+
 def _read_mixtral(metadata: Metadata, config: Config, tables: Tables) -> Config:
-    return {
-        "num_local_experts": metadata.get("expert_count"),
-        "num_experts_per_tok": metadata.get("expert_used_count"),
-    }
+    return dict(
+        zip(("num_local_experts", "num_experts_per_tok"), _count_experts(metadata), strict=True)
+    )
 
 
 MIXTRAL = Architecture(
@@ -127,12 +134,13 @@ MIXTRAL = Architecture(
 
 
 def _read_qwen3_moe(metadata: Metadata, config: Config, tables: Tables) -> Config:
-    used = metadata.get("expert_used_count")
+    there, used = _count_experts(metadata)
     width = metadata.get("expert_feed_forward_length")
-    if width is None and used:
-        width = (config.get("intermediate_size") or 0) // used
+    if width is None:
+        width = metadata.need("feed_forward_length") // used
     return {
-        "num_experts": metadata.get("expert_count"),
+        "max_position_embeddings": metadata.need("context_length"),
+        "num_experts": there,
         "num_experts_per_tok": used,
         "moe_intermediate_size": width,
         "norm_topk_prob": True,
@@ -242,6 +250,8 @@ def _read_phi3(metadata: Metadata, config: Config, tables: Tables) -> Config:
     heads, width = config["num_attention_heads"], config["hidden_size"]
     rotated = metadata.get("rope.dimension_count")
     original = metadata.get("rope.scaling.original_context_length")
+    if len(tables) == 2 and metadata.need("rope.scaling.original_context_length") < 2:
+        metadata.doubt("rope.scaling.original_context_length")
     found: Config = {
         "original_max_position_embeddings": original,
         "sliding_window": metadata.get("attention.sliding_window") or None,
@@ -250,7 +260,7 @@ def _read_phi3(metadata: Metadata, config: Config, tables: Tables) -> Config:
     factor = metadata.get("rope.scaling.attn_factor") or 1.0
     usual = 1.0
     if len(tables) == 2:
-        scale = either(config.get("max_position_embeddings"), 0) / (original or 1)
+        scale = either(config.get("max_position_embeddings"), 0) / original
         if scale > 1:
             usual = math.sqrt(1 + math.log(scale) / math.log(original))
         long, short = (tables[name]().tolist() for name in (LONG_FACTORS, SHORT_FACTORS))
@@ -322,11 +332,12 @@ def _read_gpt_oss(metadata: Metadata, config: Config, tables: Tables) -> Config:
     if _read_period(metadata, 2) != 2:
         metadata.refuse("attention.sliding_window_pattern")
     layers = config["num_hidden_layers"]
+    there, used = _count_experts(metadata)
     return {
-        "intermediate_size": metadata.get("expert_feed_forward_length"),
-        "num_local_experts": metadata.get("expert_count"),
-        "num_experts_per_tok": metadata.get("expert_used_count"),
-        "sliding_window": metadata.get("attention.sliding_window"),
+        "intermediate_size": metadata.need("expert_feed_forward_length"),
+        "num_local_experts": there,
+        "num_experts_per_tok": used,
+        "sliding_window": metadata.need("attention.sliding_window"),
         "layer_types": [("full" if n % 2 else "sliding") + "_attention" for n in range(layers)],
         "tie_word_embeddings": False,
         "swiglu_limit": 7.0,

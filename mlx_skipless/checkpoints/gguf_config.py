@@ -17,7 +17,6 @@ from .gguf_tokenizer import find_ends, find_id
 
 # Llama 3.1's, which its GGUF files do not name.
 LOW_FREQ_FACTOR, HIGH_FREQ_FACTOR, ORIGINAL_CONTEXT = 1.0, 4.0, 8192
-MOST = 1 << 24  # of anything that a file counts
 YARN_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # where a file is silent
 # Keys of the network that are read, and those that say nothing that the tensors do not.
 READ = {
@@ -38,6 +37,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scaling.attn_factor": (0, 1),
     "rope.scaling.yarn_attn_factor": (0, 1),
 }
+TEXTS = ("rope.scaling.type",)
+COMPARED = ("attention.scale", "attention.sliding_window")  # with others, where they are not read
 # Of the tower that sees pictures, which some files hold too, and which is left out.
 PICTURES = ("vision.", "mm.")
 
@@ -57,6 +58,9 @@ def check_keys(metadata: Metadata, architecture: Architecture) -> None:
     """Raise a UserError for a key that changes the network and is not read."""
     for key in metadata.list_own():
         read = key in READ or key in architecture.reads or key.startswith(PICTURES)
+        number = (read or key in COMPARED) and key not in TEXTS
+        if number and isinstance(metadata.get(key), str):
+            metadata.doubt(key)
         if not (read or _is_neutral(metadata, key, architecture)):
             metadata.refuse(key)
 
@@ -77,8 +81,11 @@ def _is_neutral(metadata: Metadata, key: str, architecture: Architecture) -> boo
 
 
 def _find_head_dim(metadata: Metadata) -> Any:
-    """The width of a head; None if no key says it."""
-    return either(metadata.get("attention.key_length"), metadata.get("rope.dimension_count"))
+    """The width of a head; where no key says it, its share of the stream, as in llama.cpp."""
+    found = either(metadata.get("attention.key_length"), metadata.get("rope.dimension_count"))
+    if found is None:
+        found = metadata.need("embedding_length") // metadata.need("attention.head_count")
+    return found
 
 
 def make_config(
@@ -129,23 +136,17 @@ def make_config(
         metadata.refuse("rope.scaling.factor")
     config["rope_scaling"] = scaling
     config |= architecture.read(metadata, config, tables)
+    if config["intermediate_size"] is None:
+        metadata.need("feed_forward_length")
     return {key: value for key, value in config.items() if value is not None}
 
 
 def _check_sizes(metadata: Metadata, config: Config) -> None:
     """Check the sizes that an architecture may compute others from."""
-    keys = {
-        "embedding_length": "hidden_size",
-        "block_count": "num_hidden_layers",
-        "attention.head_count": "num_attention_heads",
-    }
-    for key, own in keys.items():
-        value = config[own]
-        if type(value) is not int or not 0 < value < MOST:
-            raise UserError(
-                f"{metadata.source} says {metadata.architecture}.{key} = {value!r}, which no "
-                "model has: download it again"
-            )
+    for key in ("embedding_length", "block_count", "attention.head_count"):
+        metadata.need(key)
+    if config["rms_norm_eps"] is not None and not 0 < config["rms_norm_eps"] < 1:
+        metadata.doubt("attention.layer_norm_rms_epsilon")
 
 
 def _read_head_dim(metadata: Metadata, architecture: Architecture) -> Any:
@@ -174,6 +175,8 @@ def _read_head_dim(metadata: Metadata, architecture: Architecture) -> Any:
 def _read_rope_scaling(metadata: Metadata, config: Config, tables: Tables) -> Config | None:
     source, read_factors = metadata.source, tables.get(ROPE_FACTORS)
     factor = either(metadata.get("rope.scaling.factor"), metadata.get("rope.scale_linear"))
+    if factor is not None and factor < 0:
+        metadata.doubt("rope.scaling.factor")
     kind = either(metadata.get("rope.scaling.type"), "linear")
     if kind == "longrope" and tables.keys() & {LONG_FACTORS}:
         return None  # the architecture reads it

@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 from ..errors import UserError
 
+MOST = 1 << 24  # of anything that is counted
 Field = Callable[[str], Any]  # a metadata key to its value, None where the file has none
 
 
@@ -47,6 +48,29 @@ class Metadata:
                 "differ, which is not supported"
             )
         return value[0]
+
+    def need(self, key: str) -> int:
+        """Return a whole number that may be given layer by layer, the same for all.
+
+        Raises:
+            UserError: if it is missing, none that a model has, or layers differ.
+        """
+        value = self.get_one(key)
+        if value is None:
+            raise UserError(
+                f"{self.source} does not say {self.architecture}.{key}, which its network needs: "
+                "download it again"
+            )
+        if type(value) is not int or not 0 < value < MOST:
+            self.doubt(key)
+        return value
+
+    def doubt(self, key: str) -> NoReturn:
+        """Raise a UserError for a value that no network has."""
+        raise UserError(
+            f"{self.source} says {self.architecture}.{key} = {shorten(self.get(key))}, which no "
+            "model has: download it again"
+        )
 
     def list_own(self) -> Iterable[str]:
         """List the keys of the architecture's own, without its name."""

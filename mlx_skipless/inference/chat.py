@@ -48,6 +48,7 @@ class Conversation:
         cut: what ended it, if not an end token.
         forgotten: how many messages, or tokens where there are no turns, the last turn left out at
             the beginning, because the model's context was full.
+        too_long: whether the last turn alone was more than the model's context.
         context: the tokens that the model was made for; None: unknown, or the cache is smaller.
         turns: how many there were.
         prompt_tokens: that were processed in all turns.
@@ -79,7 +80,7 @@ class Conversation:
         self.last: Answer | None = None
         self._transcript: list[int] = []
         self.turns = self.prompt_tokens = self.generation_tokens = self.reused = 0
-        self.forgotten, self.cut = 0, ""
+        self.forgotten, self.cut, self.too_long = 0, "", False
         self._drop_cache()
 
     def ask(self, text: str, *, same_line: bool = False) -> Generator[str, None, None]:
@@ -116,6 +117,7 @@ class Conversation:
         dropped until it takes half of that. Of a turn that is longer by itself the end is kept.
         """
         ids = self._forget_beginning(text)
+        self.too_long = self.context is not None and len(ids) > self.context
         return ids if self.context is None else cut_prompt(self._model, self.cache, ids)
 
     def _forget_beginning(self, text: str) -> list[int]:
@@ -321,8 +323,10 @@ def _describe_room(talk: Conversation) -> Iterator[str]:
     context = f"the model's context of {size:,} tokens"
     if talk.forgotten:
         yield f"The conversation outgrew {context}: its beginning is forgotten."
-    if held > size:
+    if talk.too_long:
         yield f"This turn is longer than {context}: the model saw only the end of it."
+    elif held > size:
+        yield f"The answer outgrew {context}: it was written without all that was said before."
     elif held > size * FULL:
         yield (
             f"{held:,} of the {size:,} tokens of the model's context are taken: the beginning is "

@@ -9,6 +9,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from ..constants import CHOSEN
+from ..errors import UserError
 from ..memory import weight_bytes
 
 
@@ -100,11 +101,20 @@ def begin_cache(model: nn.Module, batch_size: int) -> list[Any]:
 
 
 def count_cache_bytes(model: nn.Module, tokens: float) -> int:
-    """Count the bytes of a sequence's keys and values; a window keeps its last tokens only."""
+    """Count the bytes of a sequence's keys and values; a window keeps its last tokens only.
+
+    Raises:
+        UserError: for a window of no tokens.
+    """
     total = 0.0
     begun = begin_cache(model, 1)
     for one in (part for cache in begun for part in getattr(cache, "caches", (cache,))):
         if isinstance(getattr(one, "keys", None), mx.array):
             kept = min(tokens, getattr(one, "max_size", tokens))
+            if not one.keys.shape[2]:
+                raise UserError(
+                    '"sliding_window" in config.json is 0, and nothing can be seen in that: '
+                    "correct it, or take it out"
+                )
             total += one.nbytes / one.keys.shape[2] * kept
     return round(total)

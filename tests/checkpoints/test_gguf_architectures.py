@@ -132,9 +132,10 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "no embedding": ({"lost": "model.embed_tokens.weight"}, "no tensor token_embd"),
     "shape": ({"shapes": {"model.layers.0.self_attn.q_proj.weight": (64, 64)}}, "has shape"),
     "experts": ({"key": ("expert_count", 8)}, "has shape"),
-    "no experts": ({"key": ("expert_count", 0)}, "mlx-lm makes no network|has shape"),
-    "chosen": ({"key": ("expert_used_count", 64)}, "mlx-lm makes no network"),
-    "huge": ({"key": ("expert_count", 1 << 30)}, "no model has more than"),
+    "no experts": ({"key": ("expert_count", 0)}, "expert_count = 0, which no model has"),
+    "chosen": ({"key": ("expert_used_count", 64)}, "expert_used_count = 64, which no model"),
+    "none chosen": ({"key": ("expert_used_count", 0)}, "expert_used_count = 0, which no"),
+    "huge": ({"key": ("expert_count", 1 << 30)}, "which no model has"),
     "layers": ({"key": ("block_count", 3)}, "that a gpt_oss of its metadata does not use"),
     "more layers": ({"key": ("block_count", 1 << 31)}, "which no model has"),
     "some layers": ({"key": ("block_count", 1 << 20)}, "must be a whole number from 1 to 2,048"),
@@ -197,11 +198,86 @@ def test_what_is_not_known_of_an_architecture_is_said_before_it_is_unpacked(
         mlx_skipless.analyze(tmp_path / "m.gguf")
 
 
+# A key that is gone, by the architecture, and what is said of that; None: it has a meaning.
+GONE: list[tuple[str, str, str | None]] = [
+    *((name, "feed_forward_length", "does not say") for name in ("llama", "gemma2", "phi3")),
+    *((name, "expert_used_count", "does not say") for name in ("mixtral", "gpt_oss", "qwen3_moe")),
+    ("gpt_oss", "attention.sliding_window", "does not say"),
+    ("gpt_oss", "expert_feed_forward_length", "does not say"),
+    ("qwen3_moe", "context_length", "does not say"),
+    ("phi3", "rope.scaling.original_context_length", "does not say"),
+    ("gemma3_text", "attention.key_length", None),
+]
+WRONG: list[tuple[str, str, Any]] = [
+    ("llama", "attention.sliding_window", "x"),
+    ("gpt_oss", "attention.sliding_window", 0),
+    ("gemma3_text", "rope.scaling.factor", -2.0),
+    ("gemma3_text", "attention.layer_norm_rms_epsilon", -1.0),
+    ("phi3", "rope.scaling.original_context_length", 1),
+    ("mixtral", "expert_used_count", 5),
+]
+
+
+def rewrite(file: Path, key: str, value: Any) -> None:
+    """Write a file again with another value of a key of its architecture's; None: without."""
+    reader = gguf.GGUFReader(file)
+    name = str(reader.fields["general.architecture"].contents())
+    writer = gguf.GGUFWriter(file.with_suffix(".new"), name)
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name == "general.architecture":
+            continue
+        if field.name == f"{name}.{key}":
+            continue
+        kind = field.types[0]
+        inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, field.contents(), kind, inner)
+    if value is not None:
+        kinds = {str: gguf.GGUFValueType.STRING, int: gguf.GGUFValueType.UINT32}
+        kind = kinds.get(type(value), gguf.GGUFValueType.FLOAT32)
+        writer.add_key_value(f"{name}.{key}", value, kind)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file.with_suffix(".new").replace(file)
+
+
+def make_file(name: str, tmp_path: Path) -> Path:
+    changes = {"decoder_sparse_step": 1, "mlp_only_layers": []} if name == "qwen3_moe" else {}
+    make(tmp_path / "hf", name, dtype="float16", **changes)
+    write_zoo_gguf(tmp_path / "m.gguf", tmp_path / "hf", lambda _: Type.F16)
+    return tmp_path / "m.gguf"
+
+
+@pytest.mark.parametrize(("name", "key", "complaint"), GONE)
+def test_a_key_that_is_gone(name: str, key: str, complaint: str | None, tmp_path: Path) -> None:
+    file = make_file(name, tmp_path)
+    rewrite(file, key, None)
+    if complaint is None:  # llama.cpp takes the stream's share
+        rewrite(file, "attention.value_length", None)
+        rewrite(file, "rope.dimension_count", None)
+        config = GGUFStore(file).config
+        assert config["head_dim"] == config["hidden_size"] // config["num_attention_heads"]
+        return
+    with pytest.raises(UserError, match=f"{complaint} .*{key}, which its network needs"):
+        convert(file, tmp_path / "out", verify=False)
+
+
+@pytest.mark.parametrize(("name", "key", "value"), WRONG)
+def test_a_value_that_no_network_has(name: str, key: str, value: Any, tmp_path: Path) -> None:
+    file = make_file(name, tmp_path)
+    rewrite(file, key, value)
+    with pytest.raises(UserError, match=f"{key} = {value!r}, which no model has"):
+        convert(file, tmp_path / "out", verify=False)
+
+
 @pytest.mark.parametrize(("name", "layers"), [("gemma2", 46), ("gemma3", 62)])
 def test_the_largest_gemmas_scale_queries_by_the_share_of_a_head(name: str, layers: int) -> None:
     """What llama.cpp knows by the number of layers: the file has no key for it."""
     own = {"embedding_length": 64, "attention.head_count": 4, "attention.key_length": 32,
-           "attention.layer_norm_rms_epsilon": 1e-6}  # fmt: skip
+           "feed_forward_length": 96, "attention.layer_norm_rms_epsilon": 1e-6}  # fmt: skip
     for count, scalar in ((layers, 16), (layers - 1, 32)):
         fields: dict[str, Any] = {f"{name}.{key}": value for key, value in own.items()}
         fields |= {"general.architecture": name, f"{name}.block_count": count}

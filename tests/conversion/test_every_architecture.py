@@ -122,6 +122,15 @@ def test_more_than_there_is(layers: int, drops: Any, said: str, tmp_path: Path) 
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize("name", ["gpt_oss", "olmo3"])
+def test_a_window_of_no_tokens(name: str, tmp_path: Path) -> None:
+    make_model(tmp_path / "s", name)
+    config = json.loads((tmp_path / "s/config.json").read_text()) | {"sliding_window": 0}
+    (tmp_path / "s/config.json").write_text(json.dumps(config))
+    with pytest.raises(mlx_skipless.UserError, match="sliding_window.* is 0, and nothing"):
+        mlx_skipless.convert(tmp_path / "s", tmp_path / "o")
+
+
 @pytest.mark.parametrize("plan", [False, True])
 def test_matrices_that_no_group_divides_are_told_of(plan: bool, tmp_path: Path) -> None:
     make_model(tmp_path / "s", "olmo2", num_hidden_layers=2, intermediate_size=96)

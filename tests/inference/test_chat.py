@@ -703,6 +703,18 @@ def test_a_chat_says_when_its_context_fills(
     ]  # fmt: skip
 
 
+def test_an_answer_that_outgrows_the_context_is_no_long_turn(
+    bare: Loaded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    bare[0].context = 64
+    bare[1].eos_token_ids = set()
+    type_lines(monkeypatch, "Hello")
+    chat(*bare, max_tokens=80)
+    said = capsys.readouterr().err
+    assert "The answer outgrew the model's context of 64 tokens" in said
+    assert "This turn" not in said
+
+
 # What is typed, on another day
 
 
