@@ -127,7 +127,7 @@ def test_a_window_of_no_tokens(name: str, tmp_path: Path) -> None:
     make_model(tmp_path / "s", name)
     config = json.loads((tmp_path / "s/config.json").read_text()) | {"sliding_window": 0}
     (tmp_path / "s/config.json").write_text(json.dumps(config))
-    with pytest.raises(mlx_skipless.UserError, match="sliding_window.* is 0, and nothing"):
+    with pytest.raises(mlx_skipless.UserError, match="is 0, and nothing can be seen in that"):
         mlx_skipless.convert(tmp_path / "s", tmp_path / "o")
 
 
