@@ -76,8 +76,8 @@ class Words:
     """How a byte-level BPE cuts text into words, and what it does with them.
 
     Attributes:
-        patterns: regular expressions: what each matches is cut out of what those before it left
-            whole or cut out.
+        patterns: regular expressions, one after the other: what one matches is cut out of each
+            piece that those before it made.
         whole: whether a word that is a token stays whole, whatever the merges say.
         begins: whether text begins with the bos token if the file does not say.
         composed: whether text is brought to Unicode's composed form (NFC) first.

@@ -284,10 +284,10 @@ def describe_network(model: nn.Module) -> str:
     """Describe what runs: "mlx-lm llama", "skipless without QP"."""
     if not isinstance(model, Model):
         name = f"mlx-lm {type(model).__module__.rpartition('.')[2]}"
-        ways: dict[Any, str] = {reduced.Dropped: "without", reduced.StandIn: "with matrices for"}
+        ways: dict[Any, str] = {reduced.Dropped: "dropped", reduced.StandIn: "replaced"}
         counts = _count_gone(model)
-        gone = [f"{way} {counts[kind]} sub-layers" for kind, way in ways.items() if counts[kind]]
-        return " ".join([name, " and ".join(gone)]).rstrip()
+        gone = [f"{counts[kind]} {way}" for kind, way in ways.items() if counts[kind]]
+        return f"{name} (sub-layers: {', '.join(gone)})" if gone else name
     kind = "skipless" if model.args.skip == "none" else "mlx-skipless with skips"
     letters = "".join(part.upper() for part in LETTERS if model.args.removed.get(part))
     gone = [letters] if letters else []

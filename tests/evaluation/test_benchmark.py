@@ -329,8 +329,8 @@ def test_a_reduced_network_is_measured_against_the_whole_one(
     theirs, ours = found.subjects
     assert found.baseline == theirs.label == theirs.network == f"mlx-lm {model_type}"
     assert "the sizes of r" in found.notes[0]
-    gone = "without 1 sub-layers" + " and with matrices for 2 sub-layers" * (model_type == "olmo2")
-    assert ours.network == f"mlx-lm {model_type} {gone}"
+    gone = "1 dropped" + ", 2 replaced" * (model_type == "olmo2")
+    assert ours.network == f"mlx-lm {model_type} (sub-layers: {gone})"
     given = mlx_skipless.benchmark([tmp_path / "r", tmp_path / "whole"], **SIZES_ONLY)
     assert given.baseline == "whole"
     whole = next(one for one in given.subjects if one.label == "whole")
