@@ -20,6 +20,7 @@ import multiprocessing
 import multiprocessing.util
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections import Counter
@@ -163,7 +164,13 @@ def carry_out(job: Job, deadline: float) -> None:
         with folder.hold(resume):
             run = Run(folder, dataclasses.replace(SETTINGS, recipe=job.recipe), TOKENS)
             run.load() if resume else run.begin()
-            found = run.go(lambda event: None, lambda: time.time() > deadline).as_dict()
+
+            def check_time(done: int, steps: int) -> None:
+                if time.time() > deadline:
+                    run.signals.came.append(signal.SIGTERM)  # which ends it after this step
+
+            run.progress = check_time
+            found = run.go(lambda event: None).as_dict()
     except UserError as error:
         if time.time() > deadline:
             return

@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -30,6 +31,7 @@ class Signals:
             try:
                 return compute()
             except (RuntimeError, UserError):
+                time.sleep(0.1)  # what ended the compiler may still be on its way to this process
                 if len(self.came) == before:
                     raise
 
