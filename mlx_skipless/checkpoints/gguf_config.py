@@ -175,8 +175,9 @@ def _read_head_dim(metadata: Metadata, architecture: Architecture) -> Any:
 def _read_rope_scaling(metadata: Metadata, config: Config, tables: Tables) -> Config | None:
     source, read_factors = metadata.source, tables.get(ROPE_FACTORS)
     factor = either(metadata.get("rope.scaling.factor"), metadata.get("rope.scale_linear"))
-    if factor is not None and factor < 0:
-        metadata.doubt("rope.scaling.factor")
+    for key in ("rope.scaling.factor", "rope.scale_linear"):
+        if either(metadata.get(key), 0) < 0:
+            metadata.doubt(key)
     kind = either(metadata.get("rope.scaling.type"), "linear")
     if kind == "longrope" and tables.keys() & {LONG_FACTORS}:
         return None  # the architecture reads it

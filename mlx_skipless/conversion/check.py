@@ -250,6 +250,7 @@ def compare_logits(
     errors, divergences, matches, nll, source_nll = [], [], [], [], []
     for (a, b), row in zip(pairs, tokens, strict=True):
         forbidden = (np.isneginf(a) & np.isneginf(b)).all(0)  # tokens, as Phi-3-small has some
+        forbidden &= not forbidden.all()  # all of them is no choice
         if not np.isfinite(a[:, ~forbidden]).all():
             raise UserError(SOURCE_OVERFLOWS.format("float32", "the head"))
         if not np.isfinite(b[:, ~forbidden]).all():

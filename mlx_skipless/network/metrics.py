@@ -49,8 +49,9 @@ def measure_error(wanted: np.ndarray, got: np.ndarray) -> np.ndarray:
 def _normalize(logits: Array) -> tuple[Array, Array]:
     """Logits in the type to compute in, and log sum exp of them, (..., 1)."""
     if isinstance(logits, mx.array):
-        logits = mx.maximum(logits.astype(mx.float32), LOWEST)
-        return logits, mx.logsumexp(logits, axis=-1, keepdims=True)
-    logits = np.maximum(logits, logits.dtype.type(LOWEST))
+        logits = logits.astype(mx.float32)
+        total = mx.logsumexp(logits, axis=-1, keepdims=True)  # -inf where all tokens are forbidden
+        return mx.maximum(logits, LOWEST), total
     largest = logits.max(-1, keepdims=True)
-    return logits, largest + np.log(np.exp(logits - largest).sum(-1, keepdims=True))
+    total = largest + np.log(np.exp(logits - largest).sum(-1, keepdims=True))
+    return np.maximum(logits, logits.dtype.type(LOWEST)), total

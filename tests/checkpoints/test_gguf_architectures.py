@@ -212,6 +212,7 @@ WRONG: list[tuple[str, str, Any]] = [
     ("llama", "attention.sliding_window", "x"),
     ("gpt_oss", "attention.sliding_window", 0),
     ("gemma3_text", "rope.scaling.factor", -2.0),
+    ("gemma3_text", "rope.scale_linear", -2.0),
     ("gemma3_text", "attention.layer_norm_rms_epsilon", -1.0),
     ("phi3", "rope.scaling.original_context_length", 1),
     ("mixtral", "expert_used_count", 5),

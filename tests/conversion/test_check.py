@@ -34,6 +34,25 @@ def test_figures(scale: float) -> None:
         assert perplexity == pytest.approx(np.prod(1 / chosen) ** (1 / 18), rel=1e-9)
 
 
+def test_tokens_that_both_forbid_are_no_overflow() -> None:
+    a = np.random.default_rng(1).normal(0, 3, (1, 4, 9)).astype(np.float32)
+    a[..., 2], tokens = -np.inf, np.full((1, 4), 3)
+    b = a + np.float32(0.25) * (np.arange(9) == 5)
+    got = check.compare_logits(zip(a, b, strict=True), tokens, "")
+    without = check.compare_logits(
+        zip(np.delete(a, 2, -1), np.delete(b, 2, -1), strict=True), tokens - 1, ""
+    )
+    assert got.max_rel_logit_error == without.max_rel_logit_error > 0
+    assert got.kl == pytest.approx(without.kl) and got.kl > 0
+    assert got.perplexity == pytest.approx(without.perplexity)
+    every = np.full_like(a, -np.inf)
+    with pytest.raises(UserError, match="overflows"):
+        check.compare_logits(zip(every, every, strict=True), tokens, "")
+    one = np.where(np.arange(4)[:, None] == 1, -np.inf, b)  # at one position alone
+    with pytest.raises(UserError, match="overflows"):
+        check.compare_logits(zip(one, one, strict=True), tokens, "")
+
+
 @pytest.mark.parametrize(("which", "words"), [(0, "source itself"), (1, "--dtype bfloat16")])
 def test_overflow_is_named(which: int, words: str) -> None:
     logits = [np.ones((1, 2, 5)), np.ones((1, 2, 5))]

@@ -1,5 +1,6 @@
 """KL and negative log likelihood against NumPy's in float64, also where they are very small."""
 
+import math
 from typing import Any
 
 import mlx.core as mx
@@ -49,6 +50,11 @@ def test_tokens_that_a_network_forbids(dtype: Any) -> None:
     if not exact:
         gradient = mx.grad(lambda q: measure_kl(given[0], q).sum())(given[1])
         assert bool(mx.isfinite(gradient).all())
+    none = [np.full((4, 33), -np.inf), both[1]]  # which is no distribution
+    none = none if exact else [mx.array(one).astype(dtype) for one in none]
+    with np.errstate(invalid="ignore"):
+        for pair in (none, none[::-1]):
+            assert not math.isfinite(float(measure_kl(*pair).mean()))
     alone = np.where(np.arange(33) == 4, -np.inf, both)  # forbidden by the second only
     assert float(measure_kl(both[0], alone[1]).mean()) > 1e3
     assert float(measure_kl(alone[0], both[1]).mean()) == pytest.approx(
