@@ -23,4 +23,5 @@ CHOSEN = (
 )  # fmt: skip
 BUNDLED = Path(__file__).parent / "assets" / "tales"  # a source checkpoint that tells tales
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+LARGEST_REAL = 1e12  # that a config may have, RoPE's base for one
 HELD_OUT_SHARE = 0.03  # of each file's lines, where no text is named

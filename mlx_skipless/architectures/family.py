@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..constants import LARGEST_REAL
 from ..errors import UserError
 from ..network.model import ModelArgs
 from ..network.names import LINEAR_PATHS
@@ -191,7 +192,11 @@ def check_real(key: str, value: Any) -> float:
     Raises:
         UserError: if it is anything else.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not 0 < value < LARGEST_REAL
+    ):
         raise UserError(f'"{key}" in config.json is {value!r}; it must be a positive number')
     return float(value)
 

@@ -115,9 +115,8 @@ def _count_experts(metadata: Metadata) -> tuple[int, int]:
 
 
 def _read_mixtral(metadata: Metadata, config: Config, tables: Tables) -> Config:
-    return dict(
-        zip(("num_local_experts", "num_experts_per_tok"), _count_experts(metadata), strict=True)
-    )
+    there, used = _count_experts(metadata)
+    return {"num_local_experts": there, "num_experts_per_tok": used}
 
 
 MIXTRAL = Architecture(
@@ -250,8 +249,6 @@ def _read_phi3(metadata: Metadata, config: Config, tables: Tables) -> Config:
     heads, width = config["num_attention_heads"], config["hidden_size"]
     rotated = metadata.get("rope.dimension_count")
     original = metadata.get("rope.scaling.original_context_length")
-    if len(tables) == 2 and metadata.need("rope.scaling.original_context_length") < 2:
-        metadata.doubt("rope.scaling.original_context_length")
     found: Config = {
         "original_max_position_embeddings": original,
         "sliding_window": metadata.get("attention.sliding_window") or None,
@@ -260,6 +257,8 @@ def _read_phi3(metadata: Metadata, config: Config, tables: Tables) -> Config:
     factor = metadata.get("rope.scaling.attn_factor") or 1.0
     usual = 1.0
     if len(tables) == 2:
+        if metadata.need("rope.scaling.original_context_length") < 2:
+            metadata.doubt("rope.scaling.original_context_length")
         scale = either(config.get("max_position_embeddings"), 0) / original
         if scale > 1:
             usual = math.sqrt(1 + math.log(scale) / math.log(original))

@@ -4,7 +4,7 @@ MLX packs whole groups of a matrix's inputs, so a format can hold only some widt
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,12 +97,12 @@ def describe_undivided(model: nn.Module, q: Quantization, dtype: mx.Dtype) -> st
 
 
 def _describe_dense(
-    widths: Mapping[str, int], dense: Mapping[str, int], q: Quantization, dtype: mx.Dtype
+    widths: dict[str, int], dense: dict[str, int], q: Quantization, dtype: mx.Dtype
 ) -> str:
     size = q.usual_group_size
     odd = sorted({width for width in dense.values() if width % size})
     kinds: dict[tuple[str, int], list[int]] = {}
-    for path, width in reversed([*dense.items()]):
+    for path, width in reversed(dense.items()):
         *_, layer, block, name = ("", "", *path.split("."))
         inside = layer.isdecimal()
         kind = f"{block}.{name}" if inside else name

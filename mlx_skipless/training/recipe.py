@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from ..constants import LARGEST_REAL
 from ..errors import BadArgument
 from ..options import (
     check_above_zero,
@@ -37,7 +38,6 @@ SIMPLIFIED = {
     "sas-p": {"block": "parallel", "skip": "none", **_NO_V_AND_P},
 }
 HEALING_RATES = {"lora": 1e-3, "full": 5e-5}
-LARGEST_BASE = 1e12  # of RoPE, as any config has it
 MOST_LAYERS = 10_000
 LARGEST = 1 << 31  # MLX's sizes along an axis and numbers of steps are 32-bit
 
@@ -153,8 +153,8 @@ class Recipe:
         for name in ("adam_learning_rate", "clip", "temperature", "embedding_scale", "rope_theta"):
             check_above_zero(flag_name(name), getattr(self, name))
         check_above_zero("--learning-rate", self.learning_rate)
-        if self.rope_theta >= LARGEST_BASE:
-            raise BadArgument(f"--rope-theta {self.rope_theta}: must be below {LARGEST_BASE:g}")
+        if self.rope_theta >= LARGEST_REAL:
+            raise BadArgument(f"--rope-theta {self.rope_theta}: must be below {LARGEST_REAL:g}")
         _check_heads(self)
         _check_block(self)
         for norm in self.norms.split(","):
