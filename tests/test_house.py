@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -42,9 +43,11 @@ def station_of(module: str) -> str:
     return module.partition(".")[0] if "." in module or module in FLOOR else "ground"
 
 
+MODULES = {name_of(file): file for file in FILES}
+
+
 def imports_of(file: Path) -> Iterator[str]:
     """The package's modules that a file imports, wherever in it the import stands."""
-    modules = {name_of(one) for one in FILES}
     here = file.relative_to(PACKAGE).parts[:-1]
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -59,30 +62,35 @@ def imports_of(file: Path) -> Iterator[str]:
             package, _, rest = name.partition(".")
             if package == "mlx_skipless":
                 # A module, or a name in one.
-                yield next((m for m in (rest, rest.rpartition(".")[0]) if m in modules), rest)
+                yield next((m for m in (rest, rest.rpartition(".")[0]) if m in MODULES), rest)
 
 
-GRAPH = {name_of(file): {*imports_of(file)} - {"", name_of(file)} for file in FILES}
+@cache
+def draw_graph() -> dict[str, set[str]]:
+    """Each module's imports of the package; not at import, for each worker imports this file."""
+    return {name: {*imports_of(file)} - {"", name} for name, file in MODULES.items()}
 
 
 def test_every_module_stands_in_a_station() -> None:
-    ground = {name for name in GRAPH if station_of(name) == "ground"}
-    assert ground == GROUND | {"__init__", "__main__"} & GRAPH.keys()
+    ground = {name for name in MODULES if station_of(name) == "ground"}
+    assert ground == GROUND | {"__init__", "__main__"} & MODULES.keys()
     folders = {one.name for one in PACKAGE.iterdir() if (one / "__init__.py").exists()}
     assert folders == FLOOR.keys() - {"ground"}
 
 
-@pytest.mark.parametrize("module", [name for name in GRAPH if name not in ("__init__", "__main__")])
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - {"__init__", "__main__"}))
 def test_imports_go_down(module: str) -> None:
     station = station_of(module)
-    for other in GRAPH[module] - {"__version__", "__init__"}:
+    for other in draw_graph()[module] - {"__version__", "__init__"}:
         below = FLOOR[station_of(other)] < FLOOR[station]
         assert below or station_of(other) == station, f"{module} imports {other}"
 
 
 def test_there_is_no_circle() -> None:
     stations = FLOOR.keys() - {"ground"}
-    graph = {name: others - stations for name, others in GRAPH.items() if name not in stations}
+    graph = {
+        name: others - stations for name, others in draw_graph().items() if name not in stations
+    }
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
