@@ -80,6 +80,11 @@ def expand_path(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def name_folder(path: str | Path) -> str:
+    """The name of a folder, also where its path is "." or ends in ".."."""
+    return os.path.basename(os.path.abspath(expand_path(path)))
+
+
 def list_files(files: str | Path | Sequence[str | Path]) -> list[str | Path]:
     """Return files as a list, for which one file may stand."""
     return [files] if isinstance(files, str | Path) else [*files]
@@ -165,12 +170,25 @@ def check_above_zero(flag: str, value: float | None) -> None:
         raise BadArgument(f"{flag} {value}: must be above 0")
 
 
-def check_least(flag: str, value: int | None, least: int = 1) -> None:
-    """Check that a flag's value is not too small; None, a flag not given, passes.
+def check_kinds(**given: tuple[Any, type]) -> None:
+    """Check that arguments are of a dataclass; None, an argument not given, passes.
 
     Raises:
-        UserError: if it is.
+        UserError: if one is not; the values are each argument's own and its dataclass.
     """
+    for name, (value, kind) in given.items():
+        if value is not None and not isinstance(value, kind):
+            raise BadArgument(f"{name} {reprlib.repr(value)}: must be a {kind.__name__}")
+
+
+def check_least(flag: str, value: int | None, least: int = 1) -> None:
+    """Check that a flag's value is a number that is not too small; None, a flag not given, passes.
+
+    Raises:
+        UserError: if it is not.
+    """
+    if value is not None and not is_of(value, int):
+        raise BadArgument(f"{flag} {reprlib.repr(value)}: must be {WORDS[int]}")
     if value is not None and value < least:
         raise BadArgument(f"{flag} {value}: must be at least {least}")
 

@@ -31,7 +31,7 @@ _hold = threading.RLock()  # of the process's stderr
 @contextlib.contextmanager
 def explain_panics(name: str | Path) -> Iterator[None]:
     """Turn a panic or an error of tokenizers into a UserError; ``name`` is the model's."""
-    with _hold_stderr() as drop:
+    with hold_stderr() as drop:
         try:
             yield
         except BaseException as error:
@@ -45,7 +45,7 @@ def explain_panics(name: str | Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _hold_stderr() -> Iterator[Callable[[], Any]]:
+def hold_stderr() -> Iterator[Callable[[], Any]]:
     """Hold back what is written to stderr until the end; yields a function that drops it."""
     with _hold:
         try:

@@ -119,13 +119,14 @@ def _compare(options: dict[str, Any]) -> None:
 
     figure, text = map(options.pop, ("plot", "markdown"))
     width, style = options.pop("figure_size"), options.pop("figure_style")
+    made = options["save"]
     check_files_differ(plot=figure, markdown=text, json=options["json"])
     if figure is not None and not options["prompt_lengths"] and not options["contexts"]:
         raise BadArgument("--plot draws speeds: give --prompt-lengths or --contexts")
     with (
-        open_output(options) as shown,
-        open_output_file("--markdown", text) as write,
-        open_figure("--plot", figure, width, style) as draw,
+        open_output(options, made) as shown,
+        open_output_file("--markdown", text, made) as write,
+        open_figure("--plot", figure, width, style, made) as draw,
     ):
         with shown.progress() as progress:
             found = benchmark(**options, progress=progress)

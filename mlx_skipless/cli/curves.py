@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from ..options import expand_path
+from ..options import expand_path, name_folder
 from .figures import add_figure_arguments, open_figure
 
 EXAMPLES = (
@@ -22,7 +22,7 @@ def run(options: dict[str, Any]) -> None:
     from ..training.folder import read_log
 
     folders = [expand_path(run) for run in options["runs"]]
-    names = [folder.name for folder in folders]
+    names = [name_folder(folder) for folder in folders]
     look = options["figure_size"], options["figure_style"]
     with open_figure("--output", options["output"], *look) as draw:
         logs = {

@@ -1,6 +1,8 @@
 """evaluate: score two models on lm-eval's tasks."""
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from .shared import add_output_arguments, open_output
@@ -46,10 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: dict[str, Any]) -> None:
-    from ..evaluation.tasks import evaluate
+    from ..evaluation.tasks import evaluate  # imports MLX, which --help need not wait for
 
     with open_output(options) as shown:
-        scores = evaluate(**options)
+        with _drop_stderr() if shown.quiet else contextlib.nullcontext():
+            scores = evaluate(**options)
         rows = [
             (
                 score.task, score.metric,
@@ -61,6 +64,18 @@ def run(options: dict[str, Any]) -> None:
         ]  # fmt: skip
         Grid(("task", "metric", "A", "B", "difference"), rows, words=2).show(shown.console)
         shown.write_json({"scores": [score.as_dict() for score in scores]})
+
+
+@contextlib.contextmanager
+def _drop_stderr() -> Iterator[None]:
+    """Drop what is written to stderr, lm-eval's bars and its programs' lines; a failure passes."""
+    from ..checkpoints.guarded import hold_stderr
+
+    with hold_stderr() as drop:
+        try:
+            yield
+        finally:
+            drop()
 
 
 def _with_error(figure: str, stderr: float | None) -> str:

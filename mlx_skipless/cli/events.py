@@ -33,10 +33,11 @@ def describe_event(event: dict[str, Any]) -> str:
             f"{step}  held-out loss {event['validation_loss']:.4f}  "
             f"bits per character {event['bits_per_character']:.4f}"
         )
+    speed = event.get("tokens_per_second")  # None where a run goes on for no step
     return (
         f"{step}  loss {event['loss']:.4f}  learning rate {event['learning_rate']:.1e}  "
-        f"{event['tokens_per_second']:,.0f} tokens/s  "
-        f"memory {format_bytes(event['memory_bytes'])}"
+        + ("" if speed is None else f"{speed:,.0f} tokens/s  ")
+        + f"memory {format_bytes(event['memory_bytes'])}"
     )
 
 

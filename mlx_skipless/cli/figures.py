@@ -62,7 +62,11 @@ def check_suffix(flag: str, name: str) -> str:
 
 @contextlib.contextmanager
 def open_figure(
-    flag: str, name: str | None, width: float | None = None, style: str = STYLES[0]
+    flag: str,
+    name: str | None,
+    width: float | None = None,
+    style: str = STYLES[0],
+    out: str | None = None,
 ) -> Iterator[Draw]:
     """Give a function that draws what it is given with a function of ``plots``, if a file is named.
 
@@ -71,6 +75,7 @@ def open_figure(
         name: the file, whose suffix says what is written there: .png, .pdf or .svg.
         width: in inches; None: for a screen.
         style: "light", "dark" or "transparent".
+        out: a folder that the command makes, in which no figure can be.
 
     Raises:
         UserError: for another suffix or a file that cannot be written, before the work.
@@ -82,5 +87,5 @@ def open_figure(
 
         put(lambda file: plot(content, file, Look(form, width, style)))
 
-    with open_output_file(flag, name) as put:
+    with open_output_file(flag, name, out) as put:
         yield draw

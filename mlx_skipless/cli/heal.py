@@ -44,14 +44,13 @@ def run(options: dict[str, Any]) -> None:
     resume = options["resume"]
     steps = treatment.get("steps") if resume else None
     if resume:
-        texts = [name for name in ("data", "validation") if options[name]]
         refuse_changes(
-            (name for name in (*texts, *pace, *treatment) if name != "steps"),
+            (name for name in (*pace, *treatment) if name != "steps"),
             "treatment: only --steps may change, and --model and --teacher say where the same "
             "models are now",
         )
-    if options["validation"] and not options["data"]:
-        raise BadArgument("--validation is for --data: the original's own text is held out in part")
+    if "sampled_tokens" in treatment and options["data"]:
+        raise BadArgument("--sampled-tokens are of the original's own text: give them or --data")
     with open_output(options, None if resume else options["mlx_path"]) as shown:
         with shown.progress() as progress:
             result = heal(

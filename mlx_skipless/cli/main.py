@@ -169,6 +169,10 @@ def _hear_ctrl_c() -> None:
 def _run(parse: Callable[[], Options], out: Stream) -> int:
     """Run the command that the arguments name; return the exit code."""
     options = parse()
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:  # libraries ask for it as they are imported
+        raise UserError("the current folder is gone: go to one that exists") from error
     check_overwriting(options)
     made = None if options.get("dry_run") else options.get("mlx_path") or options.get("output")
     # What is printed may be all that was asked for.

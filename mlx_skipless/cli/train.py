@@ -50,8 +50,7 @@ def run(options: dict[str, Any]) -> None:
     resume = options["resume"]
     steps = recipe.get("steps") if resume else None
     if resume:
-        moved = {"config": config, "validation": options["validation"] and not options["data"]}
-        changed = [*(name for name, given in moved.items() if given), *pace, *recipe]
+        changed = [*(["config"] if config else []), *pace, *recipe]
         refuse_changes(
             (name for name in changed if name != "steps"),
             "recipe: only --steps may change, and --data and --validation say where the same "

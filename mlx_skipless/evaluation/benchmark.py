@@ -26,7 +26,7 @@ from ..network import reduced
 from ..network.model import Model
 from ..network.parts import dtype_name, tensors_of
 from ..network.wiring import LETTERS
-from ..options import check_choice, check_least
+from ..options import check_choice, check_least, name_folder
 from ..progress import Progress
 from ..quantization.layout import quantize_nearest
 from ..quantization.settings import Quantization, make_quantization
@@ -256,7 +256,7 @@ def _check_contexts(
 
 def _load_models(models: Sequence[str | Path]) -> dict[str, nn.Module]:
     """Open models by the shortest names that tell them apart; their weights are not read yet."""
-    names = [Path(model).name or str(model) for model in models]  # "." has no name
+    names = [name_folder(model) for model in models]
     found: dict[str, nn.Module] = {}
     for name, model in zip(names, models, strict=True):
         label = name if names.count(name) == 1 else str(model)

@@ -11,7 +11,6 @@ import mlx.nn as nn
 import numpy as np
 
 from ..checkpoints.files import is_there
-from ..constants import HELD_OUT_SHARE
 from ..errors import BadArgument, UserError, explain_nan
 from ..inference.context import check_windows, find_context
 from ..inference.loading import load
@@ -48,7 +47,7 @@ def measure_perplexity(
     data: str | Path | Sequence[str | Path] = (),
     *,
     validation: str | Path | Sequence[str | Path] = (),
-    validation_share: float = HELD_OUT_SHARE,
+    validation_share: float | None = None,
     context: int | None = None,
     batch_size: int = 16,
     trust_remote_code: bool = False,
@@ -60,7 +59,7 @@ def measure_perplexity(
         model: a folder or Hub id that ``load`` takes.
         data: files whose last ``validation_share`` of lines is held out, as in training.
         validation: files to take whole instead of the ends of ``data``.
-        validation_share: a share between 0 and 1.
+        validation_share: between 0 and 1; None: 0.03. Not beside ``validation``.
         context: tokens of a window; default: what the model was made for, at most 512.
         batch_size: windows at once.
         trust_remote_code: let a model of another architecture run the code that it brings.
@@ -74,13 +73,14 @@ def measure_perplexity(
     data, validation = list_files(data), list_files(validation)
     if not data and not validation:
         raise BadArgument("no text: give --data, whose end is held out, or --validation")
+    share = corpus.choose_share(validation_share, validation, data)
     for file in data if validation else ():
         if not is_there(expand_path(file)):
             raise UserError(f"{file} cannot be read: there is no such file")
     texts = corpus.read_texts(
         [Path(file) for file in data if not validation],
         [Path(file) for file in validation],
-        share=validation_share,
+        share=share,
     )
     network, tokenizer = load(model, trust_remote_code=trust_remote_code)
     length = context or min(CONTEXT, find_context(network) or CONTEXT)
@@ -88,7 +88,7 @@ def measure_perplexity(
         warn(beyond)
     if not texts.validation:
         raise UserError(
-            f"--validation-share {validation_share} of the lines of --data holds out no text: give "
+            f"--validation-share {share} of the lines of --data holds out no text: give "
             "a larger share, or --validation FILE, which is taken whole"
         )
     tokens = corpus.encode(texts.validation, tokenizer)

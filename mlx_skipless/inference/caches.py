@@ -25,7 +25,7 @@ from mlx_lm.models.cache import (
 
 from ..checkpoints.files import is_there
 from ..errors import BadArgument, UserError, first_line
-from ..options import expand_path
+from ..options import check_least, expand_path, name_folder
 from .context import find_context, has_position_table
 
 KV_BITS = (2, 3, 4, 6, 8)
@@ -38,6 +38,7 @@ def check_shape(max_kv_size: int | None, kv_bits: int | None) -> None:
     Raises:
         UserError: for sizes that cannot be, and for both at once.
     """
+    check_least("--max-kv-size", max_kv_size, 0)
     if max_kv_size is not None and max_kv_size <= KEEP:
         raise BadArgument(
             f"--max-kv-size {max_kv_size}: must exceed {KEEP}, as the first {KEEP} tokens stay"
@@ -177,9 +178,16 @@ def load_cache(
     if len(cache) != len(fresh) or not all(map(_fits, cache, fresh, kinds)):
         raise UserError(f"{file} is the cache of another model: make one with this model")
     made_with = metadata.get("model", name)
-    if name is not None and os.path.realpath(made_with) != os.path.realpath(expand_path(name)):
+    if name is not None and not _may_be(made_with, name):
         warn(f"{file} was made with {made_with}: with another model's weights it means nothing")
     return cache
+
+
+def _may_be(stored: str, name: str) -> bool:
+    """Whether what a cache names may be a model; a path from another folder has its name alone."""
+    if not os.path.isabs(stored) and not os.path.exists(stored):
+        return os.path.basename(os.path.normpath(stored)) == name_folder(name)
+    return os.path.realpath(stored) == os.path.realpath(expand_path(name))
 
 
 def _fits(stored: Any, own: Any, kind: type) -> bool:

@@ -246,7 +246,7 @@ def find_stock(
         return replace(source, lacking=lacking)
     if not any_family:
         return None
-    told = {**config, **tell_mlx_lm(config, source.store, name)}
+    told = {**config, **tell_mlx_lm(config, source.gguf or source.store, name)}
     return replace(source, config=add_old_keys(told), lacking=_find_window(config))
 
 

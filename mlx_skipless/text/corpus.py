@@ -71,6 +71,20 @@ class Texts:
         return not all(isinstance(one, str) for one in self.train)
 
 
+def choose_share(given: float | None, validation: Sequence[Any], data: Sequence[Any]) -> float:
+    """The share of each file's lines that is held out; None: the usual one.
+
+    Raises:
+        BadArgument: where one is given and nothing is held out by it.
+    """
+    if given is None:
+        return HELD_OUT_SHARE
+    if validation or not data:
+        why = "--validation's are taken whole" if validation else "there are none"
+        raise BadArgument(f"--validation-share is of the lines of --data's files: {why}")
+    return given
+
+
 def read_texts(
     files: Sequence[Path], validation: Sequence[Path] = (), *, share: float = HELD_OUT_SHARE
 ) -> Texts:
@@ -133,7 +147,7 @@ def _parse_documents(file: Path, lines: Sequence[str], before: int = 0) -> list[
             documents.append(document := read_record(json.loads(line)))
             if isinstance(document, Transcript) and not document.messages:
                 raise ValueError('"messages" is empty')
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{file}: line {number} is no record ({first_line(error)}): each must be JSON with "
                 '"text", "prompt" and "completion", or "messages"'
@@ -156,6 +170,8 @@ def read_record(record: Mapping[str, Any]) -> Document:
             _check_text(message.get("role"), '"role" of a message')
             if message.get("content") is not None or not message.get("tool_calls"):
                 _check_text(message.get("content"), '"content" of a message')
+        # A template may write the rest too, such as a tool's description.
+        _check_text(json.dumps([messages, tools], ensure_ascii=False, default=str))
         return Transcript(messages, tools or None)
     if "text" in record:
         return _check_text(record["text"])

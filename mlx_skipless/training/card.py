@@ -1,11 +1,11 @@
 """Model cards of what was trained and healed here."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ..conversion.card import name_source, render_card
 from ..network.model import ModelArgs
+from ..options import name_folder
 from .results import Distance, HealingResult, TrainingResult
 
 SKIPS = {"none": "no skip", "ffn": "one skip, around each FFN,", "both": "both skips"}
@@ -46,7 +46,7 @@ def write_training_card(
         "Recipe": [f"{key}: {value}" for key, value in recipe.items()],
         "Text": sources,
     }
-    name = Path(result.output).name
+    name = name_folder(result.output)
     return render_card(name, [summary], sections, tags=("mlx", "mlx-skipless"))
 
 
@@ -85,4 +85,4 @@ def write_healing_card(result: HealingResult, treatment: Mapping[str, Any], teac
             f"text: {result.text}",
         ],
     }
-    return render_card(Path(result.output).name, [summary], sections, base_model=teacher)
+    return render_card(name_folder(result.output), [summary], sections, base_model=teacher)

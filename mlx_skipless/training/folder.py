@@ -20,7 +20,7 @@ from ..checkpoints.files import TOKENIZER_BYTES, is_there, read_json
 from ..checkpoints.output import lock_folder, replace_file, write_json
 from ..checkpoints.writer import check_free
 from ..errors import BadArgument, UserError, first_line
-from ..options import read_options
+from ..options import name_folder, read_options
 
 TRAINING = "training"
 COMMANDS = {"recipe": "train", "treatment": "heal"}  # by what their settings hold
@@ -140,7 +140,7 @@ class RunFolder:
         """Draw the losses of the log."""
         from ..evaluation.plots import plot_losses  # matplotlib takes long to import
 
-        events = {self.path.name: read_log(self.path)}
+        events = {name_folder(self.path): read_log(self.path)}
         replace_file(self.training / CURVE, lambda file: plot_losses(events, file))
 
 
@@ -152,6 +152,12 @@ def check_own(flag: str, given: Any, usual: Any, own: Any) -> None:
     """
     if given not in (usual, own):
         raise BadArgument(f"{flag} {given}: the run to resume has {own}; only --steps may change")
+
+
+def check_no_steps(steps: int | None) -> None:
+    """Check that a new run is given no number of steps beside its recipe's or treatment's."""
+    if steps is not None:
+        raise BadArgument("steps is for a run to resume: a new one's stand with what it trains")
 
 
 def read_whole(kind: type[Settings], what: str, given: Any) -> Settings:
@@ -180,14 +186,22 @@ def read_log(run: Path) -> list[Event]:
     try:
         text = file.read_text(encoding="utf-8")
         *lines, last = text.rstrip("\n").split("\n")
-        lines += [last] if text.endswith(("}", "\n")) else []
+        lines += [last] if text.endswith("\n") or _is_json(last) else []
         events = [_check_event(json.loads(line)) for line in lines]
         return [event for event in events if math.isfinite(event.get("validation_loss", 0))]
-    except (OSError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
         raise UserError(
             f"{file} cannot be read ({first_line(error)}): put the whole log back, or start the "
             "run again"
         ) from error
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_event(event: Any) -> Event:
@@ -197,6 +211,8 @@ def _check_event(event: Any) -> Event:
     distances = [event.get(when, {}) for when in ("before", "after")]
     if not all(isinstance(one, dict) for one in distances):
         raise TypeError("a line has no distance")
+    if any(one and "kl" not in one for one in distances):
+        raise KeyError("kl")
     numbers = {key: event.get(key, 0) for key in ("step", "tokens", "loss", "validation_loss")}
     for key, value in [*numbers.items(), *(item for one in distances for item in one.items())]:
         finite = math.isfinite(value) or key == "validation_loss"  # older versions logged that

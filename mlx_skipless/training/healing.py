@@ -33,16 +33,17 @@ from ..inference.context import check_windows, find_context
 from ..inference.loading import load
 from ..network.metrics import measure_kl, measure_nll
 from ..network.parts import tensors_of
-from ..options import expand_path
+from ..network.widening import attend_in_float32, widen
+from ..options import check_kinds, expand_path
 from ..progress import Progress, Steps
 from ..text import corpus, samples
 from .card import write_healing_card
-from .folder import Event, RunFolder, check_own, load_arrays, read_log, read_whole
+from .folder import Event, RunFolder, check_no_steps, check_own, load_arrays, read_log, read_whole
 from .loop import ResumableRun, carry_out
 from .optimizer import make_healing_schedule
 from .recipe import Pace, Treatment, fix_rate
 from .results import Distance, HealingResult
-from .tokens import TextFiles, Tokens, choose_share, encode_texts, list_paths, read_sources
+from .tokens import TextFiles, Tokens, encode_texts, list_paths, read_sources
 from .trainable import PROBE, make_trainable
 
 TOKENS = "tokens.safetensors"
@@ -129,15 +130,14 @@ def heal(
             the last good checkpoint is kept.
     """
     folder = RunFolder(expand_path(mlx_path))
+    check_kinds(treatment=(treatment, Treatment), pace=(pace, Pace))
+    texts = list_paths(data or ()), list_paths(validation)
     if resume:
-        settings = _resume(folder, model, teacher, validation_share, steps)
+        settings = _resume(folder, model, teacher, texts, validation_share, steps)
     else:
-        if model is None or teacher is None:
-            raise BadArgument("give the reduced --model and its original, --teacher")
         folder.check_free()
-        paths, held_out = list_paths(data or ()), list_paths(validation)
-        pair_paths = _make_absolute(model), _make_absolute(teacher)
-        sources = Sources(paths, held_out, choose_share(validation_share), *pair_paths)
+        check_no_steps(steps)
+        sources = _name_sources(model, teacher, *texts, validation_share)
         settings = Settings(fix_rate(treatment or Treatment()), pace or Pace(), sources)
     pair = load_pair(settings.sources, trust_remote_code)
     settings = _check_models(folder, settings)
@@ -147,6 +147,22 @@ def heal(
         return _make_run(folder, settings, pair, resume, partial(progress, "text"))
 
     return carry_out(folder, resume, make_run, report, partial(progress, "steps"))
+
+
+def _name_sources(
+    model: str | Path | None,
+    teacher: str | Path | None,
+    data: list[str],
+    validation: list[str],
+    share: float | None,
+) -> Sources:
+    """Name what a new run reads, unless something is missing or would have no effect."""
+    if model is None or teacher is None:
+        raise BadArgument("give the reduced --model and its original, --teacher")
+    if validation and not data:
+        raise BadArgument("--validation is for --data: the original's own text is held out in part")
+    share = corpus.choose_share(share, validation, data)
+    return Sources(data, validation, share, _make_absolute(model), _make_absolute(teacher))
 
 
 def _check_context(pair: "Pair", context: int, warn: Callable[[str], None]) -> None:
@@ -161,10 +177,16 @@ def _resume(
     folder: RunFolder,
     model: str | Path | None,
     teacher: str | Path | None,
+    texts: tuple[list[str], list[str]],
     share: float | None,
     steps: int | None,
 ) -> Settings:
     """Read the settings of a run to resume, which the arguments of ``heal`` must fit."""
+    if any(texts):
+        raise BadArgument(
+            "--data and --validation: --resume goes on with the run's own text, whose tokens it "
+            "has; only --steps may change"
+        )
     settings = folder.read_settings(_read_settings)
     sources, treatment = settings.sources, settings.treatment
     check_own("--validation-share", share, None, sources.validation_share)
@@ -231,7 +253,7 @@ def load_pair(sources: Sources, trust_remote_code: bool) -> Pair:
             f"--model and --teacher have other vocabularies ({sizes[0]:,} and {sizes[1]:,} "
             "entries): the teacher must be what the model was made from"
         )
-    return Pair(student, teacher, tokenizer)
+    return Pair(student, widen(teacher), tokenizer)
 
 
 def _make_run(
@@ -349,6 +371,7 @@ class Run(ResumableRun[HealingResult]):
         self._types = {name: array.dtype for name, array in tensors_of(pair.student).items()}
         pair.teacher.eval()
         make_trainable(pair.student, self._treatment)
+        widen(pair.student)
         rate = make_healing_schedule(self._treatment)
         optimizer = optim.Adam(rate, betas=[0.9, 0.95], bias_correction=True)  # type: ignore[arg-type]
         super().__init__(
@@ -377,34 +400,39 @@ class Run(ResumableRun[HealingResult]):
 
     def go(self, report: Callable[[Event], None]) -> HealingResult:
         """Train to the end, fuse, measure and write."""
-        if self._step == 0:
-            before = self.signals.outlive(partial(self._distance, self.model))
-            if not math.isfinite(before.kl):
-                whole = math.isfinite(before.teacher_loss)
-                raise explain_nan("--model" if whole else "--teacher")
-            self._log({"before": asdict(before)}, report)
-        begun = self._seconds
-        self.run(report)
-        self.signals.outlive(self._fuse)
-        after = self.signals.outlive(partial(self._distance, self.model))
-        if self._seconds > begun:
-            self._log({"after": asdict(after)}, report)
-        names = [Path(file).name for file in self.settings.sources.data]
-        result = HealingResult(
-            **self._figures(),
-            fine_tune_type=self._treatment.fine_tune_type,
-            trained_parameters=self.parameters,
-            text=", ".join(names) or "sampled",
-            before=read_before(self._folder),
-            after=after,
-        )
-        self._write(result)
-        return result
+        with attend_in_float32():
+            if self._step == 0:
+                before = self.signals.outlive(partial(self._distance, self.model))
+                if not math.isfinite(before.kl):
+                    whole = math.isfinite(before.teacher_loss)
+                    raise explain_nan("--model" if whole else "--teacher")
+                self._log({"before": asdict(before)}, report)
+            self.run(report)
+            self.signals.outlive(self._fuse)
+            after = self.signals.outlive(partial(self._distance, self.model))
+            if not self._has_logged("after"):
+                self._log({"after": asdict(after)}, report)
+            names = [Path(file).name for file in self.settings.sources.data]
+            result = HealingResult(
+                **self._figures(),
+                fine_tune_type=self._treatment.fine_tune_type,
+                trained_parameters=self.parameters,
+                text=", ".join(names) or "sampled",
+                before=read_before(self._folder),
+                after=after,
+            )
+            self._write(result)
+            return result
 
     def _fuse(self) -> None:
-        """Fuse what was trained into the matrices, in the types that they had."""
+        """Fuse what was trained into the matrices, to be measured with the numbers written."""
         fused = [(name, m.fuse()) for name, m in self.model.named_modules() if hasattr(m, "fuse")]
         self.model.update_modules(tree_unflatten(fused))
+        self._restore_types()
+        widen(self.model)
+
+    def _restore_types(self) -> None:
+        """Give all weights the types that they had."""
         types = self._types
         self.model.update(
             tree_map_with_path(lambda name, a: a.astype(types[name]), self.model.parameters())
@@ -413,6 +441,7 @@ class Run(ResumableRun[HealingResult]):
 
     def _write(self, result: HealingResult) -> None:
         """Put the healed model beside the run's folder, its config last."""
+        self._restore_types()
         out, sources = self._folder.path, self.settings.sources
         partial_folder = out / ".partial-model"
         shutil.rmtree(partial_folder, ignore_errors=True)

@@ -21,7 +21,7 @@ from ..errors import UserError, first_line
 from ..memory import device_memory_bytes, format_bytes, peak_memory_bytes
 from ..progress import Steps
 from ..text.corpus import Batches
-from .folder import Event, RunFolder, load_arrays
+from .folder import Event, RunFolder, load_arrays, read_log
 from .optimizer import Schedule
 from .recipe import Pace, Recipe, Treatment
 from .results import RunResult
@@ -85,11 +85,15 @@ class RunState:
         self._saved = self._step
         if self._step > self._steps:
             raise UserError(
-                f"{self._folder.path} is at step {self._step} already: --steps must be more than "
-                "that"
+                f"{self._folder.path} is at step {self._step} already: --steps must be that or more"
             )
         kept = self._folder.cut_log(self._step)
         self._loss = next((e["loss"] for e in reversed(kept) if "loss" in e), self._loss)
+
+    def _has_logged(self, key: str) -> bool:
+        """Whether the log says this of this step."""
+        log = read_log(self._folder.path)
+        return any(key in event and event["step"] == self._step for event in log)
 
     def _state(self) -> dict[str, mx.array]:
         both = {"weights": self.model.trainable_parameters(), "optimizer": self._optimizer.state}
@@ -197,7 +201,7 @@ class ResumableRun(RunState, Generic[Result]):
     def run(self, report: Callable[[Event], None]) -> Event:
         """Train to the end and save; returns the last evaluation."""
         pace, step = self._pace, self._compile_step()
-        started, begun_at, before = time.perf_counter(), self._step, self._seconds
+        started, before = time.perf_counter(), self._seconds
         self._logged_at, self._logged_step = started, self._step
         self._tell({"step": self._step, "steps": self._steps, **self._sizes()}, report)
         self.progress(self._step, self._steps)
@@ -228,8 +232,10 @@ class ResumableRun(RunState, Generic[Result]):
                 self._save()
             if self._logged_step == self._step:
                 self._logged_at = time.perf_counter()
+        if self._losses:  # of a run that ends where it was interrupted
+            self._log_losses(report)
         final = self.signals.outlive(partial(self._evaluate, None))
-        if self._step > begun_at:
+        if not self._has_logged("validation_loss"):
             self._log(final, report)
         self._save()
         return final
@@ -252,13 +258,13 @@ class ResumableRun(RunState, Generic[Result]):
     def _log_losses(self, report: Callable[[Event], None]) -> None:
         """Log the steps since the last line; their speed leaves evaluating and saving out."""
         self._loss = mx.stack(self._losses).mean().item()  # type: ignore[assignment]
-        tokens = (self._step - self._logged_step) * self._step_tokens
-        event = {
+        event: Event = {
             "loss": self._loss,
             "learning_rate": self._schedule(mx.array(self._step - 1)).item(),
-            "tokens_per_second": tokens / (time.perf_counter() - self._logged_at),
-            "memory_bytes": peak_memory_bytes(),
         }
+        if tokens := (self._step - self._logged_step) * self._step_tokens:
+            event["tokens_per_second"] = tokens / (time.perf_counter() - self._logged_at)
+        event["memory_bytes"] = peak_memory_bytes()
         self._log(event, report)
         self._losses, self._logged_step = [], self._step
 

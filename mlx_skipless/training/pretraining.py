@@ -26,17 +26,17 @@ from ..inference.generation import generate
 from ..memory import format_bytes
 from ..network.model import Model
 from ..network.parts import tensors_of
-from ..options import expand_path
+from ..options import check_kinds, expand_path
 from ..progress import Progress
 from ..text import corpus
 from .card import write_training_card
-from .folder import Event, RunFolder, check_own, read_whole
+from .folder import Event, RunFolder, check_no_steps, check_own, read_whole
 from .initialization import initialize, make_model_args
 from .loop import ResumableRun, carry_out, is_due
 from .optimizer import make_optimizer, make_schedule, pull_queries
 from .recipe import Recipe, TrainingPace, fix_rate
 from .results import TrainingResult
-from .tokens import TextFiles, Tokens, choose_share, encode_texts, list_paths, read_sources
+from .tokens import TextFiles, Tokens, encode_texts, list_paths, read_sources
 
 LONG_TEXT = 5_000_000  # characters, which take a tokenizer seconds
 SAMPLE_PROMPT, SAMPLE_TOKENS = 8, 64
@@ -112,7 +112,8 @@ def train(
         mlx_path: the run's folder; must not exist, or with ``resume`` must.
         recipe: what to train and how; with ``resume`` the run's own holds.
         validation: held-out files; without any, the last ``validation_share`` of each file's lines.
-        validation_share: between 0 and 1; None: 0.03, and with ``resume`` the run's own.
+        validation_share: between 0 and 1; None: 0.03, and with ``resume`` the run's own. Not beside
+            ``validation``.
         tokenizer: a folder or Hub id whose tokenizer to use; None: a byte-level BPE made from the
             text.
         pace: how often to log, evaluate and save; with ``resume`` the run's own holds.
@@ -130,15 +131,16 @@ def train(
     """
     asked, dtype, folder = dtype, _choose_dtype(dtype), RunFolder(expand_path(mlx_path))
     paths, held_out = list_paths(data or ()), list_paths(validation)
+    check_kinds(recipe=(recipe, Recipe), pace=(pace, TrainingPace))
     if resume:
         settings = _resume(folder, asked, tokenizer, validation_share, steps)
-        if data:
-            text = dataclasses.replace(settings.text, data=paths, validation=held_out)
-            settings = dataclasses.replace(settings, text=text)
+        settings = _find_text(settings, paths, held_out)
     elif data:
         folder.check_free()
+        check_no_steps(steps)
         source = None if tokenizer is None else str(tokenizer)
-        text = TrainingText(paths, held_out, choose_share(validation_share), source)
+        share = corpus.choose_share(validation_share, held_out, paths)
+        text = TrainingText(paths, held_out, share, source)
         settings = Settings(fix_rate(recipe or Recipe()), pace or TrainingPace(), text, dtype)
         _check_sizes(settings.recipe)
     else:
@@ -164,6 +166,19 @@ def _resume(
     check_own("--validation-share", share, None, text.validation_share)
     recipe = settings.recipe if steps is None else dataclasses.replace(settings.recipe, steps=steps)
     return dataclasses.replace(settings, recipe=recipe)
+
+
+def _find_text(settings: Settings, data: list[str], validation: list[str]) -> Settings:
+    """Return the settings of a resumed run whose text is at these paths now, if there are any."""
+    if validation and not data:
+        raise BadArgument(
+            "--validation: only --steps may change; together with --data it says where the same "
+            "files are now"
+        )
+    if not data:
+        return settings
+    text = dataclasses.replace(settings.text, data=data, validation=validation)
+    return dataclasses.replace(settings, text=text)
 
 
 def _is_at(source: str | Path) -> str:

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..checkpoints.files import is_there
-from ..constants import HELD_OUT_SHARE
 from ..options import expand_path, list_files
 from ..text import corpus
 
@@ -33,11 +32,6 @@ class TextFiles:
         """Read the documents; a UserError as ``corpus.read_texts`` raises it."""
         data, validation = ([Path(f) for f in part] for part in (self.data, self.validation))
         return corpus.read_texts(data, validation, share=self.validation_share)
-
-
-def choose_share(given: float | None) -> float:
-    """The share of each file's lines that a new run holds out; None: the usual one."""
-    return HELD_OUT_SHARE if given is None else given
 
 
 Sources = TypeVar("Sources", bound=TextFiles)

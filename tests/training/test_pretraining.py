@@ -75,7 +75,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(data: Path | None, out: Path, recipe: Recipe | None = SMALL, **options: Any) -> Result:
-    options = {"pace": PACE, "dtype": "float32", "validation_share": SHARE} | options
+    share = {} if options.get("validation") else {"validation_share": SHARE}
+    options = {"pace": PACE, "dtype": "float32", **share} | options
     return pretraining.train(None if data is None else [data], out, recipe, **options)
 
 
