@@ -274,7 +274,7 @@ def check_lengths(tokens: Sequence[str], source: str) -> None:
 
 
 def _find_templates(field: Field, keys: Iterable[str], source: str) -> str | dict[str, str] | None:
-    """The chat template; by their names where there are several."""
+    """The chat template; by their names where there are several, the first one by default."""
     found = {
         key.removeprefix(TEMPLATE).lstrip(".") or "default": field(key)
         for key in keys
@@ -283,7 +283,9 @@ def _find_templates(field: Field, keys: Iterable[str], source: str) -> str | dic
     templates = {name: text for name, text in found.items() if isinstance(text, str)}
     if max(map(len, templates.values()), default=0) > LONGEST_TEMPLATE:
         raise UserError(f"{source} has a chat template of more than a million characters")
-    return templates.get("default") if templates.keys() <= {"default"} else templates
+    if len(templates) < 2:
+        return next(iter(templates.values()), None)
+    return {"default": next(iter(templates.values())), **templates}
 
 
 def _are_strings(values: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,6 +76,7 @@ def _drop_stderr() -> Iterator[None]:
         try:
             yield
         finally:
+            sys.stderr.flush()
             drop()
 
 

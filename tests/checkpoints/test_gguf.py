@@ -1025,15 +1025,29 @@ def test_a_token_that_ends_a_turn_is_one_token_whatever_its_type(tmp_path: Path,
     assert len(tokenizer("a<turn>").input_ids) > 2
 
 
-def test_named_chat_templates_come_along(tmp_path: Path, small):
+@pytest.mark.parametrize(
+    ("templates", "expected"),
+    [
+        ({"default": CHAT_TEMPLATE, "tool_use": "tools"}, None),
+        ({"tool_use": "tools"}, "tools"),
+        ({"a": "x", "b": "y"}, {"default": "x", "a": "x", "b": "y"}),
+    ],
+    ids=["with a default", "one", "two"],
+)
+def test_named_chat_templates_come_along(
+    templates: dict[str, str], expected: Any, tmp_path: Path, small
+):
+    """The first one is used where none is the default: else nothing could be."""
+
     def describe(writer: gguf.GGUFWriter) -> None:
         add_byte_tokenizer(writer)
         del writer.kv_data[0]["tokenizer.chat_template"]
-        templates = {"default": CHAT_TEMPLATE, "tool_use": "tools"}
         writer.add_chat_template([{"name": n, "template": t} for n, t in templates.items()])
 
     tokenizer = tokenizer_of(tmp_path, small, describe)
-    assert tokenizer.chat_template == {"default": CHAT_TEMPLATE, "tool_use": "tools"}
+    assert tokenizer.chat_template == (expected or templates)
+    written = tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False)
+    assert written
 
 
 def nested_tokens(count: int) -> list[str]:

@@ -1,10 +1,12 @@
 """Arguments: what may have been meant by wrong ones, and one line for whatever goes wrong."""
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -214,6 +216,17 @@ def test_whatever_goes_wrong_is_one_line(
     assert err[:-1].isprintable()
     told = f"{type(error).__name__}: " in err and TRACEBACK in err
     assert told == (error in FAULTS)
+
+
+def test_a_current_folder_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gone").mkdir()
+    os.chdir("gone")
+    (tmp_path / "gone").rmdir()
+    assert cli.main(["curves", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "error: the current folder is gone: go to one that exists\n"
 
 
 @pytest.mark.parametrize("error", FAULTS, ids=lambda error: type(error).__name__)

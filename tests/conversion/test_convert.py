@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 import reference
 from factory import make_checkpoint, make_llama
+from gguf import GGMLQuantizationType as Type
+from gguf_zoo import write_zoo_gguf
+from grids import only
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
+from zoo import make_model
 
 import mlx_skipless
 from mlx_skipless import UserError, cli
@@ -452,6 +456,32 @@ def test_what_a_packed_source_holds_is_told_as_dense(packed: Path, tmp_path: Pat
         "bytes before are those of dense weights" in said and " MB as dense weights before" in said
     )
     assert "-q quantizes" not in said
+
+
+@pytest.mark.parametrize("kind", only((Type.F32,), [Type.F32, Type.Q8_0]))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"replace_attention": 1, "replace_ffn": 1},
+        {"target_bytes": "200kB", "allow": "drop", "q_group_size": 32},
+        {"drop_attention": 1, "heal": 1, "quantize": True, "q_group_size": 32},
+    ],
+    ids=str,
+)
+def test_biases_of_a_gguf_come_along(options: Any, kind: Any, tmp_path: Path) -> None:
+    """By every way through mlx-lm's own network; of the metadata nothing tells of them."""
+    biases = {"attention_bias": True, "mlp_bias": True}
+    make_model(tmp_path / "s", "llama", num_hidden_layers=3, rope_scaling=None, **biases)
+    write_zoo_gguf(tmp_path / "m.gguf", tmp_path / "s", lambda name: kind)
+    (tmp_path / "t.txt").write_text("the fox met seven hens under a tree\n" * 90)
+    options = options | {"calibration": tmp_path / "t.txt"}
+    mlx_skipless.convert(tmp_path / "m.gguf", tmp_path / "out", **options)
+    weights: Any = mx.load(str(tmp_path / "s/model.safetensors"))
+    found: Any = mx.load(str(tmp_path / "out/model.safetensors"))
+    names = [name for name in found if name.endswith("proj.bias")]
+    assert len(names) >= 12
+    if kind == Type.F32 and "replace_attention" in options:  # nothing is fitted again
+        assert all(mx.array_equal(found[name], weights[name]) for name in names)
 
 
 def test_chosen_bits_are_no_alarm(tmp_path: Path) -> None:

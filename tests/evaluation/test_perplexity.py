@@ -121,6 +121,10 @@ def test_the_command_is_the_function(tmp_path: Path, capsys: pytest.CaptureFixtu
     ("options", "says"),
     [
         ({"context": 0}, "--context 0: must be at least 1"),
+        ({"context": "8"}, "--context '8': must be a whole number"),
+        ({"context": True}, "--context True: must be a whole number"),
+        ({"batch_size": 2.5}, "--batch-size 2.5: must be a whole number"),
+        ({"validation_share": 0.9}, "--validation's are taken whole"),
         ({"batch_size": 0}, "--batch-size 0: must be at least 1"),
         ({"validation": ["@/blank.jsonl"]}, "the held-out text has no characters"),
         ({"validation": []}, "no text: give --data, whose end is held out, or --validation"),

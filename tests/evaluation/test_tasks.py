@@ -207,6 +207,22 @@ def test_scores_are_those_of_both_networks(
         assert row.endswith(f"{score['difference']:+.4f} ± {score['difference_stderr']:.4f}")
 
 
+def test_what_is_quiet_writes_nothing_on_stderr(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """No bars of lm-eval's, and no complaint of the git that it asks for a version; but errors."""
+    make_checkpoint(tmp_path / "s", **SMALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stderr", open(2, "w", closefd=False))  # as it is without pytest
+    base = ["evaluate", "s", "s", "--include-path", str(folder), "--quiet", "--tasks"]
+    capfd.readouterr()
+    assert cli.main([*base, "answers", "--limit", "2", "--json", "scores.json"]) == 0
+    assert capfd.readouterr() == ("", "") and "answers" in Path("scores.json").read_text()
+    assert cli.main([*base, "broken"]) == 1
+    error = capfd.readouterr().err
+    assert error.startswith("error: lm-eval cannot run broken: ") and error.count("\n") == 1
+
+
 @pytest.mark.parametrize("broken", ["s", "t"])
 def test_scores_that_are_no_numbers_are_refused(folder: Path, tmp_path: Path, broken: str) -> None:
     for name in "st":

@@ -265,6 +265,8 @@ def test_every_width_quantizes_to_all_bits(tmp_path: Path, head_dim: int, bits: 
         ({"seed": 2**64}, "--seed 18446744073709551616"),
         ({"kv_bits": 5}, "--kv-bits 5"),
         ({"max_kv_size": 4}, "--max-kv-size 4"),
+        ({"max_kv_size": "8"}, "--max-kv-size '8': must be a whole number"),
+        ({"max_kv_size": 8.5}, "--max-kv-size 8.5: must be a whole number"),
         ({"kv_bits": 8, "max_kv_size": 64}, "drop one"),
         ({"prompt_cache": 3}, "prompt_cache: is no list of caches"),
         ({"prompt_cache": "ab"}, "prompt_cache: is no list of caches"),
@@ -487,7 +489,8 @@ def test_a_prompt_cache_of_another_model_is_refused(
         caches.load_cache(tmp_path / "cache.safetensors", load(tmp_path / "narrow")[0])
     (tmp_path / "text.safetensors").write_text("no cache")
     arrays, metadata = mx.load(str(tmp_path / "cache.safetensors"), return_metadata=True)
-    for made_with, told in (("other", True), (str(folder), False), (None, False)):
+    same = f"elsewhere/{folder.name}"  # relative to a folder that nobody knows any more
+    for made_with, told in (("other", True), (str(folder), False), (None, False), (same, False)):
         named = {} if made_with is None else {"model": made_with}
         save_prompt_cache(str(tmp_path / "named.safetensors"), cache, named)
         said: list[str] = []

@@ -189,6 +189,10 @@ def test_a_folder_is_no_text(tmp_path: Path):
         '{"messages": [{"content": "a"}]}',
         '{"messages": [{"role": "user", "content": "a"}], "tools": "search"}',
         '{"messages": [{"role": "user", "content": "a"}], "tools": ["search"]}',
+        '{"messages": [{"role": "user", "content": "a", "name": "\\ud800"}]}',
+        '{"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "\\ud83d"}]}',
+        "[" * 200_000,
+        '{"text":' * 100_000,
     ],
 )
 def test_lines_that_are_no_records(write: Callable[..., Path], line: str):

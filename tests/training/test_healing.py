@@ -452,6 +452,12 @@ def test_mlx_lm_runs_it_without_us(whole: tuple[Treatment, Path, Result]) -> Non
         ({"treatment": {"steps": 0}}, "--steps 0: must be at least 1"),
         ({"treatment": {"warmup": -1}}, "must be at least 0"),
         ({"data": ["@/none.txt"]}, "cannot be read"),
+        ({"validation": ["@/text.txt"]}, "--validation is for --data"),
+        ({"validation_share": 0.5}, "--validation-share is of the lines of --data's files"),
+        ({**HALVED, "validation": ["@/text.txt"]}, "--validation's are taken whole"),
+        ({"steps": 5}, "steps is for a run to resume"),
+        ({"pace": 5}, "pace 5: must be a Pace"),
+        ({"resume": True, "data": ["@/text.txt"]}, "the run's own text.*only --steps may change"),
         ({"data": ["@/text.txt"], "validation_share": 0.0}, "no text is held out"),
         ({"resume": True}, "there is nothing to resume"),
         ({"teacher": "@/nan", **HALVED}, "the logits of --teacher are no numbers"),
@@ -506,6 +512,12 @@ def test_a_resumed_run_keeps_its_treatment(
     assert main(["heal", "--resume", "--mlx-path", str(tmp_path / "h"), *more]) == 2
     said = capsys.readouterr().err
     assert "only --steps may change" in said and more[0] in said
+
+
+def test_sampled_tokens_are_of_no_text_of_the_users(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--model", "a", "--teacher", "b", "--data", "t", "--sampled-tokens", "7"]
+    assert main(["heal", *given]) == 2
+    assert "--sampled-tokens are of the original's own text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ import pytest
 import reference
 from factory import EOS, make_llama, stored
 from matplotlib.figure import Figure
+from safetensors import safe_open
 from transformers import PreTrainedTokenizerFast
 
 import mlx_skipless
@@ -750,6 +751,31 @@ def test_a_finished_run_resumed_says_the_same(text: Path, tmp_path: Path):
         assert after[name] == before[name], name
 
 
+@pytest.mark.parametrize("log_every", [4, 0])  # step 4 is in the log, or no step is
+def test_a_run_that_ends_where_it_was_interrupted(log_every: int, text: Path, tmp_path: Path):
+    """Its loss is that of its last steps, and it is measured as any run that ends."""
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if done == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    out, pace = tmp_path / "run", Pace(log_every, 0, 0, 0)
+    with pytest.raises(UserError, match="interrupted at step 4"):
+        run(text, out, progress=progress, pace=pace)
+    with safe_open(str(out / "training/state.safetensors"), "np") as state:
+        kept = json.loads(state.metadata()["losses"])
+    assert len(kept) == (0 if log_every else 4)
+    result = run(None, out, None, resume=True, steps=4)
+    mean = np.mean(kept) if kept else read_log(out)[0]["loss"]
+    assert result.step == 4 and result.loss == pytest.approx(mean)
+    assert f"training loss at the end: {mean:.4f}" in (out / "README.md").read_text()
+    (measured,) = (e["validation_loss"] for e in read_log(out) if "validation_loss" in e)
+    assert measured == result.validation_loss
+    before = contents(out)
+    assert run(None, out, None, resume=True).loss == result.loss
+    assert contents(out) == before
+
+
 def test_more_steps_are_the_run_s_own_from_then_on(
     finished: tuple[Path, Result], text: Path, tmp_path: Path
 ):
@@ -975,6 +1001,10 @@ def test_a_failure_before_the_first_checkpoint_leaves_nothing(
         ({"data": "@/none.txt"}, r"none\.txt cannot be read"),
         ({"out": "@/no/run"}, "is no folder: create it first"),
         ({"validation_share": 1.0}, "--validation-share"),
+        ({"validation": ["x"], "validation_share": 0.5}, "--validation's are taken whole"),
+        ({"steps": 3}, "steps is for a run to resume"),
+        ({"recipe": {"layers": 2}}, "recipe {'layers': 2}: must be a Recipe"),
+        ({"pace": 5}, "pace 5: must be a TrainingPace"),
     ],
 )
 def test_what_cannot_be_leaves_nothing(
@@ -1363,6 +1393,22 @@ def test_curves_of_a_run_with_an_odd_name(finished: tuple[Path, Result], tmp_pat
     assert command("curves", out, "--output", tmp_path / "x.png") == 0
 
 
+@pytest.mark.parametrize("place", [".", "training/.."])
+def test_a_run_is_called_by_its_folder_wherever_one_stands(
+    place: str, finished: tuple[Path, Result], tmp_path: Path, figures: list[Figure],
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    out = copied(finished, tmp_path)
+    monkeypatch.chdir(out)
+    assert command("curves", place, "--output", tmp_path / "x.png") == 0
+    labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert labels and all(label.startswith(f"{out.name}, ") for label in labels)
+    run(None, Path(place), None, resume=True)
+    assert (out / "README.md").read_text() == (finished[0] / "README.md").read_text().replace(
+        "# finished", f"# {out.name}"
+    )
+
+
 def test_curves_of_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert command("curves", tmp_path, "--output", tmp_path / "x.png") == 1
     assert "is no training run" in one_error(capsys)
@@ -1382,6 +1428,13 @@ def test_a_log_that_ends_in_the_middle(tmp_path: Path):
     log = tmp_path / "training/log.jsonl"
     log.write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "lo')
     assert read_log(tmp_path) == [{"step": 1, "loss": 2.5}]
+    whole = {"step": 0, "before": {"kl": 0.5}}
+    for cut in (1, 2, 9):  # the first only lacks its end of the line
+        log.write_text(f'{{"step": 0}}\n{json.dumps(whole)}\n'[:-cut])
+        assert read_log(tmp_path) == [{"step": 0}, *([whole] if cut == 1 else [])]
+    log.write_text('{"step": 0, "before": {"loss": 1.0}}\n')
+    with pytest.raises(UserError, match=r"log\.jsonl cannot be read"):
+        read_log(tmp_path)
     log.write_text('{"step": 1}\n{no}\n')
     with pytest.raises(UserError, match=r"log\.jsonl cannot be read"):
         read_log(tmp_path)
