@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -213,7 +214,7 @@ def test_what_is_quiet_writes_nothing_on_stderr(
     """No bars of lm-eval's, and no complaint of the git that it asks for a version; but errors."""
     make_checkpoint(tmp_path / "s", **SMALL)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "stderr", open(2, "w", closefd=False))  # as it is without pytest
+    monkeypatch.setattr(sys, "stderr", os.fdopen(2, "w", closefd=False))  # as it is without pytest
     base = ["evaluate", "s", "s", "--include-path", str(folder), "--quiet", "--tasks"]
     capfd.readouterr()
     assert cli.main([*base, "answers", "--limit", "2", "--json", "scores.json"]) == 0
