@@ -32,7 +32,7 @@ settings.register_profile("busy", deadline=None)  # a loaded machine is no failu
 for name in ("thorough", "endless"):  # test_fuzz.py: many times as many
     settings.register_profile(name, deadline=None)
 
-SHARE = 4  # of a test's usual cases, of which the default run takes the first
+SHARE = 6  # of a test's usual cases, of which the default run takes the first
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,7 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption(
         "--every", type=int, default=1, metavar="N",
-        help="of each exhaustive grid every Nth case, and of usual ones every second",
+        help="of each exhaustive grid every Nth case, and of usual ones every third",
     )  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Begin with tests of the whole product, the longest; leave out what is thorough.
 
     Of each test's usual cases one in ``SHARE`` is not, and all are not where the command line names
-    files or tests. With ``--every`` every second one is left out of what is thorough, too.
+    files or tests. With ``--every`` two of three are left out of what is thorough, too.
     """
     items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
     thorough, every = config.getoption("--thorough"), max(1, config.getoption("--every"))
@@ -77,7 +77,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             kept.append(item)
         else:
             item.add_marker("thorough")
-            spared = every > 1 and usual[test] % 2 == 1
+            spared = every > 1 and usual[test] % 3 != 0
             (kept if thorough and not spared else left).append(item)
         usual[test] += 1
     config.hook.pytest_deselected(items=left)
