@@ -171,10 +171,10 @@ def check_above_zero(flag: str, value: float | None) -> None:
 
 
 def check_kinds(**given: tuple[Any, type]) -> None:
-    """Check that arguments are of a dataclass; None, an argument not given, passes.
+    """Check that each argument, given with its dataclass, is of that; None passes.
 
     Raises:
-        UserError: if one is not; the values are each argument's own and its dataclass.
+        UserError: if one is not.
     """
     for name, (value, kind) in given.items():
         if value is not None and not isinstance(value, kind):

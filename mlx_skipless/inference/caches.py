@@ -185,9 +185,10 @@ def load_cache(
 
 def _may_be(stored: str, name: str) -> bool:
     """Whether what a cache names may be a model; a path from another folder has its name alone."""
-    if not os.path.isabs(stored) and not os.path.exists(stored):
-        return os.path.basename(os.path.normpath(stored)) == name_folder(name)
-    return os.path.realpath(stored) == os.path.realpath(expand_path(name))
+    path = expand_path(name)
+    if path.exists() and not os.path.isabs(stored) and not os.path.exists(stored):
+        return os.path.basename(os.path.normpath(stored)) == name_folder(path)
+    return os.path.realpath(stored) == os.path.realpath(path)
 
 
 def _fits(stored: Any, own: Any, kind: type) -> bool:

@@ -496,6 +496,11 @@ def test_a_prompt_cache_of_another_model_is_refused(
         said: list[str] = []
         caches.load_cache(tmp_path / "named.safetensors", model, f"{folder}/.", said.append)
         assert bool(said) == told and all("was made with other" in line for line in said)
+    for name in ("a/m", "b/m"):  # of the Hub
+        said = []
+        save_prompt_cache(str(tmp_path / "named.safetensors"), cache, {"model": "b/m"})
+        caches.load_cache(tmp_path / "named.safetensors", model, name, said.append)
+        assert bool(said) == (name == "a/m")
     cut = {key: value for key, value in metadata.items() if key != "1.0"}
     mx.save_safetensors(str(tmp_path / "cut.safetensors"), arrays, cut)
     os.mkfifo(tmp_path / "pipe.safetensors")
