@@ -274,10 +274,10 @@ def test_the_bundled_model_stays_itself() -> None:
     start = tokenizer.encode(generation.TALE)
 
     def surprise(**options: Any) -> list[float]:
-        said = tokens((model, tokenizer), start, max_tokens=1200, temp=0.8, seed=1, **options)
-        rows = mx.array([said[at - 128 : at] for at in (400, 800, 1200)])
+        said = tokens((model, tokenizer), start, max_tokens=900, temp=0.8, seed=1, **options)
+        rows = mx.array([said[at - 128 : at] for at in (400, 700, 900)])
         losses = nn.losses.cross_entropy(model(rows[:, :-1]), rows[:, 1:])
         return losses.mean(axis=1).tolist()
 
     within, *beyond = surprise()
-    assert max(beyond) < within + 0.55 < min(surprise(max_kv_size=10**6)[1:])
+    assert max(beyond) < within + 0.3 < min(surprise(max_kv_size=10**6)[1:])
