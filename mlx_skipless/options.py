@@ -181,14 +181,23 @@ def check_kinds(**given: tuple[Any, type]) -> None:
             raise BadArgument(f"{name} {reprlib.repr(value)}: must be a {kind.__name__}")
 
 
-def check_least(flag: str, value: int | None, least: int = 1) -> None:
-    """Check that a flag's value is a number that is not too small; None, a flag not given, passes.
+def check_whole(flag: str, value: Any) -> None:
+    """Check that a flag's value is a whole number; None, a flag not given, passes.
 
     Raises:
         UserError: if it is not.
     """
     if value is not None and not is_of(value, int):
         raise BadArgument(f"{flag} {reprlib.repr(value)}: must be {WORDS[int]}")
+
+
+def check_least(flag: str, value: int | None, least: int = 1) -> None:
+    """Check that a flag's value is whole and not too small; None, a flag not given, passes.
+
+    Raises:
+        UserError: if it is not.
+    """
+    check_whole(flag, value)
     if value is not None and value < least:
         raise BadArgument(f"{flag} {value}: must be at least {least}")
 

@@ -25,7 +25,7 @@ from mlx_lm.models.cache import (
 
 from ..checkpoints.files import is_there
 from ..errors import BadArgument, UserError, first_line
-from ..options import check_least, expand_path, name_folder
+from ..options import check_whole, expand_path, name_folder
 from .context import find_context, has_position_table
 
 KV_BITS = (2, 3, 4, 6, 8)
@@ -38,7 +38,7 @@ def check_shape(max_kv_size: int | None, kv_bits: int | None) -> None:
     Raises:
         UserError: for sizes that cannot be, and for both at once.
     """
-    check_least("--max-kv-size", max_kv_size, 0)
+    check_whole("--max-kv-size", max_kv_size)
     if max_kv_size is not None and max_kv_size <= KEEP:
         raise BadArgument(
             f"--max-kv-size {max_kv_size}: must exceed {KEEP}, as the first {KEEP} tokens stay"

@@ -398,31 +398,31 @@ class Run(ResumableRun[HealingResult]):
         super().load()
         read_before(self._folder)
 
+    @attend_in_float32()
     def go(self, report: Callable[[Event], None]) -> HealingResult:
         """Train to the end, fuse, measure and write."""
-        with attend_in_float32():
-            if self._step == 0:
-                before = self.signals.outlive(partial(self._distance, self.model))
-                if not math.isfinite(before.kl):
-                    whole = math.isfinite(before.teacher_loss)
-                    raise explain_nan("--model" if whole else "--teacher")
-                self._log({"before": asdict(before)}, report)
-            self.run(report)
-            self.signals.outlive(self._fuse)
-            after = self.signals.outlive(partial(self._distance, self.model))
-            if not self._has_logged("after"):
-                self._log({"after": asdict(after)}, report)
-            names = [Path(file).name for file in self.settings.sources.data]
-            result = HealingResult(
-                **self._figures(),
-                fine_tune_type=self._treatment.fine_tune_type,
-                trained_parameters=self.parameters,
-                text=", ".join(names) or "sampled",
-                before=read_before(self._folder),
-                after=after,
-            )
-            self._write(result)
-            return result
+        if self._step == 0:
+            before = self.signals.outlive(partial(self._distance, self.model))
+            if not math.isfinite(before.kl):
+                whole = math.isfinite(before.teacher_loss)
+                raise explain_nan("--model" if whole else "--teacher")
+            self._log({"before": asdict(before)}, report)
+        self.run(report)
+        self.signals.outlive(self._fuse)
+        after = self.signals.outlive(partial(self._distance, self.model))
+        if not self._has_logged("after"):
+            self._log({"after": asdict(after)}, report)
+        names = [Path(file).name for file in self.settings.sources.data]
+        result = HealingResult(
+            **self._figures(),
+            fine_tune_type=self._treatment.fine_tune_type,
+            trained_parameters=self.parameters,
+            text=", ".join(names) or "sampled",
+            before=read_before(self._folder),
+            after=after,
+        )
+        self._write(result)
+        return result
 
     def _fuse(self) -> None:
         """Fuse what was trained into the matrices, to be measured with the numbers written."""
