@@ -44,7 +44,7 @@ def check_shape(max_kv_size: int | None, kv_bits: int | None) -> None:
             f"--max-kv-size {max_kv_size}: must exceed {KEEP}, as the first {KEEP} tokens stay"
         )
     if kv_bits is not None and kv_bits not in KV_BITS:
-        raise BadArgument(f"--kv-bits {kv_bits}: must be one of {', '.join(map(str, KV_BITS))}")
+        raise BadArgument(f"--kv-bits {kv_bits!r}: must be one of {', '.join(map(str, KV_BITS))}")
     if kv_bits is not None and max_kv_size is not None:
         raise BadArgument(
             "--kv-bits with --max-kv-size: mlx-lm cannot quantize a bounded cache; drop one"

@@ -264,6 +264,7 @@ def test_every_width_quantizes_to_all_bits(tmp_path: Path, head_dim: int, bits: 
         ({"seed": -1}, "--seed -1"),
         ({"seed": 2**64}, "--seed 18446744073709551616"),
         ({"kv_bits": 5}, "--kv-bits 5"),
+        ({"kv_bits": "8"}, "--kv-bits '8': must be one of"),
         ({"max_kv_size": 4}, "--max-kv-size 4"),
         ({"max_kv_size": -5}, "--max-kv-size -5: must exceed 4"),
         ({"max_kv_size": "8"}, "--max-kv-size '8': must be a whole number"),
