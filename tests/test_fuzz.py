@@ -148,7 +148,12 @@ class Source:
 SKIPLESS: dict[str, dict[str, Any]] = {
     "skipless": SIZES | {"norm": "qkv", "gains": True, "linear_paths": True, "bias": ("q_proj",)},
     "skips": SIZES
-    | {"norm": "qkv", "norms": ["q", "v"], "gains": True, "skips": ("query", "head", "output")},
+    | {
+        "norm": "qkv",
+        "norms": ["q", "v", "kv"],
+        "gains": True,
+        "skips": ("query", "head", "output"),
+    },
     "parallel": SIZES
     | {"block": "parallel", "norm": "qkv", "skips": ("head",), "per_channel": True},
     "bare": SIZES | {"num_key_value_heads": 4},

@@ -60,10 +60,7 @@ def choose_stream(block: Any, h: Stream) -> mx.array:
     attention: Any = block.self_attn
     if isinstance(h, mx.array) or "head_skip" not in attention:
         return take_stream(h)
-    heads = h[1]
-    gamma = attention.separate_heads(attention.head_skip)
-    query = attention.project(take_stream(h))["q"] + attention.separate_heads(heads) * gamma
-    return query.reshape(heads.shape)
+    return attention.project(*h)["q"].flatten(-2)
 
 
 def measure_rank(stream: np.ndarray) -> float:

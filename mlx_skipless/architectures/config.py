@@ -248,7 +248,8 @@ def _read_format(own: Config) -> ModelArgs:
         args = ModelArgs(model_type="skipless", rope_theta=theta, rope=scaling, **read)
     except ValueError as error:
         raise UserError(f"config.json: {error}") from error
-    for complaint in chain(_find_wrong_layers(args), _find_contradictions(args)):
+    finders = (_find_wrong_layers, _find_contradictions, _find_wrong_query_readers)
+    for complaint in chain.from_iterable(find(args) for find in finders):
         raise UserError(complaint)
     return args
 
@@ -328,6 +329,24 @@ def _find_contradictions(args: ModelArgs) -> Iterator[str]:
         yield (
             'config.json says "shared_norm", which is for parallel blocks with norm pre: correct it'
         )
+
+
+def _find_wrong_query_readers(args: ModelArgs) -> Iterator[str]:
+    """Yield a complaint about each key that does not fit a K and V that read the queries."""
+    if "kv" not in args.norms:
+        return
+    heads, width = args.num_attention_heads, args.head_dim
+    if heads * width != args.hidden_size:
+        yield (
+            f'"norms" in config.json names kv, and {heads} queries of {width} are not as wide as a '
+            f"stream of {args.hidden_size}: correct it"
+        )
+    for name in args.fused:
+        if "q_proj" in FUSED[name]:
+            yield (
+                f'"fused" in config.json names {name}, whose matrices read different things by the '
+                'kv in "norms": correct it'
+            )
 
 
 def _complete_from_config(args: ModelArgs, own: Config) -> None:

@@ -60,9 +60,11 @@ ACTIVATIONS = {
     "relu": nn.relu,
 }
 
-# The norms of "norm": "qkv": of each head's q, k and v, of all heads' outputs side by side as P
-# reads them, and of the FFN's hidden numbers. Without "norms" a network has all but "heads".
-PROJECTION_NORMS = ("q", "k", "v", "heads", "hidden")
+# The norms of "norm": "qkv": of each head's q, k and v, of all heads' queries side by side, which K
+# and V then read in place of the stream ("kv"), of all heads' outputs side by side as P reads them,
+# and of the FFN's hidden numbers. Without "norms" a network has USUAL_NORMS.
+PROJECTION_NORMS = ("q", "k", "v", "kv", "heads", "hidden")
+USUAL_NORMS = ("q", "k", "v", "hidden")
 
 # What one block gives the next: the stream (batch, length, hidden), and with head skips the heads'
 # outputs (batch, length, heads * head_dim) beside it.
@@ -88,7 +90,7 @@ class ModelArgs(BaseModelArgs):
     block: str = "serial"  # serial: attention, then FFN; parallel: their sum
     skip: str = "none"  # none, ffn (around the FFN only), both
     norm: str = "none"  # none, qkv (on the projections' outputs), pre (on the stream)
-    # With norm "qkv", which of PROJECTION_NORMS; none: all but "heads".
+    # With norm "qkv", which of PROJECTION_NORMS; none: USUAL_NORMS.
     norms: List[str] = field(default_factory=list)
     final_norm: bool = False
     norm_type: str = "rms"  # kind of the norms on the stream, final one too: rms, layer (LayerNorm)
@@ -148,7 +150,7 @@ class ModelArgs(BaseModelArgs):
             kind = "sliding_attention" if self.sliding_window else "full_attention"
             self.layer_types = [kind] * self.num_hidden_layers
         if self.norm == "qkv" and not self.norms:
-            self.norms = [norm for norm in PROJECTION_NORMS if norm != "heads"]
+            self.norms = [*USUAL_NORMS]
         for key, value, known in (
             ("block", self.block, ("serial", "parallel")),
             ("skip", self.skip, ("none", "ffn", "both")),
@@ -177,6 +179,11 @@ class ModelArgs(BaseModelArgs):
         """Tell whether a layer, the last one, adds its heads' outputs to what it gives."""
         last = layer == self.num_hidden_layers - 1
         return self.output_skip and last and not self.lacks("attention", layer)
+
+    @property
+    def stream_readers(self) -> str:
+        """Letters of the attention's matrices that read the stream."""
+        return "q" if "kv" in self.norms else "qkv"
 
     @property
     def ffn_readers(self) -> List[str]:
@@ -363,8 +370,9 @@ class Attention(nn.Module):
         if args.has_output_skip(layer):
             self.output_skip = mx.zeros((skip_width,))
         self.gives_heads = args.passes_heads(layer) or args.has_output_skip(layer)
-        self.make_norms(args)
-        self._runs = self.find_runs(table=args.precomputed and layer == 0)
+        table = args.precomputed and layer == 0
+        self.make_norms(args, table)
+        self._runs = self.find_runs(table)
         self.rope = initialize_rope(
             args.rotary_dim,
             args.rope_theta,
@@ -373,8 +381,8 @@ class Attention(nn.Module):
             args.max_position_embeddings,
         )
 
-    def make_norms(self, args: ModelArgs):
-        """Make the norms of q, k and v, and of the heads' outputs."""
+    def make_norms(self, args: ModelArgs, table: bool):
+        """Make the norms of q, k and v, of the queries for K and V, and of the heads' outputs."""
         # A weight that all heads share is as wide as one of them, and in the norm's kernel. One per
         # head and channel follows the norm.
         self.shared_gains = args.qk_norm
@@ -386,10 +394,12 @@ class Attention(nn.Module):
             normed = shared or letter in args.norms
             setattr(self, f"{letter}_norm", norm if normed else None)
             self._weighted += letter if normed and weighted and not shared else ""
-        self.heads_norm: Optional[nn.Module] = None
-        if "heads" in args.norms:
-            width = args.count_rows("q_proj") if "heads" in args.gains else None
-            self.heads_norm = RMSNorm(width, args.rms_norm_eps)
+        self.kv_norm: Any = None
+        self.heads_norm: Any = None
+        for name in ("kv", "heads"):  # all heads together
+            if name in args.norms and not (table and name == "kv"):
+                width = args.count_rows("q_proj") if name in args.gains else None
+                setattr(self, f"{name}_norm", RMSNorm(width, args.rms_norm_eps))
 
     def find_runs(self, table: bool) -> Tuple[Tuple[str, Tuple[str, ...]], ...]:
         """Find which heads one matrix gives side by side, and how they are cut at once.
@@ -408,6 +418,7 @@ class Attention(nn.Module):
             alike = "qkv|kv|." if untouched and kinds["q"] == kinds["k"] else "kv|."
         fused = "qkv" if table else (self._fused or "").partition("_")[0]
         runs = [fused, *(letter for letter in "qkv" if letter not in fused)]
+        runs.sort(key=lambda run: "q" not in run)  # K and V may read the queries
         return tuple((run, tuple(re.findall(alike, run))) for run in runs if run)
 
     def split_heads(self, x: mx.array, pieces: Sequence[str]) -> List[mx.array]:
@@ -418,11 +429,11 @@ class Attention(nn.Module):
         ends = [*accumulate(sum(counts[letter] for letter in piece) for piece in pieces)]
         return [*mx.split(x, ends[:-1], axis=2)]
 
-    def project(self, x: mx.array) -> Heads:
-        """Compute q, k and v before norms and RoPE.
+    def project(self, x: mx.array, heads_before: Optional[mx.array] = None) -> Heads:
+        """Compute q, with its head skip, k and v before their norms and RoPE.
 
-        ``x`` is the stream, (batch, length, hidden), or a table's rows for all three. A matrix that
-        is not there was the identity.
+        ``x`` is the stream, (batch, length, hidden), or a table's rows for all three, and
+        ``heads_before`` what a head skip reads. A matrix that is not there was the identity.
         """
         heads: Heads = {}
         for run, pieces in self._runs:
@@ -431,7 +442,17 @@ class Attention(nn.Module):
             if proj is None and self.group is not None:
                 given = self.take_share(given, run, self.group)
             heads |= zip(pieces, self.split_heads(given, pieces), strict=True)
+            if "q" in run and heads_before is not None and "head_skip" in self:
+                skipped = (self.separate_heads(heads_before), self.separate_heads(self.head_skip))
+                heads["q"] = add_products((heads["q"],), skipped)
+            if run == "q" and self.kv_norm is not None:
+                x = self.norm_queries(heads["q"])
         return heads
+
+    def norm_queries(self, q: mx.array) -> mx.array:
+        """Make what K and V read of the queries, (batch, length, heads, head_dim), of all heads."""
+        q = q.flatten(-2)
+        return self.kv_norm(q if self.group is None else gather_last_axis(q, self.group))
 
     def take_share(self, x: mx.array, letters: str, group: mx.distributed.Group) -> mx.array:
         """Take this machine's share of all machines' heads, (batch, length, n, head_dim)."""
@@ -520,10 +541,7 @@ class Attention(nn.Module):
         (batch, length, hidden), or the heads side by side where the layer lacks P; where a head
         skip or an output skip reads the heads, these side by side beside that.
         """
-        projected = self.project(x)
-        if heads_before is not None and "head_skip" in self:
-            skipped = (self.separate_heads(heads_before), self.separate_heads(self.head_skip))
-            projected["q"] = add_products((projected["q"],), skipped)
+        projected = self.project(x, heads_before)
         offset = cache.offset if cache is not None else 0
         queries, keys, values = self.rotate(projected, offset)
         own = values

@@ -28,6 +28,7 @@ NORMS = {
         "q": "self_attn.q_norm",
         "k": "self_attn.k_norm",
         "v": "self_attn.v_norm",
+        "kv": "self_attn.kv_norm",
         "heads": "self_attn.heads_norm",
         "hidden": "mlp.hidden_norm",
     },
@@ -80,6 +81,7 @@ def find_readers(args: ModelArgs, norm: str) -> tuple[str, ...]:
     readers = {
         "attention": ATTENTION[:3],
         "ffn": MLP[:3],
+        "kv": ATTENTION[1:3],
         "v": ("o_proj",),
         "hidden": ("down_proj",),
     }

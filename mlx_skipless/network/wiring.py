@@ -69,11 +69,22 @@ def find_points(args: ModelArgs) -> list[Point]:
     return points
 
 
+def find_query_readers(args: ModelArgs) -> list[str]:
+    """Find the matrices, K and V perhaps, that read a norm of the queries and thus no point."""
+    letters = [letter for letter in "kv" if letter not in args.stream_readers]
+    return [
+        module_path(layer, LETTERS[letter])
+        for layer in range(args.num_hidden_layers)
+        for letter in letters
+        if not args.lacks(letter, layer)
+    ]
+
+
 def _pass_attention(args: ModelArgs, layer: int, points: list[Point]) -> None:
     """Add what a layer's attention reads to the latest point, and the point that it writes."""
     if args.lacks("attention", layer):
         return
-    for part in "qkv":
+    for part in args.stream_readers:
         _read(args, layer, part, points[-1])
     if args.block == "parallel":
         return  # its output joins the FFN's

@@ -13,6 +13,7 @@ import numpy as np
 from ..network.driver import Driver, Recorder, Streams
 from ..network.model import ModelArgs, Stream, take_stream
 from ..network.names import module_path
+from ..network.wiring import LETTERS
 from ..removal.moments import to_float64
 from .formats import Format, Packed, solve_feedback
 
@@ -98,7 +99,7 @@ def weigh_entering(
     """
     rows = to_float64(embedding[mx.concatenate([tokens.reshape(-1) for tokens in batches])])
     seen = rows.T @ rows
-    gram, readers = np.zeros_like(seen), ["q_proj", "k_proj", "v_proj"]
+    gram, readers = np.zeros_like(seen), [LETTERS[letter] for letter in args.stream_readers]
     if args.block == "parallel":
         readers += args.ffn_readers
     for name in readers:

@@ -130,9 +130,13 @@ class Layout:
             path, _, part = name.rpartition(".")
             if not (self.args.num_local_experts and path.endswith(EXPERTS)):  # these stay apart
                 packings.setdefault(path, set()).add((part, array.shape[1:], array.dtype))
+        apart = () if "k" in self.args.stream_readers else ("q_proj",)
+        kinds = [
+            [name for name in FUSED[x] if name not in apart] for x in ("qkv_proj", "gate_up_proj")
+        ]
         for layer in range(self.args.num_hidden_layers):
-            for kind in ("qkv_proj", "gate_up_proj"):
-                there = [name for name in FUSED[kind] if module_path(layer, name) in packings]
+            for kind in kinds:
+                there = [name for name in kind if module_path(layer, name) in packings]
                 fused = next((name for name in FUSED if [*FUSED[name]] == there), None)
                 packed = [packings[module_path(layer, name)] for name in there]
                 if fused and packed.count(packed[0]) == len(packed):

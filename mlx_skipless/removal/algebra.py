@@ -16,6 +16,7 @@ Each exact removal is one choice of T:
                            embedding                              K or V  K or V, where it is square
     attention's output,    P                   M (and a           P^-1    P: M* = P M, no inverse is
     serial                                     mixture's router)          needed, P has any shape
+                           the same            Q alone            Q       Q: O* = O Q, no inverse
     block input, parallel  P and O of the      Q, K, V, M; the    Q, or   one of Q and P
                            layer before, or    head behind the    P^-1
                            the embedding       last block
@@ -23,6 +24,8 @@ Each exact removal is one choice of T:
                                                                           W* = diag(g) W
     any, behind LayerNorm  what writes it      none changes       C       the norm's mean: W* = W C,
                                                                           C = I - 1 1^T / n
+
+Q reads the stream alone where K and V read a norm of the queries.
 
 A query skip adds alpha q to what P reads, and a head skip adds gamma times what P read in the layer
 before to q. No T acts on q or on what P reads, so both vectors stay what they are.

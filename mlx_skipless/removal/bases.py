@@ -5,9 +5,9 @@ from functools import lru_cache
 import numpy as np
 
 from ..network.names import EMBEDDING
-from ..network.wiring import find_points, parse_letter
+from ..network.wiring import find_points, find_query_readers, parse_letter
 from .algebra import Basis, basis_without_reader, basis_without_writer, transpose_basis
-from .candidates import writes_alone
+from .candidates import needs_no_inverse
 from .plan import Plan
 from .source import SourceReader
 
@@ -27,11 +27,12 @@ class Bases:
         numbered = [*enumerate(self._points)]
         self._read = {path: i for i, point in numbered for path in point.consumers}
         self._written = {path: i for i, point in numbered for path in point.producers}
+        self._aside = {*find_query_readers(plan.before)}
         self._find = lru_cache(maxsize=3)(self._make)
 
     def __contains__(self, path: str) -> bool:
-        """Whether the network before the removals has a matrix at a path on the stream."""
-        return path in self._read or path in self._written
+        """Whether the network before the removals has a matrix at a path."""
+        return path in self._read or path in self._written or path in self._aside
 
     def find_input(self, path: str) -> Basis | None:
         """Find the new basis of what the matrix at a path reads; None where it is the old one."""
@@ -65,7 +66,7 @@ class Bases:
             return self._make_from_tied_end(index)
         linear = self._source.read_linear(path, self._kind)
         if parse_letter(path) == "p":
-            alone = writes_alone(self._plan.before, self._points, index, path)
+            alone = needs_no_inverse(self._plan.before, self._points, index, path)
             return basis_without_writer(linear, alone=alone)
         return basis_without_reader(linear)
 

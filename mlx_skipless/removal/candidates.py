@@ -28,7 +28,7 @@ def find_measurable(args: ModelArgs, remove: str) -> list[str]:
         for letter, path in find_candidates(point).items()
         if letter in letters
         and point.pinned is None
-        and not writes_alone(args, points, index, path)
+        and not needs_no_inverse(args, points, index, path)
         and explain_shape(args, letter) is None
     ]
 
@@ -36,7 +36,7 @@ def find_measurable(args: ModelArgs, remove: str) -> list[str]:
 def find_mixed(args: ModelArgs, points: list[Point], index: int, path: str) -> list[str]:
     """Find the matrices whose values a removal mixes through an inverse.
 
-    There are none where ``writes_alone`` says so.
+    There are none where ``needs_no_inverse`` says so.
 
     Args:
         args: the network.
@@ -44,19 +44,24 @@ def find_mixed(args: ModelArgs, points: list[Point], index: int, path: str) -> l
         index: the point whose basis changes.
         path: the matrix that becomes the identity there.
     """
-    if writes_alone(args, points, index, path):
+    if needs_no_inverse(args, points, index, path):
         return []
     touched = [points[0], points[-1]] if is_tied_end(args, points, index) else [points[index]]
     matrices = [m for point in touched for m in (*point.producers, *point.consumers) if m != path]
     return [m for m in matrices if m != HEAD or not args.tie_word_embeddings]
 
 
-def writes_alone(args: ModelArgs, points: list[Point], index: int, path: str) -> bool:
-    """Tell whether the matrix at a path, P, can go from a point without an inverse.
+def needs_no_inverse(args: ModelArgs, points: list[Point], index: int, path: str) -> bool:
+    """Tell whether the matrix at a path can go from a point without an inverse.
 
-    It can where nothing else writes the point and no tied embedding reads it.
+    P can where nothing else writes the point. Q can where nothing else reads it and it has no bias,
+    which would have to enter the stream before it. No tied embedding may begin or end there.
     """
-    return points[index].producers == [path] and not is_tied_end(args, points, index)
+    writes_alone, reads_alone = (
+        [path] == x for x in (points[index].producers, points[index].consumers)
+    )
+    biased = parse_layer(path) in args.biases.get("q_proj", ())
+    return (writes_alone or (reads_alone and not biased)) and not is_tied_end(args, points, index)
 
 
 def is_tied_end(args: ModelArgs, points: list[Point], index: int) -> bool:
@@ -85,6 +90,8 @@ def explain_shape(args: ModelArgs, letter: str) -> str | None:
     name, d = letter.upper(), args.hidden_size
     width = args.num_attention_heads * args.head_dim
     kv_width = args.num_key_value_heads * args.head_dim
+    if letter in "kv" and letter not in args.stream_readers:
+        return f"{name} reads a norm of the queries, and no matrix moves across a norm"
     if letter in "kv" and kv_width != d:
         return (
             f"{name} maps {d} to {kv_width} and has no inverse ({args.num_key_value_heads} "

@@ -21,9 +21,9 @@ from .candidates import (
     find_removable,
     is_tied_end,
     name_all_with,
+    needs_no_inverse,
     say_what_else_helps,
     suggest_removals,
-    writes_alone,
 )
 from .products import UNIT_ROUNDOFF
 
@@ -206,11 +206,12 @@ def _choose_by_noise(request: Request) -> tuple[dict[int, str], list[str]]:
         free = _find_free(request, index)
         if not free:
             continue
-        if [*free] == ["p"] and writes_alone(request.args, request.points, index, free["p"]):
-            # No inverse, no noise.
-            if count_saved_by_p(request.args) > 0:
-                eliminated[index] = free["p"]
-            continue
+        if len(free) == 1:
+            ((letter, path),) = free.items()
+            if needs_no_inverse(request.args, request.points, index, path):  # and makes no noise
+                if letter == "q" or count_saved_by_p(request.args) > 0:
+                    eliminated[index] = path
+                continue
         noise = {letter: _estimate_noise(request, index, path) for letter, path in free.items()}
         # In the order q, k, v, p, unless another is clearly better conditioned.
         best = next(letter for letter in noise if noise[letter] <= 4 * min(noise.values()))

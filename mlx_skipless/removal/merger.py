@@ -192,12 +192,12 @@ def _find_layer_norms(args: ModelArgs, layer: int) -> dict[str, tuple[str, int]]
     attention, ffn = not args.lacks("attention", layer), not args.lacks("ffn", layer)
     width = args.num_attention_heads * args.head_dim
     kv_width = args.num_key_value_heads * args.head_dim
-    sizes = {"q": width, "k": kv_width, "v": kv_width, "heads": width}
+    sizes = {"q": width, "k": kv_width, "v": kv_width, "kv": width, "heads": width}
     sizes["hidden"] = args.intermediate_size
     sizes |= dict.fromkeys("qk", args.head_dim) if args.qk_norm else {}
     found = {}
     for norm, module in find_norms(args).items():
-        if layer == 0 and norm == "attention" and args.precomputed:
+        if layer == 0 and norm in ("attention", "kv") and args.precomputed:
             continue  # the table is behind it
         there = ffn if norm in ("hidden", "ffn") else attention
         if there or (norm == "attention" and args.shared_norm and ffn):

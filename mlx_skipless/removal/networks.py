@@ -70,6 +70,7 @@ def choose_folded(
         norms += ["ffn"]
     if wanted:
         norms += ["hidden"]
+        norms += [] if source.removed.get("k") or source.removed.get("v") else ["kv"]
         # P absorbs it, unless something else is added to the values or reads or norms the heads.
         skips = source.query_skip or source.head_skip or source.output_skip
         other = skips or "heads" in source.norms

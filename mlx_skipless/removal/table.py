@@ -153,17 +153,15 @@ class TabledParts:
 
 def _make_rows(args: ModelArgs, block: Any, x: mx.array) -> mx.array:
     """Compute the table's rows (tokens, row) of what enters the stream (tokens, hidden)."""
-    attention = block.self_attn
-    read = block.norm_attention_input(x)
-    parts = {
-        "q": read if attention.q_proj is None else attention.q_proj(read),
-        "k": read if attention.k_proj is None else attention.k_proj(read),
-        "v": read if attention.v_proj is None else attention.v_proj(read),
-        "x": x,
-    }
-    if args.block == "parallel":
-        ffn = block.mlp(block.norm_ffn_input(x)) if block.mlp is not None else mx.zeros_like(x)
-        parts["x"] = x + ffn if block.skip_ffn else ffn
-    row = mx.concatenate([parts[name] for name in add_table(args).row_widths()], axis=-1)
+    heads = block.self_attn.project(block.norm_attention_input(x)[None])
+    letters = sorted(heads, key="qkv".index)  # some lie side by side already
+    parts = [heads[some][0].flatten(-2) for some in letters]
+    if "x" in add_table(args).row_widths():
+        passed = x
+        if args.block == "parallel":
+            ffn = block.mlp(block.norm_ffn_input(x)) if block.mlp is not None else mx.zeros_like(x)
+            passed = x + ffn if block.skip_ffn else ffn
+        parts = [passed, *parts]
+    row = mx.concatenate(parts, axis=-1)
     mx.eval(row)
     return row

@@ -109,7 +109,8 @@ def _adjust_layer(weights: dict[str, mx.array], layer: int, own: Recipe, args: M
         # With Q = 0, beta A = gamma C at the start (He & Hofmann, section 4.1).
         weights[query] *= 0
     elif own.own_token and own.skip != "both" and key in weights:
-        weights[key] = make_own_token_keys(weights.get(query), args)
+        reads_stream = "k" in args.stream_readers
+        weights[key] = make_own_token_keys(weights.get(query) if reads_stream else None, args)
     if "q" in args.norms:
         width = args.num_attention_heads * args.head_dim
         weights[f"{attention}.q_norm.weight"] = mx.full((width,), own.temperature)

@@ -24,7 +24,7 @@ from ..options import (
 
 # As network.model has them, which cannot be imported without MLX.
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu")
-PROJECTION_NORMS = ("q", "k", "v", "heads", "hidden")
+PROJECTION_NORMS = ("q", "k", "v", "kv", "heads", "hidden")
 _NO_V_AND_P: dict[str, Any] = {
     "norm": "pre",
     "without": "vp",

@@ -39,6 +39,8 @@ MODELS: dict[str, tuple[dict[str, Any] | str, dict[str, Any], list[int]]] = {
         {"remove": "qp"},
         [],
     ),
+    "queries": (QKV | SKIPS | {"norms": ["q", "kv", "heads"]}, {"remove": "p"}, []),
+    "queries, no Q": (QKV | SKIPS | {"norms": ["kv"]}, {"remove": "qp"} | TABLE, []),
     "no attention 0": (PRE | SKIPS, {"remove": "none"}, [0]),
     "no attention 1": (QKV, {"remove": "p"}, [1]),
     "no attention 1, 2": (PRE, {"remove": "none"} | TABLE, [1, 2]),

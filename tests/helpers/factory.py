@@ -195,7 +195,14 @@ def _weights(
             new[f"{prefix}input_layernorm.weight"] = around_one(hidden)
             new[f"{prefix}post_attention_layernorm.weight"] = around_one(hidden)
         if config["norm"] == "qkv" and gains:
-            sizes = {"q": q_width, "k": kv_width, "v": kv_width, "heads": q_width, "hidden": inner}
+            sizes = {
+                "q": q_width,
+                "k": kv_width,
+                "v": kv_width,
+                "kv": q_width,
+                "heads": q_width,
+                "hidden": inner,
+            }
             for name in config.get("norms") or ("q", "k", "v", "hidden"):
                 where = mlp if name == "hidden" else attn
                 new[f"{where}{name}_norm.weight"] = around_one(sizes[name])

@@ -47,6 +47,12 @@ NETWORKS: dict[str, dict[str, Any] | None] = {
     "skipless": {"norm": "qkv"},
     "skipless, parallel": {"norm": "qkv", "block": "parallel"},
     "query and head skip": {"norm": "qkv", "query_skip": True, "head_skip": True},
+    "K and V read the queries": {
+        "norm": "qkv",
+        "norms": ["q", "kv", "heads"],
+        "query_skip": True,
+        "head_skip": True,
+    },
     "as `train` makes it": None,
     "as the first bundled model": FIRST_BUNDLED,
 }

@@ -17,7 +17,7 @@ from reference import Config, Weights
 
 VOCABULARY = 40
 HIDDEN, HEADS = 16, 4
-PROJECTION_NORMS = ("q", "k", "v", "heads", "hidden")
+PROJECTION_NORMS = ("q", "k", "v", "kv", "heads", "hidden")
 PARTS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "p": "o_proj"}
 MATRICES = (*PARTS.values(), "router", "gate_proj", "up_proj", "down_proj", "lm_head")
 REMOVALS = ("qp", "kp", "vp", "q", "k", "v", "p", "auto", "auto", "none")
@@ -135,7 +135,9 @@ def _draw_config(rng: np.random.Generator) -> Config:
     if rng.integers(3) == 0:
         config |= {"num_local_experts": 3, "num_experts_per_tok": _pick(rng, 1, 2, 3)}
     if norm == "qkv":
-        config["norms"] = [n for n in PROJECTION_NORMS if rng.integers(2)] or ["q"]
+        norms = [n for n in PROJECTION_NORMS if rng.integers(2)]
+        fits = head_dim == HIDDEN // HEADS  # K and V read queries only as wide as the stream
+        config["norms"] = [n for n in norms if fits or n != "kv"] or ["q"]
     return config
 
 
@@ -144,7 +146,7 @@ def _add_paths(config: Config, weights: Weights, rng: np.random.Generator) -> No
     width, kv_width = (
         config[f"num_{kind}_heads"] * config["head_dim"] for kind in ("attention", "key_value")
     )
-    sizes = {"q": width, "k": kv_width, "v": kv_width, "heads": width}
+    sizes = {"q": width, "k": kv_width, "v": kv_width, "kv": width, "heads": width}
     sizes["hidden"] = inner = config["intermediate_size"]
     linear, skips, gains = (rng.integers(3) == 0 for _ in range(3))
     for layer in range(config["num_hidden_layers"]):

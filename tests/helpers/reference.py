@@ -117,12 +117,13 @@ def attend(
         """A number for each head or one for each of its channels, (heads, 1 or head_dim)."""
         return np.reshape(weights.get(f"{prefix}{name}", np.full(heads, absent)), (heads, -1))
 
-    query, key, value = (
-        split(_linear(weights, f"{prefix}{name}_proj", x), count)
-        for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))
-    )
+    query = split(_linear(weights, f"{prefix}q_proj", x), heads)
     if before is not None:
         query = query + vector("head_skip", 0.0) * split(before, heads)
+    if _has_norm(config, "kv"):
+        together = query.reshape(*x.shape[:2], -1)
+        x = rms_norm(together, weights.get(f"{prefix}kv_norm.weight"), eps)
+    key, value = (split(_linear(weights, f"{prefix}{name}_proj", x), kv_heads) for name in "kv")
     frequencies = rope_frequencies(config)
     traditional = config.get("rope_traditional", False)
     q, k = (

@@ -80,6 +80,17 @@ def test_what_is_fused(
     ) < (5e-4)
 
 
+@pytest.mark.parametrize("remove", ["none", "qp"])
+def test_q_stays_apart_where_k_and_v_read_the_queries(remove: str, tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "s", norm="qkv", norms=["q", "kv"], gains=True)
+    mlx_skipless.convert(tmp_path / "s", tmp_path / "o", remove=remove, verify=False)
+    assert config_of(tmp_path / "o")["fused"] == {
+        "kv_proj": EVERYWHERE, "gate_up_proj": EVERYWHERE
+    }  # fmt: skip
+    expected = reference.logits(*source, TOKENS)
+    assert reference.worst_relative_error(expected, run(tmp_path / "o")) < 5e-4
+
+
 @pytest.mark.parametrize("changes", [{}, MHA, {"bias": ("q_proj", "k_proj", "v_proj")}], ids=str)
 def test_read_back(changes: dict[str, Any], tmp_path: Path) -> None:
     """As a source it has the matrices that it was made of, and none is called fused."""

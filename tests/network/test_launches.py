@@ -31,6 +31,8 @@ LAYERS: dict[Case, tuple[int, int, int, int, int]] = {
     ("skipless, parallel", "p"): (3, 2, 0, 1, 2),
     ("query and head skip", "none"): (4, 3, 0, 2, 3),
     ("query and head skip", "qp"): (3, 3, 0, 2, 3),
+    ("K and V read the queries", "none"): (5, 3, 0, 2, 3),
+    ("K and V read the queries", "qp"): (3, 3, 0, 2, 3),
     ("as `train` makes it", "none"): (4, 3, 1, 2, 4),
     ("as `train` makes it", "qp"): (3, 3, 1, 2, 4),
     ("as the first bundled model", "none"): (4, 3, 1, 2, 3),

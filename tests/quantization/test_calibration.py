@@ -214,6 +214,7 @@ CASES: list[dict[str, Any]] = [
     {"remove": "qp", "final_norm": False, "sliding_window": 9},
     {"remove": "qp", "skips": ("query", "head", "output")},
     {"remove": "q", "block": "parallel", "skips": ("query", "head", "output"), "per_channel": True},
+    {"remove": "qp", "skips": ("query", "head", "output"), "norms": ["q", "kv", "heads"]},
 ]
 OPTIONS = ("remove", "q_bits", "q_mode", "dtype")
 
@@ -255,7 +256,7 @@ def test_removal_survives_quantization(case: dict[str, Any], tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     "case",
-    only([CASES[i] for i in (0, 5, 7, 8, 11)], CASES),
+    only([CASES[i] for i in (0, 5, 7, 8, 11, 13)], CASES),
     ids=lambda c: "-".join(str(v) for v in c.values()),
 )
 def test_without_rounding_the_function_stays(

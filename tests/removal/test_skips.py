@@ -25,7 +25,11 @@ HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}
 SMALL = {"hidden_size": 32, "intermediate_size": 48}
 PACKED = {"hidden_size": 128, "intermediate_size": 192}
 PATHS = ("query_skip", "head_skip", "output_skip")
-NORMED = {"four norms": None, "normed heads": [*PROJECTION_NORMS]}
+NORMED = {
+    "four norms": None,
+    "normed heads": ["q", "k", "v", "heads", "hidden"],
+    "normed queries": [*PROJECTION_NORMS],
+}
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
     "table": {"precompute_first_layer": "force"},
@@ -47,7 +51,10 @@ def draw_network(seed: int) -> tuple[dict[str, Any], str]:
 
     heads, block = pick(*HEADS), pick("serial", "parallel")
     there = [norm for norm in PROJECTION_NORMS if rng.integers(2)]
-    free = [x for x in REMOVALS[block] if heads == "MHA" or not {"k", "v"} & {*x}]
+    norm = pick("none", "qkv", "qkv")
+    reads_queries = norm == "qkv" and "kv" in there
+    whole = heads == "MHA" and not reads_queries
+    free = [x for x in REMOVALS[block] if whole or not {"k", "v"} & {*x}]
     source = {
         "seed": seed,
         "block": block,
@@ -55,7 +62,7 @@ def draw_network(seed: int) -> tuple[dict[str, Any], str]:
         "num_hidden_layers": pick(4, 5),
         "skips": pick(SKIPS, SKIPS, SKIPS[:2], SKIPS[1:], *((name,) for name in SKIPS)),
         "per_channel": pick(*SHAPES.values()),
-        "norm": pick("none", "qkv", "qkv"),
+        "norm": norm,
         "gains": pick(True, False),
         "linear_paths": pick(True, False),
         "bias": pick((), (*ATTENTION_PROJECTIONS, *MLP_PROJECTIONS)),
@@ -68,11 +75,10 @@ def draw_network(seed: int) -> tuple[dict[str, Any], str]:
     return source, pick(*free)
 
 
-def can_go(block: str, heads: str, remove: str) -> bool:
+def can_go(block: str, heads: str, remove: str, normed: str) -> bool:
     """Whether a block gives up these matrices."""
-    return remove == "none" or (
-        remove in REMOVALS[block] and (heads == "MHA" or not {"k", "v"} & {*remove})
-    )
+    whole = heads == "MHA" and normed != "normed queries"
+    return remove == "none" or (remove in REMOVALS[block] and (whole or not {"k", "v"} & {*remove}))
 
 
 def store(folder: Path, weights: dict[str, np.ndarray]) -> None:
@@ -117,7 +123,7 @@ def test_both_skips_matter(seed: int, tmp_path: Path) -> None:
             for case in itertools.product(
                 REMOVALS, HEADS, SHAPES, ("qp", "kp", "q", "k", "p", "none"), WAYS, NORMED
             )
-            if can_go(case[0], case[1], case[3])
+            if can_go(case[0], case[1], case[3], case[5])
         ],
         lambda case: pairs(*case),
     ),
@@ -328,3 +334,66 @@ def test_a_packed_source(how: str, tmp_path: Path) -> None:
     found = np.array(stored(tmp_path / "o")[name])
     expected = np.zeros(128) if how == "absent" else np.array(weights[name])
     assert np.array_equal(found, np.repeat(expected, 128 // len(expected)))
+
+
+QUERIES: dict[str, Any] = {"norm": "qkv", "norms": ["q", "kv", "heads"], "gains": True}
+
+
+def test_a_singular_q_goes_that_alone_reads_the_stream(tmp_path: Path) -> None:
+    """K and V read a norm of the queries, so nothing has to be multiplied by its inverse."""
+    config, weights = make_checkpoint(tmp_path / "s", skips=SKIPS, **QUERIES, **SMALL)
+    for name in [name for name in weights if name.endswith("q_proj.weight")]:
+        weights[name] = weights[name] * (np.arange(32) > 3)  # four directions are lost
+    store(tmp_path / "s", weights)
+    for remove in ("qp", "auto"):
+        report = convert(tmp_path / "s", tmp_path / remove, remove=remove, dtype="float16")
+        assert report.removed == {"q": [0, 1, 2], "p": [0, 1, 2]} and report.verification
+        assert report.verification.max_rel_logit_error < 2e-2
+    convert(tmp_path / "s", tmp_path / "o", remove="qp", verify=False)
+    check_same_function((config, weights), tmp_path / "o", 0)
+
+
+def test_a_biased_q_is_inverted_for_its_bias(tmp_path: Path) -> None:
+    """It enters the stream before Q, so a singular Q stays."""
+    options = {"bias": ("q_proj",), "skips": SKIPS} | QUERIES | SMALL
+    config, weights = make_checkpoint(tmp_path / "s", **options)
+    convert(tmp_path / "s", tmp_path / "o", remove="qp", verify=False)
+    check_same_function((config, weights), tmp_path / "o", 0)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    store(tmp_path / "s", weights | {name: np.zeros((32, 32))})
+    with pytest.raises(UserError, match="Q of layer 1 is singular"):
+        convert(tmp_path / "s", tmp_path / "none", remove="qp")
+    assert convert(tmp_path / "s", tmp_path / "auto").removed["q"] == [0, 2]
+
+
+@pytest.mark.parametrize("remove", ["kp", "v"])
+def test_k_and_v_stay_that_read_the_queries(remove: str, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "s", num_key_value_heads=4, **QUERIES, **SMALL)
+    wanted = f"{remove[0].upper()} reads a norm of the queries.*only Q and P can go, --remove qp"
+    with pytest.raises(UserError, match=wanted):
+        convert(tmp_path / "s", tmp_path / "o", remove=remove)
+
+
+@pytest.mark.parametrize("remove", ["qp", "none"])
+def test_the_gain_of_the_queries_folds_into_k_and_v(remove: str, tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "s", skips=SKIPS, **QUERIES, **SMALL)
+    report = convert(tmp_path / "s", tmp_path / "o", remove=remove, fold_norms=True, verify=False)
+    assert "kv" in report.folded and not [n for n in stored(tmp_path / "o") if "kv_norm" in n]
+    check_same_function(source, tmp_path / "o", 0)
+
+
+@pytest.mark.parametrize("letter", ["k", "v"])
+def test_queries_are_the_keys_or_values_where_these_matrices_never_were(
+    letter: str, tmp_path: Path
+) -> None:
+    """Their norm cannot fold then."""
+    config, weights = make_checkpoint(
+        tmp_path / "s", num_key_value_heads=4, skips=SKIPS, **QUERIES, **SMALL
+    )
+    weights = keep(weights, f"{letter}_proj")
+    store(tmp_path / "s", weights)
+    config |= {"removed": {letter: [0, 1, 2]}}
+    (tmp_path / "s" / "config.json").write_text(json.dumps(config))
+    convert(tmp_path / "s", tmp_path / "o", remove="qp", fold_norms=True, verify=False)
+    assert any("kv_norm" in name for name in stored(tmp_path / "o"))
+    check_same_function((config, weights), tmp_path / "o", 0)

@@ -67,6 +67,7 @@ OWN: list[Config] = [
     {"norm": "none", "num_key_value_heads": 4, "tie_word_embeddings": True},
     {"norm": "qkv", "gains": True, "linear_paths": True, "tie_word_embeddings": True},
     {"norm": "qkv", "gains": True, "skip": "ffn", "bias": ALL_BIASES, "head_dim": 32},
+    {"norm": "qkv", "gains": True, "norms": ["kv", "heads"], "bias": ALL_BIASES},
     {"norm": "pre", "skip": "both", "bias": ALL_BIASES},
     {"norm": "none", "block": "parallel", "bias": ALL_BIASES},
     {"norm": "none", "block": "parallel", "num_key_value_heads": 4},

@@ -574,7 +574,7 @@ def test_the_norms_are_the_networks():
 
 @pytest.mark.parametrize("norms", ["", "q,x", "q, k", "q,,v"])
 def test_norms_that_there_are_not_are_refused_before_any_text_is_read(norms: str):
-    with pytest.raises(UserError, match=r"--norms .* choose one of q, k, v, heads, hidden"):
+    with pytest.raises(UserError, match=r"--norms .* choose one of q, k, v, kv, heads, hidden"):
         Recipe(norms=norms)
 
 
