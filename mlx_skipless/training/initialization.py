@@ -86,9 +86,9 @@ def find_attention_gain(own: Recipe) -> float | None:
 
     With a query skip alone, attention is one of so many additions to what goes past the blocks. It
     starts at 1 / sqrt(number of additions). With a head skip too, 1 was better by 0.1 nats, and 2
-    by 0.02 more (``docs/training.md``).
+    by 0.02 more (``docs/training.md``). Where K and V read the queries, V alone is the weight.
     """
-    if own.attention_gain is not None or own.query_skip is None:
+    if own.attention_gain is not None or own.query_skip is None or own.reads_queries:
         return own.attention_gain
     return 2.0 if own.head_skip is not None else own.layers**-0.5
 
@@ -103,14 +103,18 @@ def _adjust_layer(weights: dict[str, mx.array], layer: int, own: Recipe, args: M
     last = f"{attention}.{'v_proj' if 'p' in own.without else 'o_proj'}.weight"
     if own.skip == "both" and last in weights:
         weights[last] *= additions**-0.5
+    value = f"{attention}.v_proj.weight"
+    if own.reads_queries and own.skip == "none" and own.query_skip is not None and value in weights:
+        # Attention and FFN add to what the skips carry, and no norm stands behind V.
+        weights[value] *= (2 * own.layers) ** -0.5
     if own.skip != "none":
         weights[f"{mlp}.down_proj.weight"] *= additions**-0.5
     if own.shaped_attention and own.norm != "qkv" and query in weights:
         # With Q = 0, beta A = gamma C at the start (He & Hofmann, section 4.1).
         weights[query] *= 0
     elif own.own_token and own.skip != "both" and key in weights:
-        reads_stream = "k" in args.stream_readers
-        weights[key] = make_own_token_keys(weights.get(query) if reads_stream else None, args)
+        queries = None if own.reads_queries else weights.get(query)
+        weights[key] = make_own_token_keys(queries, args)
     if "q" in args.norms:
         width = args.num_attention_heads * args.head_dim
         weights[f"{attention}.q_norm.weight"] = mx.full((width,), own.temperature)

@@ -5,10 +5,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 from ..network.model import Model
-from ..network.names import PROJECTIONS
+from ..network.names import CHANNEL_PATHS, PROJECTIONS
 from .recipe import Recipe, Treatment
 
 Schedule = Callable[[mx.array], mx.array]
@@ -72,6 +72,16 @@ def _is_matrix(name: str, weight: mx.array) -> bool:
     return any(f"{p}.weight" in name for p in PROJECTIONS.values())
 
 
+def hold_skips(gradients: Any, recipe: Recipe) -> Any:
+    """Return the gradients, zero for alpha, beta, gamma and delta if these keep their starts."""
+    if not recipe.resolve().holds_skips:
+        return gradients
+    held = (*CHANNEL_PATHS, "attention_gain")
+    return tree_map_with_path(
+        lambda name, x: mx.zeros_like(x) if name.endswith(held) else x, gradients
+    )
+
+
 def pull_queries(model: Model, recipe: Recipe, step: mx.array) -> None:
     """Pull each Q that a merge would invert towards its orthogonal factor.
 
@@ -84,7 +94,9 @@ def pull_queries(model: Model, recipe: Recipe, step: mx.array) -> None:
         step: how many steps came before it.
     """
     own = recipe.resolve()
-    if not own.orthogonal_q or own.skip == "both" or own.norm == "pre":
+    inverted = own.skip != "both" and own.norm != "pre"
+    inverted = inverted and not (own.reads_queries and own.block == "serial")
+    if not own.orthogonal_q or not inverted:
         return
     rate = make_schedule(recipe, own.orthogonal_q)(step)
     modules = {i: layer.self_attn.q_proj for i, layer in enumerate(model.layers)}

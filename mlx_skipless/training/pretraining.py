@@ -33,7 +33,7 @@ from .card import write_training_card
 from .folder import Event, RunFolder, check_no_steps, check_own, read_whole
 from .initialization import initialize, make_model_args
 from .loop import ResumableRun, carry_out, is_due
-from .optimizer import make_optimizer, make_schedule, pull_queries
+from .optimizer import hold_skips, make_optimizer, make_schedule, pull_queries
 from .recipe import Recipe, TrainingPace, fix_rate
 from .results import TrainingResult
 from .tokens import TextFiles, Tokens, encode_texts, list_paths, read_sources
@@ -328,7 +328,7 @@ class Run(ResumableRun[TrainingResult]):
         def step(batch: mx.array) -> mx.array:
             weights = model.trainable_parameters()
             loss, gradients = mx.value_and_grad(mean_loss)(weights, batch)
-            gradients, _ = optim.clip_grad_norm(gradients, recipe.clip)
+            gradients, _ = optim.clip_grad_norm(hold_skips(gradients, recipe), recipe.clip)
             model.update(weights)  # in float32 again
             before = optimizer.state["states"][0]["step"]
             optimizer.update(model, gradients)

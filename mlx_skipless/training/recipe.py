@@ -74,8 +74,9 @@ class Recipe:
         ("none", "qkv", "pre"),
     )  # fmt: skip
     norms: str = option(
-        "q,k,v,heads",
-        "which of q, k, v, heads (what P reads) and hidden (what down reads) --norm qkv acts on",
+        "q,kv,heads",
+        "which of q, k, v, kv (all queries; K and V read them then), heads (what P reads) and "
+        "hidden (what down reads) --norm qkv acts on",
     )
     without: str = option(
         "", "matrices that the network never has", ("", "q", "p", "qp", "v", "vp", "k", "kp")
@@ -105,10 +106,14 @@ class Recipe:
         "head", "whether alpha, gamma and delta are a number per head or per channel",
         ("head", "channel"),
     )  # fmt: skip
+    learn_skips: bool | None = option(
+        None, "train alpha, beta, gamma and delta too; default: unless K and V read the queries"
+    )
     attention_gain: float | None = option(
         None,
         "start of beta, a head's weight on its attention; none: 2 with a head skip, "
-        "1 / sqrt(layers) with a query skip alone, else there is no beta",
+        "1 / sqrt(layers) with a query skip alone; else, and where K and V read the queries, there "
+        "is no beta",
     )
     value_skip: float | None = option(
         None, "start of a head's weight on the token's own value, or none to leave it out"
@@ -164,17 +169,28 @@ class Recipe:
             raise BadArgument("--warmup must be at least 0, --decay and --orthogonal-q from 0 to 1")
 
     @property
+    def reads_queries(self) -> bool:
+        """Whether K and V read a norm of the queries in place of the stream."""
+        return self.norm == "qkv" and "kv" in self.norms.split(",")
+
+    @property
+    def holds_skips(self) -> bool:
+        """Whether alpha, beta, gamma and delta stay what they start as."""
+        return self.reads_queries if self.learn_skips is None else not self.learn_skips
+
+    @property
     def peak(self) -> float:
         """The highest learning rate of the matrices.
 
         With a head skip it falls with depth as measured at 6, 12, 24 and 32 layers, and is twice as
         high without Q and P, measured at 12 (``docs/training.md``): of two matrices in a row both
-        move. With skips on the stream one rate serves all.
+        move. With skips on the stream, or K and V that read what the skips carry, one rate serves
+        all.
         """
         if self.learning_rate is not None:
             return self.learning_rate
         own = self.resolve()
-        if own.query_skip is None and own.head_skip is None:
+        if own.reads_queries or (own.query_skip is None and own.head_skip is None):
             return 0.02
         if own.head_skip is None:
             at_12_layers = 0.005

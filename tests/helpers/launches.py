@@ -39,6 +39,11 @@ LLAMA: dict[str, Any] = {"norm": "pre", "skip": "both", "final_norm": True}
 FIRST_BUNDLED: dict[str, Any] = {
     "norm": "qkv", "gains": ["q", "k", "v", "hidden"], "gate_offset": True, "value_skip": True
 }  # fmt: skip
+BUNDLED: dict[str, Any] = {
+    "norm": "qkv", "norms": ["q", "k", "v", "heads"], "gains": ["q", "k", "v", "heads"],
+    "gate_offset": True, "attention_gain": True, "query_skip": True, "head_skip": True,
+    "output_skip": True,
+}  # fmt: skip
 # Networks of this package, but the first, which is mlx-lm's, and that of `train`'s recipe (None).
 NETWORKS: dict[str, dict[str, Any] | None] = {
     "mlx-lm's Llama": LLAMA,
@@ -47,13 +52,8 @@ NETWORKS: dict[str, dict[str, Any] | None] = {
     "skipless": {"norm": "qkv"},
     "skipless, parallel": {"norm": "qkv", "block": "parallel"},
     "query and head skip": {"norm": "qkv", "query_skip": True, "head_skip": True},
-    "K and V read the queries": {
-        "norm": "qkv",
-        "norms": ["q", "kv", "heads"],
-        "query_skip": True,
-        "head_skip": True,
-    },
     "as `train` makes it": None,
+    "as the bundled model": BUNDLED,
     "as the first bundled model": FIRST_BUNDLED,
 }
 

@@ -26,6 +26,7 @@ from mlx_skipless.network.model import Model
 from mlx_skipless.options import read_options
 from mlx_skipless.training.initialization import initialize, make_model_args, make_orthogonal
 from mlx_skipless.training.optimizer import (
+    hold_skips,
     make_optimizer,
     make_schedule,
     orthogonalize,
@@ -50,6 +51,8 @@ FORMER: dict[str, Any] = {
     "norms": "q,k,v,hidden",
     "embedding_scale": 1.0,
 }
+# The recipe whose K and V read the stream.
+OF_STREAM: dict[str, Any] = {"norms": "q,k,v,heads"}
 BLOCKS, SKIPS, NORMS = ("serial", "parallel"), ("none", "ffn", "both"), ("none", "qkv", "pre")
 WITHOUT = ("", "q", "p", "qp", "v", "vp", "k", "kp")
 MATRIX = {
@@ -116,7 +119,8 @@ def check_rung(**options: Any) -> dict[str, np.ndarray]:
 def test_every_rung_runs_and_can_learn(block: str, skip: str, norm: str, without: str):
     kv_heads = 4 if set(without) & {"k", "v"} else 2
     ways = (
-        (False, 1.0, None, {}), (False, None, 0.5, {"head_skip": None, "skip_width": "channel"}),
+        (False, 1.0, None, {}), (False, 1.0, None, OF_STREAM),
+        (False, None, 0.5, {"head_skip": None, "skip_width": "channel"} | OF_STREAM),
         (False, None, None, FORMER), (False, 1.0, 0.5, FORMER), (True, None, 0.5, FORMER),
         (True, 1.0, None, FORMER),
     )  # fmt: skip
@@ -131,10 +135,14 @@ def test_every_rung_runs_and_can_learn(block: str, skip: str, norm: str, without
             assert {part for part, name in MATRIX.items() if name not in has} == set(without)
             assert ("mlp.gate_offset" in has) == (gate is not None)
             assert ("self_attn.value_skip" in has) == (value is not None or shaped)
-            assert ("self_attn.attention_gain" in has) == (shaped or skips is not FORMER)
+            plain = not skips and norm == "qkv"  # V alone is the attention's weight
+            assert ("self_attn.kv_norm.weight" in has) == plain
+            gain = shaped or (skips is not FORMER and not plain)
+            assert ("self_attn.attention_gain" in has) == gain
             assert ("self_attn.query_skip" in has) == (skips is not FORMER)
-            assert ("self_attn.head_skip" in has) == (skips == {} and layer > 0)
-            assert ("self_attn.output_skip" in has) == (skips == {} and layer == 1)
+            all_skips = skips in ({}, OF_STREAM)
+            assert ("self_attn.head_skip" in has) == (all_skips and layer > 0)
+            assert ("self_attn.output_skip" in has) == (all_skips and layer == 1)
             assert ("self_attn.uniform_gain" in has) == shaped
             assert ("self_attn.q_norm.weight" in has) == (norm == "qkv")
             assert ("input_layernorm.weight" in has) == (norm == "pre")
@@ -217,7 +225,8 @@ def test_orthogonal_matrices_point_everywhere():
 
 @pytest.mark.parametrize("tie", [True, False])
 def test_the_same_seed_gives_the_same_weights(tie: bool):
-    first, second, third = (weights_of(made(seed=s, tie=tie)[1]) for s in (7, 7, 8))
+    options = OF_STREAM | {"tie": tie}  # else K is no random matrix
+    first, second, third = (weights_of(made(seed=s, **options)[1]) for s in (7, 7, 8))
     assert first.keys() == second.keys()
     assert all(np.array_equal(first[name], second[name]) for name in first)
     matrices = [name for name, w in first.items() if w.ndim == 2]
@@ -268,7 +277,7 @@ def test_where_the_skips_that_merge_start(
     width: str, layers: int, inner: int, output: float | None
 ):
     """Blocks that heads go past start as small additions, another last FFN near the identity."""
-    options = {"layers": layers, "skip_width": width, "intermediate_size": inner}
+    options = OF_STREAM | {"layers": layers, "skip_width": width, "intermediate_size": inner}
     options |= {"output_skip": output, "query_skip": 0.5, "head_skip": 0.75, "gate_offset": 0.9}
     weights = weights_of(made(**options)[1])
     size = 16 if width == "channel" else 4
@@ -297,16 +306,56 @@ def test_where_the_skips_that_merge_start(
             assert np.sum(gate**2) / inner == pytest.approx(1, rel=1e-4)
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("norms", ["q,kv,heads", "q,k,v,kv,heads"])
+def test_values_start_small_where_the_skips_carry_what_k_and_v_read(layers: int, norms: str):
+    """As many attentions and FFNs are added to it as there are, each with an equal share."""
+    weights = weights_of(made(layers=layers, norms=norms, hidden_size=32, heads=8)[1])
+    for layer in range(layers):
+        attention = f"model.layers.{layer}.self_attn."
+        assert f"{attention}attention_gain" not in weights
+        value, key = (weights[f"{attention}{name}_proj.weight"] for name in "vk")
+        assert np.sum(value**2) / 8 == pytest.approx(1 / (2 * layers), rel=1e-4)
+        # Key head g is the mean of its group's queries, as long as one of them.
+        rows = np.zeros((2, 4, 8, 4))
+        rows[np.arange(8) // 4 * np.ones(8, int), :, np.arange(8), :] = np.eye(4) / 2
+        assert np.allclose(key, rows.reshape(8, 32))
+
+
+HELD = ("query_skip", "head_skip", "output_skip", "attention_gain")
+
+
+@pytest.mark.parametrize(
+    ("options", "held"),
+    [({}, True), ({"learn_skips": True}, False), ({"learn_skips": False} | OF_STREAM, True),
+     (OF_STREAM, False), ({"norm": "none"}, False), ({"attention_gain": 0.5}, True)],
+)  # fmt: skip
+def test_skips_are_held_or_learned(options: dict[str, Any], held: bool):
+    """Held ones get gradients of zero, and no other weight does."""
+    recipe, model = made(**options)
+
+    def loss(tokens: mx.array) -> mx.array:
+        return nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]).mean()
+
+    _, gradients = nn.value_and_grad(model, loss)(mx.array(TOKENS))
+    kept = flat(hold_skips(gradients, recipe))
+    for name, gradient in flat(gradients).items():
+        zero = held and name.endswith(HELD)
+        assert np.array_equal(kept[name], mx.zeros_like(gradient) if zero else gradient), name
+    assert any(name.endswith(HELD) for name in kept)
+
+
 @pytest.mark.parametrize("layers", [1, 2, 6])
 def test_a_query_skip_alone_starts_near_the_identity_in_every_layer(layers: int):
-    weights = weights_of(made(layers=layers, head_skip=None, gate_offset=0.9)[1])
+    options = OF_STREAM | {"layers": layers, "head_skip": None}
+    weights = weights_of(made(gate_offset=0.9, **options)[1])
     for layer in range(layers):
         attention, mlp = (f"model.layers.{layer}.{part}." for part in ("self_attn", "mlp"))
         assert weights[f"{attention}attention_gain"] == pytest.approx(layers**-0.5)
         assert (weights[f"{mlp}gate_offset"] == np.float32(0.9)).all()
         up, down = (weights[f"{mlp}{name}_proj.weight"] for name in ("up", "down"))
         assert np.allclose(down @ up, np.eye(16), atol=1e-4)
-    far = weights_of(made(layers=layers, head_skip=None, near_identity=False)[1])
+    far = weights_of(made(near_identity=False, **options)[1])
     name = "model.layers.0.mlp."
     assert not np.allclose(
         far[f"{name}down_proj.weight"] @ far[f"{name}up_proj.weight"], np.eye(16)
@@ -335,13 +384,18 @@ def test_linear_paths_and_temperature_start_where_told():
 def attention_weights(model: Model, layer: int, x: np.ndarray) -> np.ndarray:
     """Softmax weights (heads, length, length) of a stream (length, hidden) with norm qkv."""
     weights, args = weights_of(model), model.args
+    read = {"q": x, "k": x}
+    if "kv" in args.norms:
+        queries = x @ weights.get(f"model.layers.{layer}.{MATRIX['q']}", np.eye(x.shape[1])).T
+        read["k"] = queries / np.sqrt(np.mean(queries**2, axis=-1, keepdims=True))
 
     def project(part: str, count: int) -> np.ndarray:
         matrix = weights.get(f"model.layers.{layer}.{MATRIX[part]}", np.eye(args.hidden_size))
-        y = (x @ matrix.T).reshape(len(x), count, args.head_dim)
-        y = y / np.sqrt(np.mean(y**2, axis=-1, keepdims=True))
-        gain = weights[f"model.layers.{layer}.self_attn.{part}_norm.weight"]
-        y = y * gain.reshape(count, -1)
+        y = (read[part] @ matrix.T).reshape(len(x), count, args.head_dim)
+        if part in args.norms:
+            y = y / np.sqrt(np.mean(y**2, axis=-1, keepdims=True))
+            gain = weights[f"model.layers.{layer}.self_attn.{part}_norm.weight"]
+            y = y * gain.reshape(count, -1)
         return reference.rotate(
             y.transpose(1, 0, 2)[None], reference.rope_frequencies(dataclasses.asdict(args))
         )[0]
@@ -357,11 +411,11 @@ def attention_weights(model: Model, layer: int, x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("without", ["", "q", "p", "qp"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (4, 1)])
 @pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("skip", ["none", "ffn"])
+@pytest.mark.parametrize(("skip", "norms"), [("none", {}), ("none", OF_STREAM), ("ffn", OF_STREAM)])
 def test_attention_starts_on_the_own_token(
-    block: str, skip: str, heads: int, kv_heads: int, without: str
+    block: str, skip: str, norms: dict[str, Any], heads: int, kv_heads: int, without: str
 ):
-    options = {"block": block, "skip": skip, "without": without, "temperature": 20.0,
+    options = norms | {"block": block, "skip": skip, "without": without, "temperature": 20.0,
                "hidden_size": 64, "heads": heads, "kv_heads": kv_heads}  # fmt: skip
     x = np.random.default_rng(1).standard_normal((12, 64))
 
@@ -487,10 +541,14 @@ def test_stacked_matrices_move_as_mlx_moves_each(options: dict[str, Any]):
 
 @pytest.mark.parametrize(
     ("options", "peak"),
-    [({"layers": 12}, 0.01), ({"layers": 24}, 0.0066), ({"layers": 6}, 0.0152),
-     ({"layers": 12, "without": "qp"}, 0.02), ({"layers": 24, "without": "p"}, 0.0066),
-     ({"layers": 12, "head_skip": None, "without": "qp"}, 0.005),
-     ({"layers": 12, "head_skip": None}, 0.005), ({"layers": 24, "learning_rate": 0.3}, 0.3),
+    [({"layers": 24}, 0.02), ({"layers": 12, "without": "qp"}, 0.02),
+     ({"layers": 24, "norm": "none"}, 0.0066), ({"layers": 12, **OF_STREAM}, 0.01),
+     ({"layers": 24, **OF_STREAM}, 0.0066), ({"layers": 6, **OF_STREAM}, 0.0152),
+     ({"layers": 12, "without": "qp", **OF_STREAM}, 0.02),
+     ({"layers": 24, "without": "p", **OF_STREAM}, 0.0066),
+     ({"layers": 12, "head_skip": None, "without": "qp", **OF_STREAM}, 0.005),
+     ({"layers": 12, "head_skip": None, **OF_STREAM}, 0.005),
+     ({"layers": 24, "learning_rate": 0.3}, 0.3),
      ({"layers": 24, **FORMER}, 0.02), ({"layers": 24, "block": "sas"}, 0.02)],
 )  # fmt: skip
 def test_the_rate_goes_with_depth_and_wiring(options: dict[str, Any], peak: float):
@@ -531,8 +589,11 @@ def test_orthogonal_factors(n: int, wider: int, condition: float, scale: float, 
 
 @pytest.mark.parametrize("step", [0, 2, 5, 9])
 @pytest.mark.parametrize("pull", [0.3, 1.0])
-def test_queries_are_pulled_towards_their_factor(step: int, pull: float):
-    recipe, model = made(orthogonal_q=pull, steps=10, warmup=4, decay=0.5)
+@pytest.mark.parametrize("others", [OF_STREAM, {"block": "parallel"}], ids=str)
+def test_queries_are_pulled_towards_their_factor(step: int, pull: float, others: dict[str, Any]):
+    """Where others read the stream beside them: K and V, or the FFN of a parallel block."""
+    options = others | {"orthogonal_q": pull, "steps": 10, "warmup": 4, "decay": 0.5}
+    recipe, model = made(**options)
     rng = np.random.default_rng(3)
     for layer in model.layers:
         layer.self_attn.q_proj.weight = mx.array(rng.standard_normal((16, 16)).astype(np.float32))
@@ -552,7 +613,8 @@ def test_queries_are_pulled_towards_their_factor(step: int, pull: float):
 
 @pytest.mark.parametrize(
     "options",
-    [{"orthogonal_q": 0.0}, {"skip": "both"}, {"norm": "pre"}, {"block": "sas"}, {"without": "q"}],
+    [{"orthogonal_q": 0.0} | OF_STREAM, {"skip": "both"}, {"norm": "pre"}, {"block": "sas"},
+     {"without": "q"} | OF_STREAM, {}],
 )  # fmt: skip
 def test_other_queries_are_left(options: dict[str, Any]):
     recipe, model = made(**options)
