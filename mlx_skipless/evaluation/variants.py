@@ -53,9 +53,7 @@ def make_variants(
     """
     made = {PLAIN: make_plain(shape, dtype, quantization)}
     removed = make_skipless_plan(shape.args, "qp", dtype, quantization is not None).after
-    skips = replace(
-        removed, norms=[*"qkv", "heads"], query_skip=True, head_skip=True, attention_gain=True
-    )
+    skips = replace(removed, norms=["q", "kv", "heads"], query_skip=True, head_skip=True)
     table = make_plan(shape.args, remove="none", dtype=dtype, precompute=True).after
     for label, args in (
         ("skipless, without Q and P", removed),
