@@ -52,6 +52,7 @@ SCALED, SCALED_SOURCES = (
     "tests/conversion/test_scaled_sources.py",
 )
 SKIPS = "tests/removal/test_skips.py"
+RECIPE = "tests/training/test_recipe.py"
 DROPS = "tests/removal/test_sublayers.py -k"
 GGUF, GGUF_PACKED = (
     "tests/checkpoints/test_gguf_architectures.py",
@@ -360,7 +361,33 @@ MUTANTS: list[tuple[str, str, str, str]] = [
         "tests/network/test_parallel.py",
     ),
     # Query skips and head skips, and norms on some of the projections.
-    ("network", 'projected["q"] = add_products((projected["q"],), skipped)', "pass", SKIPS),
+    ("network", 'heads["q"] = add_products((heads["q"],), skipped)', "pass", SKIPS),
+    # K and V that read the queries.
+    ("network", 'x = self.norm_queries(heads["q"])', "pass", SKIPS),
+    ("network", 'runs.sort(key=lambda run: "q" not in run)', "pass", f"{SKIPS} test_network"),
+    ("network", 'return "q" if "kv" in self.norms else "qkv"', 'return "qkv"', SKIPS),
+    (
+        "network",
+        "self.kv_norm(q if self.group is None else gather_last_axis(q, self.group))",
+        "self.kv_norm(q)",
+        "tests/network/test_parallel.py",
+    ),
+    ("network", 'and not (table and name == "kv")', "", "tests/removal/test_table.py"),
+    ("removal", "(reads_alone and not biased)", "reads_alone", SKIPS),
+    ("removal", "(reads_alone and not biased)", "False", SKIPS),
+    ("removal", 'or source.removed.get("v") else ["kv"]', 'else ["kv"]', SKIPS),
+    (
+        "removal",
+        'norm in ("attention", "kv") and args.precomputed',
+        'norm == "attention" and args.precomputed',
+        "tests/removal/test_table.py",
+    ),
+    ("quantization", "if name not in apart]", "]", "tests/network/test_fused.py"),
+    ("architectures", "if heads * width != args.hidden_size:", "if False:", f"{BAD} broken_config"),
+    ("architectures", 'if "q_proj" in FUSED[name]:', "if False:", f"{BAD} broken_config"),
+    ("training", "mx.zeros_like(x) if name.endswith(held) else x", "x", RECIPE),
+    ("training", 'not (own.reads_queries and own.block == "serial")', "True", RECIPE),
+    ("training", "queries = None if own.reads_queries else", "queries =", RECIPE),
     ("network", "terms.append((q, self.separate_heads(self.query_skip)))", "pass", SKIPS),
     ("network", "terms = [(attend(queries), *beta)]", "terms = [(attend(queries),)]", SKIPS),
     ("network", 'scales.pop("k"), scales.pop("v")', 'scales.pop("v"), scales.pop("k")', EXACT),
@@ -445,7 +472,12 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("removal", "skips = source.query_skip or source.head_skip", "skips = source.head_skip", SKIPS),
     ("removal", "or source.head_skip or source.output_skip", "or source.head_skip", SKIPS),
     ("removal", ' or "heads" in source.norms', "", SKIPS),
-    ("removal", '"v": kv_width, "heads": width}', '"v": kv_width}', SKIPS),
+    (
+        "removal",
+        '"v": kv_width, "kv": width, "heads": width}',
+        '"v": kv_width, "kv": width}',
+        SKIPS,
+    ),
     (
         "network",
         "out = heads if self.heads_norm is None else",
