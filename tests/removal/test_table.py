@@ -100,6 +100,7 @@ def test_the_same_function(config: Config, remove: str, tmp_path: Path) -> None:
     weights = stored(tmp_path / "o")
     assert weights["model.embed_tokens.weight"].shape == (264, expected_row(source[0]))
     gone = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "input_layernorm"]
+    gone += ["self_attn.kv_norm"]
     gone += ["mlp"] if source[0]["block"] == "parallel" else []
     assert not any(f"model.layers.0.{part}" in name for name in weights for part in gone)
     written = json.loads((tmp_path / "o/config.json").read_text())
@@ -389,3 +390,16 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main([*shared, "--precompute-first-layer", "sometimes"]) == 2
     with pytest.raises(mlx_skipless.UserError, match="give nothing or force"):
         mlx_skipless.convert(tmp_path / "s", tmp_path / "r", precompute_first_layer="no")
+
+
+def test_a_table_of_queries_that_k_and_v_read_is_copied(tmp_path: Path) -> None:
+    """Its rows hold k and v, so layer 0 has no norm before them the second time either."""
+    made(tmp_path / "s", norm="qkv", norms=["q", "kv"], gains=True)
+    forced(tmp_path, remove="none")
+    mlx_skipless.convert(tmp_path / "o", tmp_path / "p", remove="none", verify=False)
+    once, twice = stored(tmp_path / "o"), stored(tmp_path / "p")
+    assert once.keys() == twice.keys()
+    assert all(mx.array_equal(twice[name], array).item() for name, array in once.items())
+    assert [name for name in once if "kv_norm" in name] == [
+        "model.layers.1.self_attn.kv_norm.weight"
+    ]
