@@ -94,9 +94,8 @@ def pull_queries(model: Model, recipe: Recipe, step: mx.array) -> None:
         step: how many steps came before it.
     """
     own = recipe.resolve()
-    inverted = own.skip != "both" and own.norm != "pre"
-    inverted = inverted and not (own.reads_queries and own.block == "serial")
-    if not own.orthogonal_q or not inverted:
+    alone = own.reads_queries and own.block == "serial" and own.skip == "none"  # at the stream
+    if not own.orthogonal_q or own.skip == "both" or own.norm == "pre" or alone:
         return
     rate = make_schedule(recipe, own.orthogonal_q)(step)
     modules = {i: layer.self_attn.q_proj for i, layer in enumerate(model.layers)}

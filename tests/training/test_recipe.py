@@ -589,9 +589,9 @@ def test_orthogonal_factors(n: int, wider: int, condition: float, scale: float, 
 
 @pytest.mark.parametrize("step", [0, 2, 5, 9])
 @pytest.mark.parametrize("pull", [0.3, 1.0])
-@pytest.mark.parametrize("others", [OF_STREAM, {"block": "parallel"}], ids=str)
+@pytest.mark.parametrize("others", [OF_STREAM, {"block": "parallel"}, {"skip": "ffn"}], ids=str)
 def test_queries_are_pulled_towards_their_factor(step: int, pull: float, others: dict[str, Any]):
-    """Where others read the stream beside them: K and V, or the FFN of a parallel block."""
+    """Where others read the stream beside them: K and V, or an FFN."""
     options = others | {"orthogonal_q": pull, "steps": 10, "warmup": 4, "decay": 0.5}
     recipe, model = made(**options)
     rng = np.random.default_rng(3)
