@@ -370,8 +370,9 @@ ODD: list[Any] = [
     0.0, -0.5, 1e-5, 1.5, 1e12, 1e308, float("nan"), float("inf"), "", "a", "1", "silu", "relu",
     "gelu", "none", "both", "ffn", "pre", "qkv", "parallel", "layer", "full_attention",
     "sliding_attention", "linear", "yarn", "llama3", "dynamic", "longrope", "proportional",
-    "affine", "mxfp4", "nvfp4", "gptq", "awq", "../a", "\n", "\ud800", [], [0], [1, 2], ["q"], ["kv"], {},
+    "affine", "mxfp4", "nvfp4", "gptq", "awq", "../a", "\n", "\ud800", [], [0], [1, 2], ["q"], {},
     {"type": "linear", "factor": 2.0}, {"rope_type": "yarn", "factor": 4.0}, {"q": [0]}, {"a": 1},
+    ["kv"],
     {"rope_type": "default", "rope_theta": 1e6}, [[[]]], {"bits": 8},
 ]  # fmt: skip
 KEYS = [
