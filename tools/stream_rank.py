@@ -127,7 +127,7 @@ def main() -> None:
     parser.set_defaults(figure_size=WIDTHS["page"])
     options = parser.parse_args()
     look = Look(check_suffix("--output", options.output), options.figure_size, options.figure_style)
-    text, starts, ends = read_text(options.text), {}, {}
+    text, starts, ends = "\n".join(read_text(options.text)), {}, {}
     for name, _, run in (one.rpartition("=") for one in options.runs):
         starts[name], ends[name] = measure_run(Path(run), text)
     print(describe(starts, ends))
