@@ -151,22 +151,12 @@ class Recipe:
         check_types(self)
         check_choices(self)
         _check_sizes(self)
-        sizes = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "vocab_size")
-        _check_counts(self, *sizes, "steps", "batch_size", "context")
-        if self.layers > MOST_LAYERS:
-            raise BadArgument(f"--layers {self.layers}: must be at most {MOST_LAYERS:,}")
-        for name in ("adam_learning_rate", "clip", "temperature", "embedding_scale", "rope_theta"):
-            check_above_zero(flag_name(name), getattr(self, name))
-        check_above_zero("--learning-rate", self.learning_rate)
-        if self.rope_theta >= LARGEST_REAL:
-            raise BadArgument(f"--rope-theta {self.rope_theta}: must be below {LARGEST_REAL:g}")
+        _check_ranges(self)
         _check_heads(self)
         _check_block(self)
         for norm in self.norms.split(","):
             check_choice("--norms", norm, PROJECTION_NORMS)
         check_seed(self.seed)
-        if self.warmup < 0 or not 0 <= self.decay <= 1 or not 0 <= self.orthogonal_q <= 1:
-            raise BadArgument("--warmup must be at least 0, --decay and --orthogonal-q from 0 to 1")
 
     @property
     def reads_queries(self) -> bool:
@@ -255,6 +245,20 @@ def fix_rate(options: Options) -> Options:
 def _check_counts(options: Recipe | Treatment, *names: str) -> None:
     for name in names:
         check_least(flag_name(name), getattr(options, name))
+
+
+def _check_ranges(recipe: "Recipe") -> None:
+    sizes = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "vocab_size")
+    _check_counts(recipe, *sizes, "steps", "batch_size", "context")
+    if recipe.layers > MOST_LAYERS:
+        raise BadArgument(f"--layers {recipe.layers}: must be at most {MOST_LAYERS:,}")
+    for name in ("adam_learning_rate", "clip", "temperature", "embedding_scale", "rope_theta"):
+        check_above_zero(flag_name(name), getattr(recipe, name))
+    check_above_zero("--learning-rate", recipe.learning_rate)
+    if recipe.rope_theta >= LARGEST_REAL:
+        raise BadArgument(f"--rope-theta {recipe.rope_theta}: must be below {LARGEST_REAL:g}")
+    if recipe.warmup < 0 or not 0 <= recipe.decay <= 1 or not 0 <= recipe.orthogonal_q <= 1:
+        raise BadArgument("--warmup must be at least 0, --decay and --orthogonal-q from 0 to 1")
 
 
 def _check_heads(recipe: "Recipe") -> None:
