@@ -177,16 +177,7 @@ class Recipe:
         move. With skips on the stream, or K and V that read what the skips carry, one rate serves
         all.
         """
-        if self.learning_rate is not None:
-            return self.learning_rate
-        own = self.resolve()
-        if own.reads_queries or (own.query_skip is None and own.head_skip is None):
-            return 0.02
-        if own.head_skip is None:
-            at_12_layers = 0.005
-        else:
-            at_12_layers = 0.02 if {*"qp"} <= {*own.without} else 0.01
-        return at_12_layers * (12 / own.layers) ** 0.6
+        return _choose_rate(self.resolve()) if self.learning_rate is None else self.learning_rate
 
     def resolve(self) -> "Recipe":
         """Return the recipe with what other settings imply written out.
@@ -245,6 +236,16 @@ def fix_rate(options: Options) -> Options:
 def _check_counts(options: Recipe | Treatment, *names: str) -> None:
     for name in names:
         check_least(flag_name(name), getattr(options, name))
+
+
+def _choose_rate(own: "Recipe") -> float:
+    if own.reads_queries or (own.query_skip is None and own.head_skip is None):
+        return 0.02
+    if own.head_skip is None:
+        at_12_layers = 0.005
+    else:
+        at_12_layers = 0.02 if {*"qp"} <= {*own.without} else 0.01
+    return at_12_layers * (12 / own.layers) ** 0.6
 
 
 def _check_ranges(recipe: "Recipe") -> None:
