@@ -241,10 +241,8 @@ def _check_counts(options: Recipe | Treatment, *names: str) -> None:
 def _choose_rate(own: "Recipe") -> float:
     if own.reads_queries or (own.query_skip is None and own.head_skip is None):
         return 0.02
-    if own.head_skip is None:
-        at_12_layers = 0.005
-    else:
-        at_12_layers = 0.02 if {*"qp"} <= {*own.without} else 0.01
+    with_head_skip = 0.02 if {*"qp"} <= {*own.without} else 0.01
+    at_12_layers = 0.005 if own.head_skip is None else with_head_skip
     return at_12_layers * (12 / own.layers) ** 0.6
 
 
