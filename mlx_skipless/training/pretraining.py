@@ -73,7 +73,7 @@ class Settings:
 
 
 def _read_settings(run: Mapping[str, Any]) -> Settings:
-    recipe = read_whole(Recipe, "recipe", run["recipe"])
+    recipe = read_whole(Recipe, "recipe", {"learn_skips": True} | run["recipe"])  # older runs did
     make_model_args(recipe)
     return Settings(
         recipe,

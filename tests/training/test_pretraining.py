@@ -727,6 +727,28 @@ def test_other_steps_are_obeyed(text: Path, tmp_path: Path):
     assert (tmp_path / "six" / model).read_bytes() == (tmp_path / "twelve" / model).read_bytes()
 
 
+def test_an_older_run_goes_on_as_it_began(text: Path, tmp_path: Path):
+    """Its recipe does not say that skips are learned, and they are."""
+    recipe = dataclasses.replace(SMALL, decay=0.0, norms="q,k,v,heads", steps=8)
+    run(text, tmp_path / "whole", recipe)
+    run(text, tmp_path / "older", dataclasses.replace(recipe, steps=4))
+    file = tmp_path / "older/training/run.json"
+    settings = json.loads(file.read_text())
+    assert settings["recipe"].pop("learn_skips") is None
+    file.write_text(json.dumps(settings))
+    run(None, tmp_path / "older", None, resume=True, steps=8)
+    model = "model.safetensors"
+    assert (tmp_path / "older" / model).read_bytes() == (tmp_path / "whole" / model).read_bytes()
+    skips = [w for n, w in mx.load(str(tmp_path / "whole" / model)).items() if "query_skip" in n]
+    assert skips and all((w != 1).all().item() for w in skips)
+
+
+def test_held_skips_stay_what_they_start_as(finished: tuple[Path, Result]):
+    weights: Any = mx.load(str(finished[0] / "model.safetensors"))
+    skips = [w for name, w in weights.items() if name.endswith("_skip")]
+    assert len(skips) == 4 and all((w == 1).all().item() for w in skips)
+
+
 def test_the_decay_moves_with_the_steps(finished: tuple[Path, Result], text: Path, tmp_path: Path):
     out = tmp_path / "run"
     with pytest.raises(UserError, match="interrupted"):
