@@ -57,7 +57,7 @@ def make_variants(
     table = make_plan(shape.args, remove="none", dtype=dtype, precompute=True).after
     for label, args in (
         ("skipless, without Q and P", removed),
-        ("the same with query and head skip", skips),
+        ("the same with skips that merge", skips),
         ("first layer a table", table),
     ):
         made[label] = make_skipless_model(args, dtype, quantization, repeat_weights)

@@ -68,7 +68,7 @@ class Trial:
 
     def layers(self) -> tuple[int, int]:
         """Return the first and the last layer that it changes; the embedding counts as -1."""
-        found = [-1 if m == EMBEDDING else parse_layer(m) for m in self.around]
+        found = [-1 if m == EMBEDDING else parse_layer(m) for m in (*self.around, self.where)]
         return min(found), max(found)
 
 

@@ -14,9 +14,10 @@ Each exact removal is one choice of T:
     block input, serial    O of the layer      Q, K, V            Q       Q: O* = O Q,
                            before, or the                                 K* = Q^-1 K, V* = Q^-1 V
                            embedding                              K or V  K or V, where it is square
+                           the same            Q alone            Q       Q: O* = O Q, no inverse is
+                                                                          needed
     attention's output,    P                   M (and a           P^-1    P: M* = P M, no inverse is
     serial                                     mixture's router)          needed, P has any shape
-                           the same            Q alone            Q       Q: O* = O Q, no inverse
     block input, parallel  P and O of the      Q, K, V, M; the    Q, or   one of Q and P
                            layer before, or    head behind the    P^-1
                            the embedding       last block
@@ -25,7 +26,7 @@ Each exact removal is one choice of T:
     any, behind LayerNorm  what writes it      none changes       C       the norm's mean: W* = W C,
                                                                           C = I - 1 1^T / n
 
-Q reads the stream alone where K and V read a norm of the queries.
+Q alone reads the stream where K and V read a norm of the queries.
 
 A query skip adds alpha q to what P reads, and a head skip adds gamma times what P read in the layer
 before to q. No T acts on q or on what P reads, so both vectors stay what they are.

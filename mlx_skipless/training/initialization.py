@@ -86,9 +86,9 @@ def find_attention_gain(own: Recipe) -> float | None:
 
     With a query skip alone, attention is one of so many additions to what goes past the blocks. It
     starts at 1 / sqrt(number of additions). With a head skip too, 1 was better by 0.1 nats, and 2
-    by 0.02 more (``docs/training.md``). Where K and V read the queries, V alone is the weight.
+    by 0.02 more (``docs/training.md``). Where V itself is the attention's weight there is no beta.
     """
-    if own.attention_gain is not None or own.query_skip is None or own.reads_queries:
+    if own.attention_gain is not None or own.query_skip is None or own.weighs_by_values:
         return own.attention_gain
     return 2.0 if own.head_skip is not None else own.layers**-0.5
 
@@ -104,7 +104,8 @@ def _adjust_layer(weights: dict[str, mx.array], layer: int, own: Recipe, args: M
     if own.skip == "both" and last in weights:
         weights[last] *= additions**-0.5
     value = f"{attention}.v_proj.weight"
-    if own.reads_queries and own.skip == "none" and own.query_skip is not None and value in weights:
+    adds = own.skip == "none" and own.query_skip is not None
+    if own.weighs_by_values and adds and value in weights:
         # Attention and FFN add to what the skips carry, and no norm stands behind V.
         weights[value] *= (2 * own.layers) ** -0.5
     if own.skip != "none":

@@ -9,6 +9,8 @@ from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 from ..network.model import Model
 from ..network.names import CHANNEL_PATHS, PROJECTIONS
+from ..network.wiring import parse_layer
+from ..removal.candidates import find_measurable
 from .recipe import Recipe, Treatment
 
 Schedule = Callable[[mx.array], mx.array]
@@ -74,7 +76,8 @@ def _is_matrix(name: str, weight: mx.array) -> bool:
 
 def hold_skips(gradients: Any, recipe: Recipe) -> Any:
     """Return the gradients, zero for alpha, beta, gamma and delta if these keep their starts."""
-    if not recipe.resolve().holds_skips:
+    own = recipe.resolve()
+    if own.learn_skips or (own.learn_skips is None and not own.reads_queries):
         return gradients
     held = (*CHANNEL_PATHS, "attention_gain")
     return tree_map_with_path(
@@ -86,7 +89,7 @@ def pull_queries(model: Model, recipe: Recipe, step: mx.array) -> None:
     """Pull each Q that a merge would invert towards its orthogonal factor.
 
     Such a Q is redundant: what it loses its neighbours take over. Left alone, its smallest singular
-    values wander through zero.
+    values wander through zero. Where K and V read the queries, few are inverted, or none.
 
     Args:
         model: after the optimizer's step.
@@ -94,13 +97,15 @@ def pull_queries(model: Model, recipe: Recipe, step: mx.array) -> None:
         step: how many steps came before it.
     """
     own = recipe.resolve()
-    alone = own.reads_queries and own.block == "serial" and own.skip == "none"  # at the stream
-    if not own.orthogonal_q or own.skip == "both" or own.norm == "pre" or alone:
+    if not own.orthogonal_q or own.skip == "both" or own.norm == "pre":
         return
     rate = make_schedule(recipe, own.orthogonal_q)(step)
     modules = {i: layer.self_attn.q_proj for i, layer in enumerate(model.layers)}
     weights = {i: q.weight for i, q in modules.items() if q is not None}
     weights = {i: weight for i, weight in weights.items() if weight.shape[0] == weight.shape[1]}
+    if own.reads_queries:
+        inverted = {parse_layer(path) for path in find_measurable(model.args, "q")}
+        weights = {i: weight for i, weight in weights.items() if i in inverted}
     for i, factor in _orthogonalize_alike(weights).items():
         modules[i].weight = weights[i] + rate * (factor - weights[i])
 

@@ -112,8 +112,8 @@ class Recipe:
     attention_gain: float | None = option(
         None,
         "start of beta, a head's weight on its attention; none: 2 with a head skip, "
-        "1 / sqrt(layers) with a query skip alone; else, and where K and V read the queries, there "
-        "is no beta",
+        "1 / sqrt(layers) with a query skip alone; else, and where K and V read the queries and v "
+        "has no norm, there is no beta",
     )
     value_skip: float | None = option(
         None, "start of a head's weight on the token's own value, or none to leave it out"
@@ -134,15 +134,17 @@ class Recipe:
     batch_size: int = option(8, "windows a step")
     learning_rate: float | None = option(
         None,
-        "Muon's, for matrices, at its highest; none: 0.02, with a head skip 0.01 at 12 layers "
-        "(0.02 without Q and P) and less the deeper, with a query skip alone 0.005",
+        "Muon's, for matrices, at its highest; none: 0.02, where K and V read the stream with a "
+        "head skip 0.01 at 12 layers (0.02 without Q and P) and less the deeper, with a query skip "
+        "alone 0.005",
     )
     adam_learning_rate: float = option(3e-3, "AdamW's, for all else, at its highest")
     warmup: int = option(20, "steps of rising rates")
     decay: float = option(0.75, "share of the steps, at the end, in which the rates fall to zero")
     orthogonal_q: float = option(
         0.05,
-        "pull of a removable Q towards its orthogonal factor at each step, at the highest rate",
+        "pull of a Q that its removal inverts towards its orthogonal factor at each step, at the "
+        "highest rate",
     )
     clip: float = option(1.0, "largest norm of the whole gradient")
     seed: int = option(0, "of the starting weights and the order of the text")
@@ -164,9 +166,9 @@ class Recipe:
         return self.norm == "qkv" and "kv" in self.norms.split(",")
 
     @property
-    def holds_skips(self) -> bool:
-        """Whether alpha, beta, gamma and delta stay what they start as."""
-        return self.reads_queries if self.learn_skips is None else not self.learn_skips
+    def weighs_by_values(self) -> bool:
+        """Whether V, without a norm behind it, is the attention's weight."""
+        return self.reads_queries and "v" not in self.norms.split(",")
 
     @property
     def peak(self) -> float:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -364,6 +365,19 @@ def test_a_biased_q_is_inverted_for_its_bias(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Q of layer 1 is singular"):
         convert(tmp_path / "s", tmp_path / "none", remove="qp")
     assert convert(tmp_path / "s", tmp_path / "auto").removed["q"] == [0, 2]
+
+
+def test_a_biased_q_is_tried_with_its_layer(tmp_path: Path) -> None:
+    """Nothing but its bias is inverted, so that 8 bits cost as little without it as with it."""
+    _, weights = make_checkpoint(
+        tmp_path / "s", bias=("q_proj",), skips=SKIPS, spread=0.05, **QUERIES | PACKED
+    )
+    for gone in ((), ("layers.0.self_attn.q_proj.bias", "layers.2.self_attn.q_proj.bias")):
+        store(tmp_path / "s", keep(weights, *gone))
+        shutil.rmtree(tmp_path / "o", ignore_errors=True)
+        report = convert(tmp_path / "s", tmp_path / "o", quantize=True, q_bits=8)
+        assert report.removed["q"] == [0, 1, 2] and report.verification
+        assert report.verification.kl < 1e-3
 
 
 @pytest.mark.parametrize("remove", ["kp", "v"])

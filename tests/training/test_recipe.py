@@ -307,7 +307,7 @@ def test_where_the_skips_that_merge_start(
 
 
 @pytest.mark.parametrize("layers", [1, 3])
-@pytest.mark.parametrize("norms", ["q,kv,heads", "q,k,v,kv,heads"])
+@pytest.mark.parametrize("norms", ["q,kv,heads", "q,k,kv"])
 def test_values_start_small_where_the_skips_carry_what_k_and_v_read(layers: int, norms: str):
     """As many attentions and FFNs are added to it as there are, each with an equal share."""
     weights = weights_of(made(layers=layers, norms=norms, hidden_size=32, heads=8)[1])
@@ -320,6 +320,14 @@ def test_values_start_small_where_the_skips_carry_what_k_and_v_read(layers: int,
         rows = np.zeros((2, 4, 8, 4))
         rows[np.arange(8) // 4 * np.ones(8, int), :, np.arange(8), :] = np.eye(4) / 2
         assert np.allclose(key, rows.reshape(8, 32))
+
+
+def test_a_norm_behind_v_leaves_its_start_and_the_attention_its_weight():
+    weights = weights_of(made(norms="q,kv,v,heads")[1])
+    attention = "model.layers.1.self_attn."
+    assert np.array_equal(weights[f"{attention}attention_gain"], np.full(4, 2))
+    value = weights[f"{attention}v_proj.weight"]
+    assert np.sum(value**2) / len(value) == pytest.approx(1, rel=1e-4)
 
 
 HELD = ("query_skip", "head_skip", "output_skip", "attention_gain")
@@ -589,7 +597,7 @@ def test_orthogonal_factors(n: int, wider: int, condition: float, scale: float, 
 
 @pytest.mark.parametrize("step", [0, 2, 5, 9])
 @pytest.mark.parametrize("pull", [0.3, 1.0])
-@pytest.mark.parametrize("others", [OF_STREAM, {"block": "parallel"}, {"skip": "ffn"}], ids=str)
+@pytest.mark.parametrize("others", [OF_STREAM, {"block": "parallel", "tie": False}], ids=str)
 def test_queries_are_pulled_towards_their_factor(step: int, pull: float, others: dict[str, Any]):
     """Where others read the stream beside them: K and V, or an FFN."""
     options = others | {"orthogonal_q": pull, "steps": 10, "warmup": 4, "decay": 0.5}
@@ -609,6 +617,33 @@ def test_queries_are_pulled_towards_their_factor(step: int, pull: float, others:
         assert np.allclose(rest, np.diag(np.diag(rest)), atol=1e-3)
         large = values > values[0] / 30
         assert (np.abs(np.diag(rest) / rate - 0.95)[large] < 0.3).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "pulled"),
+    [
+        ({}, []),  # a tied embedding and an output skip
+        ({"output_skip": None}, [0]),  # the head reads the first one's inverse
+        ({"skip": "ffn", "tie": False}, [1]),  # an FFN reads it
+        ({"block": "parallel", "tie": False}, [0, 1]),
+        ({"skip": "both"}, []),
+    ],
+    ids=str,
+)
+def test_queries_that_k_and_v_read_are_pulled_where_another_reads_the_stream(
+    options: dict[str, Any], pulled: list[int]
+):
+    recipe, model = made(orthogonal_q=0.5, **options)
+    before = weights_of(model)
+    for layer in model.layers:
+        layer.self_attn.q_proj.weight = layer.self_attn.q_proj.weight * 2
+    pull_queries(model, recipe, mx.array(30))
+    moved = [
+        name
+        for name, after in weights_of(model).items()
+        if not np.array_equal(after, before[name] * (2 if "q_proj" in name else 1))
+    ]
+    assert moved == [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in pulled]
 
 
 @pytest.mark.parametrize(
