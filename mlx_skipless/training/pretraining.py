@@ -73,7 +73,9 @@ class Settings:
 
 
 def _read_settings(run: Mapping[str, Any]) -> Settings:
-    recipe = read_whole(Recipe, "recipe", {"learn_skips": True} | run["recipe"])  # older runs did
+    # Runs from before there was a choice learned their skips, and their K and V read the stream.
+    older = {} if "kv" in run["recipe"]["norms"] else {"learn_skips": True}
+    recipe = read_whole(Recipe, "recipe", older | run["recipe"])
     make_model_args(recipe)
     return Settings(
         recipe,
