@@ -277,7 +277,11 @@ def _explain_noise(request: Request, letter: str, layers: list[int]) -> str:
 def _explain_auto(request: Request, eliminated: Mapping[int, str], noted: bool) -> list[str]:
     """Explain on what little `auto` decided, or why it removes nothing that no note explains."""
     args = request.args
-    if eliminated and request.conditioning is None:
+    inverted = any(
+        not needs_no_inverse(args, request.points, index, path)
+        for index, path in eliminated.items()
+    )
+    if inverted and request.conditioning is None:
         return ["chosen by arithmetic alone: no weights at hand to measure conditioning on"]
     if not eliminated and args.norm == "pre":
         what = "norms on its stream" if args.skip == "none" else "skips and norms"

@@ -314,3 +314,12 @@ def test_a_removal_alone(args: ModelArgs, remove: str) -> None:
         assert single.eliminated == {index: where} and single.before == plan.before
         before = set(Layout(plan.before, mx.float32).tensors)
         assert before - set(Layout(single.after, mx.float32).tensors) == {f"{where}.weight"}
+
+
+def test_what_needs_no_inverse_is_not_chosen_by_arithmetic_alone():
+    """Its conditioning would change nothing, so that a note of it would be a false warning."""
+    plain = make_plan(replace(BASE, norm="qkv"))
+    reading = make_plan(replace(BASE, norm="qkv", norms=["q", "kv"]))
+    assert plain.gone["q"] == reading.gone["q"] and plain.gone["p"] == reading.gone["p"]
+    assert ["arithmetic alone" in note for note in plain.notes] == [True]
+    assert reading.notes == ()
