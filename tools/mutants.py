@@ -288,8 +288,8 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ),
     (
         "plan",
-        "(reads_alone and not biased)) and not is_tied_end(args, points, index)",
-        "(reads_alone and not biased))",
+        "return alone and not is_tied_end(args, points, index)",
+        "return alone",
         CONSTANTS,
     ),
     (
@@ -373,8 +373,8 @@ MUTANTS: list[tuple[str, str, str, str]] = [
         "tests/network/test_parallel.py",
     ),
     ("network", 'and not (table and name == "kv")', "", "tests/removal/test_table.py"),
-    ("removal", "(reads_alone and not biased)", "reads_alone", SKIPS),
-    ("removal", "(reads_alone and not biased)", "False", SKIPS),
+    ("removal", "(point.consumers == [path] and not biased)", "point.consumers == [path]", SKIPS),
+    ("removal", "(point.consumers == [path] and not biased)", "False", SKIPS),
     ("removal", 'or source.removed.get("v") else ["kv"]', 'else ["kv"]', SKIPS),
     (
         "removal",

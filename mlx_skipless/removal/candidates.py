@@ -57,11 +57,9 @@ def needs_no_inverse(args: ModelArgs, points: list[Point], index: int, path: str
     P can where nothing else writes the point. Q can where nothing else reads it and it has no bias,
     which would have to enter the stream before it. No tied embedding may begin or end there.
     """
-    writes_alone, reads_alone = (
-        [path] == x for x in (points[index].producers, points[index].consumers)
-    )
-    biased = parse_layer(path) in args.biases.get("q_proj", ())
-    return (writes_alone or (reads_alone and not biased)) and not is_tied_end(args, points, index)
+    point, biased = points[index], parse_layer(path) in args.biases.get("q_proj", ())
+    alone = point.producers == [path] or (point.consumers == [path] and not biased)
+    return alone and not is_tied_end(args, points, index)
 
 
 def is_tied_end(args: ModelArgs, points: list[Point], index: int) -> bool:
